@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# From nothing to digits, a FID and a report: makes .venv, installs, prepares MNIST, trains configs/quickstart.yaml,
+# evaluates. Run it again after an interruption and it goes on. Arguments go to the training (--KEY VALUE).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+[ -x .venv/bin/accelerate ] || .venv/bin/python -m pip install --quiet --upgrade pip
+echo "installing (the first time: a few GB, some minutes)" >&2
+.venv/bin/python -m pip install --quiet -e .
+if [ -z "${CUDA_VISIBLE_DEVICES-unset}" ] || ! command -v nvidia-smi >/dev/null; then
+  settings=launch/accelerate/cpu.yaml
+else
+  settings=launch/accelerate/gpu.yaml
+fi
+.venv/bin/accelerate launch --config_file "$settings" pipeline/train.py --config configs/quickstart.yaml "$@"

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Installs with the development extras, then: formatter check, linter, type checker, tests. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+.venv/bin/python -m pip install --quiet -e '.[dev]'
+export OMP_NUM_THREADS=1  # the tests run side by side
+.venv/bin/ruff format --check .
+.venv/bin/ruff check .
+.venv/bin/mypy
+.venv/bin/pytest -n "${TEST_PROCESSES:-auto}" --dist loadfile "$@"

@@ -1,0 +1,264 @@
+"""Every setting of a run: its type, default, unit, allowed range and source.
+
+The defaults are the reference notebook's numbers, so a file in `configs/` lists only what differs.
+References: Arjovsky et al. 2017 (arXiv 1701.07875, Algorithm 1); Gulrajani et al. 2017 (arXiv 1704.00028).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: the message names the key or file, the value and the fix."""
+
+
+def knob(
+    default: Any,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    free: bool = False,
+) -> Any:
+    """A setting with its allowed range: `low <= value`, `above < value`, `value <= high`.
+
+    `free` marks what may change between two launches of the same run, since it does not alter the trajectory.
+    """
+    metadata = {"low": low, "above": above, "high": high, "free": free}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and how often it writes."""
+
+    name: str = knob("wgan", free=True)
+    """Name of the run's folder under `run.root`."""
+    root: str = knob("runs", free=True)
+    """Folder that holds the runs."""
+    log_every: int = knob(50, low=1, free=True)
+    """Steps between two lines of metrics.jsonl."""
+    sample_every: int = knob(500, low=1, free=True)
+    """Steps between two sample grids (the reference's 500)."""
+    checkpoint_every: int = knob(1000, low=1, free=True)
+    """Steps between two checkpoints."""
+    keep_last: int = knob(3, low=1, free=True)
+    """Newest checkpoints to keep."""
+    keep_every: int | None = knob(None, low=1, free=True)
+    """Also keep every checkpoint whose step is a multiple of this."""
+    max_save_failures: int = knob(3, low=0, free=True)
+    """Consecutive failed saves (full disk, lost folder) that the run tolerates before it stops."""
+    trackers: list[str] = knob(["tensorboard"], free=True)
+    """Accelerate trackers to log to, by name: tensorboard, wandb, trackio, ..."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The real images."""
+
+    dataset: str = knob("mnist")
+    """A known dataset (mnist), prepared on first use, or the path of a folder that holds a dataset.json."""
+    root: str = knob("data", free=True)
+    """Folder under which known datasets are prepared."""
+    source: Literal["auto", "resident", "streaming"] = knob("auto")
+    """resident: decoded once into device memory. streaming: read through webdataset. auto: resident if it fits."""
+    resident_limit_mib: int = knob(4096, low=1)
+    """Largest decoded split, in MiB, that `auto` keeps resident."""
+    lanes: int = knob(8, low=1)
+    """Independent streams that make up a streamed batch; world size x max(workers, 1) divides it, it divides the
+    batch size. Part of the trajectory."""
+    workers: int = knob(1, low=0, free=True)
+    """DataLoader worker processes per rank of the streaming source."""
+    allow_shell_urls: bool = knob(False, free=True)
+    """Let shard URLs run shell commands (pipe:, and webdataset's other schemes that start a process)."""
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The two networks."""
+
+    latent_dim: int = knob(100, low=1)
+    """Length of a latent; its entries are uniform in [-1, 1]."""
+    width: float = knob(1.0, above=0.0)
+    """Multiplier of every hidden channel count (1.0: the reference's networks)."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """One optimiser."""
+
+    algorithm: Literal["rmsprop", "adam"] = knob("rmsprop")
+    """Update rule."""
+    learning_rate: float = knob(5e-5, above=0.0)
+    """Step size at step 0."""
+    decay: float = knob(0.0, low=0.0)
+    """Inverse-time decay per update u: learning_rate / (1 + decay * u)."""
+    rho: float = knob(0.9, low=0.0, high=1.0)
+    """RMSprop's decay of the squared-gradient average (Keras's 0.9, torch's default is 0.99)."""
+    betas: tuple[float, float] = knob((0.0, 0.9))
+    """Adam's decay rates of the two moments."""
+    epsilon: float = knob(1e-7, above=0.0)
+    """Term added to the denominator (Keras's 1e-7, torch's default is 1e-8)."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The algorithm. A step is one generator update, preceded by n_critic critic iterations."""
+
+    objective: str = knob("wgan")
+    """Name of a registered objective."""
+    steps: int = knob(40_000, low=1, free=True)
+    """Generator updates to train for."""
+    seed: int = knob(0, low=0)
+    """Every random number of the run is a function of this seed, its purpose and the step."""
+    batch_size: int = knob(64, low=1)
+    """Real images of a critic batch over all ranks together; the world size divides it."""
+    n_critic: int = knob(5, low=1)
+    """Critic iterations a step."""
+    clip_value: float | None = knob(0.01, above=0.0)
+    """Every critic parameter is clipped to [-clip_value, clip_value] after its update; null: no clipping."""
+    gradient_penalty: float | None = knob(None, above=0.0)
+    """Weight of the gradient penalty (WGAN-GP's 10); null: none."""
+    critic_updates: Literal["joint", "separate"] = knob("joint")
+    """joint: one update on the sum of the real and fake losses (Algorithm 1). separate: one on each in turn
+    (the notebook)."""
+    critic_fakes: Literal["batch", "moving"] = knob("batch")
+    """Batch-norm statistics of the generator while it makes images for the critic: those of the batch, or the moving
+    averages (inference mode, the notebook's way)."""
+    critic_optimizer: OptimizerConfig = knob(OptimizerConfig())
+    """Optimiser of the critic."""
+    generator_optimizer: OptimizerConfig = knob(OptimizerConfig())
+    """Optimiser of the generator."""
+    ema_decay: float = knob(0.999, low=0.0, high=1.0)
+    """Decay per step of the generator's exponential moving average; its warm-up is (1 + t) / (10 + t)."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Scores of generated images."""
+
+    every: int | None = knob(5000, low=1, free=True)
+    """Steps between two evaluations while training; the last step is always evaluated. null: not at all."""
+    num_images: int = knob(10_000, low=2, free=True)
+    """Generated images to score."""
+    batch_size: int = knob(500, low=1, free=True)
+    """Images per forward pass; does not change a score."""
+    features: list[str] = knob(["mnist"], free=True)
+    """Feature spaces to score in: mnist, inception."""
+    reference: Literal["train", "test"] = knob("train", free=True)
+    """Real split that images are compared with; the other one gives the floor."""
+    inception_weights: str | None = knob(None, free=True)
+    """Path of torch-fidelity's Inception v3 weight file; null: its own download."""
+    weights: Literal["ema", "raw"] = knob("ema", free=True)
+    """Which generator is scored: its moving average or the trained one."""
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Processes and hardware."""
+
+    device: Literal["auto", "cpu", "cuda"] = knob("auto", free=True)
+    """auto: CUDA where it is available."""
+    precision: Literal["float32", "float64"] = knob("float32")
+    """Arithmetic of the networks and optimisers (float64 is for tests of exactness)."""
+    threads: int | None = knob(None, low=1, free=True)
+    """Threads of one rank on a CPU; null: this machine's cores shared among its ranks."""
+    timeout_seconds: int = knob(600, low=1, free=True)
+    """Longest wait for another rank before a rank gives up."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A GAN training run."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    network: NetworkConfig = NetworkConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    def __post_init__(self) -> None:
+        for key, value, knob_field in _leaves(self):
+            _check_range(key, value, knob_field)
+        if not re.fullmatch(r"[\w][\w.-]*", self.run.name):
+            raise UserError(
+                f"run.name is {self.run.name!r}: use letters, digits, '.', '_' and '-'; the folder above it is run.root"
+            )
+        for name in ("critic_optimizer", "generator_optimizer"):
+            betas = getattr(self.training, name).betas
+            if not all(0 <= beta < 1 for beta in betas):
+                raise UserError(f"training.{name}.betas is {betas}: both must lie in [0, 1)")
+        if self.data.source == "streaming" and self.training.batch_size % self.data.lanes:
+            raise UserError(
+                f"data.lanes {self.data.lanes} does not divide training.batch_size {self.training.batch_size}: "
+                "choose a divisor of the batch size"
+            )
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run.root) / self.run.name
+
+
+def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name, value, item
+
+
+def _check_range(key: str, value: Any, item: dataclasses.Field[Any]) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    low, above, high = (item.metadata.get(name) for name in ("low", "above", "high"))
+    if low is not None and not value >= low:
+        raise UserError(f"{key} is {value}: it must be at least {low}")
+    if above is not None and not value > above:
+        raise UserError(f"{key} is {value}: it must be greater than {above}")
+    if high is not None and not value <= high:
+        raise UserError(f"{key} is {value}: it must be at most {high}")
+
+
+def flatten(config: Config, *, free: bool = True) -> dict[str, Any]:
+    """Dotted key -> value; without the keys that may change between launches when `free` is false."""
+    return {key: value for key, value, item in _leaves(config) if free or not item.metadata.get("free")}
+
+
+def make_parser(description: str) -> ArgumentParser:
+    """A parser whose `--help` documents every key; entries add their own arguments to it."""
+    usage = "%(prog)s [--config FILE] [--KEY VALUE ...]"
+    parser = ArgumentParser(description=description, usage=usage)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file that lists differences from the defaults")
+    parser.add_class_arguments(Config, instantiate=True)
+    return parser
+
+
+def parse(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> tuple[Config, Namespace]:
+    """The configuration that the arguments give, and the parsed namespace with an entry's own arguments.
+
+    Raises:
+        UserError: naming the key, the value and the fix.
+    """
+    namespace = parser.instantiate(parser.parse_args(arguments))
+    return Config(**{item.name: namespace[item.name] for item in dataclasses.fields(Config)}), namespace
+
+
+def to_yaml(config: Config) -> str:
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))  # YAML's safe subset has no tuples
+    return yaml.safe_dump(plain, sort_keys=False)

@@ -1,0 +1,83 @@
+"""Files by path or URL, and which URLs may start a process.
+
+webdataset opens every remote scheme by starting a program: a shell for `pipe:`, curl for `http:` and `sftp:`, gsutil
+for `gs:`, and so on. Paths, `file:`, `http:` and `https:` are opened here inside the process instead; all the others
+are refused unless the user allows them.
+"""
+
+from __future__ import annotations
+
+import http.client
+import re
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+from webdataset.gopen import gopen, gopen_schemes
+
+from pipeline.config import UserError
+
+HTTP_ATTEMPTS = 5
+TIMEOUT_SECONDS = 30.0
+
+
+def scheme(location: str) -> str:
+    """The lower-case scheme of a URL, "" of a path."""
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", location)
+    return match[1].lower() if match else ""
+
+
+def check_allowed(location: str, allow_shell_urls: bool) -> None:
+    """Raises UserError when opening `location` would start a process and the user has not allowed that."""
+    kind = scheme(location)
+    if kind in ("", "file", "http", "https"):
+        return
+    if kind not in gopen_schemes:
+        raise UserError(f"{location}: nothing here opens {kind}: URLs; use a path or an http(s): URL")
+    if not allow_shell_urls:
+        raise UserError(
+            f"{location}: {kind}: URLs run a command on this machine; if you trust this dataset, "
+            "set data.allow_shell_urls to true"
+        )
+
+
+def resolve(base: str, name: str) -> str:
+    """Where the file `name` of the folder or URL `base` is; an absolute path or a URL stands for itself."""
+    if scheme(name):
+        return name
+    if scheme(base):
+        return f"{base.rstrip('/')}/{urllib.parse.quote(name)}"
+    return str(Path(base) / name)
+
+
+def read_bytes(location: str) -> bytes:
+    """The whole content. Raises OSError; a failing HTTP server is asked again a few times first."""
+    kind = scheme(location)
+    if kind == "":
+        return Path(location).read_bytes()
+    if kind == "file":
+        return Path(urllib.request.url2pathname(urllib.parse.urlparse(location).path)).read_bytes()
+    if kind in ("http", "https"):
+        return _download(location)
+    with gopen(location) as stream:
+        content: bytes = stream.read()
+    return content
+
+
+def _download(url: str) -> bytes:
+    for attempt in range(HTTP_ATTEMPTS):
+        try:
+            with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
+                content: bytes = response.read()
+                return content
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code < 500 or attempt == HTTP_ATTEMPTS - 1:
+                raise OSError(f"{url}: HTTP status {error.code}") from None
+        except (OSError, http.client.HTTPException) as error:
+            if attempt == HTTP_ATTEMPTS - 1:
+                raise OSError(f"{url}: {error}") from None
+        time.sleep(0.5 * 2**attempt)
+    raise AssertionError("unreachable")

@@ -1,0 +1,168 @@
+"""`dataset.json`: what a dataset holds, precisely enough to verify every byte that training reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import TypeVar
+
+from pipeline.config import UserError
+from pipeline.data import locations
+
+FILE_NAME = "dataset.json"
+VERSION = 1
+
+T = TypeVar("T")
+
+
+class DataError(UserError):
+    """A dataset that is missing or damaged: the message names the file and says what to do."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file of images."""
+
+    name: str
+    """Path relative to the dataset's folder, an absolute path, or a URL."""
+    num_images: int
+    num_bytes: int
+    sha256: str
+    """Hexadecimal SHA-256 of the file."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The content of a manifest. Only `load_dataset` reads one, and checks what its URLs may do."""
+
+    folder: Path
+    """Where dataset.json is; for a dataset behind a URL only its name, see `base_url`."""
+    name: str
+    image_shape: tuple[int, int, int]
+    """(C, H, W)."""
+    class_names: tuple[str, ...]
+    """Label i means class_names[i]; empty when unlabelled."""
+    splits: dict[str, tuple[Shard, ...]] = field(hash=False)
+    """"train" always, "test" maybe."""
+    base_url: str = ""
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what the dataset holds, wherever it lies: everything in the manifest but the shards' names."""
+        content = to_json(self)
+        content["splits"] = {
+            split: [[shard.num_images, shard.num_bytes, shard.sha256] for shard in shards]
+            for split, shards in self.splits.items()
+        }
+        return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def num_images(self, split: str) -> int:
+        return sum(shard.num_images for shard in self.shards(split))
+
+    def shards(self, split: str) -> tuple[Shard, ...]:
+        """Raises DataError when the dataset has no such split."""
+        if split not in self.splits:
+            raise DataError(f"dataset {self.name} has no {split} split: it has {', '.join(sorted(self.splits))}")
+        return self.splits[split]
+
+    def locate(self, shard: Shard) -> str:
+        """Path or URL of a shard."""
+        return locations.resolve(self.base_url or str(self.folder), shard.name)
+
+
+def to_json(dataset: Dataset) -> dict[str, object]:
+    """The manifest's content."""
+    return {
+        "format": "image-shards",
+        "version": VERSION,
+        "name": dataset.name,
+        "image_shape": list(dataset.image_shape),
+        "class_names": list(dataset.class_names),
+        "splits": {split: [vars(shard) for shard in shards] for split, shards in dataset.splits.items()},
+    }
+
+
+def load_dataset(folder_or_url: str | Path, *, allow_shell_urls: bool = False) -> Dataset:
+    """Reads and checks `dataset.json`; no shard is opened.
+
+    Raises DataError when the manifest is missing, damaged or of another version, and UserError when a URL in it would
+    run a command and `allow_shell_urls` is false.
+    """
+    base = str(folder_or_url)
+    location = locations.resolve(base, FILE_NAME)
+    locations.check_allowed(location, allow_shell_urls)
+    try:
+        content = locations.read_bytes(location)
+    except FileNotFoundError:
+        raise DataError(
+            f"{location} does not exist: prepare the dataset with pipeline/prepare.py, or give the folder that holds it"
+        ) from None
+    except OSError as error:
+        raise DataError(f"cannot read {location}: {error}") from None
+    try:
+        manifest = json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{location} is damaged, it is not JSON ({error}): prepare the dataset again") from None
+    dataset = _parse(manifest, Path(base), base if locations.scheme(base) else "", location)
+    for shards in dataset.splits.values():
+        for shard in shards:
+            locations.check_allowed(dataset.locate(shard), allow_shell_urls)
+    return dataset
+
+
+def _parse(manifest: object, folder: Path, base_url: str, location: str) -> Dataset:
+    def get(mapping: object, key: str, kind: type[T], where: str = "") -> T:
+        if not isinstance(mapping, dict):
+            raise DataError(f"{location}: {where or 'its content'} is not an object: prepare the dataset again")
+        if key not in mapping:
+            raise DataError(f"{location}: {where}{key} is missing: prepare the dataset again")
+        value = mapping[key]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise DataError(f"{location}: {where}{key} is {value!r}, not of type {kind.__name__}")
+        return value
+
+    def positive(value: object, what: str) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise DataError(f"{location}: {what} is {value!r}, not a positive integer")
+        return value
+
+    version = get(manifest, "version", int)
+    if get(manifest, "format", str) != "image-shards" or version != VERSION:
+        raise DataError(
+            f"{location} is of version {version} (this program reads version {VERSION}): prepare the dataset again"
+        )
+    shape = [positive(size, "image_shape") for size in get(manifest, "image_shape", list)]
+    if len(shape) != 3:
+        raise DataError(f"{location}: image_shape is {shape}, not [channels, height, width]")
+    class_names = get(manifest, "class_names", list)
+    if not all(isinstance(name, str) for name in class_names):
+        raise DataError(f"{location}: class_names is {class_names!r}, not a list of texts")
+    splits: dict[str, tuple[Shard, ...]] = {}
+    for split, entries in get(manifest, "splits", dict).items():
+        if not isinstance(entries, list) or not entries:
+            raise DataError(f"{location}: splits.{split} lists no shard")
+        shards = []
+        for index, entry in enumerate(entries):
+            where = f"splits.{split}[{index}]."
+            shard = Shard(
+                name=get(entry, "name", str, where),
+                num_images=positive(get(entry, "num_images", int, where), f"{where}num_images"),
+                num_bytes=positive(get(entry, "num_bytes", int, where), f"{where}num_bytes"),
+                sha256=get(entry, "sha256", str, where),
+            )
+            if not re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
+                raise DataError(f"{location}: {where}sha256 is {shard.sha256!r}, not 64 hexadecimal digits")
+            shards.append(shard)
+        splits[split] = tuple(shards)
+    if "train" not in splits:
+        raise DataError(f"{location}: splits.train is missing: prepare the dataset again")
+    channels, height, width = shape
+    name = get(manifest, "name", str)
+    return Dataset(folder, name, (channels, height, width), tuple(class_names), splits, base_url)

@@ -1,0 +1,52 @@
+"""A split decoded once into device memory: the source for every dataset that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from pipeline.data.manifest import Dataset
+from pipeline.data.shards import decode, read_shard
+from pipeline.data.source import Batch
+from pipeline.sampling import data_indices, rank_slice
+
+
+def load_split(dataset: Dataset, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images of a split in shard order: uint8 [N, C, H, W] and labels int64 [N] (0 when unlabelled).
+
+    Raises DataError naming the first shard that is not exactly what the manifest says.
+    """
+    num_images = dataset.num_images(split)
+    images = torch.empty(num_images, *dataset.image_shape, dtype=torch.uint8)
+    labels = torch.zeros(num_images, dtype=torch.int64)
+    start = 0
+    for shard in dataset.shards(split):
+        samples = read_shard(dataset, shard)
+        stop = start + len(samples)
+        images[start:stop] = torch.from_numpy(decode(samples.images, dataset.image_shape, dataset.locate(shard)))
+        if samples.labels is not None:
+            labels[start:stop] = torch.from_numpy(samples.labels)
+        start = stop
+    return images, labels
+
+
+class ResidentSource:
+    """Batch k of the train split is `sampling.data_indices(seed, k, ...)`: uniform with replacement."""
+
+    def __init__(
+        self, dataset: Dataset, *, batch_size: int, seed: int, rank: int, world_size: int, device: torch.device
+    ) -> None:
+        self._rows = rank_slice(batch_size, rank, world_size)
+        self._batch_size = batch_size
+        self._seed = seed
+        images, labels = load_split(dataset, "train")
+        self._images, self._labels = images.to(device), labels.to(device)
+
+    def batches(self, first: int) -> Iterator[Batch]:
+        number = first
+        while True:
+            rows = data_indices(self._seed, number, self._batch_size, len(self._images))[self._rows]
+            rows = rows.to(self._images.device, non_blocking=True)
+            yield Batch(self._images[rows], self._labels[rows])
+            number += 1

@@ -1,0 +1,147 @@
+"""Generator and critic of the reference notebook: forward passes only.
+
+Both reproduce Keras's geometry. 'same' padding with stride 2 is asymmetric where the sizes do not divide evenly, the
+transposed convolution crops one row before and two after, and images flatten in H, W, C order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.config import NetworkConfig, UserError
+
+KERNEL = 5
+GENERATOR_CHANNELS = (128, 128, 64, 32)
+CRITIC_CHANNELS = (32, 64, 128, 256)
+CRITIC_STRIDES = (2, 2, 2, 1)
+LEAK = 0.2
+
+
+def _scaled(channels: Sequence[int], width: float) -> list[int]:
+    return [max(1, round(count * width)) for count in channels]
+
+
+def same_padding(size: int, stride: int, kernel: int = KERNEL) -> tuple[int, int]:
+    """Rows that Keras's 'same' puts before and after an axis of `size`; the odd one goes after."""
+    total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
+
+
+class SameConv2d(nn.Conv2d):
+    """Conv2D of Keras with padding 'same'. (n, in, h, w) -> (n, out, ceil(h / stride), ceil(w / stride))."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__(in_channels, out_channels, KERNEL, stride)
+
+    def forward(self, images: Tensor) -> Tensor:
+        top, bottom = same_padding(images.shape[-2], self.stride[0])
+        left, right = same_padding(images.shape[-1], self.stride[1])
+        if (top, left) == (bottom, right):
+            return F.conv2d(images, self.weight, self.bias, self.stride, (top, left))
+        return F.conv2d(F.pad(images, (left, right, top, bottom)), self.weight, self.bias, self.stride)
+
+
+class SameConvTranspose2d(nn.ConvTranspose2d):
+    """Conv2DTranspose of Keras with stride 2 and padding 'same'. (n, in, h, w) -> (n, out, 2 h, 2 w)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, KERNEL, stride=2, padding=1)
+
+    def forward(self, images: Tensor, output_size: list[int] | None = None) -> Tensor:
+        # The full result has 2 n + 3 rows: `padding` takes one off each side, the slice one more at the end.
+        return super().forward(images)[..., :-1, :-1]
+
+
+class Generator(nn.Module):
+    """Latents (n, latent_dim), entries in [-1, 1] -> images (n, C, H, W), pixels in [0, 1].
+
+    With classes, labels (n,) int64 in [0, num_classes) are concatenated one-hot to the latents.
+    At 28 x 28 x 1, width 1 and no classes it has 1,301,505 parameters, counting the moving averages.
+    """
+
+    def __init__(self, config: NetworkConfig, image_shape: tuple[int, int, int], num_classes: int = 0) -> None:
+        super().__init__()
+        image_channels, height, width = image_shape
+        if height % 4 or width % 4:
+            raise UserError(
+                f"images of {height} x {width}: the generator doubles twice, so both sides must be multiples of 4 "
+                "(prepare the dataset with another --size)"
+            )
+        self.config, self.image_shape, self.num_classes = config, image_shape, num_classes
+        first, *hidden = _scaled(GENERATOR_CHANNELS, config.width)
+        channels = [first, *hidden, image_channels]
+        self.base = (height // 4, width // 4, first)
+        self.dense = nn.Linear(config.latent_dim + num_classes, math.prod(self.base))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(count, eps=1e-3, momentum=0.01) for count in channels[:-1])
+        # With stride 1 a transposed convolution is a convolution with the kernel flipped, which is the faster kernel.
+        self.convolutions = nn.ModuleList(
+            SameConvTranspose2d(channels[i], channels[i + 1]) if i < 2 else SameConv2d(channels[i], channels[i + 1], 1)
+            for i in range(4)
+        )
+
+    def spec(self) -> dict[str, Any]:
+        """What `from_spec` rebuilds the network from, as JSON-serialisable values."""
+        return {
+            "network": dataclasses.asdict(self.config),
+            "image_shape": list(self.image_shape),
+            "num_classes": self.num_classes,
+        }
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> Generator:
+        return cls(NetworkConfig(**spec["network"]), tuple(spec["image_shape"]), spec["num_classes"])
+
+    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        if self.num_classes:
+            if labels is None:
+                raise ValueError("a generator with classes takes labels")
+            latents = torch.cat([latents, F.one_hot(labels, self.num_classes).to(latents.dtype)], dim=1)
+        # Keras reshapes to H, W, C: permuted, that is already a channels-last tensor.
+        images: Tensor = self.dense(latents).unflatten(1, self.base).permute(0, 3, 1, 2)
+        for norm, convolution in zip(self.norms, self.convolutions, strict=True):
+            images = convolution(F.relu(norm(images), inplace=True))
+        return torch.sigmoid(images)
+
+
+class Critic(nn.Module):
+    """Images (n, C, H, W), pixels in [0, 1] -> scores (n,), unbounded, and class logits (n, num_classes) or None.
+
+    The WGAN paper's critic, called discriminator in the papers of the other objectives.
+    At 28 x 28 x 1, width 1 and no classes it has 1,080,577 parameters.
+    """
+
+    def __init__(self, config: NetworkConfig, image_shape: tuple[int, int, int], num_classes: int = 0) -> None:
+        super().__init__()
+        channels = [image_shape[0], *_scaled(CRITIC_CHANNELS, config.width)]
+        self.convolutions = nn.ModuleList(
+            SameConv2d(channels[i], channels[i + 1], stride) for i, stride in enumerate(CRITIC_STRIDES)
+        )
+        height, width = (math.ceil(side / math.prod(CRITIC_STRIDES)) for side in image_shape[1:])
+        features = height * width * channels[-1]
+        self.score = nn.Linear(features, 1)
+        self.classes: nn.Module | None = None
+        if num_classes:
+            self.classes = nn.Sequential(nn.Linear(features, 128), nn.Linear(128, num_classes))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        for convolution in self.convolutions:
+            images = convolution(F.leaky_relu(images, LEAK))
+        features = images.permute(0, 2, 3, 1).flatten(1)
+        logits = None if self.classes is None else self.classes(features)
+        return self.score(features).squeeze(1), logits
+
+
+def initialise(network: nn.Module, random: torch.Generator) -> None:
+    """Keras's defaults: Glorot-uniform weights (Glorot & Bengio 2010, eq. 16), zero biases."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.xavier_uniform_(module.weight, generator=random)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -1,0 +1,109 @@
+"""What critic and generator minimise: pure functions of scores, chosen once by name.
+
+Scores are (n,) tensors of the critic's unbounded outputs; every loss is a mean over the batch, so the mean of the
+losses of equal slices is the loss of the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.config import TrainingConfig, UserError
+
+ScoreLoss = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The parts in which one GAN differs from another."""
+
+    real_loss: ScoreLoss
+    """The critic's loss on real scores."""
+    fake_loss: ScoreLoss
+    """The critic's loss on fake scores."""
+    generator_loss: ScoreLoss
+    """The generator's loss on fake scores."""
+    joint_weight: float = 1.0
+    """Factor of real_loss + fake_loss in a joint update (0.5 where the paper averages over both)."""
+    clips: bool = False
+    """The critic's parameters must be clipped (training.clip_value)."""
+    penalises: bool = False
+    """A gradient penalty is added (training.gradient_penalty)."""
+    estimates_wasserstein: bool = False
+    """-(real_loss + fake_loss) estimates the Wasserstein-1 distance up to the critic's Lipschitz constant."""
+    classifies: bool = False
+    """The critic also predicts the class, and generator and critic both minimise its cross-entropy."""
+
+
+def _towards(target: float) -> ScoreLoss:
+    def squared_error(scores: Tensor) -> Tensor:
+        return (scores - target).square().mean()
+
+    return squared_error
+
+
+def _is_real(scores: Tensor) -> Tensor:
+    """Binary cross-entropy of sigmoid(score) against 1."""
+    return F.softplus(-scores).mean()
+
+
+def _is_fake(scores: Tensor) -> Tensor:
+    """Binary cross-entropy of sigmoid(score) against 0."""
+    return F.softplus(scores).mean()
+
+
+def _negative_mean(scores: Tensor) -> Tensor:
+    return -scores.mean()
+
+
+OBJECTIVES: dict[str, Objective] = {
+    # Arjovsky et al. 2017 (1701.07875), Algorithm 1.
+    "wgan": Objective(_negative_mean, torch.mean, _negative_mean, clips=True, estimates_wasserstein=True),
+    # Gulrajani et al. 2017 (1704.00028), Algorithm 1.
+    "wgan_gp": Objective(_negative_mean, torch.mean, _negative_mean, penalises=True, estimates_wasserstein=True),
+    # Mao et al. 2017 (1611.04076), eq. 9 with a = 0, b = c = 1.
+    "lsgan": Objective(_towards(1.0), _towards(0.0), _towards(1.0), joint_weight=0.5),
+    # Goodfellow et al. 2014 (1406.2661), Algorithm 1 with the non-saturating generator loss of section 3.
+    "gan": Objective(_is_real, _is_fake, _is_real, joint_weight=0.5),
+    # Odena et al. 2017 (1610.09585), eqs. 2 and 3.
+    "acgan": Objective(_is_real, _is_fake, _is_real, joint_weight=0.5, classifies=True),
+}
+
+
+def gradient_penalty(scores: Tensor, images: Tensor) -> Tensor:
+    """mean((||d score / d image||_2 - 1)^2), the penalty of Gulrajani et al. 2017, eq. 3, without its weight.
+
+    Args:
+        scores: (n,) critic scores of `images`, still attached to their graph.
+        images: (n, C, H, W), a leaf that requires grad.
+    """
+    (gradients,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
+    norms: Tensor = torch.linalg.vector_norm(gradients.flatten(1), dim=1)
+    penalty: Tensor = (norms - 1).square().mean()
+    return penalty
+
+
+def choose(training: TrainingConfig) -> Objective:
+    """The objective that the configuration names.
+
+    Raises:
+        UserError: the name is unknown, or another key contradicts it.
+    """
+    name = training.objective
+    if name not in OBJECTIVES:
+        raise UserError(f"training.objective is {name!r}: choose one of {', '.join(OBJECTIVES)}")
+    objective = OBJECTIVES[name]
+    for wanted, key in ((objective.clips, "clip_value"), (objective.penalises, "gradient_penalty")):
+        value = getattr(training, key)
+        if wanted and value is None:
+            raise UserError(f"training.{key} is null: the objective {name} needs a number")
+        if not wanted and value is not None:
+            raise UserError(f"training.{key} is {value}: the objective {name} does not use it, set it to null")
+    if objective.penalises and training.critic_updates == "separate":
+        raise UserError("training.critic_updates is separate: a gradient penalty needs joint updates")
+    return objective

@@ -1,0 +1,104 @@
+"""Contract 1: every random number is a function of (seed, purpose, counters), so no RNG state is ever saved.
+
+Contract 2: the global batch is drawn whole and then sliced, so it does not depend on the world size. Drawing all of it
+on every rank costs 25 microseconds at 64 x 100 latents.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+import torch
+
+from pipeline.config import UserError
+
+EVALUATION_BLOCK = 256
+"""Evaluation latents drawn at once; changing it changes every evaluation image."""
+
+
+def seeded(seed: int, purpose: str, *counters: int) -> torch.Generator:
+    """A CPU generator that depends on its arguments alone: the same in every process and Python version.
+
+    `purpose` separates independent uses of the same counters. The hash gives 64 bits; torch's CPU generator keeps the
+    lower 32 of them, so among the 240,000 generators of a long run a few pairs coincide, which correlates nothing.
+    """
+    digest = blake2b(repr((int(seed), purpose, *map(int, counters))).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
+    """The rows of a global batch that belong to `rank`.
+
+    Raises UserError when `world_size` does not divide `batch_size`.
+    """
+    if batch_size % world_size:
+        raise UserError(
+            f"training.batch_size {batch_size} cannot be shared among {world_size} processes: "
+            "choose a batch size that the number of processes divides"
+        )
+    share = batch_size // world_size
+    return slice(rank * share, (rank + 1) * share)
+
+
+def critic_latents(
+    seed: int, step: int, critic_index: int, batch_size: int, latent_dim: int, rows: slice
+) -> torch.Tensor:
+    """Latents of critic iteration `critic_index` of `step`: float32 [b, latent_dim] uniform in [-1, 1], the rows
+    `rows` of the global batch of `batch_size`."""
+    return _uniform(seeded(seed, "critic latents", step, critic_index), batch_size, latent_dim)[rows]
+
+
+def generator_latents(seed: int, step: int, batch_size: int, latent_dim: int, rows: slice) -> torch.Tensor:
+    """Latents of the generator update of `step`: float32 [b, latent_dim] uniform in [-1, 1]."""
+    return _uniform(seeded(seed, "generator latents", step), batch_size, latent_dim)[rows]
+
+
+def evaluation_latents(seed: int, start: int, stop: int, latent_dim: int) -> torch.Tensor:
+    """Latents of evaluation images start, ..., stop - 1: float32 [stop - start, latent_dim] uniform in [-1, 1].
+
+    Row i depends on (seed, i) alone, whatever range it is asked for in.
+    """
+    first_block = start // EVALUATION_BLOCK
+    blocks = [
+        _uniform(seeded(seed, "evaluation latents", block), EVALUATION_BLOCK, latent_dim)
+        for block in range(first_block, -(-stop // EVALUATION_BLOCK))
+    ]
+    if start >= stop:
+        return torch.empty(0, latent_dim)
+    offset = first_block * EVALUATION_BLOCK
+    return torch.cat(blocks)[start - offset : stop - offset]
+
+
+def critic_labels(
+    seed: int, step: int, critic_index: int, batch_size: int, num_classes: int, rows: slice
+) -> torch.Tensor:
+    """Classes asked of the generator in a critic iteration: int64 [b], uniform over the classes."""
+    return _classes(seeded(seed, "critic labels", step, critic_index), batch_size, num_classes)[rows]
+
+
+def generator_labels(seed: int, step: int, batch_size: int, num_classes: int, rows: slice) -> torch.Tensor:
+    """Classes asked of the generator in its own update: int64 [b], uniform over the classes."""
+    return _classes(seeded(seed, "generator labels", step), batch_size, num_classes)[rows]
+
+
+def evaluation_labels(start: int, stop: int, num_classes: int) -> torch.Tensor:
+    """Classes of evaluation images start, ..., stop - 1: int64, every class in turn."""
+    return torch.arange(start, stop) % num_classes
+
+
+def penalty_mix(seed: int, step: int, critic_index: int, batch_size: int, rows: slice) -> torch.Tensor:
+    """Where between fake and real the gradient penalty is taken: float32 [b] uniform in [0, 1]."""
+    return torch.rand(batch_size, generator=seeded(seed, "penalty mix", step, critic_index))[rows]
+
+
+def data_indices(seed: int, batch_number: int, batch_size: int, num_images: int) -> torch.Tensor:
+    """Real images of a global critic batch: int64 [batch_size], uniform with replacement as the reference draws."""
+    return torch.randint(num_images, (batch_size,), generator=seeded(seed, "data indices", batch_number))
+
+
+def _uniform(generator: torch.Generator, num_rows: int, num_columns: int) -> torch.Tensor:
+    return torch.rand(num_rows, num_columns, generator=generator, dtype=torch.float32).mul_(2).sub_(1)
+
+
+def _classes(generator: torch.Generator, batch_size: int, num_classes: int) -> torch.Tensor:
+    return torch.randint(num_classes, (batch_size,), generator=generator)

@@ -1,0 +1,124 @@
+"""Contract 3: everything that continuing a run needs, declared once.
+
+generator, critic, both optimisers, the generator's moving average, step. Random numbers are functions of the seed and
+the step (pipeline/sampling.py), so no generator state is among them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import Config, OptimizerConfig, UserError
+from pipeline.networks import Critic, Generator, initialise
+from pipeline.sampling import seeded
+
+
+@dataclass
+class TrainingState:
+    """The networks are the bare modules; wrapping them for data parallelism shares their parameters."""
+
+    generator: Generator
+    critic: Critic
+    ema: Generator
+    generator_optimizer: torch.optim.Optimizer
+    critic_optimizer: torch.optim.Optimizer
+    step: int = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state under a unique name; they share memory with the live state."""
+        named: dict[str, Tensor] = {}
+        for role in ("generator", "critic", "ema"):
+            named |= {f"{role}.{name}": tensor for name, tensor in getattr(self, role).state_dict().items()}
+        for role in ("generator", "critic"):
+            optimizer = getattr(self, f"{role}_optimizer")
+            for name, parameter in getattr(self, role).named_parameters():
+                named |= {f"{role}_optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+        return named
+
+    def load(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Takes over saved tensors.
+
+        Raises:
+            UserError: a tensor is missing, left over, or of another shape or dtype.
+        """
+        for role in ("generator", "critic", "ema"):
+            network: nn.Module = getattr(self, role)
+            saved = _under(tensors, role)
+            _check_same(role, saved, network.state_dict())
+            network.load_state_dict(saved)
+        for role in ("generator", "critic"):
+            optimizer = getattr(self, f"{role}_optimizer")
+            named_parameters = dict(getattr(self, role).named_parameters())
+            saved = _under(tensors, f"{role}_optimizer")
+            state: dict[int, dict[str, Tensor]] = {}
+            for index, name in enumerate(named_parameters):
+                state[index] = _under(saved, name)
+                moments = {key: value for key, value in state[index].items() if value.ndim}
+                if not moments:
+                    raise UserError(f"the checkpoint has no state of {role}_optimizer for {name}")
+                _check_same(f"{role}_optimizer.{name}", moments, {key: named_parameters[name] for key in moments})
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        self.step = step
+
+    @torch.no_grad()
+    def update_ema(self, decay: float) -> None:
+        """Moves the average towards the generator, batch-norm moving statistics included.
+
+        The decay warms up as (1 + step) / (10 + step), so that early images are not those of the initial weights.
+        """
+        decay = min(decay, (1 + self.step) / (10 + self.step))
+        ours, theirs = self.ema.state_dict().values(), self.generator.state_dict().values()
+        pairs = [(mine, other) for mine, other in zip(ours, theirs, strict=True) if mine.is_floating_point()]
+        torch._foreach_lerp_([mine for mine, _ in pairs], [other for _, other in pairs], 1 - decay)
+
+
+def build_state(
+    config: Config, image_shape: tuple[int, int, int], num_classes: int, device: torch.device
+) -> TrainingState:
+    """The state at step 0, a function of the seed alone. `num_classes` is 0 without a class head."""
+    dtype = getattr(torch, config.runtime.precision)
+    seed = config.training.seed
+    generator, ema = (Generator(config.network, image_shape, num_classes) for _ in range(2))
+    critic = Critic(config.network, image_shape, num_classes)
+    initialise(generator, seeded(seed, "generator weights"))
+    initialise(critic, seeded(seed, "critic weights"))
+    ema.load_state_dict(generator.state_dict())
+    networks: tuple[nn.Module, ...] = (generator, critic, ema)
+    for network in networks:
+        network.to(device, dtype).to(memory_format=torch.channels_last)
+    ema.eval().requires_grad_(False)
+    return TrainingState(
+        generator,
+        critic,
+        ema,
+        build_optimizer(config.training.generator_optimizer, generator),
+        build_optimizer(config.training.critic_optimizer, critic),
+    )
+
+
+def build_optimizer(config: OptimizerConfig, network: nn.Module) -> torch.optim.Optimizer:
+    if config.algorithm == "adam":
+        return torch.optim.Adam(
+            network.parameters(), config.learning_rate, betas=config.betas, eps=config.epsilon, foreach=True
+        )
+    return torch.optim.RMSprop(
+        network.parameters(), config.learning_rate, alpha=config.rho, eps=config.epsilon, foreach=True
+    )
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{prefix}."): value for name, value in tensors.items() if name.startswith(f"{prefix}.")}
+
+
+def _check_same(role: str, saved: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    if unmatched := sorted(saved.keys() ^ expected.keys()):
+        raise UserError(f"the checkpoint does not fit this configuration: {role} differs in {', '.join(unmatched)}")
+    for name, tensor in expected.items():
+        if (saved[name].shape, saved[name].dtype) != (tensor.shape, tensor.dtype):
+            raise UserError(
+                f"the checkpoint does not fit this configuration: {role}.{name} is {tuple(saved[name].shape)} "
+                f"{saved[name].dtype}, expected {tuple(tensor.shape)} {tensor.dtype}"
+            )

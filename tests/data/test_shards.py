@@ -1,0 +1,225 @@
+"""Shards: exact, reproducible, verified, and never a way to run code."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import pickle
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from pipeline.data import DataError, Dataset, Shard
+from pipeline.data.resident import load_split
+from pipeline.data.shards import decode, parse_shard, read_shard, write_shard
+from tests.data.numbered import image_numbers, numbered_dataset, numbered_images
+
+
+def tar(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def npy(array: object, *, allow_pickle: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.asarray(array), allow_pickle=allow_pickle)
+    return buffer.getvalue()
+
+
+def dataset_of(folder: Path, content: bytes, num_images: int, num_classes: int = 10) -> Dataset:
+    """A dataset of one shard with these bytes, whose manifest is right about them."""
+    (folder / "a.tar").write_bytes(content)
+    shard = Shard("a.tar", num_images, len(content), sha256(content).hexdigest())
+    return Dataset(folder, "d", (1, 2, 2), tuple(map(str, range(num_classes))), {"train": (shard,)})
+
+
+def test_bytes_depend_on_the_content_alone(tmp_path: Path) -> None:
+    images, labels = numbered_images(0, 250), np.arange(250)
+    first = write_shard(tmp_path / "a.tar", [(images, labels)])
+    # A new file of the same content, stored differently in memory.
+    second = write_shard(tmp_path / "b.tar", [(np.asfortranarray(images), labels[::-1][::-1])])
+    assert (first.num_bytes, first.sha256) == (second.num_bytes, second.sha256)
+    assert first.sha256 == sha256((tmp_path / "a.tar").read_bytes()).hexdigest()
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        assert {(member.mtime, member.uid, member.mode) for member in archive} == {(0, 0, 0o444)}
+
+
+def test_webdataset_reads_what_is_written(tmp_path: Path) -> None:
+    dataset = numbered_dataset(tmp_path, [230])
+    with (dataset.folder / "train-0.tar").open("rb") as file:
+        blocks = list(group_by_keys(tar_file_expander([{"url": "train-0.tar", "stream": file}])))
+    images = [np.load(io.BytesIO(block["images.npy"]), allow_pickle=False) for block in blocks]
+    labels = [np.load(io.BytesIO(block["labels.npy"]), allow_pickle=False) for block in blocks]
+    assert [len(block) for block in images] == [100, 100, 30]
+    assert np.array_equal(image_numbers(np.concatenate(images)), np.arange(230))
+    assert np.array_equal(np.concatenate(labels), np.arange(230) % 10)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_split_is_in_shard_order(tmp_path: Path, labelled: bool) -> None:
+    images, labels = load_split(numbered_dataset(tmp_path, [7, 230, 1], labelled=labelled), "train")
+    assert (images.dtype, images.shape) == (torch.uint8, (238, 1, 2, 2))
+    assert np.array_equal(image_numbers(images.numpy()), np.arange(238))
+    assert labels.dtype == torch.int64
+    assert torch.equal(labels, torch.arange(238) % 10 if labelled else torch.zeros(238, dtype=torch.int64))
+
+
+def test_compressed_and_fortran_ordered_shards_are_read(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (6, 1, 2, 2), dtype=np.uint8)
+    content = tar({"a.images.npy": npy(np.asfortranarray(images)), "a.labels.npy": npy(np.arange(6, dtype=np.uint8))})
+    for packed in (content, gzip.compress(content)):
+        samples = parse_shard(packed, "x")
+        assert isinstance(samples.images, np.ndarray)
+        assert np.array_equal(samples.images, images)
+        assert samples.labels is not None
+        assert samples.labels.tolist() == list(range(6))
+
+
+def flip(content: bytes) -> bytes:
+    return content[:700] + bytes([content[700] ^ 4]) + content[701:]
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (flip, "SHA-256"),
+        (lambda content: content[:-1], "bytes, the manifest says"),
+        (lambda content: content[:1024], "has 1024 bytes"),
+        (lambda content: b"", "has 0 bytes"),
+        (lambda content: content + b"\0", "bytes, the manifest says"),
+        (lambda content: bytes(len(content)), "SHA-256"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, edit: Callable[[bytes], bytes], words: str) -> None:
+    dataset = numbered_dataset(tmp_path, [300, 300])
+    path = dataset.folder / "train-1.tar"
+    path.write_bytes(edit(path.read_bytes()))
+    with pytest.raises(DataError, match=words) as caught:
+        load_split(dataset, "train")
+    assert str(path) in str(caught.value)
+    path.unlink()
+    with pytest.raises(DataError, match=r"train-1\.tar"):
+        load_split(dataset, "train")
+
+
+def test_no_cut_or_overwritten_header_of_a_tar_is_read_as_a_shorter_one() -> None:
+    content = tar({f"{key}.images.npy": npy(numbered_images(key, key + 1)) for key in range(4)})
+    end = content.rindex(b"images.npy") + 1024  # the last member's header is followed by less than a block of data
+    assert len(parse_shard(content, "x")) == 4
+    for length in range(0, len(content) - tarfile.RECORDSIZE // 2, 128):
+        if length < end + 1024:
+            with pytest.raises(DataError, match="shard x is damaged"):
+                parse_shard(content[:length], "x")
+    for start in range(0, end, 512):
+        with pytest.raises(DataError, match="shard x is damaged"):
+            parse_shard(content[:start] + b"\x07" * 512 + content[start + 512 :], "x")
+
+
+class Trap:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("name", ["images.npy", "labels.npy", "pyd", "pickle", "png", "cls"])
+def test_a_pickle_is_refused_and_not_executed(tmp_path: Path, name: str) -> None:
+    trap = tmp_path / "trap"
+    array = npy(np.array([Trap(trap)], dtype=object), allow_pickle=True)
+    for poison in (array, pickle.dumps(Trap(trap))):
+        assert b"trap" in poison
+        members = {"a.images.npy": npy(numbered_images(0, 1)), "a.labels.npy": npy([0])}
+        if name in ("png", "cls"):
+            members = {"a.png": b"", "a.cls": b"1"}
+        dataset = dataset_of(tmp_path, tar(members | {f"a.{name}": poison}), 1)
+        if name in ("pyd", "pickle"):
+            assert len(load_split(dataset, "train")[0]) == 1  # an unknown member, which nobody looks at
+        else:
+            with pytest.raises(DataError, match="is damaged"):
+                load_split(dataset, "train")
+        assert not trap.exists()
+    pickle.loads(pickle.dumps(Trap(trap)))
+    assert trap.exists()
+
+
+ONE = npy(numbered_images(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ({}, "holds no image"),
+        ({"a.txt": b"hello"}, "a has no image"),
+        ({"a.images.npy": npy(np.zeros((1, 1, 2, 2), np.float32))}, "a.images.npy is float32"),
+        ({"a.images.npy": npy(np.zeros((2, 2), np.uint8))}, r"a.images.npy is uint8 \(2, 2\)"),
+        ({"a.images.npy": ONE, "a.labels.npy": npy([1, 2])}, r"labels of a are int64 \(2,\)"),
+        ({"a.images.npy": ONE, "a.labels.npy": npy([0.5])}, "labels of a are float64"),
+        ({"a.images.npy": ONE, "a.labels.npy": npy([0]), "b.images.npy": ONE}, "1 of its images have no label"),
+        ({"a.images.npy": ONE, "b.png": b"x"}, "mixes blocks and single images"),
+        ({"a.images.npy": ONE[:-1]}, "damaged"),
+        ({"a.images.npy": ONE[:90]}, "damaged"),
+        ({"a.images.npy": b""}, "damaged"),
+        ({"a.png": b"x", "a.cls": b"seven"}, "seven"),
+    ],
+)
+def test_what_is_wrong_in_a_shard_is_named(members: dict[str, bytes], words: str) -> None:
+    with pytest.raises(DataError, match=words) as caught:
+        parse_shard(tar(members), "the.tar")
+    assert "the.tar" in str(caught.value)
+
+
+def test_a_shard_that_the_manifest_belies_is_refused(tmp_path: Path) -> None:
+    content = tar({"a.images.npy": npy(numbered_images(0, 3)), "a.labels.npy": npy([0, 1, 7])})
+    shards = dataset_of(tmp_path, content, 3).shards("train")
+    load_split(dataset_of(tmp_path, content, 3), "train")
+    with pytest.raises(DataError, match="holds 3 images, the manifest says 4"):
+        load_split(dataset_of(tmp_path, content, 4), "train")
+    with pytest.raises(DataError, match="labels 0 to 7, the manifest 7 classes"):
+        load_split(dataset_of(tmp_path, content, 3, num_classes=7), "train")
+    with pytest.raises(DataError, match=r"its images are \(1, 2, 2\), the manifest says \(1, 4, 1\)"):
+        read_shard(replace(dataset_of(tmp_path, content, 3), image_shape=(1, 4, 1)), shards[0])
+    unlabelled = tar({"a.images.npy": npy(numbered_images(0, 3))})
+    with pytest.raises(DataError, match="has no labels"):
+        load_split(dataset_of(tmp_path, unlabelled, 3), "train")
+
+
+def encoded(mode: str, size: tuple[int, int], format: str = "PNG") -> memoryview:
+    buffer = io.BytesIO()
+    Image.new(mode, size, 200 if mode == "L" else (10, 20, 30)).save(buffer, format)
+    return memoryview(buffer.getvalue())
+
+
+def test_images_decode_to_the_manifest_shape() -> None:
+    both = [encoded("L", (3, 2)), encoded("RGB", (3, 2))]
+    colour = decode(both, (3, 2, 3), "x")
+    assert colour.dtype == np.uint8
+    assert colour.shape == (2, 3, 2, 3)
+    assert colour[0].ravel().tolist() == [200] * 18
+    assert colour[1, :, 1, 2].tolist() == [10, 20, 30]
+    grey = decode(both, (1, 2, 3), "x")
+    assert grey.shape == (2, 1, 2, 3)
+    assert grey[:, 0, 0, 0].tolist() == [200, 18]  # 0.299 R + 0.587 G + 0.114 B
+    assert (
+        np.abs(decode([encoded("RGB", (3, 2), "JPEG")], (3, 2, 3), "x")[0, :, 0, 0].astype(int) - [10, 20, 30]).max()
+        < 4
+    )
+    with pytest.raises(DataError, match="x is damaged: an image is 2 x 3, not 3 x 2"):
+        decode(both, (3, 3, 2), "x")
+    with pytest.raises(DataError, match="x is damaged"):
+        decode([both[0][:40]], (1, 2, 3), "x")

@@ -1,0 +1,109 @@
+"""open_dataset, open_source and the resident source, on the real MNIST."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.config import DataConfig, UserError
+from pipeline.data import Dataset, Source, open_dataset, open_source
+from pipeline.data.resident import ResidentSource, load_split
+from pipeline.data.streaming import StreamingSource
+from pipeline.sampling import data_indices
+from tests.data.numbered import numbered_dataset
+
+CPU = torch.device("cpu")
+
+
+def source_of(
+    dataset: Dataset, *, batch_size: int = 64, seed: int = 0, rank: int = 0, world_size: int = 1, **data: object
+) -> Source:
+    config = DataConfig(**data)  # type: ignore[arg-type]
+    return open_source(config, dataset, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, device=CPU)
+
+
+def test_mnist_is_what_it_is_known_to_be(mnist_dataset: Dataset) -> None:
+    images, labels = load_split(mnist_dataset, "train")
+    assert (images.dtype, images.shape) == (torch.uint8, (60_000, 1, 28, 28))
+    # The published mean and deviation, and class counts, of the training set.
+    pixels = images.double() / 255
+    assert round(pixels.mean().item(), 4) == 0.1307
+    assert round(pixels.std().item(), 4) == 0.3081
+    assert labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
+    assert labels.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert mnist_dataset.class_names == tuple("0123456789")
+    assert load_split(mnist_dataset, "test")[1].bincount().tolist() == [
+        980,
+        1135,
+        1032,
+        1010,
+        982,
+        892,
+        958,
+        1028,
+        974,
+        1009,
+    ]
+
+
+def test_an_opened_dataset_is_the_prepared_one(mnist_dataset: Dataset) -> None:
+    config = DataConfig(root=str(mnist_dataset.folder.parent))
+    assert open_dataset(config) == mnist_dataset
+    assert open_dataset(DataConfig(dataset=str(mnist_dataset.folder))).fingerprint == mnist_dataset.fingerprint
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_resident_batches_are_the_drawn_indices(mnist_dataset: Dataset, world_size: int) -> None:
+    images, labels = load_split(mnist_dataset, "train")
+    sources = [
+        source_of(mnist_dataset, seed=3, rank=rank, world_size=world_size, source="resident")
+        for rank in range(world_size)
+    ]
+    for first in (0, 12_345):
+        streams = [source.batches(first) for source in sources]
+        for number in range(first, first + 3):
+            parts = [next(stream) for stream in streams]
+            indices = data_indices(3, number, 64, 60_000)
+            assert torch.equal(torch.cat([part.images for part in parts]), images[indices])
+            assert torch.equal(torch.cat([part.labels for part in parts]), labels[indices])
+
+
+@pytest.mark.parametrize("kind", ["resident", "streaming"])
+def test_a_batch_is_a_function_of_its_number(mnist_dataset: Dataset, kind: str) -> None:
+    source = source_of(mnist_dataset, source=kind, workers=0)
+    stream = source.batches(0)
+    whole = list(islice(stream, 40))
+    for first in (0, 1, 17, 39):
+        batch = next(source.batches(first))
+        assert torch.equal(batch.images, whole[first].images)
+        assert torch.equal(batch.labels, whole[first].labels)
+    assert whole[0].images.shape == (64, 1, 28, 28)
+    assert not torch.equal(whole[0].images, whole[1].images)
+
+
+def test_streamed_mnist_is_mnist(mnist_dataset: Dataset) -> None:
+    stream = source_of(mnist_dataset, batch_size=96, source="streaming", lanes=8, workers=1).batches(625)
+    batches = list(islice(stream, 625))  # the second epoch: 60,000 = 625 x 96, and 8 divides it evenly
+    images, labels = load_split(mnist_dataset, "train")
+    found = torch.cat([batch.images for batch in batches])
+    assert torch.equal(torch.cat([batch.labels for batch in batches]).bincount(), labels.bincount())
+    assert sorted(map(bytes, found.numpy())) == sorted(map(bytes, images.numpy()))
+
+
+def test_auto_chooses_by_decoded_size(tmp_path: Path) -> None:
+    small = numbered_dataset(tmp_path, [2**18], name="fits", block=2**18)  # 4 bytes an image: 1 MiB
+    large = numbered_dataset(tmp_path, [2**18 + 1], name="not", block=2**19)
+    assert isinstance(source_of(small, resident_limit_mib=1), ResidentSource)
+    assert isinstance(source_of(large, resident_limit_mib=1), StreamingSource)
+    assert isinstance(source_of(large, resident_limit_mib=2), ResidentSource)
+    assert isinstance(source_of(small, resident_limit_mib=1, source="streaming"), StreamingSource)
+    assert isinstance(source_of(large, resident_limit_mib=1, source="resident"), ResidentSource)
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path: Path) -> None:
+    dataset = numbered_dataset(tmp_path, [100])
+    with pytest.raises(UserError, match=r"batch_size 64 .* 3 processes"):
+        source_of(dataset, world_size=3)

@@ -1,0 +1,336 @@
+"""Streaming: every sample once an epoch, and the same global batches whatever reads them."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from webdataset import TarWriter
+
+from pipeline.config import UserError
+from pipeline.data import DataError, Dataset, Shard, streaming
+from pipeline.data.preparing import index_shards
+from pipeline.data.shards import Samples, read_shard
+from pipeline.data.streaming import StreamingSource, pieces
+from tests.data.numbered import image_numbers, numbered_dataset
+
+COUNTS = [1, 900, 17, 250, 3, 444, 120]
+TOTAL = sum(COUNTS)
+CPU = torch.device("cpu")
+
+
+def make_source(
+    dataset: Dataset,
+    *,
+    lanes: int = 4,
+    workers: int = 0,
+    batch_size: int = 24,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> StreamingSource:
+    return StreamingSource(
+        dataset,
+        lanes=lanes,
+        workers=workers,
+        batch_size=batch_size,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        device=CPU,
+    )
+
+
+def numbers(source: StreamingSource, first: int, count: int) -> torch.Tensor:
+    """Sample numbers int64 [count, b] of the batches from `first` on; checks that the labels belong to the images."""
+    stream = source.batches(first)
+    rows = []
+    for images, labels in islice(stream, count):
+        assert images.dtype == torch.uint8
+        assert labels.dtype == torch.int64
+        number = torch.from_numpy(image_numbers(images.numpy()))
+        assert torch.equal(labels, number % 10)
+        rows.append(number)
+    stream.close()  # type: ignore[attr-defined]
+    return torch.stack(rows)
+
+
+def all_ranks(dataset: Dataset, world_size: int, first: int, count: int, *, lanes: int, workers: int) -> torch.Tensor:
+    """Global batches put together from the slices of every rank."""
+    return torch.cat(
+        [
+            numbers(make_source(dataset, lanes=lanes, workers=workers, rank=rank, world_size=world_size), first, count)
+            for rank in range(world_size)
+        ],
+        dim=1,
+    )
+
+
+@pytest.mark.parametrize("lanes", [1, 4, 8, 12, 24])
+def test_every_sample_comes_once_an_epoch(tmp_path: Path, lanes: int) -> None:
+    dataset = numbered_dataset(tmp_path, COUNTS)
+    epochs = 3
+    batches = numbers(make_source(dataset, lanes=lanes), 0, epochs * TOTAL // 24 + 2 * lanes)
+    lengths = [(lane + 1) * TOTAL // lanes - lane * TOTAL // lanes for lane in range(lanes)]
+    assert max(lengths) - min(lengths) <= 1
+    streams = batches.reshape(len(batches), lanes, 24 // lanes).transpose(0, 1).reshape(lanes, -1)
+    orders = []
+    for epoch in range(epochs):
+        seen = [stream[epoch * length : (epoch + 1) * length] for stream, length in zip(streams, lengths, strict=True)]
+        epoch_numbers = torch.cat(seen)
+        assert torch.equal(epoch_numbers.sort().values, torch.arange(TOTAL))
+        orders.append(tuple(epoch_numbers.tolist()))
+    assert len(set(orders)) == epochs
+    assert tuple(range(TOTAL)) not in orders
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # fewer cores
+@pytest.mark.parametrize(
+    ("lanes", "workers"), [(4, 0), (4, 1), (8, 1), (8, 2), (12, 0), (12, 1), (12, 3), (24, 1), (24, 3)]
+)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_global_batches_are_the_same_in_all_settings(tmp_path: Path, lanes: int, workers: int, world_size: int) -> None:
+    dataset = numbered_dataset(tmp_path, COUNTS)
+    count = 2 * TOTAL // 24 + 5
+    expected = numbers(make_source(dataset, lanes=lanes), 0, count)
+    stop = random.Random(f"{lanes} {workers} {world_size}").randrange(1, count - 1)
+    before = all_ranks(dataset, world_size, 0, stop, lanes=lanes, workers=workers)
+    after = all_ranks(dataset, world_size, stop, count - stop, lanes=lanes, workers=workers)
+    assert torch.equal(torch.cat([before, after]), expected)
+
+
+@given(
+    counts=st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    lanes=st.integers(1, 9),
+    seed=st.integers(0, 2**63),
+    data=st.data(),
+)
+def test_pieces_are_a_function_of_the_position(counts: list[int], lanes: int, seed: int, data: st.DataObject) -> None:
+    total = sum(counts)
+    lanes = min(lanes, total)
+    epochs = 3
+
+    def walk(lane: int, position: int, length: int) -> list[tuple[int, int, int]]:
+        found: list[tuple[int, int, int]] = []
+        for piece in pieces(counts, seed, lanes, lane, position):
+            assert 0 <= piece.start < piece.stop <= counts[piece.shard]
+            found += [(piece.epoch, piece.shard, at) for at in range(piece.start, piece.stop)]
+            if len(found) >= length:
+                return found[:length]
+        raise AssertionError("a lane ended")
+
+    everything = []
+    for lane in range(lanes):
+        length = epochs * ((lane + 1) * total // lanes - lane * total // lanes)
+        whole = walk(lane, 0, length)
+        position = data.draw(st.integers(0, length - 1))
+        assert walk(lane, position, length - position) == whole[position:]
+        everything += whole
+    assert sorted(everything) == [
+        (epoch, shard, at) for epoch in range(epochs) for shard, count in enumerate(counts) for at in range(count)
+    ]
+
+
+def test_order_depends_on_seed_and_epoch_alone(tmp_path: Path) -> None:
+    dataset = numbered_dataset(tmp_path, COUNTS)
+    first = numbers(make_source(dataset, seed=1), 0, 50)
+    assert torch.equal(first, numbers(make_source(dataset, seed=1), 0, 50))
+    assert not torch.equal(first, numbers(make_source(dataset, seed=2), 0, 50))
+    # Neighbours in the stream are rarely neighbours in the file.
+    lane = numbers(make_source(numbered_dataset(tmp_path, [TOTAL], name="one"), lanes=1), 0, 70).flatten()
+    assert (lane.diff().abs() == 1).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_global_rngs_are_left_alone(tmp_path: Path, workers: int) -> None:
+    dataset = numbered_dataset(tmp_path, COUNTS)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
+    expected = torch.rand(2).tolist(), np.random.rand(), random.random()
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
+    numbers(make_source(dataset, workers=workers), 3, 5)
+    assert (torch.rand(2).tolist(), np.random.rand(), random.random()) == expected
+
+
+def test_a_resumed_lane_reads_from_its_own_shard_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = numbered_dataset(tmp_path, [100] * 40)
+    read: list[str] = []
+
+    def counting(dataset: Dataset, shard: Shard, *, verify: bool) -> Samples:
+        read.append(shard.name)
+        return read_shard(dataset, shard, verify=verify)
+
+    monkeypatch.setattr(streaming, "read_shard", counting)
+    monkeypatch.setattr(streaming, "CHUNK_BATCHES", 1)
+    numbers(make_source(dataset, lanes=4, batch_size=40), 1003, 1)
+    assert len(read) <= 2 * 4
+    read.clear()
+    # An epoch is 100 batches of 40: four lanes of ten whole shards each, so every shard is read once.
+    numbers(make_source(dataset, lanes=4, batch_size=40), 0, 100)
+    assert sorted(read) == sorted(shard.name for shard in dataset.shards("train"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lanes": 5}, ["data.lanes 5", "batch_size 24"]),
+        ({"lanes": 4, "workers": 3}, ["data.lanes 4", "1 processes", "data.workers 3", "multiple of 3"]),
+        ({"lanes": 4, "world_size": 3}, ["data.lanes 4", "3 processes"]),
+        ({"lanes": 12, "world_size": 4, "workers": 2}, ["data.lanes 12", "multiple of 8"]),
+        ({"lanes": 24}, ["data.lanes 24", "20 images"]),
+    ],
+)
+def test_lanes_that_cannot_be_shared_are_refused(tmp_path: Path, settings: dict[str, int], words: list[str]) -> None:
+    dataset = numbered_dataset(tmp_path, [20])
+    with pytest.raises(UserError) as caught:
+        make_source(dataset, **settings)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def damage(path: Path, kind: str) -> None:
+    content = bytearray(path.read_bytes())
+    if kind == "flipped bit":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif kind == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif kind == "replaced":
+        path.write_bytes(bytes(len(content)))
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["flipped bit", "cut", "replaced", "deleted"])
+def test_a_damaged_shard_is_named_before_its_images_are_used(tmp_path: Path, workers: int, kind: str) -> None:
+    dataset = numbered_dataset(tmp_path, [300] * 6)
+    damage(dataset.folder / "train-3.tar", kind)
+    source = make_source(dataset, workers=workers)
+    seen: list[int] = []
+    with pytest.raises(DataError, match=r"train-3\.tar") as caught:
+        seen.extend(number for batch in source.batches(0) for number in image_numbers(batch.images.numpy()))
+    assert "\n" not in str(caught.value)
+    assert not set(seen) & set(range(900, 1200))
+    assert len(seen) < 1800
+
+
+def test_single_image_shards_stream(tmp_path: Path) -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (37, 3, 5, 3), dtype=np.uint8)
+    for shard in range(4):
+        with TarWriter(str(tmp_path / f"s{shard}.tar"), encoder=False) as writer:
+            for number in range(shard, 37, 4):
+                buffer = io.BytesIO()
+                Image.fromarray(colours[number]).save(buffer, "PNG")
+                writer.write({"__key__": f"{number:03d}", "png": buffer.getvalue(), "cls": str(number).encode()})
+    dataset = index_shards(tmp_path / "data", "photos", {"train": [str(tmp_path / "s{0..3}.tar")]})
+    assert (dataset.image_shape, dataset.num_classes, dataset.num_images("train")) == ((3, 3, 5), 37, 37)
+    for workers in (0, 1):
+        source = StreamingSource(
+            dataset, lanes=1, workers=workers, batch_size=37, seed=4, rank=0, world_size=1, device=CPU
+        )
+        stream = source.batches(0)
+        for images, labels in islice(stream, 3):
+            assert labels.sort().values.tolist() == list(range(37))
+            assert np.array_equal(images.numpy(), colours[labels.numpy()].transpose(0, 3, 1, 2))
+        stream.close()  # type: ignore[attr-defined]
+
+
+def children() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_workers_end_with_the_iterator(tmp_path: Path) -> None:
+    source = make_source(numbered_dataset(tmp_path, COUNTS), workers=2)
+    before = children()
+    streams = [source.batches(0), source.batches(7)]
+    for stream in streams:
+        next(stream)
+    assert len(children()) == len(before) + 4
+    streams[0].close()  # type: ignore[attr-defined]
+    assert len(children()) == len(before) + 2
+    del streams, stream
+    assert len(children()) == len(before)
+
+
+def test_workers_survive_signals_to_all_processes(tmp_path: Path) -> None:
+    dataset = numbered_dataset(tmp_path, COUNTS)
+    expected = numbers(make_source(dataset), 0, 500)
+    before = children()
+    stream = make_source(dataset, workers=1).batches(0)
+    rows = [next(stream)]
+    (worker,) = set(children()) - set(before)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        worker.send_signal(number)
+    # SIGTERM comes from the launcher or Slurm, not from the parent, whose word alone counts.
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    rows += islice(stream, 499)
+    found = np.stack([image_numbers(images.numpy()) for images, _ in rows])
+    assert np.array_equal(found, expected.numpy())
+    assert worker.is_running()
+    stream.close()  # type: ignore[attr-defined]
+    assert not worker.is_running()
+
+
+PROGRAM = """
+import sys, torch
+from pipeline.data import load_dataset
+from pipeline.data.shards import Samples, read_shard
+from pipeline.data.streaming import StreamingSource
+source = StreamingSource(load_dataset(sys.argv[1]), lanes=4, workers=2, batch_size=24, seed=0, rank=0, world_size=1,
+                         device=torch.device("cpu"))
+stream = source.batches(0)
+next(stream)
+print("started", flush=True)
+if sys.argv[2] == "raise":
+    raise SystemError("lost")
+if sys.argv[2] == "wait":
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("ending", ["exit", "raise", "kill"])
+def test_no_worker_outlives_its_process(tmp_path: Path, ending: str) -> None:
+    dataset = numbered_dataset(tmp_path, COUNTS)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(dataset.folder), "wait" if ending == "kill" else ending],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"started\n"
+        if ending == "kill":
+            assert len(psutil.Process(process.pid).children()) == 2
+            process.kill()
+        assert process.wait(timeout=60) == {"exit": 0, "raise": 1, "kill": -signal.SIGKILL}[ending]
+    deadline = time.monotonic() + 30
+    while group := [each.pid for each in psutil.process_iter() if each.is_running() and in_session(each, process.pid)]:
+        assert time.monotonic() < deadline, group
+        time.sleep(0.1)
+
+
+def in_session(process: psutil.Process, session: int) -> bool:
+    try:
+        return os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return False

@@ -1,0 +1,184 @@
+"""Contracts 1 to 3: one trajectory for any number of ranks, exact resume, elastic resume. Real processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.checkpoint import committed, find, read_checkpoint
+from pipeline.data.preparing import prepare_npz
+from pipeline.objectives import OBJECTIVES
+from tests.jobs import ROOT, TINY, environment, launch, train_many
+
+STEPS = 20
+SETTINGS = {
+    "wgan": [],
+    "wgan_gp": ["--training.gradient_penalty", "10", "--training.clip_value", "null"],
+    "lsgan": ["--training.clip_value", "null"],
+    "gan": ["--training.clip_value", "null"],
+    "acgan": ["--training.clip_value", "null"],
+}
+VARIANTS = {
+    **{name: ["--training.objective", name, *settings] for name, settings in SETTINGS.items()},
+    "separate": ["--training.critic_updates", "separate", "--training.critic_fakes", "moving"],
+    "adam": ["--training.critic_optimizer.algorithm", "adam", "--training.generator_optimizer.algorithm", "adam"],
+}
+SOURCES = {
+    "resident": ["--data.source", "resident"],
+    "streaming": ["--data.source", "streaming", "--data.lanes", "8", "--data.workers", "1"],
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """600 random 8 x 8 images of 4 classes, in shards of 200."""
+    root = tmp_path_factory.mktemp("tiny")
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (600, 8, 8), dtype=np.uint8)
+    np.savez(root / "tiny.npz", images=images, labels=np.arange(600) % 4)
+    dataset = prepare_npz(root, "tiny", {"train": root / "tiny.npz"}, images_per_block=50, images_per_shard=200)
+    return Path(dataset.folder)
+
+
+Arguments = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="session")
+def arguments(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Arguments:
+    """(run's name, further arguments) -> the arguments of a run in a folder that all tests of this file share."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def build(name: str, *more: str, steps: int = STEPS) -> list[str]:
+        fixed = ["--run.name", name, "--run.root", str(root), "--training.steps", str(steps)]
+        return [*TINY, "--data.dataset", str(tiny_dataset), *fixed, *more]
+
+    build.root = root  # type: ignore[attr-defined]
+    return build
+
+
+def final(arguments: Arguments, name: str) -> dict[str, torch.Tensor]:
+    return find(arguments.root / name, STEPS).tensors()  # type: ignore[attr-defined]
+
+
+def losses(arguments: Arguments, name: str) -> torch.Tensor:
+    lines = (arguments.root / name / "metrics.jsonl").read_text().splitlines()  # type: ignore[attr-defined]
+    rows = [json.loads(line) for line in lines]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    return torch.tensor([[row["critic_loss"], row["generator_loss"]] for row in rows])
+
+
+def assert_close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        torch.testing.assert_close(tensor, right[name], rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")  # fmt: skip
+
+
+def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    different = [name for name, tensor in left.items() if not torch.equal(tensor, right[name])]
+    assert not different
+
+
+@pytest.fixture(scope="session")
+def trajectories(arguments: Arguments) -> Arguments:
+    """Every variant, uninterrupted, at 1, 2 and 4 ranks, in float64; WGAN also in float32."""
+    for world_size in (1, 2, 4):
+        runs = [
+            arguments(f"{name}-{world_size}", *variant, "--runtime.precision", "float64")
+            for name, variant in (VARIANTS | SOURCES).items()
+        ]
+        # A wide clip keeps this small critic's scores well above their rounding error.
+        train_many([*runs, arguments(f"float32-{world_size}", "--training.clip_value", "0.3")], world_size)
+    return arguments
+
+
+def test_every_objective_is_covered() -> None:
+    assert set(OBJECTIVES) <= set(VARIANTS)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("name", [*VARIANTS, *SOURCES])
+def test_the_trajectory_does_not_depend_on_the_world_size(trajectories: Arguments, name: str, world_size: int) -> None:
+    assert_close(final(trajectories, f"{name}-1"), final(trajectories, f"{name}-{world_size}"), 1e-9)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_in_float32_the_losses_agree(trajectories: Arguments, world_size: int) -> None:
+    one, many = losses(trajectories, "float32-1"), losses(trajectories, f"float32-{world_size}")
+    scale = one.abs().amax(dim=0)
+    assert ((one - many).abs() / scale).max() < 1e-3
+
+
+def test_the_sources_and_variants_are_different_runs(trajectories: Arguments) -> None:
+    """The comparisons above would pass for runs that ignore their settings."""
+    weights = {name: final(trajectories, f"{name}-1")["critic.score.weight"] for name in (*VARIANTS, "streaming")}
+    names = [name for name in weights if name not in ("acgan", "gan")]
+    for i, name in enumerate(names):
+        assert all(not torch.equal(weights[name], weights[other]) for other in names[:i]), name
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(arguments: Arguments, world_size: int) -> None:
+    """Stopped at several steps of both sources, mid-epoch and right after a checkpoint or evaluation alike."""
+    cadence = ["--run.checkpoint_every", "4"]
+    runs = []
+    for source, settings in SOURCES.items():
+        whole = f"whole-{source}-{world_size}"
+        runs.append(arguments(whole, *settings, *cadence))
+        for stop in (1, 7, 12):
+            name = f"resumed-{source}-{world_size}-{stop}"
+            runs += [arguments(name, *settings, *cadence, steps=stop), arguments(name, *settings, *cadence)]
+    train_many(runs, world_size)
+    for source in SOURCES:
+        for stop in (1, 7, 12):
+            resumed = final(arguments, f"resumed-{source}-{world_size}-{stop}")
+            assert_equal(final(arguments, f"whole-{source}-{world_size}"), resumed)
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (4, 1)])
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_run_goes_on_with_another_number_of_ranks(
+    trajectories: Arguments, before: int, after: int, source: str
+) -> None:
+    name = f"elastic-{source}-{before}-{after}"
+    settings = [*SOURCES[source], "--runtime.precision", "float64"]
+    train_many([trajectories(name, *settings, steps=9)], before)
+    assert read_checkpoint(committed(trajectories.root / name / "checkpoints")[-1]).world_size == before  # type: ignore[attr-defined]
+    train_many([trajectories(name, *settings)], after)
+    assert_close(final(trajectories, f"{source}-1"), final(trajectories, name), 1e-9)
+
+
+def test_replicas_hold_the_clip_and_share_the_work(trajectories: Arguments) -> None:
+    checkpoint = find(trajectories.root / "wgan-4", STEPS)  # type: ignore[attr-defined]
+    critic = {name: value for name, value in checkpoint.tensors().items() if name.startswith("critic.")}
+    assert max(value.abs().max().item() for value in critic.values()) == 0.01
+    assert len(checkpoint.files) == 4, "every rank writes a shard"
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(arguments: Arguments, tmp_path: Path) -> None:
+    odd = arguments("odd", "--training.batch_size", "63", "--run.root", str(tmp_path / "runs"))
+    result = launch(ROOT / "pipeline/train.py", odd, 2)
+    assert result.returncode != 0
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert errors == [
+        "error: training.batch_size 63 cannot be shared among 2 processes: "
+        "choose a batch size that the number of processes divides"
+    ]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_launchers_silent_trap_is_refused(arguments: Arguments, tmp_path: Path) -> None:
+    """`--cpu --num_processes 2` starts one process."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command = [*launcher, str(ROOT / "pipeline/train.py"), *arguments("trap"), "--run.root", str(tmp_path / "runs")]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert "told --num_processes 2 but started 1: add --multi_gpu" in result.stderr
+    assert not (tmp_path / "runs").exists()

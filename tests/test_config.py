@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import (
+    Config,
+    DataConfig,
+    RunConfig,
+    TrainingConfig,
+    UserError,
+    flatten,
+    make_parser,
+    parse,
+    to_yaml,
+)
+
+ROOT = Path(__file__).parents[1]
+
+
+def from_arguments(*arguments: str) -> Config:
+    return parse(make_parser("test"), arguments)[0]
+
+
+def test_the_defaults_are_the_reference_notebook() -> None:
+    config = Config()
+    assert (config.training.batch_size, config.training.n_critic, config.training.clip_value) == (64, 5, 0.01)
+    assert (config.training.critic_optimizer.learning_rate, config.training.critic_optimizer.rho) == (5e-5, 0.9)
+    assert (config.training.steps, config.run.sample_every, config.network.latent_dim) == (40_000, 500, 100)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_file_lists_only_differences_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
+    config = from_arguments("--config", str(path))
+    assert config.run.name == path.stem
+    listed = {
+        f"{section}.{key}"
+        for section, values in yaml.safe_load(path.read_text()).items()
+        for key, value in values.items()
+        if not isinstance(value, dict)
+    }
+    defaults, values = flatten(Config()), flatten(config)
+    same = {key for key in listed if defaults[key] == values[key]}
+    assert same <= {"run.name"}, f"{path.name} lists defaults: {same}"
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(config))
+    assert from_arguments("--config", str(saved)) == config
+
+
+def test_a_file_is_overridden_by_later_arguments() -> None:
+    config = from_arguments("--config", str(ROOT / "configs/lsgan.yaml"), "--training.critic_optimizer.decay", "0.5")
+    assert config.training.critic_optimizer.decay == 0.5
+    assert config.training.critic_optimizer.learning_rate == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("training", {"n_critic": 0}, "training.n_critic is 0: it must be at least 1"),
+        ("training", {"clip_value": -0.1}, "training.clip_value is -0.1: it must be greater than 0"),
+        ("training", {"ema_decay": 1.5}, "training.ema_decay is 1.5: it must be at most 1"),
+        ("training", {"ema_decay": float("nan")}, "training.ema_decay is nan"),
+        ("run", {"name": "../escape"}, "run.name is '../escape'"),
+        ("data", {"source": "streaming", "lanes": 7}, "data.lanes 7 does not divide training.batch_size 64"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(section: str, changes: dict[str, object], message: str) -> None:
+    kinds = {"training": TrainingConfig, "run": RunConfig, "data": DataConfig}
+    with pytest.raises(UserError, match=message):
+        Config(**{section: kinds[section](**changes)})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--training.n_critics", "3"], "--training.n_critics"),
+        (["--training.n_critic", "many"], 'key "training.n_critic"'),
+        (["--training.critic_updates", "both"], 'key "training.critic_updates"'),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_unknown_keys_and_wrong_types_are_refused_by_name(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        from_arguments(*arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--training.n_critic", "many"], "training.n_critic"),
+        (["--training.objective", "wgann"], "training.objective is 'wgann'"),
+    ],
+)
+def test_the_program_refuses_bad_input_in_one_line_and_touches_nothing(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, str(ROOT / "pipeline/train.py"), *arguments]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    last = [line for line in result.stderr.splitlines() if line][-1]
+    assert "Traceback" not in result.stderr
+    assert message in result.stderr
+    assert last.startswith(("error:", " "))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_key_in_a_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("training:\n  n_critics: 3\n")
+    with pytest.raises(SystemExit, match="2"):
+        from_arguments("--config", str(path))
+
+
+def test_help_documents_every_key() -> None:
+    text = " ".join(make_parser("test").format_help().split())
+    for key in flatten(Config()):
+        entry = text.split(f"--{key} ", 2)[-1]
+        assert "(type:" in entry[:600], key
+        assert not entry.lstrip().startswith("(type:"), f"{key} has no docstring"
+
+
+def test_the_key_that_may_change_between_launches_are_those_off_the_trajectory() -> None:
+    fixed = flatten(Config(), free=False)
+    assert {"training.seed", "training.batch_size", "network.width", "data.lanes", "runtime.precision"} <= fixed.keys()
+    assert not {"training.steps", "run.log_every", "data.workers", "runtime.threads", "evaluation.every"} & fixed.keys()

@@ -1,0 +1,169 @@
+"""The networks against Keras's geometry, written out in NumPy from its definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from pipeline.config import NetworkConfig, UserError
+from pipeline.networks import Critic, Generator, SameConv2d, SameConvTranspose2d, initialise, same_padding
+from pipeline.sampling import seeded
+
+Array = NDArray[np.float64]
+
+
+def keras_conv(images: Array, kernel: Array, bias: Array, stride: int) -> Array:
+    """images [h, w, in], kernel [k, k, in, out] -> [ceil(h / s), ceil(w / s), out]; the odd padding row goes after."""
+    size, k = images.shape[0], kernel.shape[0]
+    out_size = -(-size // stride)
+    before = max((out_size - 1) * stride + k - size, 0) // 2
+    out = np.zeros((out_size, out_size, kernel.shape[3]))
+    for row in range(out_size):
+        for column in range(out_size):
+            for i in range(k):
+                for j in range(k):
+                    y, x = row * stride + i - before, column * stride + j - before
+                    if 0 <= y < size and 0 <= x < size:
+                        out[row, column] += images[y, x] @ kernel[i, j]
+    return out + bias
+
+
+def keras_conv_transpose(images: Array, kernel: Array, bias: Array, stride: int) -> Array:
+    """The transpose of `keras_conv` from an image of stride * h rows. kernel [k, k, out, in]."""
+    size, k = images.shape[0], kernel.shape[0]
+    out_size = size * stride
+    before = max((size - 1) * stride + k - out_size, 0) // 2
+    out = np.zeros((out_size, out_size, kernel.shape[2]))
+    for row in range(size):
+        for column in range(size):
+            for i in range(k):
+                for j in range(k):
+                    y, x = row * stride + i - before, column * stride + j - before
+                    if 0 <= y < out_size and 0 <= x < out_size:
+                        out[y, x] += kernel[i, j] @ images[row, column]
+    return out + bias
+
+
+def layers(network: torch.nn.Module, name: str) -> list[Any]:
+    """A module list without the types that torch can't give its elements."""
+    return list(getattr(network, name))
+
+
+def random_images(seed: int, size: int, channels: int) -> tuple[torch.Tensor, Array]:
+    images = torch.randn(1, channels, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return images, images[0].permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize(("size", "before", "after"), [(28, 1, 2), (14, 1, 2), (7, 2, 2)])
+def test_same_padding_with_stride_two_is_asymmetric(size: int, before: int, after: int) -> None:
+    assert same_padding(size, stride=2) == (before, after)
+
+
+@pytest.mark.parametrize(("size", "stride"), [(28, 2), (14, 2), (7, 2), (4, 1), (9, 2)])
+def test_convolution_is_keras_same(size: int, stride: int) -> None:
+    layer = SameConv2d(2, 3, stride).double()
+    images, array = random_images(size, size, 2)
+    kernel = layer.weight.detach().permute(2, 3, 1, 0).numpy()
+    expected = keras_conv(array, kernel, layer.state_dict()["bias"].numpy(), stride)
+    np.testing.assert_allclose(layer(images)[0].detach().permute(1, 2, 0).numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [7, 14])
+def test_transposed_convolution_is_keras_same(size: int) -> None:
+    layer = SameConvTranspose2d(3, 2).double()
+    images, array = random_images(size, size, 3)
+    kernel = layer.weight.detach().permute(2, 3, 1, 0).numpy()
+    expected = keras_conv_transpose(array, kernel, layer.state_dict()["bias"].numpy(), 2)
+    np.testing.assert_allclose(layer(images)[0].detach().permute(1, 2, 0).numpy(), expected, atol=1e-12)
+
+
+def test_stride_one_transposed_convolution_is_a_convolution_with_the_kernel_flipped() -> None:
+    layer = SameConv2d(3, 2, 1).double()
+    images, array = random_images(0, 6, 3)
+    kernel = layer.weight.detach().flip(2, 3).permute(2, 3, 0, 1).numpy()
+    expected = keras_conv_transpose(array, kernel, layer.state_dict()["bias"].numpy(), 1)
+    np.testing.assert_allclose(layer(images)[0].detach().permute(1, 2, 0).numpy(), expected, atol=1e-12)
+
+
+def test_whole_generator_and_critic_match_the_numpy_reference() -> None:
+    config = NetworkConfig(latent_dim=5, width=0.06)
+    generator, critic = Generator(config, (1, 28, 28)).double().eval(), Critic(config, (1, 28, 28)).double()
+    for network in (generator, critic):
+        initialise(network, seeded(3, "weights"))
+    random = torch.Generator().manual_seed(1)
+    for norm in layers(generator, "norms"):
+        for tensor in (norm.weight, norm.bias, norm.running_mean):
+            tensor.data.normal_(generator=random)
+        norm.running_var.uniform_(0.5, 2, generator=random)
+    latents = torch.rand(1, 5, dtype=torch.float64, generator=random)
+
+    def numpy(tensor: torch.Tensor) -> Array:
+        return tensor.detach().numpy()
+
+    x = (numpy(generator.dense.weight) @ numpy(latents)[0] + numpy(generator.dense.bias)).reshape(generator.base)
+    for i, (norm, convolution) in enumerate(
+        zip(layers(generator, "norms"), layers(generator, "convolutions"), strict=True)
+    ):
+        scale = numpy(norm.weight) / np.sqrt(numpy(norm.running_var) + 1e-3)
+        x = np.maximum((x - numpy(norm.running_mean)) * scale + numpy(norm.bias), 0)
+        weight, bias = convolution.weight.detach(), numpy(convolution.bias)
+        if i < 2:
+            x = keras_conv_transpose(x, weight.permute(2, 3, 1, 0).numpy(), bias, 2)
+        else:
+            x = keras_conv_transpose(x, weight.flip(2, 3).permute(2, 3, 0, 1).numpy(), bias, 1)
+    x = 1 / (1 + np.exp(-x))
+    images = generator(latents)
+    np.testing.assert_allclose(numpy(images)[0].transpose(1, 2, 0), x, atol=1e-12)
+
+    for convolution, stride in zip(layers(critic, "convolutions"), (2, 2, 2, 1), strict=True):
+        x = np.where(x > 0, x, 0.2 * x)
+        weight = convolution.weight.detach().permute(2, 3, 1, 0).numpy()
+        x = keras_conv(x, weight, numpy(convolution.bias), stride)
+    score = x.reshape(-1) @ numpy(critic.score.weight)[0] + numpy(critic.score.bias)[0]
+    np.testing.assert_allclose(numpy(critic(images)[0])[0], score, atol=1e-12)
+
+
+def test_reference_parameter_counts() -> None:
+    generator, critic = Generator(NetworkConfig(), (1, 28, 28)), Critic(NetworkConfig(), (1, 28, 28))
+    counted = [value for name, value in generator.state_dict().items() if "num_batches_tracked" not in name]
+    assert sum(value.numel() for value in counted) == 1_301_505
+    assert sum(value.numel() for value in critic.parameters()) == 1_080_577
+    assert {(norm.eps, norm.momentum) for norm in layers(generator, "norms")} == {(1e-3, 0.01)}
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 64, 48)])
+@pytest.mark.parametrize("num_classes", [0, 10])
+def test_shapes_follow_the_dataset(shape: tuple[int, int, int], num_classes: int) -> None:
+    config = NetworkConfig(latent_dim=7, width=0.25)
+    generator, critic = Generator(config, shape, num_classes), Critic(config, shape, num_classes)
+    labels = torch.tensor([0, 1, 2])
+    images = generator(torch.zeros(3, 7), labels)
+    scores, logits = critic(images)
+    assert images.shape == (3, *shape)
+    assert scores.shape == (3,)
+    assert (logits.shape == (3, 10)) if num_classes else (logits is None)
+    rebuilt = Generator.from_spec(generator.spec())
+    rebuilt.load_state_dict(generator.state_dict())
+
+
+def test_an_image_size_that_cannot_be_doubled_twice_is_refused() -> None:
+    with pytest.raises(UserError, match=r"30 x 28.*multiples of 4"):
+        Generator(NetworkConfig(), (1, 30, 28))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_initialisation_is_glorot_uniform_and_a_function_of_the_seed(seed: int) -> None:
+    critics = [Critic(NetworkConfig(), (1, 28, 28)) for _ in range(2)]
+    for critic in critics:
+        initialise(critic, seeded(seed, "weights"))
+    first, second = (layers(critic, "convolutions")[1] for critic in critics)
+    weight = first.weight
+    limit = (6 / (25 * 32 + 25 * 64)) ** 0.5
+    assert torch.equal(weight, second.weight)
+    assert weight.abs().max().item() == pytest.approx(limit, rel=1e-3)
+    assert weight.std().item() == pytest.approx(limit / 3**0.5, rel=0.02)
+    assert not first.bias.any()

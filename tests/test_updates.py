@@ -1,0 +1,206 @@
+"""Losses and updates against values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import NetworkConfig, OptimizerConfig, TrainingConfig, UserError
+from pipeline.networks import Critic, Generator, initialise
+from pipeline.objectives import OBJECTIVES, choose, gradient_penalty
+from pipeline.sampling import seeded
+from pipeline.state import build_optimizer
+from pipeline.updates import Images, clip_, critic_step, generator_step, to_pixels
+
+REAL, FAKE = torch.tensor([1.0, 3.0]), torch.tensor([-1.0, 2.0])
+
+
+def softplus(value: float) -> float:
+    return math.log1p(math.exp(value))
+
+
+@pytest.mark.parametrize(
+    ("name", "real", "fake", "generator"),
+    [
+        ("wgan", -2.0, 0.5, -0.5),
+        ("wgan_gp", -2.0, 0.5, -0.5),
+        ("lsgan", (0 + 4) / 2, (1 + 4) / 2, (4 + 1) / 2),
+        *[
+            (
+                name,
+                (softplus(-1) + softplus(-3)) / 2,
+                (softplus(-1) + softplus(2)) / 2,
+                (softplus(1) + softplus(-2)) / 2,
+            )
+            for name in ("gan", "acgan")
+        ],
+    ],
+)
+def test_losses_by_hand(name: str, real: float, fake: float, generator: float) -> None:
+    objective = OBJECTIVES[name]
+    assert objective.real_loss(REAL).item() == pytest.approx(real)
+    assert objective.fake_loss(FAKE).item() == pytest.approx(fake)
+    assert objective.generator_loss(FAKE).item() == pytest.approx(generator)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_critic_pushes_scores_apart_and_the_generator_pulls_them_up(name: str) -> None:
+    """At a score of 0.5 every objective wants real scores higher, fake ones lower, the generator's higher."""
+    for loss, sign in (("real_loss", -1), ("fake_loss", 1), ("generator_loss", -1)):
+        scores = torch.full((4,), 0.5, requires_grad=True)
+        getattr(OBJECTIVES[name], loss)(scores).backward()
+        assert scores.grad is not None
+        assert (scores.grad.sign() == sign).all(), loss
+
+
+def test_gradient_penalty_by_hand() -> None:
+    """f(x) = w . x has the gradient w everywhere; its derivative by w is 2 (|w| - 1) w / |w|."""
+    weight = torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)
+    images = torch.rand(5, 1, 1, 2, dtype=torch.float64, requires_grad=True)
+    penalty = gradient_penalty(images.flatten(1) @ weight, images)
+    assert penalty.item() == pytest.approx(16.0)
+    (slope,) = torch.autograd.grad(penalty, weight)
+    torch.testing.assert_close(slope, 8 * torch.tensor([0.6, 0.8], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_gradient_penalty_passes_gradcheck_through_the_critic(seed: int) -> None:
+    critic = Critic(NetworkConfig(width=0.03), (1, 8, 8)).double()
+    initialise(critic, seeded(seed, "weights"))
+    images = torch.rand(2, 1, 8, 8, dtype=torch.float64, generator=seeded(seed, "images"), requires_grad=True)
+    weight = critic.get_parameter("convolutions.0.weight")
+
+    def penalty(value: Tensor) -> Tensor:
+        scores = torch.func.functional_call(critic, {"convolutions.0.weight": value}, (images,))[0]
+        return gradient_penalty(scores, images)
+
+    assert torch.autograd.gradcheck(penalty, (weight.detach().clone().requires_grad_(),))
+
+
+class Line(nn.Module):
+    """score = w * pixel + b."""
+
+    def __init__(self, w: float, b: float) -> None:
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.tensor(w)), nn.Parameter(torch.tensor(b))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, None]:
+        return self.w * images.flatten(1).sum(1) + self.b, None
+
+
+def batch(*pixels: float) -> Images:
+    return Images(torch.tensor(pixels).view(-1, 1, 1, 1), torch.zeros(len(pixels), dtype=torch.int64))
+
+
+def rmsprop(network: nn.Module) -> torch.optim.Optimizer:
+    return build_optimizer(OptimizerConfig(learning_rate=0.01), network)
+
+
+def test_a_joint_wgan_step_by_hand() -> None:
+    """RMSprop's first step is lr * g / sqrt(0.1 g^2) = lr * sqrt(10) * sign(g), here for g = -0.6 + 0.2 (b: 0)."""
+    critic = Line(0.5, 0.1)
+    losses = critic_step(critic, rmsprop(critic), OBJECTIVES["wgan"], batch(0.4, 0.8), batch(0.1, 0.3))
+    assert losses.tolist() == pytest.approx([-(0.5 * 0.6 + 0.1), 0.5 * 0.2 + 0.1])
+    assert critic.w.item() == pytest.approx(0.5 + 0.01 * math.sqrt(10), rel=1e-5)
+    assert critic.b.item() == pytest.approx(0.1)
+
+
+def test_separate_steps_are_two_updates() -> None:
+    """First g = -0.6, v = 0.1 * 0.36; then g = 0.2, v = 0.9 * 0.036 + 0.1 * 0.04. The fake loss sees the first."""
+    critic = Line(0.5, 0.0)
+    losses = critic_step(critic, rmsprop(critic), OBJECTIVES["wgan"], batch(0.4, 0.8), batch(0.1, 0.3), separate=True)
+    after_real = 0.5 + 0.01 * 0.6 / math.sqrt(0.036)
+    assert losses[1].item() == pytest.approx(0.2 * after_real + 0.01 * math.sqrt(10), rel=1e-5)
+    assert critic.w.item() == pytest.approx(after_real - 0.01 * 0.2 / math.sqrt(0.9 * 0.036 + 0.004), rel=1e-5)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_parameter_is_clipped_after_the_update(separate: bool, seed: int) -> None:
+    critic = Critic(NetworkConfig(width=0.1), (1, 28, 28))
+    initialise(critic, seeded(seed, "weights"))
+    images = [Images(torch.rand(4, 1, 28, 28), torch.zeros(4, dtype=torch.int64)) for _ in range(2)]
+    critic_step(critic, rmsprop(critic), OBJECTIVES["wgan"], *images, separate=separate, clip_value=0.01)
+    largest = max(parameter.abs().max().item() for parameter in critic.parameters())
+    assert largest == torch.tensor(0.01).item()
+
+
+def test_clipping_leaves_what_is_inside_alone() -> None:
+    line = Line(0.004, -0.7)
+    clip_(line, 0.01)
+    assert line.w.item() == pytest.approx(0.004)
+    assert line.b.item() == pytest.approx(-0.01)
+
+
+def test_the_gradient_penalty_is_taken_between_real_and_fake() -> None:
+    """score = w x^2 / 2 has the slope w x: at x = mix real + (1 - mix) fake the penalty is (|w x| - 1)^2."""
+
+    class Square(Line):
+        def forward(self, images: Tensor) -> tuple[Tensor, None]:
+            return self.w * images.flatten(1).square().sum(1) / 2 + 0 * self.b, None
+
+    critic = Square(2.0, 0.0)
+    optimizer = torch.optim.SGD(critic.parameters(), lr=1.0)
+    critic_step(
+        critic, optimizer, OBJECTIVES["wgan_gp"], batch(0.8), batch(0.4), penalty_weight=10.0, mix=torch.tensor([0.25])
+    )
+    x = 0.25 * 0.8 + 0.75 * 0.4
+    slope = -(0.8**2) / 2 + 0.4**2 / 2 + 10 * 2 * (2 * x - 1) * x
+    assert critic.w.item() == pytest.approx(2.0 - slope, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_generator_step_moves_the_generator_alone(name: str) -> None:
+    num_classes = 3 if OBJECTIVES[name].classifies else 0
+    config = NetworkConfig(latent_dim=4, width=0.1)
+    generator, critic = Generator(config, (1, 8, 8), num_classes), Critic(config, (1, 8, 8), num_classes)
+    before = [[value.clone() for value in network.parameters()] for network in (generator, critic)]
+    labels = torch.tensor([0, 1, 2, 0])
+    generator_step(generator, critic, rmsprop(generator), OBJECTIVES[name], torch.rand(4, 4), labels)
+    changed = [
+        any(not torch.equal(old, new) for old, new in zip(old_values, network.parameters(), strict=True))
+        for old_values, network in zip(before, (generator, critic), strict=True)
+    ]
+    assert changed == [True, False]
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in critic.parameters())
+
+
+def test_the_class_head_adds_the_cross_entropy_of_both_batches() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.logits = nn.Parameter(torch.tensor([2.0, 0.0]))
+
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            return self.logits.sum() * torch.zeros(len(images)), self.logits.expand(len(images), 2)
+
+    critic = Fixed()
+    real = Images(torch.zeros(1, 1, 1, 1), torch.tensor([0]))
+    fake = Images(torch.zeros(1, 1, 1, 1), torch.tensor([1]))
+    losses = critic_step(critic, torch.optim.SGD(critic.parameters(), lr=0.0), OBJECTIVES["acgan"], real, fake)
+    assert losses.tolist() == pytest.approx([math.log(2) + softplus(-2), math.log(2) + softplus(2)])
+
+
+def test_pixels_are_scaled_from_a_fixed_range() -> None:
+    assert to_pixels(torch.tensor([0, 51, 255], dtype=torch.uint8), torch.float64).tolist() == [0.0, 0.2, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "wgann"}, "training.objective is 'wgann': choose one of wgan"),
+        ({"clip_value": None}, "training.clip_value is null"),
+        ({"objective": "lsgan"}, "training.clip_value is 0.01: the objective lsgan does not use it"),
+        ({"objective": "wgan_gp", "clip_value": None}, "training.gradient_penalty is null"),
+        (
+            {"objective": "wgan_gp", "clip_value": None, "gradient_penalty": 10.0, "critic_updates": "separate"},
+            "needs joint updates",
+        ),
+    ],
+)
+def test_contradictions_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        choose(TrainingConfig(**changes))  # type: ignore[arg-type]
