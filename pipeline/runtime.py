@@ -110,6 +110,19 @@ class Runtime:
         """Whether this rank was told to stop; other ranks may not know yet."""
         return bool(self._signals)
 
+    def stop_known(self) -> bool:
+        """Whether this rank was told to stop or has heard that another was. Waits for nobody; ranks may differ.
+
+        For long work of one's own between two collectives, like rendering images for an evaluation.
+        """
+        if self._control is None:
+            return self.stop_requested
+        store = dist.distributed_c10d._get_default_store()
+        if self.stop_requested:
+            store.set("stop", "1")
+            return True
+        return bool(store.check(["stop"]))
+
     def stop_agreed(self) -> bool:
         """Whether any rank had been told to stop at the previous call; every rank gets the same answer.
 

@@ -22,6 +22,7 @@ from pipeline.data import Batch, open_dataset, open_source
 from pipeline.data.manifest import Dataset
 from pipeline.export import save_export
 from pipeline.files import write_text
+from pipeline.lock import RunLock
 from pipeline.networks import Generator
 from pipeline.objectives import choose
 from pipeline.pictures import interpolate, render_range, save_grid
@@ -81,6 +82,7 @@ class Trainer:
             clip_value=training.clip_value,
         )
         self.elapsed_seconds = self.evaluation_seconds = 0.0
+        self.lock: RunLock | None = None
         self.interval = Interval(runtime, self.state.generator.dense.weight.dtype)
 
     def run(self) -> None:
@@ -91,8 +93,17 @@ class Trainer:
             TrainingFailed: a loss or weight is not finite, replicas differ, or saving failed too often.
         """
         self._open_folder()
-        self._resume()
-        self._sample_and_evaluate()  # what a stop right after the checkpoint left undone
+        try:
+            self._resume()
+            self._sample_and_evaluate()  # what a stop right after the checkpoint left undone
+            self._train()
+            self._save_now()
+            self._finish()
+        finally:
+            if self.lock is not None:
+                self.lock.release()
+
+    def _train(self) -> None:
         state, last_step = self.state, self.config.training.steps
         batches = self.source.batches(state.step * self.config.training.n_critic)
         progress = tqdm(
@@ -103,21 +114,21 @@ class Trainer:
             disable=not self.runtime.is_main,
             mininterval=1 if sys.stderr.isatty() else 10,
         )
+        self.interval.begin()
         with progress:
-            self.interval.begin()
             while state.step < last_step:
                 self._train_step(batches)
                 state.step += 1
                 progress.update()
                 if self._due(self.config.run.log_every):
-                    progress.set_postfix(self._log(), refresh=False)
+                    self._check_losses()
                 if self._due(self.config.run.checkpoint_every):
                     self._save()
                 self._sample_and_evaluate()
+                if self._due(self.config.run.log_every):
+                    progress.set_postfix(self._log(), refresh=False)
                 if self.runtime.stop_agreed():
                     self._stop()
-        self._save_now()
-        self._finish()
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -196,12 +207,15 @@ class Trainer:
     def _due(self, every: int | None) -> bool:
         return every is not None and (self.state.step % every == 0 or self.state.step == self.config.training.steps)
 
-    def _log(self) -> dict[str, str]:
-        """Writes a line of metrics; returns what the progress bar shows."""
+    def _check_losses(self) -> None:
         losses = self.interval.losses()
         if not (finite := losses.isfinite().all(dim=1)).all():
             first = self.state.step - len(losses) + 1 + int(finite.logical_not().nonzero()[0])
             self._fail(f"step {first}: the loss is not finite")
+
+    def _log(self) -> dict[str, str]:
+        """Writes a line of metrics; returns what the progress bar shows."""
+        losses = self.interval.losses()
         real_loss, fake_loss, generator_loss = losses.mean(0).tolist()
         seconds, wait_seconds = self.interval.seconds()
         self.elapsed_seconds += seconds
@@ -295,6 +309,8 @@ class Trainer:
             try:
                 self.scorer.score(generator, state.step, result)
             except Preempted:
+                if self._due(self.config.run.log_every) and self.interval.steps:
+                    self._log()
                 self._stop()
         self.evaluation_seconds += time.monotonic() - started
         self.interval.exclude(time.monotonic() - started)
@@ -317,10 +333,11 @@ class Trainer:
             "dataset": self.dataset.name,
             "dataset_fingerprint": self.dataset.fingerprint,
         }
+        self.runtime.on_main(self._take_lock)
         if self.runtime.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / "config.yaml", to_yaml(self.config))
+            # In this order: a folder with a config.yaml is a run (check_run_folder).
             write_text(self.folder / "environment.json", json.dumps(environment, indent=1))
+            write_text(self.folder / "config.yaml", to_yaml(self.config))
             sweep(self.folder / "checkpoints")
         if self.config.run.trackers:
             settings = {
@@ -328,6 +345,9 @@ class Trainer:
                 for key, value in flatten(self.config).items()
             }
             self.runtime.accelerator.init_trackers(self.config.run.name, settings)
+
+    def _take_lock(self) -> None:
+        self.lock = RunLock(self.folder)
 
     def _resume(self) -> None:
         checkpoint, damaged = self.runtime.on_main(lambda: newest_intact(self.folder / "checkpoints"))
@@ -369,6 +389,10 @@ class Interval:
         self._rows: list[Tensor] = []
         self._started, self._wait_seconds = time.monotonic(), 0.0
 
+    @property
+    def steps(self) -> int:
+        return len(self._rows)
+
     def add(self, critic_losses: Tensor, generator_loss: Tensor) -> None:
         self._rows.append(torch.cat([critic_losses, generator_loss.view(1)]))
 
@@ -397,7 +421,8 @@ def check_run_folder(config: Config) -> dict[str, Any] | None:
         UserError: the folder holds something else, or a run with other hyper-parameters.
     """
     folder = config.folder
-    if not folder.exists() or not any(folder.iterdir()):
+    contents = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not any(name for name in contents if not name.startswith(".") and name != "environment.json"):
         return None
     try:
         saved = yaml.safe_load((folder / "config.yaml").read_text())

