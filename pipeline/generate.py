@@ -6,11 +6,11 @@ from typing import Literal
 import torch
 from jsonargparse import ArgumentParser
 from PIL import Image
-from tqdm import tqdm
 
 from pipeline.config import UserError
 from pipeline.export import load_generator
 from pipeline.pictures import interpolate, render_range, save_grid
+from pipeline.progress import bar
 from pipeline.runtime import run_entry
 
 BATCH = 500
@@ -38,7 +38,7 @@ def main() -> int:
             save_grid(render_range(generator, arguments.seed, 0, 16), out, columns=4)
     else:
         out.mkdir(parents=True)
-        for start in tqdm(range(0, arguments.count, BATCH), unit=f"{BATCH} images"):
+        for start in bar(iterable=range(0, arguments.count, BATCH), unit=f"{BATCH} images"):
             images = render_range(generator, arguments.seed, start, min(start + BATCH, arguments.count))
             for index, image in enumerate(images.permute(0, 2, 3, 1).squeeze(-1).numpy(), start):
                 Image.fromarray(image).save(out / f"{index:06d}.png")

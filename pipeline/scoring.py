@@ -11,11 +11,13 @@ from torch import Tensor
 from pipeline.config import EvaluationConfig
 from pipeline.data.manifest import Dataset
 from pipeline.files import write_text
+from pipeline.metrics.cache import Interrupted
 from pipeline.metrics.evaluation import evaluate_images
 from pipeline.metrics.features import load_features
 from pipeline.networks import Generator
 from pipeline.pictures import render_range
-from pipeline.runtime import Runtime
+from pipeline.progress import bar
+from pipeline.runtime import Preempted, Runtime
 from pipeline.sampling import evaluation_labels
 
 
@@ -40,6 +42,9 @@ class Scorer:
 
         Returns:
             What was written, on every rank.
+
+        Raises:
+            Preempted: a signal came.
         """
         config = self._config
 
@@ -47,18 +52,31 @@ class Scorer:
             return render_range(generator, self._seed, start, stop)
 
         labels = evaluation_labels(0, config.num_images, generator.num_classes) if generator.num_classes else None
-        features = evaluate_images(
-            images,
-            config.num_images,
-            self._dataset,
-            self._extractors,
-            reference=config.reference,
-            batch_size=config.batch_size,
-            seed=self._seed,
-            rank=self._runtime.rank,
-            world_size=self._runtime.world_size,
-            labels=labels,
-        )
+        runtime = self._runtime
+        with bar(
+            total=-(-config.num_images // runtime.world_size),
+            desc="evaluation",
+            unit="image",
+            leave=False,
+            disable=not runtime.is_main,
+        ) as progress:
+            try:
+                features = evaluate_images(
+                    images,
+                    config.num_images,
+                    self._dataset,
+                    self._extractors,
+                    reference=config.reference,
+                    batch_size=config.batch_size,
+                    seed=self._seed,
+                    rank=runtime.rank,
+                    world_size=runtime.world_size,
+                    progress=progress.update,
+                    labels=labels,
+                    interrupted=runtime.stop_known,
+                )
+            except Interrupted:
+                raise Preempted("the evaluation was interrupted: start it again") from None
         result = {
             "step": step,
             "num_images": config.num_images,
@@ -67,7 +85,7 @@ class Scorer:
             "seed": self._seed,
             "features": features,
         }
-        return self._runtime.on_main(lambda: _write(result, path))
+        return runtime.on_main(lambda: _write(result, path))
 
 
 def _write(result: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from torch import Tensor
-from tqdm import tqdm
 
 from pipeline import sampling
 from pipeline.checkpoint import CheckpointWriter, IntegrityError, newest_intact, sweep
@@ -26,6 +24,7 @@ from pipeline.lock import RunLock
 from pipeline.networks import Generator
 from pipeline.objectives import choose
 from pipeline.pictures import interpolate, render_range, save_grid
+from pipeline.progress import bar
 from pipeline.report import write_report
 from pipeline.runtime import Preempted, Runtime, TrainingFailed
 from pipeline.scoring import Scorer
@@ -106,13 +105,12 @@ class Trainer:
     def _train(self) -> None:
         state, last_step = self.state, self.config.training.steps
         batches = self.source.batches(state.step * self.config.training.n_critic)
-        progress = tqdm(
+        progress = bar(
             total=last_step,
             initial=state.step,
             desc=self.config.run.name,
             unit="step",
             disable=not self.runtime.is_main,
-            mininterval=1 if sys.stderr.isatty() else 10,
         )
         self.interval.begin()
         with progress:

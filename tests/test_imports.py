@@ -13,7 +13,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Low to high: a module imports from lower layers, and from its own package.
 LAYERS = [
-    {"config", "files"},
+    {"config", "files", "progress"},
     {"networks", "objectives", "sampling", "lock"},
     {"state", "updates", "data", "runtime", "pictures"},
     {"checkpoint", "metrics", "report"},

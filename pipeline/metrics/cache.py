@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -15,12 +16,12 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from pipeline.data.manifest import Dataset
 from pipeline.data.resident import load_split
 from pipeline.metrics.features import FORWARD_SIZE, FeatureExtractor
 from pipeline.metrics.scores import Moments, moments
+from pipeline.progress import bar
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +40,24 @@ class RealFeatures:
     moments: Moments
 
 
+class Interrupted(Exception):
+    """Some rank was told to stop; raised on all ranks together, before the next collective."""
+
+
 def real_features(
-    dataset: Dataset, split: str, extractor: FeatureExtractor, *, rank: int, world_size: int
+    dataset: Dataset,
+    split: str,
+    extractor: FeatureExtractor,
+    *,
+    rank: int,
+    world_size: int,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> RealFeatures | None:
     """A real split's features, from the cache or computed by all ranks in shares: on rank 0, None on the others.
 
     Every rank must call it. A missing or damaged file is computed again (damage is told in one line); when it cannot be
     written the evaluation goes on without it. Concurrent runs may each compute and write it: the file appears whole
-    or not at all, and its content is the same.
+    or not at all, and its content is the same. Raises Interrupted when `interrupted` says so on any rank.
     """
     key = hashlib.sha256(f"{FORMAT}:{dataset.fingerprint}:{split}:{extractor.fingerprint}".encode()).hexdigest()
     # A dataset behind a URL has no folder to write to.
@@ -59,13 +70,17 @@ def real_features(
     images, _ = load_split(dataset, split)
     start, stop = share(len(images), FORWARD_SIZE, rank, world_size)
     parts = []
-    with tqdm(
+    stopping = False
+    with bar(
         total=stop - start, desc=f"{extractor.name} features of {split}", unit=" images", leave=False, disable=rank != 0
-    ) as bar:
+    ) as progress:
         for part in torch.split(images[start:stop], FORWARD_SIZE):
+            if stopping := interrupted():
+                break
             if len(part):
                 parts.append(extractor(part))
-            bar.update(len(part))
+            progress.update(len(part))
+    raise_if_any(stopping, world_size)
     gathered = gather(stacked(parts, extractor), rank, world_size)
     if gathered is None:
         return None
@@ -81,6 +96,15 @@ def share(count: int, unit: int, rank: int, world_size: int) -> tuple[int, int]:
     num_units = -(-count // unit)
     first, last = num_units * rank // world_size, num_units * (rank + 1) // world_size
     return min(first * unit, count), min(last * unit, count)
+
+
+def raise_if_any(stopping: bool, world_size: int) -> None:
+    """Raises Interrupted on every rank if any rank is stopping."""
+    flags = [stopping] * world_size
+    if world_size > 1:
+        dist.all_gather_object(flags, stopping)
+    if any(flags):
+        raise Interrupted
 
 
 def stacked(parts: list[tuple[Tensor, Tensor]], extractor: FeatureExtractor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.config import UserError
 from pipeline.data.manifest import Dataset
 from pipeline.metrics import scores
-from pipeline.metrics.cache import RealFeatures, broadcast, gather, real_features, share, stacked
+from pipeline.metrics.cache import RealFeatures, broadcast, gather, raise_if_any, real_features, share, stacked
 from pipeline.metrics.features import FORWARD_SIZE, FeatureExtractor
 from pipeline.sampling import seeded
 
@@ -38,6 +38,7 @@ def evaluate_images(
     world_size: int = 1,
     progress: Callable[[int], object] | None = None,
     labels: Tensor | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, Scores]:
     """Scores images 0, ..., num_images - 1 in every feature space, in one pass over them.
 
@@ -51,6 +52,7 @@ def evaluate_images(
             at multiples of the batch size, so they may differ by one batch and be empty.
         progress: called with the number of images after each batch of this rank (`tqdm.update`).
         labels: int64 [num_images], the classes that the images were asked to show.
+        interrupted: asked before each batch whether to give up; ranks may disagree for a while.
 
     Returns on every rank, for each extractor's name:
         "fid", "fid_floor" (null without another split), "fid_interval" [low, high], "is_mean", "is_std", "kid_mean",
@@ -64,6 +66,7 @@ def evaluate_images(
 
     Raises:
         UserError: an unknown split, or fewer than two images.
+        Interrupted: on every rank, when `interrupted` said so on any.
         ValueError: `render` or `labels` is not what is described above.
     """
     dataset.shards(reference)
@@ -75,7 +78,9 @@ def evaluate_images(
     real: list[tuple[RealFeatures | None, RealFeatures | None]] = []
     for extractor in extractors:
         splits = [
-            real_features(dataset, split, extractor, rank=rank, world_size=world_size) if split else None
+            real_features(dataset, split, extractor, rank=rank, world_size=world_size, interrupted=interrupted)
+            if split
+            else None
             for split in (reference, floor_split)
         ]
         real.append((splits[0], splits[1]))
@@ -83,7 +88,10 @@ def evaluate_images(
     unit = -(-batch_size // FORWARD_SIZE) * FORWARD_SIZE
     first, last = share(num_images, unit, rank, world_size)
     parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in extractors]
+    stopping = False
     for start in range(first, last, unit):
+        if stopping := interrupted():
+            break
         stop = min(start + unit, last)
         images = render(start, stop)
         if images.dtype != torch.uint8 or images.shape != (stop - start, *dataset.image_shape):
@@ -95,6 +103,7 @@ def evaluate_images(
             found.append(extractor(images))
         if progress is not None:
             progress(stop - start)
+    raise_if_any(stopping, world_size)
 
     results: dict[str, Scores] = {}
     for extractor, found, (target, floor) in zip(extractors, parts, real, strict=True):

@@ -43,8 +43,8 @@ def command(*arguments: object, mirror: str | None = None) -> list[str]:
     """The program as another process; with `mirror` in place of torchvision's."""
     if mirror is None:
         return [sys.executable, str(SCRIPT), *map(str, arguments)]
-    code = f"from torchvision.datasets import MNIST; MNIST.mirrors = ['{mirror}']; from pipeline.prepare import main; main()"
-    return [sys.executable, "-c", code, *map(str, arguments)]
+    code = "import sys; from torchvision.datasets import MNIST; MNIST.mirrors = [sys.argv.pop(1)]"
+    return [sys.executable, "-c", f"{code}; from pipeline.prepare import main; main()", mirror, *map(str, arguments)]
 
 
 def run(*arguments: object) -> Result:
@@ -55,9 +55,8 @@ def run(*arguments: object) -> Result:
         patch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
         try:
             prepare.main()
-        except SystemExit as exit:
-            assert isinstance(exit.code, int)
-            returncode = exit.code
+        except SystemExit as ending:
+            returncode = int(str(ending.code))
     return Result(returncode, stdout.getvalue(), stderr.getvalue())
 
 
@@ -444,7 +443,7 @@ def test_size_crops_the_centre_and_resizes(tmp_path: Path) -> None:
         prepare_folder(tmp_path, "x", {"train": tmp_path / "in"})
     dataset = prepare_folder(tmp_path, "x", {"train": tmp_path / "in"}, size=4)
     assert dataset.image_shape == (1, 4, 4)
-    assert (load_split(dataset, "train")[0].int() - 200).abs().max() <= 10  # the filter reaches across the crop's edge
+    assert (load_split(dataset, "train")[0].int() - 200).abs().max() <= 20  # the filter rings at the crop's edge
 
 
 def test_what_is_wrong_in_a_folder_is_named(tmp_path: Path) -> None:

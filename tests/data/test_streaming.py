@@ -150,6 +150,14 @@ def test_order_depends_on_seed_and_epoch_alone(tmp_path: Path) -> None:
     first = numbers(make_source(dataset, seed=1), 0, 50)
     assert torch.equal(first, numbers(make_source(dataset, seed=1), 0, 50))
     assert not torch.equal(first, numbers(make_source(dataset, seed=2), 0, 50))
+    counts = [10] * 20
+    orders = [
+        tuple(piece.shard for piece in islice(pieces(counts, seed, 1, 0, 200 * epoch), 20))
+        for seed in range(5)
+        for epoch in range(5)
+    ]
+    assert all(sorted(order) == list(range(20)) for order in orders)
+    assert len({*orders, tuple(range(20))}) == 26
     # Neighbours in the stream are rarely neighbours in the file.
     lane = numbers(make_source(numbered_dataset(tmp_path, [TOTAL], name="one"), lanes=1), 0, 70).flatten()
     assert (lane.diff().abs() == 1).float().mean() < 0.02

@@ -1,0 +1,94 @@
+"""Exports and pictures, through the program a user runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import save_file
+
+from pipeline.config import NetworkConfig, UserError
+from pipeline.export import load_export, save_export
+from pipeline.networks import Generator, initialise
+from pipeline.pictures import render_range, to_uint8
+from pipeline.sampling import seeded
+from tests.jobs import ROOT
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    generator = Generator(NetworkConfig(latent_dim=6, width=0.1), (1, 28, 28))
+    initialise(generator, seeded(0, "weights"))
+    path = tmp_path_factory.mktemp("export") / "generator.safetensors"
+    save_export(generator, path, {"run": "test", "step": 3})
+    return path
+
+
+def generate(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "pipeline/generate.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def pixels(path: Path) -> NDArray[np.uint8]:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_pixels_become_bytes_from_a_fixed_range() -> None:
+    assert to_uint8(torch.tensor([0.0, 0.5, 1.0, 0.2509, 0.2489])).tolist() == [0, 128, 255, 64, 63]
+
+
+def test_an_image_depends_on_the_seed_and_its_number_alone(export: Path) -> None:
+    generator = load_export(export)
+    whole = render_range(generator, 5, 0, 300)
+    torch.testing.assert_close(render_range(generator, 5, 250, 300).int(), whole[250:].int(), rtol=0, atol=1)
+    assert not torch.equal(render_range(generator, 6, 0, 300), whole)
+
+
+def test_a_grid_single_images_and_a_strip(export: Path, tmp_path: Path) -> None:
+    assert generate("-g", export, "--out", tmp_path / "grid.png").returncode == 0
+    assert generate("-g", export, "--interpolate", "--out", tmp_path / "strip.png").returncode == 0
+    assert generate("-g", export, "--count", 20, "--out", tmp_path / "images").returncode == 0
+    side = 2 * (28 + 2)
+    assert pixels(tmp_path / "grid.png").shape[:2] == (4 * side + 4, 4 * side + 4)
+    assert pixels(tmp_path / "strip.png").shape[:2] == (8 * side + 4, 10 * side + 4)
+    files = sorted((tmp_path / "images").iterdir())
+    assert [file.name for file in files] == [f"{index:06d}.png" for index in range(20)]
+    expected = render_range(load_export(export), 0, 0, 20)[:, 0].numpy()
+    assert np.abs(np.stack([pixels(file) for file in files]).astype(int) - expected).max() <= 1
+    again = generate("-g", export, "--out", tmp_path / "grid.png")
+    assert (again.returncode, again.stderr) == (
+        2,
+        f"error: {tmp_path / 'grid.png'}: exists already, choose another --out\n",
+    )
+
+
+@pytest.mark.parametrize("kind", ["missing", "text", "other tensors", "truncated", "wrong shape"])
+def test_a_file_that_is_not_an_export_is_refused_by_name(kind: str, export: Path, tmp_path: Path) -> None:
+    path = tmp_path / "generator.safetensors"
+    if kind == "text":
+        path.write_text("hello")
+    elif kind == "other tensors":
+        save_file({"weight": torch.zeros(3)}, path)
+    elif kind == "truncated":
+        path.write_bytes(export.read_bytes()[:-10])
+    elif kind == "wrong shape":
+        generator = load_export(export)
+        generator.config = NetworkConfig(latent_dim=7, width=0.1)
+        save_export(generator, path, {})
+    with pytest.raises(UserError, match=f"{path}: (no such file|not a generator export)"):
+        load_export(path)
+
+
+def test_the_program_tells_a_bad_file_in_one_line(tmp_path: Path) -> None:
+    result = generate("-g", tmp_path / "nothing.safetensors", "--out", tmp_path / "out.png")
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {tmp_path / 'nothing.safetensors'}: no such file")
+    assert len(result.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
