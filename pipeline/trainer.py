@@ -115,13 +115,13 @@ class Trainer:
         self.interval.begin()
         with progress:
             while state.step < last_step:
-                self._train_step(batches)
+                self.train_step(batches)
                 state.step += 1
                 progress.update()
                 if self._due(self.config.run.log_every):
                     self._check_losses()
                 if self._due(self.config.run.checkpoint_every):
-                    self._save()
+                    self.save()
                 self._sample_and_evaluate()
                 if self._due(self.config.run.log_every):
                     progress.set_postfix(self._log(), refresh=False)
@@ -130,7 +130,7 @@ class Trainer:
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def _train_step(self, batches: Iterator[Batch]) -> None:
+    def train_step(self, batches: Iterator[Batch]) -> None:
         training, state = self.config.training, self.state
         fakes = self._fakes_for_critic()
         losses = []
@@ -248,7 +248,7 @@ class Trainer:
             health["clipped_fraction"] = clipped / sum(parameter.numel() for parameter in parameters)
         return health
 
-    def _save(self) -> None:
+    def save(self) -> None:
         """Starts a checkpoint, and notices how the one before it ended."""
         self._note_outcome(
             lambda: self.writer.save(
@@ -266,7 +266,7 @@ class Trainer:
         """Makes sure that this very step is on the disk."""
         self._note_outcome(self.writer.finish)
         if self.writer.committed_step != self.state.step:
-            self._save()
+            self.save()
             self._note_outcome(self.writer.finish)
         if self.writer.committed_step != self.state.step:
             self._fail(f"step {self.state.step} could not be saved")

@@ -47,6 +47,22 @@ def test_purposes_steps_seeds_and_counters_are_separate() -> None:
     assert seeded(0, "x", 12).initial_seed() != seeded(0, "x", 1, 2).initial_seed()
 
 
+def test_every_draw_of_a_run_is_another() -> None:
+    draws = [
+        draw
+        for seed in range(2)
+        for step in range(3)
+        for draw in (
+            sampling.generator_latents(seed, step, 4, 4, WHOLE),
+            sampling.generator_labels(seed, step, 16, 10, WHOLE),
+            sampling.data_indices(seed, step, 16, 10),
+            *(sampling.critic_latents(seed, step, index, 4, 4, WHOLE) for index in range(3)),
+            *(sampling.critic_labels(seed, step, index, 16, 10, WHOLE) for index in range(3)),
+        )
+    ]
+    assert len({tuple(draw.flatten().tolist()) for draw in draws}) == len(draws) == 2 * 3 * 9
+
+
 def test_the_global_rng_is_left_alone() -> None:
     torch.manual_seed(11)
     expected = torch.rand(3)

@@ -153,7 +153,7 @@ class InceptionFeatures(FeatureExtractor):
                 f"evaluation.inception_weights {path} is not torch-fidelity's Inception v3 ({type(error).__name__}): "
                 f"get {URL_INCEPTION_V3}"
             ) from error
-        self.network.to(device=device, memory_format=torch.channels_last)
+        self.network.to(device)
 
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features, logits = self.network(images.expand(-1, 3, -1, -1))

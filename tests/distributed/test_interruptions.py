@@ -172,20 +172,17 @@ def test_divergence_stops_all_ranks_with_the_step_and_keeps_the_last_good_checkp
 
 @pytest.mark.parametrize(("num_processes", "kills"), [(1, 12), (2, 10), (4, 8)])
 def test_chaos(num_processes: int, kills: int, tiny_dataset: Path, tmp_path: Path) -> None:
-    """Random SIGKILLs of ranks or of the whole tree, and rot in the files between them."""
+    """30 SIGKILLs in all, at random moments, of random ranks or the whole tree; between them files rot."""
     chance = random.Random(num_processes)
     whole, torn, log = tmp_path / "whole", tmp_path / "torn", tmp_path / "log"
     arguments = tiny_run(tiny_dataset, tmp_path, torn.name)
-    done = 0
-    while done < kills:
-        target = last_step(torn) + 1
+    for _ in range(kills):
         with job(arguments, num_processes, log) as process:
             # Some kills come while the ranks start or load, most while they train or save.
             if chance.random() < 0.8:
                 resumed = newest_intact(torn / "checkpoints")[0]
-                target = (resumed.step if resumed else 0) + chance.randint(1, max(1, (STEPS - 10) // kills))
-                if target >= STEPS - 5:
-                    break
+                resumed_step = resumed.step if resumed else 0
+                target = max(resumed_step + chance.randint(1, 15), last_step(torn) + 1)
                 wait_for_step(torn, target, process, log)
             time.sleep(chance.random() * 0.3)
             victims = ranks(process.pid)
@@ -195,11 +192,9 @@ def test_chaos(num_processes: int, kills: int, tiny_dataset: Path, tmp_path: Pat
                 assert code != 0
             else:
                 kill_tree(process.pid)
-        done += 1
         folders = committed(torn / "checkpoints")
         if len(folders) > 1 and chance.random() < 0.5:
             rot(folders[-1], chance)
-    assert done >= kills - 2
     result = launch(ROOT / "pipeline/train.py", arguments, num_processes)
     assert result.returncode == 0, result.stderr[-3000:]
     reference = launch(ROOT / "pipeline/train.py", tiny_run(tiny_dataset, tmp_path, whole.name), num_processes)

@@ -116,7 +116,7 @@ def test_kernel_distance_depends_on_the_seed_alone() -> None:
 
 
 def test_kernel_distance_by_hand() -> None:
-    """Both subsets are always whole here. x = 0, 1; y = 2, 3 (d = 1): k(0,1) = 1, k(2,3) = 7^3, cross: 1, 1, 3^3, 4^3."""
+    """Every subset is the whole here. x = 0, 1; y = 2, 3 (d = 1): k(0, 1) = 1, k(2, 3) = 7^3, cross 1, 1, 3^3, 4^3."""
     mean, deviation = scores.kernel_distance(torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [3.0]]), seed=0)
     assert mean == pytest.approx(1 + 343 - 2 * (1 + 1 + 27 + 64) / 4)
     assert deviation == pytest.approx(0.0, abs=1e-4)

@@ -1,0 +1,65 @@
+"""Scores the same images with several batch sizes: `torchrun ... score_many.py DATASET OUT N BATCH_SIZE ...`.
+
+The images are real digits blended with those of a generator, so that every score is far from its extremes and the
+generator's float32 rounding takes part. Every rank writes what it was given as OUT.RANK.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.config import NetworkConfig
+from pipeline.data import load_dataset
+from pipeline.data.resident import load_split
+from pipeline.metrics import evaluate_images, load_features
+from pipeline.networks import Generator, initialise
+from pipeline.sampling import evaluation_latents, seeded
+
+
+def main(folder: str, output: str, num_images: str, *batch_sizes: str) -> None:
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1:
+        dist.init_process_group("gloo")
+    dataset = load_dataset(folder)
+    digits, _ = load_split(dataset, "test")
+    extractor = load_features("mnist", torch.device("cpu"), dataset.image_shape, None)
+    generator = Generator(NetworkConfig(width=0.1), dataset.image_shape, 0).eval()
+    initialise(generator, seeded(0, "test"))
+    calls: list[tuple[int, int]] = []
+
+    @torch.inference_mode()
+    def render(start: int, stop: int) -> Tensor:
+        calls.append((start, stop))
+        real = digits[torch.arange(start, stop) % len(digits)] / 255
+        images = 0.6 * real + 0.4 * generator(evaluation_latents(0, start, stop, 100))
+        return (images * 255).round().to(torch.uint8)
+
+    results = []
+    for batch_size in map(int, batch_sizes):
+        calls.clear()
+        scores = evaluate_images(
+            render,
+            int(num_images),
+            dataset,
+            [extractor],
+            batch_size=batch_size,
+            seed=3,
+            rank=rank,
+            world_size=world_size,
+            labels=torch.arange(int(num_images)) % 10,
+        )
+        results.append({"scores": scores["mnist"], "calls": list(calls)})
+    Path(f"{output}.{rank}").write_text(json.dumps(results))
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,175 @@
+"""The same images score the same for any number of ranks and any batch size. Real processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline.config import UserError
+from pipeline.data import Dataset
+from pipeline.data.preparing import prepare_npz
+from pipeline.data.resident import load_split
+from pipeline.metrics import FeatureExtractor, evaluate_images
+from pipeline.metrics.cache import Interrupted
+from tests.jobs import ROOT, TIMEOUT_SECONDS, environment
+
+NUM_IMAGES = 1001
+BATCH_SIZES = (7, 64, 1000)
+
+
+def score_many(folder: Path, output: Path, num_processes: int) -> list[list[dict[str, Any]]]:
+    """For each rank, what it was given for each batch size."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    script = [str(ROOT / "tests/metrics/score_many.py"), str(folder), str(output)]
+    command = [sys.executable, *(launcher if num_processes > 1 else []), *script, *map(str, (NUM_IMAGES, *BATCH_SIZES))]
+    environ = environment() | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return [json.loads(Path(f"{output}.{rank}").read_text()) for rank in range(num_processes)]
+
+
+@pytest.fixture(scope="module")
+def jobs(
+    mnist_dataset: Dataset, digits_files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, tuple[Path, list[list[dict[str, Any]]]]]:
+    """World size -> (dataset's folder, what `score_many` gave). Each starts without cached real features."""
+    found = {}
+    for num_processes in (1, 2, 4):
+        root = tmp_path_factory.mktemp(f"world{num_processes}")
+        folder = prepare_npz(root, "digits", digits_files).folder
+        found[num_processes] = folder, score_many(folder, root / "scores", num_processes)
+    return found
+
+
+def leaves(scores: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in scores.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            yield from ((f"{prefix}{key}[{index}]", item) for index, item in enumerate(value))
+        else:
+            yield prefix + key, value
+
+
+def test_scores_do_not_depend_on_world_size_or_batch_size(
+    jobs: dict[int, tuple[Path, list[list[dict[str, Any]]]]],
+) -> None:
+    expected = dict(leaves(jobs[1][1][0][0]["scores"]))
+    assert {"fid", "fid_interval[1]", "recall", "fid_per_class.3", "class_accuracy", "kid_mean"} <= expected.keys()
+    assert 0.1 < expected["precision"] < 0.99
+    assert 0.1 < expected["recall"] < 0.99
+    for num_processes, (_, ranks) in jobs.items():
+        for rank in ranks:
+            for batch_size, result in zip(BATCH_SIZES, rank, strict=True):
+                found = dict(leaves(result["scores"]))
+                assert found == pytest.approx(expected, rel=1e-6), (num_processes, batch_size)
+
+
+def test_every_image_is_rendered_once_and_in_whole_blocks(
+    jobs: dict[int, tuple[Path, list[list[dict[str, Any]]]]],
+) -> None:
+    for num_processes, (_, ranks) in jobs.items():
+        for index, unit in enumerate((100, 100, 1000)):
+            calls = sorted(call for rank in ranks for call in rank[index]["calls"])
+            assert [call[0] for call in calls] == list(range(0, NUM_IMAGES, unit)), num_processes
+            assert [call[1] for call in calls] == [*range(unit, NUM_IMAGES, unit), NUM_IMAGES]
+    # With batches of 1,000 there are two blocks for four ranks: two ranks have none, and the scores agree all the same.
+    assert [len(rank[2]["calls"]) for rank in jobs[4][1]].count(0) == 2
+
+
+def test_real_features_do_not_depend_on_the_world_size(
+    jobs: dict[int, tuple[Path, list[list[dict[str, Any]]]]],
+) -> None:
+    files = {path.name: path for path in (jobs[1][0] / "features").iterdir()}
+    assert len(files) == 2
+    for num_processes in (2, 4):
+        others = list((jobs[num_processes][0] / "features").iterdir())
+        assert {path.name for path in others} == files.keys()
+        for path in others:
+            ours, theirs = load_file(path), load_file(files[path.name])
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_labels_give_the_rate_of_the_asked_class(digits: Dataset, extractor: FeatureExtractor) -> None:
+    images, labels = load_split(digits, "test")
+    wrong = labels.clone()
+    wrong[:305] = (wrong[:305] + 1) % 10
+
+    def accuracy(asked: Tensor | None) -> Any:
+        scores = evaluate_images(lambda a, b: images[a:b], 610, digits, [extractor], labels=asked)
+        return scores["mnist"].get("class_accuracy")
+
+    assert accuracy(labels) > 0.98
+    assert accuracy(wrong) == pytest.approx(0.5, abs=0.02)
+    assert accuracy(None) is None
+
+
+def test_too_few_images_give_null_scores(digits: Dataset, extractor: FeatureExtractor) -> None:
+    images, _ = load_split(digits, "test")
+    scores = evaluate_images(lambda a, b: images[a:b], 5, digits, [extractor])["mnist"]
+    for key in ("precision", "recall", "density", "coverage", "fid_interval"):
+        assert scores[key] is None
+    assert isinstance(scores["fid"], float)
+    json.dumps(scores, allow_nan=False)
+
+
+def test_the_reference_can_be_either_split_and_the_other_gives_the_floor(
+    digits: Dataset, extractor: FeatureExtractor
+) -> None:
+    images, _ = load_split(digits, "train")
+    against_test = evaluate_images(lambda a, b: images[a:b], 1150, digits, [extractor], reference="test")["mnist"]
+    assert against_test["fid"] == pytest.approx(against_test["fid_floor"], rel=1e-9)
+    against_train = evaluate_images(lambda a, b: images[a:b], 1150, digits, [extractor], reference="train")["mnist"]
+    assert against_train["fid"] == pytest.approx(0, abs=1e-6)
+    assert against_train["fid_floor"] == pytest.approx(against_test["fid_floor"], rel=1e-9)
+
+
+def test_a_dataset_of_one_split_has_no_floor(
+    digits_files: dict[str, Path], extractor: FeatureExtractor, tmp_path: Path
+) -> None:
+    dataset = prepare_npz(tmp_path, "digits", {"train": digits_files["train"]})
+    images, _ = load_split(dataset, "train")
+    assert evaluate_images(lambda a, b: images[a:b], 200, dataset, [extractor])["mnist"]["fid_floor"] is None
+    with pytest.raises(UserError, match="test"):
+        evaluate_images(lambda a, b: images[a:b], 200, dataset, [extractor], reference="test")
+
+
+def test_what_is_not_an_image_is_refused(digits: Dataset, extractor: FeatureExtractor) -> None:
+    images, _ = load_split(digits, "test")
+    with pytest.raises(ValueError, match="float32"):
+        evaluate_images(lambda a, b: images[a:b] / 255, 10, digits, [extractor])
+    with pytest.raises(ValueError, match="render\\(0, 10\\)"):
+        evaluate_images(lambda a, b: images[a : b - 1], 10, digits, [extractor])
+    with pytest.raises(ValueError, match="labels"):
+        evaluate_images(lambda a, b: images[a:b], 10, digits, [extractor], labels=torch.zeros(9, dtype=torch.int64))
+    with pytest.raises(UserError, match="num_images"):
+        evaluate_images(lambda a, b: images[a:b], 1, digits, [extractor])
+
+
+def test_an_interrupted_evaluation_ends_without_a_score(digits: Dataset, extractor: FeatureExtractor) -> None:
+    images, _ = load_split(digits, "test")
+    done: list[int] = []
+    arguments = {"batch_size": 100, "progress": done.append}
+    evaluate_images(lambda a, b: images[a:b], 610, digits, [extractor], **arguments)  # type: ignore[arg-type]
+    assert done == [100] * 6 + [10]
+    done.clear()
+    with pytest.raises(Interrupted):
+        evaluate_images(
+            lambda a, b: images[a:b],
+            610,
+            digits,
+            [extractor],
+            batch_size=100,
+            progress=done.append,
+            interrupted=lambda: len(done) == 2,
+        )
+    assert done == [100, 100]

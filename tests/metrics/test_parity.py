@@ -1,0 +1,145 @@
+"""FID, KID and IS on the same images as `torch_fidelity.calculate_metrics`, with the same extractor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch_fidelity
+from torch import Tensor, nn
+from torch_fidelity import feature_extractor_inceptionv3
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from pipeline.data import Dataset
+from pipeline.data.resident import load_split
+from pipeline.metrics import FeatureExtractor, load_features, scores
+
+CPU = torch.device("cpu")
+SEED = 5
+
+
+class Images(torch.utils.data.Dataset[Tensor]):
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+
+class RegisteredMnist(FeatureExtractorBase):
+    """The shipped classifier as torch-fidelity wants it."""
+
+    def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
+        super().__init__(name, features_list)
+        self.extractor = load_features("mnist", CPU, (1, 28, 28), None)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        found = dict(zip(("features", "logits"), self.extractor(images), strict=True))
+        return tuple(found[name] for name in self.features_list)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return "features", "logits"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "logits" if metric == "isc" else "features"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+
+torch_fidelity.register_feature_extractor("parity-mnist", RegisteredMnist)
+
+
+def theirs(fake: Tensor, real: Tensor, subset: int, **arguments: Any) -> dict[str, float]:
+    found = torch_fidelity.calculate_metrics(
+        input1=Images(fake),
+        input2=Images(real),
+        cuda=False,
+        save_cpu_ram=True,  # no worker processes
+        cache=False,
+        verbose=False,
+        fid=True,
+        kid=True,
+        isc=True,
+        kid_subset_size=subset,
+        rng_seed=SEED,
+        **arguments,
+    )
+    names = {
+        "fid": "frechet_inception_distance",
+        "kid_mean": "kernel_inception_distance_mean",
+        "kid_std": "kernel_inception_distance_std",
+        "is_mean": "inception_score_mean",
+        "is_std": "inception_score_std",
+    }
+    return {ours: found[name] for ours, name in names.items()}
+
+
+def ours(fake: Tensor, real: Tensor, extractor: FeatureExtractor) -> dict[str, float]:
+    features, logits = extractor(fake)
+    real_features, _ = extractor(real)
+    kid_mean, kid_std = scores.kernel_distance(features, real_features, SEED)
+    is_mean, is_std = scores.inception_score(logits, SEED)
+    fid = scores.frechet_distance(scores.moments(features), scores.moments(real_features))
+    return {"fid": fid, "kid_mean": kid_mean, "kid_std": kid_std, "is_mean": is_mean, "is_std": is_std}
+
+
+def compare(found: dict[str, float], expected: dict[str, float]) -> None:
+    for name in found:
+        tolerance = 1e-5 if name.startswith("is") else 1e-6
+        assert found[name] == pytest.approx(expected[name], rel=tolerance), name
+
+
+@pytest.mark.parametrize("num_fake", [300, 1300])
+def test_mnist_features(num_fake: int, mnist_dataset: Dataset, extractor: FeatureExtractor) -> None:
+    """Digits with noise in them against digits; with 300, fewer images a class than features."""
+    images, _ = load_split(mnist_dataset, "test")
+    noise = torch.randint(0, 60, images[:num_fake].shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    fake, real = images[:num_fake] // 2 + noise, images[2000:4000]
+    subset = min(scores.KID_SUBSET_SIZE, num_fake)
+    found = ours(fake, real, extractor)
+    assert found["fid"] > 10
+    compare(found, theirs(fake, real, subset, feature_extractor="parity-mnist", batch_size=100))
+
+
+@pytest.fixture(scope="module")
+def random_inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A weight file in torch-fidelity's format, random but with activations of a sensible size."""
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        patch.setattr(feature_extractor_inceptionv3, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        network = FeatureExtractorInceptionV3("any", ["2048"])
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def test_inception_features(random_inception: Path, mnist_dataset: Dataset) -> None:
+    images, _ = load_split(mnist_dataset, "test")
+    fake, real = images[:12] // 2, images[20:34]
+    extractor = load_features("inception", CPU, (1, 28, 28), random_inception)
+    found = ours(fake, real, extractor)
+    weights = {"feature_extractor_weights_path": str(random_inception)}
+    rgb = (fake.expand(-1, 3, -1, -1), real.expand(-1, 3, -1, -1))
+    compare(found, theirs(*rgb, 12, feature_extractor="inception-v3-compat", batch_size=14, **weights))
+    # Colour images go in as they are: channel order matters, a grey image equals its copy in three channels.
+    coloured = images[:3].view(1, 3, 28, 28)
+    features, logits = load_features("inception", CPU, (3, 28, 28), random_inception)(
+        torch.cat([rgb[0][:1], coloured, coloured.flip(1)])
+    )
+    torch.testing.assert_close(features[0], extractor(fake[:1])[0][0], rtol=1e-4, atol=1e-4)
+    assert logits.shape == (3, 1008)
+    assert not torch.allclose(features[1], features[2], rtol=1e-3)
