@@ -277,7 +277,9 @@ def _processes_asked_for() -> int:
         arguments = psutil.Process().parent().cmdline()  # type: ignore[union-attr]
     except (psutil.Error, AttributeError):
         return 1
-    if "launch" not in arguments or not any("accelerate" in argument for argument in arguments):
+    # python .../accelerate launch, accelerate-launch or python -m accelerate.commands.launch
+    program = " ".join(arguments[:4])
+    if "accelerate" not in program or "launch" not in program:
         return 1
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, _, value = argument.replace("-", "_").partition("=")

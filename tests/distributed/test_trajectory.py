@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pipeline.checkpoint import committed, find, read_checkpoint
+from pipeline.config import RuntimeConfig, make_parser, parse
 from pipeline.objectives import OBJECTIVES
+from pipeline.runtime import STOP_SIGNALS, Runtime
+from pipeline.trainer import Trainer
 from tests.jobs import ROOT, TINY, environment, launch, train_many
 
 STEPS = 20
@@ -111,17 +117,46 @@ def test_the_sources_and_variants_are_different_runs(trajectories: Arguments) ->
         assert all(not torch.equal(weights[name], weights[other]) for other in names[:i]), name
 
 
+@pytest.fixture(scope="module")
+def runtime() -> Iterator[Runtime]:
+    """One process, in this one."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield Runtime(RuntimeConfig(device="cpu", threads=1))
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(stop=st.integers(1, STEPS - 1), source=st.sampled_from(sorted(SOURCES)), cadence=st.integers(1, STEPS))
+def test_a_run_may_stop_after_any_step(
+    stop: int, source: str, cadence: int, arguments: Arguments, runtime: Runtime
+) -> None:
+    """Bit for bit, whatever the step and wherever the checkpoints fall; stopped runs end with a checkpoint."""
+
+    def train(name: str, steps: int, *more: str) -> None:
+        if not (arguments.root / name / "checkpoints" / f"step-{steps:08d}").exists():  # type: ignore[attr-defined]
+            config, _ = parse(make_parser("test"), arguments(name, *SOURCES[source], *more, steps=steps))
+            Trainer(config, runtime).run()
+
+    whole, stopped = f"any-whole-{source}", f"any-{source}-{stop}-{cadence}"
+    train(whole, STEPS)
+    train(stopped, stop, "--run.checkpoint_every", str(cadence))
+    train(stopped, STEPS, "--run.checkpoint_every", str(cadence))
+    assert_equal(final(arguments, whole), final(arguments, stopped))
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(arguments: Arguments, world_size: int) -> None:
     """Stopped at several steps of both sources, mid-epoch and right after a checkpoint or evaluation alike."""
     cadence = ["--run.checkpoint_every", "4"]
     runs = []
-    for source, settings in SOURCES.items():
+    for source, chosen in SOURCES.items():
         whole = f"whole-{source}-{world_size}"
-        runs.append(arguments(whole, *settings, *cadence))
+        runs.append(arguments(whole, *chosen, *cadence))
         for stop in (1, 7, 12):
             name = f"resumed-{source}-{world_size}-{stop}"
-            runs += [arguments(name, *settings, *cadence, steps=stop), arguments(name, *settings, *cadence)]
+            runs += [arguments(name, *chosen, *cadence, steps=stop), arguments(name, *chosen, *cadence)]
     train_many(runs, world_size)
     for source in SOURCES:
         for stop in (1, 7, 12):
@@ -135,11 +170,18 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     trajectories: Arguments, before: int, after: int, source: str
 ) -> None:
     name = f"elastic-{source}-{before}-{after}"
-    settings = [*SOURCES[source], "--runtime.precision", "float64"]
-    train_many([trajectories(name, *settings, steps=9)], before)
+    chosen = [*SOURCES[source], "--runtime.precision", "float64"]
+    train_many([trajectories(name, *chosen, steps=9)], before)
     assert read_checkpoint(committed(trajectories.root / name / "checkpoints")[-1]).world_size == before  # type: ignore[attr-defined]
-    train_many([trajectories(name, *settings)], after)
+    train_many([trajectories(name, *chosen)], after)
     assert_close(final(trajectories, f"{source}-1"), final(trajectories, name), 1e-9)
+
+
+def test_a_run_goes_on_with_three_ranks(arguments: Arguments) -> None:
+    chosen = ["--training.batch_size", "48", "--runtime.precision", "float64"]
+    train_many([arguments("whole-48", *chosen), arguments("three", *chosen, steps=9)], 4)
+    train_many([arguments("three", *chosen)], 3)
+    assert_close(final(arguments, "whole-48"), final(arguments, "three"), 1e-9)
 
 
 def test_replicas_hold_the_clip_and_share_the_work(trajectories: Arguments) -> None:

@@ -38,7 +38,7 @@ def main(folder: str, output: str, num_images: str, *batch_sizes: str) -> None:
     def render(start: int, stop: int) -> Tensor:
         calls.append((start, stop))
         real = digits[torch.arange(start, stop) % len(digits)] / 255
-        images = 0.6 * real + 0.4 * generator(evaluation_latents(0, start, stop, 100))
+        images: Tensor = 0.8 * real + 0.2 * generator(evaluation_latents(0, start, stop, 100))
         return (images * 255).round().to(torch.uint8)
 
     results = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -20,7 +21,10 @@ Score = Callable[[Tensor], dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def test_digits(mnist_dataset: Dataset) -> tuple[Tensor, Tensor]:
-    return load_split(mnist_dataset, "test")
+    """In random order: the file's first half was written by other people than its second."""
+    images, labels = load_split(mnist_dataset, "test")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return images[order], labels[order]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,7 @@ def test_the_test_split_scores_at_the_floor(score: Score, test_digits: tuple[Ten
 def test_uniform_noise_is_far_from_everything(score: Score, real: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     found = score(torch.randint(0, 256, (NUM_IMAGES, 1, 28, 28), dtype=torch.uint8, generator=generator))
-    assert found["fid"] > 500 * real["fid"]
+    assert found["fid"] > 300 * real["fid"]
     assert found["kid_mean"] > 10 * found["kid_std"]
     assert found["is_mean"] < 2
     assert found["precision"] < 0.01
@@ -94,14 +98,18 @@ def test_a_missing_class_is_a_loss_of_recall_not_of_precision(
     assert found["fid_per_class"]["3"] is not None
 
 
-def test_blur_is_a_loss_of_precision(score: Score, real: dict[str, Any], test_digits: tuple[Tensor, Tensor]) -> None:
+def test_blur_loses_what_sets_digits_apart(
+    score: Score, real: dict[str, Any], test_digits: tuple[Tensor, Tensor]
+) -> None:
+    """Strokes fade, so the features shrink towards the middle of the real ones: nothing strange, but no variety."""
     digits = test_digits[0][:NUM_IMAGES]
-    light, heavy = (score(gaussian_blur(digits, [9, 9], [sigma, sigma])) for sigma in (1.0, 2.0))
-    assert real["fid"] * 3 < light["fid"] < heavy["fid"] / 2
-    assert real["kid_mean"] < light["kid_mean"] < heavy["kid_mean"]
-    assert real["precision"] - 0.02 > light["precision"] > heavy["precision"] + 0.05
-    assert real["density"] > light["density"] > heavy["density"]
-    assert real["confidence_mean"] > light["confidence_mean"] > heavy["confidence_mean"]
+    light, heavy = (score(gaussian_blur(digits, [13, 13], [sigma, sigma])) for sigma in (1.0, 2.0))
+    assert 20 * real["fid"] < light["fid"] < heavy["fid"] / 2
+    assert 20 * real["kid_mean"] < light["kid_mean"] < heavy["kid_mean"] / 1.2
+    for name, margin in (("is_mean", 0.5), ("coverage", 0.1), ("confidence_mean", 0.02)):
+        assert real[name] - margin > light[name] > heavy[name] + margin, name
+    assert max(light["recall"], heavy["recall"]) < 0.1
+    assert min(light["precision"], heavy["precision"]) > 0.9
 
 
 def test_more_noise_scores_worse(score: Score, real: dict[str, Any], test_digits: tuple[Tensor, Tensor]) -> None:
@@ -110,4 +118,4 @@ def test_more_noise_scores_worse(score: Score, real: dict[str, Any], test_digits
     distances = [real["fid"]]
     for sigma in (16, 48, 96):
         distances.append(score((digits + sigma * noise).clamp(0, 255).to(torch.uint8))["fid"])
-    assert all(later > 1.5 * earlier for earlier, later in zip(distances, distances[1:], strict=False))
+    assert all(later > 1.5 * earlier for earlier, later in pairwise(distances))

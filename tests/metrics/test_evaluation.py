@@ -158,9 +158,8 @@ def test_what_is_not_an_image_is_refused(digits: Dataset, extractor: FeatureExtr
 def test_an_interrupted_evaluation_ends_without_a_score(digits: Dataset, extractor: FeatureExtractor) -> None:
     images, _ = load_split(digits, "test")
     done: list[int] = []
-    arguments = {"batch_size": 100, "progress": done.append}
-    evaluate_images(lambda a, b: images[a:b], 610, digits, [extractor], **arguments)  # type: ignore[arg-type]
-    assert done == [100] * 6 + [10]
+    evaluate_images(lambda a, b: images[a:b], 210, digits, [extractor], batch_size=100, progress=done.append)
+    assert done == [100, 100, 10]
     done.clear()
     with pytest.raises(Interrupted):
         evaluate_images(

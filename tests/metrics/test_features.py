@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
 from pipeline.config import UserError
 from pipeline.data import Dataset
@@ -83,7 +84,7 @@ def test_the_fingerprint_follows_the_weights(
 
 def test_offline_inception_says_which_file_goes_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "weights-inception-2015-12-05-6726825d.pth"
-    assert Path(features.URL_INCEPTION_V3).name == name
+    assert Path(URL_INCEPTION_V3).name == name
     monkeypatch.setattr(features, "URL_INCEPTION_V3", f"http://127.0.0.1:9/{name}")  # nothing listens there
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError) as refused:

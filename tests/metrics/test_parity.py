@@ -32,7 +32,7 @@ class Images(torch.utils.data.Dataset[Tensor]):
         return self.images[index]
 
 
-class RegisteredMnist(FeatureExtractorBase):
+class RegisteredMnist(FeatureExtractorBase):  # type: ignore[misc]
     """The shipped classifier as torch-fidelity wants it."""
 
     def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
@@ -59,7 +59,7 @@ class RegisteredMnist(FeatureExtractorBase):
 torch_fidelity.register_feature_extractor("parity-mnist", RegisteredMnist)
 
 
-def theirs(fake: Tensor, real: Tensor, subset: int, **arguments: Any) -> dict[str, float]:
+def theirs(fake: Tensor, real: Tensor, subset: int, batch_size: int, **arguments: Any) -> dict[str, float]:
     found = torch_fidelity.calculate_metrics(
         input1=Images(fake),
         input2=Images(real),
@@ -72,6 +72,7 @@ def theirs(fake: Tensor, real: Tensor, subset: int, **arguments: Any) -> dict[st
         isc=True,
         kid_subset_size=subset,
         rng_seed=SEED,
+        batch_size=batch_size,
         **arguments,
     )
     names = {
@@ -108,7 +109,7 @@ def test_mnist_features(num_fake: int, mnist_dataset: Dataset, extractor: Featur
     subset = min(scores.KID_SUBSET_SIZE, num_fake)
     found = ours(fake, real, extractor)
     assert found["fid"] > 10
-    compare(found, theirs(fake, real, subset, feature_extractor="parity-mnist", batch_size=100))
+    compare(found, theirs(fake, real, subset, 100, feature_extractor="parity-mnist"))
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +133,9 @@ def test_inception_features(random_inception: Path, mnist_dataset: Dataset) -> N
     fake, real = images[:12] // 2, images[20:34]
     extractor = load_features("inception", CPU, (1, 28, 28), random_inception)
     found = ours(fake, real, extractor)
-    weights = {"feature_extractor_weights_path": str(random_inception)}
+    named = {"feature_extractor": "inception-v3-compat", "feature_extractor_weights_path": str(random_inception)}
     rgb = (fake.expand(-1, 3, -1, -1), real.expand(-1, 3, -1, -1))
-    compare(found, theirs(*rgb, 12, feature_extractor="inception-v3-compat", batch_size=14, **weights))
+    compare(found, theirs(rgb[0], rgb[1], 12, 14, **named))
     # Colour images go in as they are: channel order matters, a grey image equals its copy in three channels.
     coloured = images[:3].view(1, 3, 28, 28)
     features, logits = load_features("inception", CPU, (3, 28, 28), random_inception)(
