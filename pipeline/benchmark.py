@@ -108,8 +108,13 @@ def _plain_webdataset(dataset: Dataset) -> Iterator[Any]:
     """What a user of webdataset alone would write for these shards: no shuffling, no checks, uint8 arrays."""
     urls = [dataset.locate(shard) for shard in dataset.shards("train")]
     while True:
-        for sample in webdataset.WebDataset(urls, shardshuffle=False, empty_check=False):
+        for sample in webdataset.WebDataset(urls, shardshuffle=False, empty_check=False, nodesplitter=_every_shard):
             yield np.load(io.BytesIO(sample["images.npy"]), allow_pickle=False)
+
+
+def _every_shard(shards: Iterator[Any]) -> Iterator[Any]:
+    """In place of webdataset's own default, which refuses to run on one rank of several."""
+    return shards
 
 
 def measure_training(config: Config, runtime: Runtime, steps: int) -> dict[str, Any]:
