@@ -83,7 +83,9 @@ def _living_owner(path: Path) -> str | None:
         return f"the unknown owner of {path} ({error}; delete that file if nothing writes there)"
     if owner["host"] == os.uname().nodename:
         try:
-            return name if psutil.Process(owner["pid"]).create_time() == owner["started"] else None
+            process = psutil.Process(owner["pid"])
+            same = process.create_time() == owner["started"] and process.status() != psutil.STATUS_ZOMBIE
+            return name if same else None
         except psutil.NoSuchProcess:
             return None
     return f"{name} (heartbeat {age_seconds:.0f} s ago)" if age_seconds < STALE_SECONDS else None

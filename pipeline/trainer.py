@@ -231,7 +231,7 @@ class Trainer:
         if self.objective.estimates_wasserstein:
             line["wasserstein_estimate"] = -(real_loss + fake_loss)
         if self.runtime.is_main:
-            with (self.folder / "metrics.jsonl").open("a") as file:
+            with self._tolerated("metrics"), (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
         self.runtime.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=self.state.step)
         self.interval.begin()
@@ -298,7 +298,8 @@ class Trainer:
         state, generator = self.state, self._scored_generator()
         grid = self.folder / "samples" / f"{state.step:05d}.png"
         if state.step and self._due(self.config.run.sample_every) and self.runtime.is_main and not grid.exists():
-            save_grid(render_range(generator, self.config.training.seed, 0, GRID_IMAGES), grid, GRID_COLUMNS)
+            with self._tolerated("samples"):
+                save_grid(render_range(generator, self.config.training.seed, 0, GRID_IMAGES), grid, GRID_COLUMNS)
         if self.scorer is None or not state.step or not self._due(self.config.evaluation.every):
             return
         started = time.monotonic()
@@ -312,6 +313,14 @@ class Trainer:
                 self._stop()
         self.evaluation_seconds += time.monotonic() - started
         self.interval.exclude(time.monotonic() - started)
+
+    @contextlib.contextmanager
+    def _tolerated(self, what: str) -> Iterator[None]:
+        """A full or lost disk costs what was to be written, never the run: checkpoints decide when to give up."""
+        try:
+            yield
+        except OSError as error:
+            self.runtime.say(f"step {self.state.step}: {what} not written: {error}")
 
     def _scored_generator(self) -> Generator:
         if self.config.evaluation.weights == "ema":

@@ -170,6 +170,98 @@ def test_divergence_stops_all_ranks_with_the_step_and_keeps_the_last_good_checkp
         assert f"the last good checkpoint is step {checkpoint.step}" in result.stderr
 
 
+def test_replicas_that_drift_apart_are_never_committed(tiny_dataset: Path, tmp_path: Path) -> None:
+    arguments = tiny_run(tiny_dataset, tmp_path, "drift", "--run.checkpoint_every", "2")
+    result = launch(ROOT / "tests/distributed/drift.py", arguments, 2)
+    assert result.returncode != 0
+    # Both ranks step by the same averaged gradient, so what differs is the weight itself and what follows from it.
+    assert re.search(r"error: step \d+: must not be saved, .* differs between rank 0 and rank\(s\) 1", result.stderr)
+    assert "the last good checkpoint is step 2" in result.stderr
+    assert [path.name for path in (tmp_path / "drift/checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_the_loss_of_a_rank_ends_the_others_and_is_named(tiny_dataset: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "lost", tmp_path / "log"
+    arguments = tiny_run(tiny_dataset, tmp_path, run.name, "--training.steps", "100000")
+    with job(arguments, 2, log) as process:
+        wait_for_step(run, 20, process, log)
+        victims = ranks(process.pid)
+        victims[1].kill()
+        assert process.wait(timeout=LIMIT_SECONDS) != 0
+        assert not any(victim.is_running() for victim in victims)
+    assert re.search(r"rank\s+: 1 .*\n\s+exitcode\s+: -9", log.read_text()), log.read_text()[-3000:]
+    assert newest_intact(run / "checkpoints")[0] is not None
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB that can be filled and emptied."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs takes root")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    junk = disk / "junk"
+    with junk.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            return junk
+
+
+def wait_for_text(log: Path, pattern: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not re.search(pattern, log.read_text()):
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.01)
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(
+    small_disk: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    run, log = small_disk / "full", tmp_path / "log"
+    arguments = tiny_run(tiny_dataset, small_disk, run.name, "--run.max_save_failures", "1000000")
+    with job([*arguments, "--training.steps", "100000", "--run.keep_last", "2"], 2, log) as process:
+        wait_for_step(run, 20, process, log)
+        junk = fill(small_disk)
+        wait_for_text(log, r"checkpoint failed \(2 in a row, 1000000 tolerated\): .*No space left", process)
+        intact, damaged = newest_intact(run / "checkpoints")
+        assert intact is not None
+        assert damaged == []
+        junk.unlink()
+        deadline = time.monotonic() + LIMIT_SECONDS
+        while (now := newest_intact(run / "checkpoints")[0]) is None or now.step <= intact.step:
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_a_disk_that_stays_full_stops_the_run_after_the_tolerated_failures(
+    small_disk: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    run, log = small_disk / "full", tmp_path / "log"
+    arguments = tiny_run(tiny_dataset, small_disk, run.name, "--run.max_save_failures", "2")
+    with job([*arguments, "--training.steps", "100000"], 2, log) as process:
+        wait_for_step(run, 20, process, log)
+        fill(small_disk)
+        assert process.wait(timeout=60) != 0
+    intact, damaged = newest_intact(run / "checkpoints")
+    assert intact is not None
+    assert damaged == []
+    failure = re.search(
+        r"error: checkpoints can't be written: .*; the last good checkpoint is step (\d+)", log.read_text()
+    )
+    assert failure is not None, log.read_text()[-3000:]
+    assert int(failure[1]) == intact.step
+
+
 @pytest.mark.parametrize(("num_processes", "kills"), [(1, 12), (2, 10), (4, 8)])
 def test_chaos(num_processes: int, kills: int, tiny_dataset: Path, tmp_path: Path) -> None:
     """30 SIGKILLs in all, at random moments, of random ranks or the whole tree; between them files rot."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
 from pipeline.config import UserError
@@ -44,9 +45,20 @@ def test_features_and_logits_belong_together(extractor: FeatureExtractor) -> Non
     torch.testing.assert_close(logits, found @ weights["head.weight"].T + weights["head.bias"], rtol=1e-4, atol=1e-3)
 
 
-def test_a_call_equals_its_blocks_of_a_hundred(extractor: FeatureExtractor) -> None:
+def test_forward_passes_hold_the_same_images_whatever_the_call(
+    extractor: FeatureExtractor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = torch.randint(0, 256, (230, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    sizes: list[int] = []
+    forward = extractor._forward
+
+    def recording(part: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.append(len(part))
+        return forward(part)
+
+    monkeypatch.setattr(extractor, "_forward", recording)
     whole = extractor(images)
+    assert sizes == [100, 100, 30]
     parts = [extractor(part) for part in images.tensor_split([100, 200])]
     for index in (0, 1):
         assert torch.equal(whole[index], torch.cat([part[index] for part in parts]))
