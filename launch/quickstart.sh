@@ -5,12 +5,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-[ -x .venv/bin/accelerate ] || .venv/bin/python -m pip install --quiet --upgrade pip
 echo "installing (the first time: a few GB, some minutes)" >&2
 .venv/bin/python -m pip install --quiet -e .
-if [ -z "${CUDA_VISIBLE_DEVICES-unset}" ] || ! command -v nvidia-smi >/dev/null; then
-  settings=launch/accelerate/cpu.yaml
-else
+settings=launch/accelerate/cpu.yaml
+if command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus >/dev/null 2>&1; then
   settings=launch/accelerate/gpu.yaml
 fi
 .venv/bin/accelerate launch --config_file "$settings" pipeline/train.py --config configs/quickstart.yaml "$@"
