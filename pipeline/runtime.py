@@ -39,6 +39,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 T = TypeVar("T")
 
 
+class LocalError(UserError):
+    """An error that perhaps only this rank has met, like a damaged shard of its own: whichever rank raises it tells."""
+
+
 class TrainingFailed(Exception):
     """The run can't go on: it diverged, or its state can't be saved. The last good checkpoint is kept."""
 
@@ -254,8 +258,8 @@ def run_entry(main: Callable[[], int]) -> NoReturn:
     try:
         code = main()
     except (UserError, TrainingFailed) as error:
-        if _environment_int("RANK", 0) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if _environment_int("RANK", 0) == 0 or isinstance(error, LocalError):
+            print(f"{prefix if isinstance(error, LocalError) else ''}error: {error}", file=sys.stderr, flush=True)
         code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
     except KeyboardInterrupt:
         print(f"{prefix}stopped at once by a second interrupt", file=sys.stderr)

@@ -26,7 +26,7 @@ from pipeline.objectives import choose
 from pipeline.pictures import interpolate, render_range, save_grid
 from pipeline.progress import bar
 from pipeline.report import write_report
-from pipeline.runtime import Preempted, Runtime, TrainingFailed
+from pipeline.runtime import LocalError, Preempted, Runtime, TrainingFailed
 from pipeline.scoring import Scorer
 from pipeline.state import build_state
 from pipeline.updates import Images, critic_step, generator_step, to_pixels
@@ -405,7 +405,10 @@ class Interval:
 
     def wait_for(self, batches: Iterator[Batch]) -> Batch:
         started = time.monotonic()
-        batch = next(batches)
+        try:
+            batch = next(batches)
+        except UserError as error:
+            raise LocalError(str(error)) from None
         self._wait_seconds += time.monotonic() - started
         return batch
 

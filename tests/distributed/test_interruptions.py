@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -168,6 +169,19 @@ def test_divergence_stops_all_ranks_with_the_step_and_keeps_the_last_good_checkp
     if checkpoint is not None:
         assert all(tensor.isfinite().all() for tensor in checkpoint.tensors().values())
         assert f"the last good checkpoint is step {checkpoint.step}" in result.stderr
+
+
+def test_a_damaged_shard_stops_the_job_and_is_named_by_the_rank_that_met_it(tiny_dataset: Path, tmp_path: Path) -> None:
+    dataset = tmp_path / "dataset"
+    shutil.copytree(tiny_dataset, dataset)
+    shard = sorted(dataset.glob("train-*.tar"))[-1]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    streaming = ["--data.source", "streaming", "--data.workers", "0"]
+    result = launch(ROOT / "pipeline/train.py", tiny_run(dataset, tmp_path, "damaged", *streaming), 2)
+    assert result.returncode != 0
+    assert re.search(rf"\[rank \d\] error: .*{shard.name}", result.stderr), result.stderr[-3000:]
 
 
 def test_replicas_that_drift_apart_are_never_committed(tiny_dataset: Path, tmp_path: Path) -> None:
