@@ -47,9 +47,9 @@ def main() -> int:
         raise UserError(f"--steps is {arguments.steps}: give at least 10")
     runtime = Runtime(config.runtime)
     try:
-        runtime.on_main(lambda: open_dataset(config.data))
+        dataset = runtime.on_main(lambda: open_dataset(config.data))
         # One rank measures the sources: their figures are per core.
-        figures = runtime.on_main(lambda: measure_data(config, open_dataset(config.data)))
+        figures = runtime.on_main(lambda: measure_data(config, dataset))
         figures |= measure_training(config, runtime, arguments.steps)
     finally:
         runtime.close()

@@ -17,7 +17,6 @@ from pipeline import sampling
 from pipeline.checkpoint import CheckpointWriter, IntegrityError, newest_intact, sweep
 from pipeline.config import Config, OptimizerConfig, UserError, flatten, to_yaml
 from pipeline.data import Batch, open_dataset, open_source
-from pipeline.data.manifest import Dataset
 from pipeline.export import save_export
 from pipeline.files import write_text
 from pipeline.lock import RunLock
@@ -47,7 +46,7 @@ class Trainer:
         self.objective = choose(training)
         self.rows = sampling.rank_slice(training.batch_size, runtime.rank, runtime.world_size)
         saved_environment = runtime.on_main(lambda: check_run_folder(config))
-        self.dataset = self._open_dataset()
+        self.dataset = runtime.on_main(lambda: open_dataset(config.data))
         if saved_environment and saved_environment["dataset_fingerprint"] != self.dataset.fingerprint:
             raise UserError(
                 f"{self.folder}: was trained on another version of {self.dataset.name}: use another run.name"
@@ -306,7 +305,10 @@ class Trainer:
         result = self.folder / "evaluation" / f"step-{state.step:08d}.json"
         if not self.runtime.on_main(result.exists):
             try:
-                self.scorer.score(generator, state.step, result)
+                with self._tolerated("evaluation"):
+                    self.scorer.score_generator(
+                        generator, result, {"step": state.step, "weights": self.config.evaluation.weights}
+                    )
             except Preempted:
                 if self._due(self.config.run.log_every) and self.interval.steps:
                     self._log()
@@ -329,11 +331,6 @@ class Trainer:
         return self.state.generator
 
     # -- beginning and end ---------------------------------------------------------------------------------------------
-
-    def _open_dataset(self) -> Dataset:
-        """The main process prepares a known dataset that is not there yet, the others wait."""
-        self.runtime.on_main(lambda: open_dataset(self.config.data))
-        return open_dataset(self.config.data)
 
     def _open_folder(self) -> None:
         environment = self.runtime.environment() | {
@@ -394,6 +391,7 @@ class Interval:
 
     def begin(self) -> None:
         self._rows: list[Tensor] = []
+        self._losses: Tensor | None = None
         self._started, self._wait_seconds = time.monotonic(), 0.0
 
     @property
@@ -402,6 +400,7 @@ class Interval:
 
     def add(self, critic_losses: Tensor, generator_loss: Tensor) -> None:
         self._rows.append(torch.cat([critic_losses, generator_loss.view(1)]))
+        self._losses = None
 
     def wait_for(self, batches: Iterator[Batch]) -> Batch:
         started = time.monotonic()
@@ -417,7 +416,9 @@ class Interval:
 
     def losses(self) -> Tensor:
         """(steps, 3) on the CPU: real, fake and generator loss of the global batch. This waits for the device."""
-        return self._runtime.mean_over_ranks(torch.stack(self._rows)).cpu()
+        if self._losses is None:
+            self._losses = self._runtime.mean_over_ranks(torch.stack(self._rows)).cpu()
+        return self._losses
 
     def seconds(self) -> tuple[float, float]:
         """Training time of the interval and the part of it spent waiting for data."""

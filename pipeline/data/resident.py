@@ -31,6 +31,22 @@ def load_split(dataset: Dataset, split: str) -> tuple[torch.Tensor, torch.Tensor
     return images, labels
 
 
+def load_images(dataset: Dataset, split: str, indices: torch.Tensor) -> torch.Tensor:
+    """The images of a split at `indices` int64 [n] of its shard order: uint8 [n, C, H, W].
+
+    Reads only the shards that hold them. Raises DataError as `load_split` does.
+    """
+    images = torch.empty(len(indices), *dataset.image_shape, dtype=torch.uint8)
+    start = 0
+    for shard in dataset.shards(split):
+        here = (start <= indices) & (indices < start + shard.num_images)
+        if here.any():
+            stored = decode(read_shard(dataset, shard).images, dataset.image_shape, dataset.locate(shard))
+            images[here] = torch.from_numpy(stored)[indices[here] - start]
+        start += shard.num_images
+    return images
+
+
 class ResidentSource:
     """Batch k of the train split is `sampling.data_indices(seed, k, ...)`: uniform with replacement."""
 

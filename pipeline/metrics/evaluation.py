@@ -15,12 +15,24 @@ from torch import Tensor
 from pipeline.config import UserError
 from pipeline.data.manifest import Dataset
 from pipeline.metrics import scores
-from pipeline.metrics.cache import RealFeatures, broadcast, gather, raise_if_any, real_features, share, stacked
+from pipeline.metrics.cache import (
+    Interrupted,
+    RealFeatures,
+    broadcast,
+    gather,
+    raise_if_any,
+    real_features,
+    share,
+    stacked,
+)
 from pipeline.metrics.features import FORWARD_SIZE, FeatureExtractor
 from pipeline.sampling import seeded
 
 MANIFOLD_IMAGES = 10_000
 """Most images of either side in precision, recall, density and coverage, whose cost grows with their product."""
+
+SHOWN_IMAGES = 8
+"""Images whose nearest training images are told."""
 
 Scores = dict[str, object]
 
@@ -52,7 +64,7 @@ def evaluate_images(
             at multiples of the batch size, so they may differ by one batch and be empty.
         progress: called with the number of images after each batch of this rank (`tqdm.update`).
         labels: int64 [num_images], the classes that the images were asked to show.
-        interrupted: asked before each batch whether to give up; ranks may disagree for a while.
+        interrupted: asked before each batch and between scores whether to give up; ranks may disagree for a while.
 
     Returns on every rank, for each extractor's name:
         "fid", "fid_floor" (null without another split), "fid_interval" [low, high], "is_mean", "is_std", "kid_mean",
@@ -61,6 +73,7 @@ def evaluate_images(
         each class by the classifier's verdict on either side), "class_total_variation", "confidence_mean",
         "fid_per_class" (null for a class with too few images) and, with labels, "class_accuracy": the rate at
         which the classifier sees the class that was asked for;
+        "nearest_training_images" of the first 8 images (rows of 5 "indices" in shard order and "distances");
         "provenance": what the scores depend on besides the images.
         A score that this few images do not give is null.
 
@@ -105,18 +118,30 @@ def evaluate_images(
             progress(stop - start)
     raise_if_any(stopping, world_size)
 
+    def poll() -> None:
+        if interrupted():
+            raise Interrupted
+
     results: dict[str, Scores] = {}
     for extractor, found, (target, floor) in zip(extractors, parts, real, strict=True):
         fake = gather(stacked(found, extractor), rank, world_size)
         if fake is not None and target is not None:
-            results[extractor.name] = _score(fake, target, floor, extractor, dataset, seed, labels)
-            results[extractor.name]["provenance"] = {
+            try:
+                result = _score(fake, target, floor, extractor, dataset, seed, labels, poll)
+            except Interrupted:
+                stopping = True
+        raise_if_any(stopping, world_size)
+        if fake is not None and target is not None:
+            if training := target if reference == "train" else floor:
+                result["nearest_training_images"] = _nearest(fake[0][:SHOWN_IMAGES], training.features)
+            result["provenance"] = {
                 "extractor": extractor.fingerprint,
                 "dataset": dataset.fingerprint,
                 "reference": reference,
                 "reference_images": len(target.features),
                 "seed": seed,
             }
+            results[extractor.name] = result
     return broadcast(results, world_size)
 
 
@@ -128,36 +153,44 @@ def _score(
     dataset: Dataset,
     seed: int,
     labels: Tensor | None,
+    poll: Callable[[], None],
 ) -> Scores:
     """All scores of features [n, d] and logits [n, k]."""
     features, logits = fake
+    poll()
     is_mean, is_std = scores.inception_score(logits, seed)
+    poll()
     kid_mean, kid_std = scores.kernel_distance(features, real.features, seed)
     result: Scores = {
         "fid": scores.frechet_distance(scores.moments(features), real.moments),
         "fid_floor": scores.frechet_distance(floor.moments, real.moments) if floor else None,
-        "fid_interval": scores.frechet_interval(features, real.moments, seed),
+        "fid_interval": scores.frechet_interval(features, real.moments, seed, poll),
         "is_mean": is_mean,
         "is_std": is_std,
         "kid_mean": kid_mean,
         "kid_std": kid_std,
-        **_manifold(features, real.features, seed),
+        **_manifold(features, real.features, seed, poll),
     }
     if dataset.class_names and dataset.class_names == extractor.class_names:
         result |= _class_scores(features, logits, real, dataset.class_names, labels)
     return result
 
 
-def _manifold(fake: Tensor, real: Tensor, seed: int) -> dict[str, float | None]:
+def _nearest(features: Tensor, training: Tensor) -> dict[str, object]:
+    indices, distances = scores.nearest_neighbours(features, training, scores.NEIGHBOURS)
+    return {"indices": indices.tolist(), "distances": distances.tolist()}
+
+
+def _manifold(fake: Tensor, real: Tensor, seed: int, poll: Callable[[], None]) -> dict[str, float | None]:
     """As many images of either side, so that scores of different evaluations of N images compare."""
     count = min(len(fake), len(real), MANIFOLD_IMAGES)
     if count <= scores.NEIGHBOURS:
         return dict.fromkeys(("precision", "recall", "density", "coverage"))
-    sides = []
-    for name, features in (("fake", fake), ("real", real)):
-        chosen = torch.randperm(len(features), generator=seeded(seed, f"manifold {name}"))[:count]
-        sides.append(features[chosen])
-    return {**scores.manifold_scores(*sides)}
+
+    def chosen(name: str, features: Tensor) -> Tensor:
+        return features[torch.randperm(len(features), generator=seeded(seed, f"manifold {name}"))[:count]]
+
+    return {**scores.manifold_scores(chosen("fake", fake), chosen("real", real), poll)}
 
 
 def _class_scores(

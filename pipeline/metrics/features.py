@@ -10,6 +10,7 @@ import hashlib
 import io
 import pickle
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -126,12 +127,9 @@ class InceptionFeatures(FeatureExtractor):
     num_features = 2048
     num_classes = 1008
 
-    def __init__(self, device: torch.device, image_shape: tuple[int, int, int], weights: str | Path | None) -> None:
+    def __init__(self, device: torch.device, image_shape: tuple[int, int, int], path: Path) -> None:
         if image_shape[0] not in (1, 3):
             raise UserError(f"the 'inception' features need images of 1 or 3 channels, not {image_shape[0]}")
-        path = Path(weights) if weights else _downloaded_inception_weights()
-        if not path.is_file():
-            raise UserError(f"evaluation.inception_weights is {path}: no such file")
         content = path.read_bytes()
         super().__init__("1", content, device)
         try:
@@ -175,6 +173,21 @@ def _downloaded_inception_weights() -> Path:
     return path
 
 
+def find_weights(names: Iterable[str], inception_weights: str | Path | None) -> Path | None:
+    """The Inception v3 weight file where one of the feature spaces needs it: the path given, else a download.
+
+    Raises:
+        UserError: there is no such file, or it can't be downloaded.
+    """
+    if InceptionFeatures.name not in names:
+        return None
+    if inception_weights is None:
+        return _downloaded_inception_weights()
+    if not Path(inception_weights).is_file():
+        raise UserError(f"evaluation.inception_weights is {inception_weights}: no such file")
+    return Path(inception_weights)
+
+
 def load_features(
     name: str, device: torch.device, image_shape: tuple[int, int, int], inception_weights: str | Path | None = None
 ) -> FeatureExtractor:
@@ -186,5 +199,7 @@ def load_features(
     if name == MnistFeatures.name:
         return MnistFeatures(device, image_shape)
     if name == InceptionFeatures.name:
-        return InceptionFeatures(device, image_shape, inception_weights)
+        path = find_weights([name], inception_weights)
+        assert path is not None
+        return InceptionFeatures(device, image_shape, path)
     raise UserError(f"evaluation.features holds {name!r}: choose from mnist, inception")

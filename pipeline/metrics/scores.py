@@ -6,7 +6,7 @@ are float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,8 @@ STUDENT_T_95 = 2.093
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
 NEIGHBOURS = 5
+Poll = Callable[[], object]
+"""Called between parts of a long computation; it ends one by raising."""
 ROWS = 1000
 """Rows of a distance matrix held at once (80 MB against 10,000 columns)."""
 
@@ -52,7 +54,9 @@ def frechet_distance(ours: Moments, theirs: Moments) -> float:
     return float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
 
 
-def frechet_interval(features: Tensor, reference: Moments, seed: int) -> tuple[float, float] | None:
+def frechet_interval(
+    features: Tensor, reference: Moments, seed: int, poll: Poll = lambda: None
+) -> tuple[float, float] | None:
     """95 % confidence interval of the FID of images with these features [n, d] against a fixed reference.
 
     Delete-a-group jackknife: the images are dealt at random into 20 groups, the FID is taken 20 times with one group
@@ -73,6 +77,7 @@ def frechet_interval(features: Tensor, reference: Moments, seed: int) -> tuple[f
     scatter = centred.T @ centred
     scores = []
     for group in torch.randperm(len(features), generator=seeded(seed, "jackknife groups")).chunk(JACKKNIFE_GROUPS):
+        poll()
         left_out = centred[group]
         num_images = len(features) - len(left_out)
         shift = -left_out.sum(0) / num_images
@@ -106,7 +111,7 @@ def kernel_distance(fake: Tensor, real: Tensor, seed: int) -> tuple[float, float
     return result[KEY_METRIC_KID_MEAN], result[KEY_METRIC_KID_STD]
 
 
-def manifold_scores(fake: Tensor, real: Tensor) -> dict[str, float]:
+def manifold_scores(fake: Tensor, real: Tensor, poll: Poll = lambda: None) -> dict[str, float]:
     """Precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), density and coverage (Naeem et al. 2020,
     arXiv 2002.09797), with balls that reach to the 5th nearest neighbour.
 
@@ -116,11 +121,11 @@ def manifold_scores(fake: Tensor, real: Tensor) -> dict[str, float]:
     one pass over the distances here, which is half of its work.
     """
     fake, real = fake.double(), real.double()
-    fake_radii, real_radii = _squared_radii(fake), _squared_radii(real)
+    fake_radii, real_radii = _squared_radii(fake, poll), _squared_radii(real, poll)
     recalled = torch.zeros(len(real), dtype=torch.bool)
     covered = torch.zeros(len(real), dtype=torch.bool)
     num_precise = num_balls = 0
-    for rows, distances in _squared_distances(fake, real):
+    for rows, distances in _squared_distances(fake, real, poll):
         recalled |= (distances <= fake_radii[rows, None]).any(0)
         inside = distances <= real_radii
         covered |= inside.any(0)
@@ -172,18 +177,19 @@ def class_frechet_distances(
     return scores
 
 
-def _squared_distances(ours: Tensor, theirs: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _squared_distances(ours: Tensor, theirs: Tensor, poll: Poll = lambda: None) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of rows of the matrix |a - b|^2 between float64 [m, d] and [n, d]."""
     their_norms = theirs.square().sum(1)
     for start in range(0, len(ours), ROWS):
+        poll()
         rows = slice(start, start + ROWS)
         norms = ours[rows].square().sum(1, keepdim=True)
         yield rows, torch.addmm(their_norms, ours[rows], theirs.T, alpha=-2).add_(norms).clamp_(min=0)
 
 
-def _squared_radii(features: Tensor) -> Tensor:
+def _squared_radii(features: Tensor, poll: Poll) -> Tensor:
     """Squared distance of each row of [n, d] to its 5th nearest other row."""
     # topk takes a ninth of kthvalue's time here. The nearest row is the row itself.
     return torch.cat(
-        [d.topk(NEIGHBOURS + 1, largest=False).values[:, -1] for _, d in _squared_distances(features, features)]
+        [d.topk(NEIGHBOURS + 1, largest=False).values[:, -1] for _, d in _squared_distances(features, features, poll)]
     )

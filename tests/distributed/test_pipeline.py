@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import math
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from pipeline.checkpoint import find
 from pipeline.data import Dataset
+from pipeline.data.resident import load_split
 from pipeline.export import load_export
 from tests.distributed.test_interruptions import job, ranks
-from tests.jobs import ROOT, launch
+from tests.jobs import ROOT, environment, launch
 
 SMALL = [
     *("--network.width", "0.25", "--training.n_critic", "1", "--training.steps", "20", "--run.log_every", "5"),
@@ -40,6 +45,7 @@ def test_a_run_leaves_everything_that_the_readme_lists(run: Path) -> None:
     for name in ("config.yaml", "environment.json", "report.html", "report.md", "report.json"):
         assert (run / name).stat().st_size > 0
     assert {path.name for path in (run / "samples").iterdir()} == {"00010.png", "00020.png", "00020-interpolation.png"}
+    assert {path.name for path in (run / "evaluation").iterdir()} == {"step-00000020.json", "neighbours-00000020.png"}
     assert list((run / "tensorboard").rglob("events.out.tfevents.*"))
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000010", "step-00000020"}
     with Image.open(run / "samples/00020.png") as grid:
@@ -107,11 +113,94 @@ def find_step(run: Path, step: int) -> bool:
     return (run / "checkpoints" / f"step-{step:08d}").exists()
 
 
-@pytest.mark.parametrize("target", ["nothing", "empty"])
-def test_a_target_that_is_no_run_is_refused_in_one_line(target: str, mnist_dataset: Dataset, tmp_path: Path) -> None:
+class Evaluate:
+    """`evaluate.py TARGET --out FILE ...` in one process; what it wrote."""
+
+    def __init__(self, dataset: Dataset, folder: Path) -> None:
+        self.place, self.folder = ["--data.root", str(dataset.folder.parent)], folder
+
+    def run(self, target: object, *more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "pipeline/evaluate.py"), str(target), *self.place, *more]
+        return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+
+    def scores(self, target: object, *more: str) -> dict[str, Any]:
+        out = self.folder / f"scores-{len(list(self.folder.iterdir()))}.json"
+        result = self.run(target, "--out", str(out), *more)
+        assert result.returncode == 0, result.stderr[-3000:]
+        return dict(json.loads(out.read_text())["features"]["mnist"])
+
+
+@pytest.fixture
+def evaluate(mnist_dataset: Dataset, tmp_path: Path) -> Evaluate:
+    (tmp_path / "scores").mkdir()
+    return Evaluate(mnist_dataset, tmp_path / "scores")
+
+
+def numbers(scores: dict[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in scores.items() if isinstance(value, float)}
+
+
+def test_an_export_scores_as_its_run_and_the_raw_generator_does_not(run: Path, evaluate: Evaluate) -> None:
+    expected = json.loads((run / "evaluation/step-00000020.json").read_text())["features"]["mnist"]
+    count = ["--evaluation.num_images", "501"]
+    export = evaluate.scores(run / "export/generator.safetensors", *count)
+    assert numbers(export) == pytest.approx(numbers(expected), rel=1e-6)
+    raw = evaluate.scores(run, "--evaluation.weights", "raw")
+    assert raw["fid"] != pytest.approx(expected["fid"], rel=1e-5)
+
+
+def test_the_real_test_split_scores_at_the_floor(evaluate: Evaluate) -> None:
+    scores = evaluate.scores("test")
+    assert scores["fid"] == pytest.approx(scores["fid_floor"], rel=1e-9)
+    assert scores["class_accuracy"] > 0.99
+    assert abs(scores["precision"] - scores["recall"]) < 0.05
+
+
+def test_a_folder_of_pictures_and_an_npz_file_score_alike(
+    mnist_dataset: Dataset, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    images, labels = (tensor[:600].numpy() for tensor in load_split(mnist_dataset, "test"))
+    order = np.argsort(labels, kind="stable")
+    for number, index in enumerate(order):
+        place = tmp_path / "digits" / str(labels[index])
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[index, 0]).save(place / f"{number:04d}.png")
+    np.savez(tmp_path / "digits.npz", images=images[order], labels=labels[order])
+    pictures, arrays = (evaluate.scores(tmp_path / name) for name in ("digits", "digits.npz"))
+    assert pictures == arrays
+    assert pictures["class_accuracy"] > 0.97
+    assert pictures["fid"] < 20
+    neighbours = pictures["nearest_training_images"]["distances"]
+    assert np.shape(neighbours) == (8, 5)
+    assert (np.diff(neighbours) >= 0).all()
+    with Image.open(sorted(evaluate.folder.glob("neighbours-*.png"))[0]) as picture:
+        assert picture.size == (6 * 60 + 4, 8 * 60 + 4)
+
+
+def test_scores_of_other_images_are_never_overwritten(run: Path, evaluate: Evaluate) -> None:
+    before = (run / "evaluation/step-00000020.json").read_text()
+    result = evaluate.run(run, "--step", "20", "--evaluation.num_images", "100")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == (
+        f"error: {run}/evaluation/step-00000020.json: holds other scores (num_images is 501 there and 100 here): "
+        "name another file with --out"
+    )
+    assert (run / "evaluation/step-00000020.json").read_text() == before
+
+
+@pytest.mark.parametrize("target", ["nothing", "empty", "large.npz"])
+def test_what_can_not_be_scored_is_refused_in_one_line(target: str, evaluate: Evaluate, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    data = ["--data.root", str(mnist_dataset.folder.parent)]
-    result = launch(ROOT / "pipeline/evaluate.py", [str(tmp_path / target), *data])
-    assert result.returncode != 0
-    assert f"error: {tmp_path / target}: is neither a run with checkpoints nor an export" in result.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    np.savez(tmp_path / "large.npz", images=np.zeros((20, 32, 32), np.uint8))
+    before = sorted(tmp_path.rglob("*"))
+    result = evaluate.run(tmp_path / target)
+    assert result.returncode == 2
+    reason = {
+        "nothing": "there is nothing of that name; give a run's folder",
+        "empty": "holds no image file",
+        "large.npz": "holds images of 1 x 32 x 32, the dataset mnist has 1 x 28 x 28",
+    }[target]
+    assert result.stderr.startswith(f"error: {tmp_path / target}")
+    assert reason in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before

@@ -1,0 +1,176 @@
+"""Images as people keep them: folders of image files and .npz files."""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from pipeline.data.manifest import DataError, Dataset
+from pipeline.data.shards import Images, Labels
+
+IMAGE_FILE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"}
+GREY_MODES = {"1", "L", "LA"}
+COLOUR_MODES = {"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
+
+
+class Split(NamedTuple):
+    """Images that can be read a few at a time."""
+
+    num_images: int
+    labels: Labels | None
+    """int64 [num_images]."""
+    read: Callable[[npt.NDArray[np.int64]], Images]
+    """Indices [n] -> uint8 [n, C, H, W]."""
+
+
+def open_images(path: Path, dataset: Dataset) -> Split:
+    """A folder of image files or an `.npz` file, to be compared with a dataset.
+
+    A folder's images become grey for a grey dataset; its subfolders, if they have the names of the dataset's classes,
+    and an `.npz` file's labels are the classes that the images should show. Raises DataError naming the file.
+    """
+    if path.is_dir():
+        files, class_names, folders = list_images(path)
+        scanner = Scanner(check_size=True)
+        for file in files:
+            scanner.add(file, str(file))
+        labels = None
+        if class_names and set(class_names) <= set(dataset.class_names):
+            labels = np.array([dataset.class_names.index(name) for name in class_names], np.int64)[folders]
+        shape = (dataset.image_shape[0], *scanner.image_shape[1:])
+        found = Split(len(files), labels, partial(read_images, files, shape, False))
+    else:
+        images, labels = load_npz(path)
+        shape = images.shape[1:]
+        if not dataset.num_classes:
+            labels = None
+        if labels is not None and not 0 <= labels.min() <= labels.max() < dataset.num_classes:
+            raise DataError(
+                f"{path}: labels reach from {labels.min()} to {labels.max()}, not 0 to {dataset.num_classes - 1}"
+            )
+        found = Split(len(images), labels, images.__getitem__)
+    if shape != dataset.image_shape:
+        raise DataError(
+            f"{path} holds images of {' x '.join(map(str, shape))}, the dataset {dataset.name} has "
+            f"{' x '.join(map(str, dataset.image_shape))}"
+        )
+    return found
+
+
+class Scanner:
+    """Finds the one shape that a set of images has."""
+
+    def __init__(self, *, check_size: bool) -> None:
+        self._check_size = check_size
+        self._size: tuple[int, int] | None = None
+        self._channels = 1
+
+    def add(self, file: Path | BinaryIO, name: str, *, decode: bool = False) -> None:
+        """An encoded image; only its header is read unless `decode`."""
+        try:
+            with Image.open(file) as image:
+                if image.mode not in GREY_MODES | COLOUR_MODES:
+                    raise DataError(f"{name} has pixels of mode {image.mode}: convert it to 8-bit grey or RGB")
+                self._add(3 if image.mode in COLOUR_MODES else 1, image.height, image.width, name)
+                if decode:
+                    image.load()
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(f"{name} is damaged or not an image: {error}") from None
+
+    def add_blocks(self, images: Images, name: str) -> None:
+        _, channels, height, width = images.shape
+        if self._size is not None and channels != self._channels:
+            raise DataError(f"{name} has images of {channels} channels, those before it have {self._channels}")
+        self._add(channels, height, width, name)
+
+    def _add(self, channels: int, height: int, width: int, name: str) -> None:
+        if self._check_size and self._size not in (None, (height, width)):
+            raise DataError(
+                f"{name} is {height} x {width}, those before it are {' x '.join(map(str, self._size or ()))}: "
+                "all images must have one size (of a folder, --size N makes it so)"
+            )
+        self._size = (height, width)
+        self._channels = max(self._channels, channels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        assert self._size is not None
+        return self._channels, *self._size
+
+
+def list_images(folder: Path) -> tuple[list[Path], list[str], Labels]:
+    """Image files sorted by path, class names, labels (all 0 without classes)."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder")
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    images = [path for path in files if path.suffix.lower() in IMAGE_FILE_SUFFIXES]
+    if not images:
+        raise DataError(f"{folder} holds no image file ({', '.join(sorted(IMAGE_FILE_SUFFIXES))})")
+    if len(files) > len(images):
+        tqdm.write(f"{folder}: {len(files) - len(images)} files that are not images are left out", file=sys.stderr)
+    parents = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in images]
+    names = sorted(set(parents))
+    if "" in names and len(names) > 1:
+        raise DataError(f"{folder} holds images both beside and inside of subfolders: classes are subfolders")
+    labels = np.array([names.index(parent) for parent in parents], np.int64)
+    return images, [] if names == [""] else names, labels
+
+
+def read_images(
+    files: Sequence[Path], image_shape: tuple[int, int, int], resize: bool, indices: npt.NDArray[np.int64]
+) -> Images:
+    channels, height, width = image_shape
+    images = np.empty((len(indices), height, width, channels), np.uint8)
+    for row, index in enumerate(indices):
+        try:
+            with Image.open(files[index]) as file:
+                image = file.convert("L" if channels == 1 else "RGB")
+        except (OSError, ValueError, SyntaxError) as error:
+            raise DataError(f"{files[index]} is damaged: {error}") from None
+        if resize:
+            image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+        images[row] = np.asarray(image).reshape(height, width, channels)
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+
+
+def load_npz(path: Path) -> tuple[Images, Labels | None]:
+    """Images as uint8 [N, C, H, W]."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+            arrays = {key: content[key] for key in content.files if key in ("images", "labels")}
+            keys = ", ".join(content.files)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, TypeError) as error:
+        raise DataError(f"{path} cannot be read as an .npz file without pickled objects: {error}") from None
+    if "images" not in arrays:
+        raise DataError(f"{path} has no array `images`: it holds {keys or 'nothing'}")
+    images = arrays["images"]
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.size == 0:
+        raise DataError(
+            f"{path}: images is {images.dtype} {images.shape}, not uint8 [N, H, W], [N, H, W, C] or [N, C, H, W]"
+        )
+    if images.ndim == 3:
+        images = images[:, None]
+    elif (images.shape[1] in (1, 3)) == (images.shape[3] in (1, 3)):
+        raise DataError(f"{path}: which axis of images {images.shape} is the channels (1 or 3 of them) is not clear")
+    elif images.shape[3] in (1, 3):
+        images = images.transpose(0, 3, 1, 2)
+    labels = arrays.get("labels")
+    if labels is not None:
+        if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
+            raise DataError(f"{path}: labels is {labels.dtype} {labels.shape}, not {len(images)} integers")
+        labels = labels.astype(np.int64)
+    return images, labels
