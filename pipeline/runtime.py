@@ -1,7 +1,8 @@
 """Processes, devices and signals. The only module that reads the environment, rank or world size.
 
 Exit codes of every entry: 0 done; 1 a bug or a lost rank; 2 a mistake in what the user gave; 3 the training diverged or
-can't be saved; 75 stopped by a signal after saving, launch again to go on (EX_TEMPFAIL).
+can't be saved; 75 stopped by a signal after saving, launch again to go on (EX_TEMPFAIL); 130 stopped at once by a
+second SIGINT.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -24,17 +26,18 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
 )
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 from pipeline.config import RuntimeConfig, UserError
 
-EXIT_USER_ERROR, EXIT_FAILED, EXIT_PREEMPTED = 2, 3, 75
+EXIT_USER_ERROR, EXIT_FAILED, EXIT_PREEMPTED, EXIT_INTERRUPTED = 2, 3, 75, 130
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 T = TypeVar("T")
 
@@ -61,9 +64,11 @@ class Runtime:
 
     def __init__(self, config: RuntimeConfig, *, trackers: list[str] | None = None, folder: Path | None = None) -> None:
         self.started = time.monotonic()
-        self._signals: list[int] = []
+        self.stop_requested = False
+        """Whether this rank was told to stop; other ranks may not know yet."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
+        _exit_at_second_interrupt()
         if config.device == "cuda" and not torch.cuda.is_available():
             raise UserError("runtime.device is cuda, but torch sees no CUDA device: use cpu or auto")
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()
@@ -75,15 +80,14 @@ class Runtime:
             )
         if on_cpu:
             torch.set_num_threads(config.threads or _threads_per_rank())
+        if _environment_int("WORLD_SIZE", 1) > 1:
+            _join_process_group("gloo" if on_cpu else "nccl", timedelta(seconds=config.timeout_seconds))
         self.accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision="no",
             log_with=list(trackers or []) or None,
             project_config=ProjectConfiguration(logging_dir=str(folder / "tensorboard")) if folder else None,
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_seconds)),
-            ],
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
@@ -105,14 +109,7 @@ class Runtime:
     # -- signals -------------------------------------------------------------------------------------------------------
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and signal.SIGINT in self._signals:
-            raise KeyboardInterrupt
-        self._signals.append(number)
-
-    @property
-    def stop_requested(self) -> bool:
-        """Whether this rank was told to stop; other ranks may not know yet."""
-        return bool(self._signals)
+        self.stop_requested = True
 
     def stop_known(self) -> bool:
         """Whether this rank was told to stop or has heard that another was. Waits for nobody; ranks may differ.
@@ -154,13 +151,18 @@ class Runtime:
         return bool(value)
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Runs `work` on the main process; every rank returns its result, or raises its UserError."""
+        """Runs `work` on the main process; every rank returns its result, or raises its UserError.
+
+        A file that can't be read or written (OSError) becomes a UserError too: it names itself.
+        """
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = work()
             except UserError as error:
                 outcome[1] = error
+            except OSError as error:
+                outcome[1] = UserError(str(error))
         if self.world_size > 1:
             broadcast_object_list(outcome)
         if outcome[1] is not None:
@@ -208,7 +210,10 @@ class Runtime:
         }
 
     def close(self) -> None:
-        self.accelerator.end_training()
+        try:
+            self.accelerator.end_training()
+        except OSError as error:  # a tracker flushes to a disk that is full
+            self.say(f"trackers not written to the end: {error}")
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -245,6 +250,30 @@ def _world() -> dist.ProcessGroup:
     return dist.group.WORLD
 
 
+def _exit_at_second_interrupt() -> None:
+    """A Python signal handler has to wait until the main thread comes out of a collective. This thread does not."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        interrupts = 0
+        while interrupts < 2:
+            interrupts += os.read(reader, 64).count(signal.SIGINT)
+        os.write(sys.stderr.fileno(), b"stopped at once by a second interrupt\n")
+        os._exit(EXIT_INTERRUPTED)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _join_process_group(backend: str, timeout: timedelta) -> None:
+    """The launcher's key-value store outlives the ranks that it restarts (`--max_restarts`): without a prefix of its
+    own, an attempt would read the addresses of dead ranks there."""
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    attempt = PrefixStore(f"attempt {_environment_int('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, timeout=timeout, store=attempt, rank=rank, world_size=world_size)
+
+
 def gloo_group() -> dist.ProcessGroup:
     """A process group of all ranks for CPU tensors, with collectives of its own beside the default group's."""
     group = dist.new_group(backend="gloo")
@@ -261,9 +290,8 @@ def run_entry(main: Callable[[], int]) -> NoReturn:
         if _environment_int("RANK", 0) == 0 or isinstance(error, LocalError):
             print(f"{prefix if isinstance(error, LocalError) else ''}error: {error}", file=sys.stderr, flush=True)
         code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
-    except KeyboardInterrupt:
-        print(f"{prefix}stopped at once by a second interrupt", file=sys.stderr)
-        code = 130
+    except KeyboardInterrupt:  # before a Runtime was there to take it
+        code = EXIT_INTERRUPTED
     sys.exit(code)
 
 

@@ -96,7 +96,7 @@ class Trainer:
             self._sample_and_evaluate()  # what a stop right after the checkpoint left undone
             self._train()
             self._save_now()
-            self._finish()
+            self.runtime.on_main(self._finish)
         finally:
             if self.lock is not None:
                 self.lock.release()
@@ -232,7 +232,10 @@ class Trainer:
         if self.runtime.is_main:
             with self._tolerated("metrics"), (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
-        self.runtime.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=self.state.step)
+        with self._tolerated("trackers"):
+            self.runtime.accelerator.log(
+                {key: value for key, value in line.items() if key != "step"}, step=self.state.step
+            )
         self.interval.begin()
         return {"critic": f"{line['critic_loss']:.4f}", "generator": f"{generator_loss:.4f}"}
 
@@ -338,17 +341,19 @@ class Trainer:
             "dataset_fingerprint": self.dataset.fingerprint,
         }
         self.runtime.on_main(self._take_lock)
-        if self.runtime.is_main:
-            # In this order: a folder with a config.yaml is a run (check_run_folder).
-            write_text(self.folder / "environment.json", json.dumps(environment, indent=1))
-            write_text(self.folder / "config.yaml", to_yaml(self.config))
-            sweep(self.folder / "checkpoints")
+        self.runtime.on_main(lambda: self._describe(environment))
         if self.config.run.trackers:
             settings = {
                 key: value if isinstance(value, int | float | str) else str(value)
                 for key, value in flatten(self.config).items()
             }
             self.runtime.accelerator.init_trackers(self.config.run.name, settings)
+
+    def _describe(self, environment: dict[str, Any]) -> None:
+        # In this order: a folder with a config.yaml is a run (check_run_folder).
+        write_text(self.folder / "environment.json", json.dumps(environment, indent=1))
+        write_text(self.folder / "config.yaml", to_yaml(self.config))
+        sweep(self.folder / "checkpoints")
 
     def _take_lock(self) -> None:
         self.lock = RunLock(self.folder)
@@ -372,8 +377,6 @@ class Trainer:
         raise Preempted(f"stopped after step {self.state.step}, which is saved: the same command goes on from there")
 
     def _finish(self) -> None:
-        if not self.runtime.is_main:
-            return
         generator, step = self._scored_generator(), self.state.step
         provenance = {"run": self.config.run.name, "step": step, "dataset": self.dataset.fingerprint}
         save_export(generator, self.folder / "export" / "generator.safetensors", provenance)

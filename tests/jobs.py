@@ -24,14 +24,16 @@ TINY = [
 """Settings under which a step takes milliseconds."""
 
 
-def launch_command(script: str | Path, arguments: Sequence[str], num_processes: int) -> list[str]:
+def launch_command(
+    script: str | Path, arguments: Sequence[str], num_processes: int, *launcher_options: str
+) -> list[str]:
     """The README's launch commands, for one process or several on the CPU."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     if num_processes > 1:
         launcher += ["--config_file", str(ROOT / "launch/accelerate/cpus.yaml"), "--num_processes", str(num_processes)]
     else:
         launcher += ["--config_file", str(ROOT / "launch/accelerate/cpu.yaml")]
-    return [*launcher, str(script), *arguments]
+    return [*launcher, *launcher_options, str(script), *arguments]
 
 
 def launch(
