@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,35 @@ class SameConvTranspose2d(nn.ConvTranspose2d):
         return super().forward(images)[..., :-1, :-1]
 
 
+class Statistics(NamedTuple):
+    """Mean and biased variance of a batch norm's input, (channels,) each, over `num_values` values of a channel."""
+
+    mean: Tensor
+    variance: Tensor
+    num_values: Tensor | int
+
+
+def normalise(norm: nn.BatchNorm2d, images: Tensor, statistics: Statistics) -> Tensor:
+    """Batch norm with the statistics given."""
+    scale = norm.weight * torch.rsqrt(statistics.variance + norm.eps)
+    centred = images - statistics.mean[:, None, None]
+    normalised: Tensor = centred * scale[:, None, None] + norm.bias[:, None, None]
+    return normalised
+
+
+@torch.no_grad()
+def update_moving_averages(norm: nn.BatchNorm2d, statistics: Statistics) -> None:
+    """What a batch norm in training mode does with its batch's statistics."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    assert norm.momentum is not None
+    norm.num_batches_tracked.add_(1)
+    norm.running_mean.lerp_(statistics.mean, norm.momentum)
+    unbiased = statistics.variance * (statistics.num_values / (statistics.num_values - 1))
+    norm.running_var.lerp_(unbiased, norm.momentum)
+
+
 class Generator(nn.Module):
     """Latents (n, latent_dim), entries in [-1, 1] -> images (n, C, H, W), pixels in [0, 1].
 
@@ -98,15 +127,27 @@ class Generator(nn.Module):
     def from_spec(cls, spec: dict[str, Any]) -> Generator:
         return cls(NetworkConfig(**spec["network"]), tuple(spec["image_shape"]), spec["num_classes"])
 
-    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        labels: Tensor | None = None,
+        statistics: Sequence[Statistics] | None = None,
+        depth: int | None = None,
+    ) -> Tensor:
+        """`statistics` are used by the batch norms in the place of their own; `depth` stops before that batch norm and
+        returns what it would normalise."""
         if self.num_classes:
             if labels is None:
                 raise ValueError("a generator with classes takes labels")
             latents = torch.cat([latents, F.one_hot(labels, self.num_classes).to(latents.dtype)], dim=1)
         # Keras reshapes to H, W, C: permuted, that is already a channels-last tensor.
         images: Tensor = self.dense(latents).unflatten(1, self.base).permute(0, 3, 1, 2)
-        for norm, convolution in zip(self.norms, self.convolutions, strict=True):
-            images = convolution(F.relu(norm(images), inplace=True))
+        for index, (norm, convolution) in enumerate(zip(self.norms, self.convolutions, strict=True)):
+            if index == depth:
+                return images
+            assert isinstance(norm, nn.BatchNorm2d)
+            images = norm(images) if statistics is None else normalise(norm, images, statistics[index])
+            images = convolution(F.relu(images, inplace=True))
         return torch.sigmoid(images)
 
 

@@ -36,6 +36,7 @@ from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 from pipeline.config import RuntimeConfig, UserError
+from pipeline.networks import Statistics, normalise, update_moving_averages
 
 EXIT_USER_ERROR, EXIT_FAILED, EXIT_PREEMPTED, EXIT_INTERRUPTED = 2, 3, 75, 130
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -72,6 +73,8 @@ class Runtime:
         if config.device == "cuda" and not torch.cuda.is_available():
             raise UserError("runtime.device is cuda, but torch sees no CUDA device: use cpu or auto")
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+        if config.precision == "fp16" and on_cpu:
+            raise UserError("runtime.precision is fp16, which takes a CUDA device: use bf16 or float32")
         asked = _processes_asked_for()
         if asked > 1 and asked != _environment_int("WORLD_SIZE", 1):
             raise UserError(
@@ -84,7 +87,7 @@ class Runtime:
             _join_process_group("gloo" if on_cpu else "nccl", timedelta(seconds=config.timeout_seconds))
         self.accelerator = Accelerator(
             cpu=on_cpu,
-            mixed_precision="no",
+            mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
             log_with=list(trackers or []) or None,
             project_config=ProjectConfiguration(logging_dir=str(folder / "tensorboard")) if folder else None,
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
@@ -98,6 +101,8 @@ class Runtime:
                 f"WORLD_SIZE is {_environment_int('WORLD_SIZE', 1)} but accelerate runs {self.world_size} process(es): "
                 "start with a file of launch/accelerate/"
             )
+        self.scaler: torch.amp.GradScaler = self.accelerator.scaler or torch.amp.GradScaler(enabled=False)
+        """Of losses; disabled unless the precision is fp16."""
         # Bit-exact resume needs the same kernels every time.
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
@@ -173,12 +178,19 @@ class Runtime:
         """Elementwise mean; a NaN or infinity on any rank is one in the result."""
         return self.accelerator.reduce(values, reduction="mean")  # type: ignore[no-any-return]
 
-    def wrap(self, network: nn.Module) -> nn.Module:
-        """Wraps for data parallelism (the module itself when there is one process)."""
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Elementwise sum, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def wrap(self, network: nn.Module, *, parallel: bool) -> nn.Module:
+        """Puts the forward pass under autocast where the precision asks for it, and wraps for data parallelism if
+        `parallel` (the module itself comes back when not, or when there is one process)."""
         # Buffers are equal on all ranks by construction (SyncBatchNorm): broadcasting them each step is wasted time.
         names = [name for name, _ in network.named_buffers()]
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, names)  # type: ignore[no-untyped-call]
-        return self.accelerator.prepare_model(network)  # type: ignore[no-any-return]
+        return self.accelerator.prepare_model(network, evaluation_mode=not parallel)  # type: ignore[no-any-return]
 
     def synchronise_batch_norm(self, network: nn.Module) -> None:
         """Makes every batch norm of `network` take its training statistics over all ranks, in place."""
@@ -227,22 +239,14 @@ class SyncBatchNorm(nn.BatchNorm2d):
     def forward(self, images: Tensor) -> Tensor:
         if not self.training:
             return super().forward(images)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        assert self.momentum is not None
+        images = images.to(self.weight.dtype)  # autocast's are of half precision
         count = images.numel() // images.shape[1] * dist.get_world_size()
         mean = collectives.all_reduce(images.sum((0, 2, 3)), "sum", _world()) / count
-        centred = images - mean.view(1, -1, 1, 1)
         # Centred squares: the difference of two large sums would lose the float32 digits that tests compare.
-        variance = collectives.all_reduce(centred.square().sum((0, 2, 3)), "sum", _world()) / count
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-        scale: Tensor = self.weight * torch.rsqrt(variance + self.eps)
-        normalised: Tensor = centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
-        return normalised
+        squares = (images - mean[:, None, None]).square().sum((0, 2, 3))
+        statistics = Statistics(mean, collectives.all_reduce(squares, "sum", _world()) / count, count)
+        update_moving_averages(self, statistics)
+        return normalise(self, images, statistics)
 
 
 def _world() -> dist.ProcessGroup:

@@ -1,7 +1,7 @@
 """Contract 3: everything that continuing a run needs, declared once.
 
-generator, critic, both optimisers, the generator's moving average, step. Random numbers are functions of the seed and
-the step (pipeline/sampling.py), so no generator state is among them.
+generator, critic, both optimisers, the generator's moving average, fp16's loss scale, step. Random numbers are
+functions of the seed and the step (pipeline/sampling.py), so no generator state is among them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class TrainingState:
     ema: Generator
     generator_optimizer: torch.optim.Optimizer
     critic_optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
     step: int = 0
 
     def tensors(self) -> dict[str, Tensor]:
@@ -36,7 +37,14 @@ class TrainingState:
             optimizer = getattr(self, f"{role}_optimizer")
             for name, parameter in getattr(self, role).named_parameters():
                 named |= {f"{role}_optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
-        return named
+        # fp16's loss scale and how many steps it has stood; nothing at other precisions
+        return named | {
+            f"scaler.{key}": torch.tensor(value, dtype=torch.float64) for key, value in self._scale().items()
+        }
+
+    def _scale(self) -> dict[str, float]:
+        state = self.scaler.state_dict()
+        return {key: state[key] for key in ("scale", "_growth_tracker") if key in state}
 
     def load(self, tensors: dict[str, Tensor], step: int) -> None:
         """Takes over saved tensors.
@@ -61,6 +69,9 @@ class TrainingState:
                     raise UserError(f"the checkpoint has no state of {role}_optimizer for {name}")
                 _check_same(f"{role}_optimizer.{name}", moments, {key: named_parameters[name] for key in moments})
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        if scale := _under(tensors, "scaler"):
+            saved_scale = {"scale": scale["scale"].item(), "_growth_tracker": int(scale["_growth_tracker"])}
+            self.scaler.load_state_dict(self.scaler.state_dict() | saved_scale)
         self.step = step
 
     @torch.no_grad()
@@ -76,10 +87,14 @@ class TrainingState:
 
 
 def build_state(
-    config: Config, image_shape: tuple[int, int, int], num_classes: int, device: torch.device
+    config: Config,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    device: torch.device,
+    scaler: torch.amp.GradScaler,
 ) -> TrainingState:
     """The state at step 0, a function of the seed alone. `num_classes` is 0 without a class head."""
-    dtype = getattr(torch, config.runtime.precision)
+    dtype = torch.float64 if config.runtime.precision == "float64" else torch.float32
     seed = config.training.seed
     generator, ema = (Generator(config.network, image_shape, num_classes) for _ in range(2))
     critic = Critic(config.network, image_shape, num_classes)
@@ -96,6 +111,7 @@ def build_state(
         ema,
         build_optimizer(config.training.generator_optimizer, generator),
         build_optimizer(config.training.critic_optimizer, critic),
+        scaler,
     )
 
 

@@ -28,7 +28,7 @@ from pipeline.report import write_report
 from pipeline.runtime import LocalError, Preempted, Runtime, TrainingFailed
 from pipeline.scoring import Scorer
 from pipeline.state import build_state
-from pipeline.updates import Images, critic_step, generator_step, to_pixels
+from pipeline.updates import Descent, Images, critic_step, generate_in_parts, generator_step, to_pixels
 
 GRID_IMAGES, GRID_COLUMNS = 16, 4
 
@@ -45,6 +45,12 @@ class Trainer:
         training = config.training
         self.objective = choose(training)
         self.rows = sampling.rank_slice(training.batch_size, runtime.rank, runtime.world_size)
+        share, parts = self.rows.stop - self.rows.start, config.runtime.accumulation
+        if share % parts:
+            raise UserError(
+                f"runtime.accumulation is {parts}: it does not divide the {share} images that a rank takes of "
+                f"training.batch_size {training.batch_size}"
+            )
         saved_environment = runtime.on_main(lambda: check_run_folder(config))
         self.dataset = runtime.on_main(lambda: open_dataset(config.data))
         if saved_environment and saved_environment["dataset_fingerprint"] != self.dataset.fingerprint:
@@ -54,7 +60,7 @@ class Trainer:
         if self.objective.classifies and self.dataset.num_classes < 2:
             raise UserError(f"training.objective is {training.objective}, but {self.dataset.name} has no labels")
         num_classes = self.dataset.num_classes if self.objective.classifies else 0
-        self.state = build_state(config, self.dataset.image_shape, num_classes, runtime.device)
+        self.state = build_state(config, self.dataset.image_shape, num_classes, runtime.device, runtime.scaler)
         self.source = open_source(
             config.data,
             self.dataset,
@@ -69,8 +75,9 @@ class Trainer:
         )
 
         runtime.synchronise_batch_norm(self.state.generator)
-        self.generator = runtime.wrap(self.state.generator)
-        self.critic = runtime.wrap(self.state.critic)
+        self.descent = Descent(runtime.scaler, parts, runtime.world_size, runtime.sum_over_ranks)
+        self.generator = runtime.wrap(self.state.generator, parallel=parts == 1)
+        self.critic = runtime.wrap(self.state.critic, parallel=parts == 1)
         self.writer = CheckpointWriter(
             self.folder / "checkpoints",
             rank=runtime.rank,
@@ -147,6 +154,7 @@ class Trainer:
                     self.objective,
                     real,
                     next(fakes),
+                    self.descent,
                     separate=training.critic_updates == "separate",
                     clip_value=training.clip_value,
                     penalty_weight=training.gradient_penalty,
@@ -160,7 +168,7 @@ class Trainer:
         labels = self._labels(sampling.generator_labels, state.step)
         state.generator.train()
         generator_loss = generator_step(
-            self.generator, state.critic, state.generator_optimizer, self.objective, latents, labels
+            self.generator, state.critic, state.generator_optimizer, self.objective, latents, labels, self.descent
         )
         state.update_ema(training.ema_decay)
         self.interval.add(torch.stack(losses).mean(0), generator_loss)
@@ -182,10 +190,16 @@ class Trainer:
         latents, labels = (list(parts) for parts in zip(*drawn, strict=True))
         if training.critic_fakes == "batch":
             state.generator.train()
-            made = [state.generator(*pair) for pair in zip(latents, labels, strict=True)]
+            if self.descent.parts == 1:
+                made = [state.generator(*pair) for pair in drawn]
+            else:
+                made = [generate_in_parts(state.generator, *pair, self.descent) for pair in drawn]
         else:
             state.generator.eval()
-            made = list(state.generator(torch.cat(latents), torch.cat(labels)).chunk(training.n_critic))
+            parts = zip(
+                torch.cat(latents).chunk(self.descent.parts), torch.cat(labels).chunk(self.descent.parts), strict=True
+            )
+            made = list(torch.cat([state.generator(*pair) for pair in parts]).chunk(training.n_critic))
         return map(Images, made, labels)
 
     def _draw(self, draw: Callable[..., Tensor], *arguments: int) -> Tensor:

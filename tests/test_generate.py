@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from pipeline.networks import Generator, initialise
 from pipeline.pictures import render_range, to_uint8
 from pipeline.sampling import seeded
 from tests.jobs import ROOT
+from tests.trap import Trap
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def test_a_grid_single_images_and_a_strip(export: Path, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["missing", "text", "other tensors", "truncated", "wrong shape"])
+@pytest.mark.parametrize("kind", ["missing", "text", "other tensors", "truncated", "wrong shape", "pickle"])
 def test_a_file_that_is_not_an_export_is_refused_by_name(kind: str, export: Path, tmp_path: Path) -> None:
     path = tmp_path / "generator.safetensors"
     if kind == "text":
@@ -78,12 +80,15 @@ def test_a_file_that_is_not_an_export_is_refused_by_name(kind: str, export: Path
         save_file({"weight": torch.zeros(3)}, path)
     elif kind == "truncated":
         path.write_bytes(export.read_bytes()[:-10])
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Trap(tmp_path / "executed")))
     elif kind == "wrong shape":
         generator = load_export(export)
         generator.config = NetworkConfig(latent_dim=7, width=0.1)
         save_export(generator, path, {})
     with pytest.raises(UserError, match=f"{path}: (no such file|not a generator export)"):
         load_export(path)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_the_program_tells_a_bad_file_in_one_line(tmp_path: Path) -> None:
