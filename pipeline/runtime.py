@@ -7,6 +7,7 @@ second SIGINT.
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
@@ -176,7 +177,7 @@ class Runtime:
 
     def mean_over_ranks(self, values: Tensor) -> Tensor:
         """Elementwise mean; a NaN or infinity on any rank is one in the result."""
-        return self.accelerator.reduce(values, reduction="mean")  # type: ignore[no-any-return]
+        return self.sum_over_ranks(values) / self.world_size
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Elementwise sum, in place."""
@@ -190,7 +191,9 @@ class Runtime:
         # Buffers are equal on all ranks by construction (SyncBatchNorm): broadcasting them each step is wasted time.
         names = [name for name, _ in network.named_buffers()]
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, names)  # type: ignore[no-untyped-call]
-        wrapped: nn.Module = self.accelerator.prepare_model(network, evaluation_mode=not parallel)
+        wrapped: nn.Module = self.accelerator.prepare_model(
+            network, evaluation_mode=not parallel or self.world_size == 1
+        )
         if isinstance(wrapped, nn.parallel.DistributedDataParallel):
             # Its gradients are grouped anew after the first step, and the rounding of a sum over more than two ranks
             # depends on the grouping: without this a resumed run would leave the uninterrupted one's trajectory.
@@ -204,6 +207,12 @@ class Runtime:
             for module in network.modules():
                 if type(module) is nn.BatchNorm2d:
                     module.__class__ = SyncBatchNorm
+
+    def alone(self) -> Runtime:
+        """This rank as if it were the only one, to compare with."""
+        single = copy.copy(self)
+        single.rank, single.world_size, single.is_main, single._control = 0, 1, True, None
+        return single
 
     # -- what a person sees --------------------------------------------------------------------------------------------
 

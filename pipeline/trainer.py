@@ -146,7 +146,7 @@ class Trainer:
             real = Images(to_pixels(batch.images, self.interval.dtype), batch.labels)
             mix = None
             if training.gradient_penalty is not None:
-                mix = self._draw(sampling.penalty_mix, state.step, index, training.batch_size)
+                mix = self.draw(sampling.penalty_mix, state.step, index, training.batch_size)
             losses.append(
                 critic_step(
                     self.critic,
@@ -162,10 +162,8 @@ class Trainer:
                 )
             )
         _decay(state.generator_optimizer, training.generator_optimizer, state.step)
-        latents = self._draw(
-            sampling.generator_latents, state.step, training.batch_size, self.config.network.latent_dim
-        )
-        labels = self._labels(sampling.generator_labels, state.step)
+        latents = self.draw(sampling.generator_latents, state.step, training.batch_size, self.config.network.latent_dim)
+        labels = self.draw_labels(sampling.generator_labels, state.step)
         state.generator.train()
         generator_loss = generator_step(
             self.generator, state.critic, state.generator_optimizer, self.objective, latents, labels, self.descent
@@ -180,10 +178,10 @@ class Trainer:
         training, state = self.config.training, self.state
         drawn = [
             (
-                self._draw(
+                self.draw(
                     sampling.critic_latents, state.step, index, training.batch_size, self.config.network.latent_dim
                 ),
-                self._labels(sampling.critic_labels, state.step, index),
+                self.draw_labels(sampling.critic_labels, state.step, index),
             )
             for index in range(training.n_critic)
         ]
@@ -202,12 +200,13 @@ class Trainer:
             made = list(torch.cat([state.generator(*pair) for pair in parts]).chunk(training.n_critic))
         return map(Images, made, labels)
 
-    def _draw(self, draw: Callable[..., Tensor], *arguments: int) -> Tensor:
+    def draw(self, draw: Callable[..., Tensor], *arguments: int) -> Tensor:
         """This rank's rows of a global draw, on the device in the networks' dtype."""
         rows = draw(self.config.training.seed, *arguments, self.rows)
         return rows.to(self.runtime.device, self.interval.dtype, non_blocking=True)
 
-    def _labels(self, draw: Callable[..., Tensor], *counters: int) -> Tensor:
+    def draw_labels(self, draw: Callable[..., Tensor], *counters: int) -> Tensor:
+        """This rank's rows of a global draw of classes, on the device; all 0 without classes."""
         training = self.config.training
         num_classes = self.state.generator.num_classes or 1
         labels = draw(training.seed, *counters, training.batch_size, num_classes, self.rows)

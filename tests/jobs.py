@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
 from pipeline.checkpoint import find
+from pipeline.runtime import STOP_SIGNALS
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_SECONDS = 600
@@ -61,3 +64,15 @@ def train_many(runs: Sequence[Sequence[str]], num_processes: int) -> None:
 
 def final_state(run: Path, step: int) -> dict[str, Tensor]:
     return find(run, step).tensors()
+
+
+@contextmanager
+def signals_kept() -> Iterator[None]:
+    """A Runtime in the test's own process takes over its signals: they are given back."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)

@@ -19,6 +19,7 @@ LAYERS = [
     {"checkpoint", "metrics", "report"},
     {"export", "scoring"},
     {"trainer"},
+    {"baseline"},
     {"train", "evaluate", "generate", "prepare", "benchmark"},
 ]
 SINGLE_PROCESS = {

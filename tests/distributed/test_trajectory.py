@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,9 +16,9 @@ from hypothesis import strategies as st
 from pipeline.checkpoint import committed, find, read_checkpoint
 from pipeline.config import RuntimeConfig, make_parser, parse
 from pipeline.objectives import OBJECTIVES
-from pipeline.runtime import STOP_SIGNALS, Runtime
+from pipeline.runtime import Runtime
 from pipeline.trainer import Trainer
-from tests.jobs import ROOT, TINY, environment, launch, train_many
+from tests.jobs import ROOT, TINY, environment, launch, signals_kept, train_many
 
 STEPS = 20
 SETTINGS = {
@@ -149,10 +148,8 @@ def test_the_sources_and_variants_are_different_runs(trajectories: Arguments) ->
 @pytest.fixture(scope="module")
 def runtime() -> Iterator[Runtime]:
     """One process, in this one."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield Runtime(RuntimeConfig(device="cpu", threads=1))
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with signals_kept():
+        yield Runtime(RuntimeConfig(device="cpu", threads=1))
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
