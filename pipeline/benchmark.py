@@ -139,8 +139,8 @@ def measure_training(config: Config, runtime: Runtime, steps: int) -> dict[str, 
         config = dataclasses.replace(config, run=run)
         trainer = Trainer(config, runtime)
         batches, plain_batches = trainer.source.batches(0), trainer.source.batches(0)
-        gflop = _count_flop(trainer, batches) / 1e9
         plain = PlainTrainer(trainer)
+        gflop = _count_flop(plain, plain_batches) * runtime.world_size / 1e9
         gradients = _gradient_buffers(trainer)
         threads = torch.get_num_threads()
         single = Trainer(config, runtime.alone()) if runtime.world_size > 1 and runtime.is_main else None
@@ -221,13 +221,12 @@ def _ratio(slow: list[float], fast: list[float]) -> float:
     return median(one / other for one, other in zip(slow, fast, strict=True))
 
 
-def _count_flop(trainer: Trainer, batches: Iterator[Any]) -> float:
-    """Floating-point operations of a step on all ranks, counted as torch runs it: convolutions and matrix products,
-    forward and backward."""
+def _count_flop(plain: PlainTrainer, batches: Iterator[Any]) -> int:
+    """Floating-point operations of a step on this rank, counted as torch runs it: convolutions and matrix products,
+    forward and backward. Of the plain step: what ours does beside that is no useful work."""
     with FlopCounterMode(display=False) as counter:
-        trainer.train_step(batches)
-    trainer.state.step += 1
-    return float(counter.get_total_flops() * trainer.runtime.world_size)
+        plain.train_step(batches)
+    return int(counter.get_total_flops())
 
 
 def _gradient_buffers(trainer: Trainer) -> list[torch.Tensor]:

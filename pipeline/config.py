@@ -179,6 +179,8 @@ class RuntimeConfig:
     accumulation: int = knob(1, low=1, free=True)
     """Parts in which a rank takes its slice of a batch one after the other, so that memory holds one part; the same
     trajectory to rounding. The generator's update costs about three times as much in parts."""
+    compress_gradients: bool = knob(False)
+    """All-reduce gradients as bfloat16: half the bytes, three digits."""
     threads: int | None = knob(None, low=1, free=True)
     """Threads of one rank on a CPU; null: this machine's cores shared among its ranks."""
     timeout_seconds: int = knob(600, low=1, free=True)

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import (
+    DDPCommunicationHookType,
     DistributedDataParallelKwargs,
     ProjectConfiguration,
     broadcast_object_list,
@@ -91,7 +92,14 @@ class Runtime:
             mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
             log_with=list(trackers or []) or None,
             project_config=ProjectConfiguration(logging_dir=str(folder / "tensorboard")) if folder else None,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    gradient_as_bucket_view=True,
+                    comm_hook=DDPCommunicationHookType.BF16
+                    if config.compress_gradients
+                    else DDPCommunicationHookType.NO,
+                )
+            ],
         )
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index

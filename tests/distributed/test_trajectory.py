@@ -242,6 +242,14 @@ def test_bf16_stays_near_float32_and_resumes_bit_for_bit(arguments: Arguments, n
     assert {tensor.dtype for tensor in final(arguments, whole).values()} <= {torch.float32, torch.int64}
 
 
+def test_compressed_gradients_are_those_of_every_rank_to_three_digits(arguments: Arguments) -> None:
+    plain, compressed = arguments("plain", *VARIANTS["gan"]), arguments("compressed", *VARIANTS["gan"])
+    train_many([plain], 2)
+    train_many([[*compressed, "--runtime.compress_gradients", "true"]], 2)
+    ours, theirs = losses(arguments, "plain"), losses(arguments, "compressed")
+    assert 1e-7 < ((ours - theirs).abs() / ours.abs()).max() < 1e-2
+
+
 def test_fp16_needs_a_gpu(arguments: Arguments) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
