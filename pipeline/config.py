@@ -173,12 +173,14 @@ class RuntimeConfig:
 
     device: Literal["auto", "cpu", "cuda"] = knob("auto", free=True)
     """auto: CUDA where it is available."""
-    precision: Literal["float32", "float64", "bf16", "fp16"] = knob("float32")
-    """Arithmetic. bf16 and fp16 (CUDA only): that of convolutions and matrix products, over float32 weights; fp16 with
-    loss scaling. float64 is for tests of exactness."""
+    precision: Literal["float32", "tf32", "float64", "bf16", "fp16"] = knob("float32")
+    """Arithmetic of convolutions and matrix products, over float32 weights: tf32 (CUDA; elsewhere float32), bf16, fp16
+    (CUDA; with loss scaling). float64 is all of it, for tests of exactness."""
     accumulation: int = knob(1, low=1, free=True)
     """Parts in which a rank takes its slice of a batch one after the other, so that memory holds one part; the same
     trajectory to rounding. The generator's update costs about three times as much in parts."""
+    cuda_graph: bool = knob(False, free=True)
+    """Capture a step once and replay it; CUDA only, not with fp16."""
     compress_gradients: bool = knob(False)
     """All-reduce gradients as bfloat16: half the bytes, three digits."""
     threads: int | None = knob(None, low=1, free=True)

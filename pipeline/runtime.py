@@ -77,6 +77,8 @@ class Runtime:
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()
         if config.precision == "fp16" and on_cpu:
             raise UserError("runtime.precision is fp16, which takes a CUDA device: use bf16 or float32")
+        if config.cuda_graph and (on_cpu or config.precision == "fp16"):
+            raise UserError("runtime.cuda_graph is true, which takes a CUDA device and another precision than fp16")
         asked = _processes_asked_for()
         if asked > 1 and asked != _environment_int("WORLD_SIZE", 1):
             raise UserError(
@@ -85,6 +87,8 @@ class Runtime:
             )
         if on_cpu:
             torch.set_num_threads(config.threads or _threads_per_rank())
+        if config.cuda_graph:
+            os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # its watchdog may not touch a stream under capture
         if _environment_int("WORLD_SIZE", 1) > 1:
             _join_process_group("gloo" if on_cpu else "nccl", timedelta(seconds=config.timeout_seconds))
         self.accelerator = Accelerator(
@@ -112,6 +116,7 @@ class Runtime:
             )
         self.scaler: torch.amp.GradScaler = self.accelerator.scaler or torch.amp.GradScaler(enabled=False)
         """Of losses; disabled unless the precision is fp16."""
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
         # Bit-exact resume needs the same kernels every time.
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
@@ -199,6 +204,12 @@ class Runtime:
         # Buffers are equal on all ranks by construction (SyncBatchNorm): broadcasting them each step is wasted time.
         names = [name for name, _ in network.named_buffers()]
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, names)  # type: ignore[no-untyped-call]
+        if self.device.type == "cuda":  # a graph that holds DDP's collectives wants it built off the default stream
+            with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+                return self._prepare(network, parallel)
+        return self._prepare(network, parallel)
+
+    def _prepare(self, network: nn.Module, parallel: bool) -> nn.Module:
         wrapped: nn.Module = self.accelerator.prepare_model(
             network, evaluation_mode=not parallel or self.world_size == 1
         )

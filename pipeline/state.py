@@ -7,6 +7,7 @@ functions of the seed and the step (pipeline/sampling.py), so no generator state
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,16 +75,18 @@ class TrainingState:
             self.scaler.load_state_dict(self.scaler.state_dict() | saved_scale)
         self.step = step
 
-    @torch.no_grad()
-    def update_ema(self, decay: float) -> None:
-        """Moves the average towards the generator, batch-norm moving statistics included.
+    def ema_weight(self, decay: float) -> float:
+        """How far the average moves at this step: 1 - decay, and more at first, when decay is (1 + step) / (10 + step),
+        so that early images are not those of the initial weights."""
+        return 1 - min(decay, (1 + self.step) / (10 + self.step))
 
-        The decay warms up as (1 + step) / (10 + step), so that early images are not those of the initial weights.
-        """
-        decay = min(decay, (1 + self.step) / (10 + self.step))
+    @torch.no_grad()
+    def update_ema(self, weight: float | Tensor) -> None:
+        """Moves the average towards the generator, batch-norm moving statistics included."""
         ours, theirs = self.ema.state_dict().values(), self.generator.state_dict().values()
         pairs = [(mine, other) for mine, other in zip(ours, theirs, strict=True) if mine.is_floating_point()]
-        torch._foreach_lerp_([mine for mine, _ in pairs], [other for _, other in pairs], 1 - decay)
+        weights = [weight] * len(pairs) if isinstance(weight, Tensor) else weight
+        torch._foreach_lerp_([mine for mine, _ in pairs], [other for _, other in pairs], weights)
 
 
 def build_state(
@@ -109,20 +112,19 @@ def build_state(
         generator,
         critic,
         ema,
-        build_optimizer(config.training.generator_optimizer, generator),
-        build_optimizer(config.training.critic_optimizer, critic),
+        build_optimizer(config.training.generator_optimizer, generator, config.runtime.cuda_graph),
+        build_optimizer(config.training.critic_optimizer, critic, config.runtime.cuda_graph),
         scaler,
     )
 
 
-def build_optimizer(config: OptimizerConfig, network: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(config: OptimizerConfig, network: nn.Module, capturable: bool = False) -> torch.optim.Optimizer:
+    """`capturable`: steps can be part of a CUDA graph."""
+    common: dict[str, Any] = {"lr": config.learning_rate, "eps": config.epsilon, "foreach": True}
+    common["capturable"] = capturable
     if config.algorithm == "adam":
-        return torch.optim.Adam(
-            network.parameters(), config.learning_rate, betas=config.betas, eps=config.epsilon, foreach=True
-        )
-    return torch.optim.RMSprop(
-        network.parameters(), config.learning_rate, alpha=config.rho, eps=config.epsilon, foreach=True
-    )
+        return torch.optim.Adam(network.parameters(), betas=config.betas, **common)
+    return torch.optim.RMSprop(network.parameters(), alpha=config.rho, **common)
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

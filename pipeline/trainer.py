@@ -28,7 +28,8 @@ from pipeline.report import write_report
 from pipeline.runtime import LocalError, Preempted, Runtime, TrainingFailed
 from pipeline.scoring import Scorer
 from pipeline.state import build_state
-from pipeline.updates import Descent, Images, critic_step, generate_in_parts, generator_step, to_pixels
+from pipeline.step import CapturedStep, Step, StepInputs
+from pipeline.updates import Descent
 
 GRID_IMAGES, GRID_COLUMNS = 16, 4
 
@@ -75,9 +76,15 @@ class Trainer:
         )
 
         runtime.synchronise_batch_norm(self.state.generator)
-        self.descent = Descent(runtime.scaler, parts, runtime.world_size, runtime.sum_over_ranks)
-        self.generator = runtime.wrap(self.state.generator, parallel=parts == 1)
-        self.critic = runtime.wrap(self.state.critic, parallel=parts == 1)
+        step = Step(
+            training,
+            self.objective,
+            self.state,
+            runtime.wrap(self.state.critic, parallel=parts == 1),
+            runtime.wrap(self.state.generator, parallel=parts == 1),
+            Descent(runtime.scaler, parts, runtime.world_size, runtime.sum_over_ranks),
+        )
+        self._step = CapturedStep(step) if config.runtime.cuda_graph else step
         self.writer = CheckpointWriter(
             self.folder / "checkpoints",
             rank=runtime.rank,
@@ -137,80 +144,52 @@ class Trainer:
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def train_step(self, batches: Iterator[Batch]) -> None:
-        training, state = self.config.training, self.state
-        fakes = self._fakes_for_critic()
-        losses = []
-        for index in range(training.n_critic):
-            _decay(state.critic_optimizer, training.critic_optimizer, state.step * training.n_critic + index)
-            batch = self.interval.wait_for(batches)
-            real = Images(to_pixels(batch.images, self.interval.dtype), batch.labels)
-            mix = None
-            if training.gradient_penalty is not None:
-                mix = self.draw(sampling.penalty_mix, state.step, index, training.batch_size)
-            losses.append(
-                critic_step(
-                    self.critic,
-                    state.critic_optimizer,
-                    self.objective,
-                    real,
-                    next(fakes),
-                    self.descent,
-                    separate=training.critic_updates == "separate",
-                    clip_value=training.clip_value,
-                    penalty_weight=training.gradient_penalty,
-                    mix=mix,
-                )
-            )
-        _decay(state.generator_optimizer, training.generator_optimizer, state.step)
-        latents = self.draw(sampling.generator_latents, state.step, training.batch_size, self.config.network.latent_dim)
-        labels = self.draw_labels(sampling.generator_labels, state.step)
-        state.generator.train()
-        generator_loss = generator_step(
-            self.generator, state.critic, state.generator_optimizer, self.objective, latents, labels, self.descent
-        )
-        state.update_ema(training.ema_decay)
-        self.interval.add(torch.stack(losses).mean(0), generator_loss)
+        self.interval.add(self._step(self._inputs(batches)))
 
-    @torch.no_grad()
-    def _fakes_for_critic(self) -> Iterator[Images]:
-        """The n_critic fake batches of a step. The generator does not change between them: with moving statistics,
-        under which an image does not depend on its batch, one forward pass makes them all."""
-        training, state = self.config.training, self.state
-        drawn = [
-            (
-                self.draw(
-                    sampling.critic_latents, state.step, index, training.batch_size, self.config.network.latent_dim
-                ),
-                self.draw_labels(sampling.critic_labels, state.step, index),
-            )
-            for index in range(training.n_critic)
-        ]
-        latents, labels = (list(parts) for parts in zip(*drawn, strict=True))
-        if training.critic_fakes == "batch":
-            state.generator.train()
-            if self.descent.parts == 1:
-                made = [state.generator(*pair) for pair in drawn]
-            else:
-                made = [generate_in_parts(state.generator, *pair, self.descent) for pair in drawn]
-        else:
-            state.generator.eval()
-            parts = zip(
-                torch.cat(latents).chunk(self.descent.parts), torch.cat(labels).chunk(self.descent.parts), strict=True
-            )
-            made = list(torch.cat([state.generator(*pair) for pair in parts]).chunk(training.n_critic))
-        return map(Images, made, labels)
+    def _inputs(self, batches: Iterator[Batch]) -> StepInputs:
+        training, step, latent_dim = self.config.training, self.state.step, self.config.network.latent_dim
+        iterations = range(training.n_critic)
+        drawn = [self.interval.wait_for(batches) for _ in iterations]
+        critic_latents, critic_labels, mixes = [], [], []
+        for index in iterations:
+            critic_latents.append(self.draw(sampling.critic_latents, step, index, training.batch_size, latent_dim))
+            critic_labels.append(self.draw_labels(sampling.critic_labels, step, index))
+            if training.gradient_penalty is not None:
+                mixes.append(self.draw(sampling.penalty_mix, step, index, training.batch_size))
+        first = step * training.n_critic
+        return StepInputs(
+            torch.stack([batch.images for batch in drawn]),
+            torch.stack([batch.labels for batch in drawn]),
+            torch.stack(critic_latents),
+            torch.stack(critic_labels),
+            torch.stack(mixes) if mixes else None,
+            self.draw(sampling.generator_latents, step, training.batch_size, latent_dim),
+            self.draw_labels(sampling.generator_labels, step),
+            self._numbers([learning_rate(training.critic_optimizer, first + index) for index in iterations]),
+            self._numbers([learning_rate(training.generator_optimizer, step)]),
+            self._numbers([self.state.ema_weight(training.ema_decay)]),
+        )
+
+    def _numbers(self, values: list[float]) -> list[float] | Tensor:
+        """A graph reads them from the device's memory."""
+        return torch.tensor(values, device=self.runtime.device) if self.config.runtime.cuda_graph else values
 
     def draw(self, draw: Callable[..., Tensor], *arguments: int) -> Tensor:
         """This rank's rows of a global draw, on the device in the networks' dtype."""
         rows = draw(self.config.training.seed, *arguments, self.rows)
-        return rows.to(self.runtime.device, self.interval.dtype, non_blocking=True)
+        return self._to_device(rows).to(self.interval.dtype)
 
     def draw_labels(self, draw: Callable[..., Tensor], *counters: int) -> Tensor:
         """This rank's rows of a global draw of classes, on the device; all 0 without classes."""
         training = self.config.training
         num_classes = self.state.generator.num_classes or 1
         labels = draw(training.seed, *counters, training.batch_size, num_classes, self.rows)
-        return labels.to(self.runtime.device, non_blocking=True)
+        return self._to_device(labels)
+
+    def _to_device(self, values: Tensor) -> Tensor:
+        if self.runtime.device.type == "cuda":
+            values = values.pin_memory()  # or the copy would wait for the device
+        return values.to(self.runtime.device, non_blocking=True)
 
     # -- cadence -------------------------------------------------------------------------------------------------------
 
@@ -414,8 +393,8 @@ class Interval:
     def steps(self) -> int:
         return len(self._rows)
 
-    def add(self, critic_losses: Tensor, generator_loss: Tensor) -> None:
-        self._rows.append(torch.cat([critic_losses, generator_loss.view(1)]))
+    def add(self, losses: Tensor) -> None:
+        self._rows.append(losses)
         self._losses = None
 
     def wait_for(self, batches: Iterator[Batch]) -> Batch:
@@ -485,7 +464,6 @@ def trim_metrics(path: Path, last_step: int) -> None:
     write_text(path, "".join(kept))
 
 
-def _decay(optimizer: torch.optim.Optimizer, config: OptimizerConfig, update: int) -> None:
-    if config.decay:
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate / (1 + config.decay * update)
+def learning_rate(config: OptimizerConfig, update: int) -> float:
+    """Inverse-time decay, as Keras has it."""
+    return config.learning_rate / (1 + config.decay * update)

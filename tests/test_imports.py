@@ -16,6 +16,7 @@ LAYERS = [
     {"config", "files", "progress"},
     {"networks", "objectives", "sampling", "lock"},
     {"state", "updates", "data", "runtime", "pictures"},
+    {"step"},
     {"checkpoint", "metrics", "report"},
     {"export", "scoring"},
     {"trainer"},
