@@ -176,7 +176,13 @@ class Runtime:
         # Buffers are equal on all ranks by construction (SyncBatchNorm): broadcasting them each step is wasted time.
         names = [name for name, _ in network.named_buffers()]
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, names)  # type: ignore[no-untyped-call]
-        return self.accelerator.prepare_model(network)  # type: ignore[no-any-return]
+        wrapped: nn.Module = self.accelerator.prepare_model(network)
+        if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            # Its gradients are grouped anew after the first step, and the rounding of a sum over more than two ranks
+            # depends on the grouping: without this a resumed run would leave the uninterrupted one's trajectory.
+            wrapped.reducer._push_all_rebuilt_params()
+            wrapped.reducer._rebuild_buckets()
+        return wrapped
 
     def synchronise_batch_norm(self, network: nn.Module) -> None:
         """Makes every batch norm of `network` take its training statistics over all ranks, in place."""
