@@ -19,7 +19,7 @@ LAYERS = [
     {"checkpoint", "metrics", "report"},
     {"export", "scoring"},
     {"trainer"},
-    {"train", "evaluate", "generate", "prepare", "benchmark"},
+    {"train", "evaluate", "generate", "prepare", "benchmark", "doctor"},
 ]
 SINGLE_PROCESS = {
     "config",
