@@ -146,7 +146,8 @@ class Cluster:
         script = 'mount --bind "$2" /etc/hosts && hostname "$1" && exec slurmd -D -N "$1"'
         hosts = str(self.folder / "hosts")
         self._slurmd[node] = self._start("unshare", "--uts", "--mount", "sh", "-c", script, "sh", node, hosts)
-        until(lambda: self._state(node) == "idle", f"{node} to be idle", START_SECONDS, self.logs)
+        ready = ("idle", "mixed", "allocated")
+        until(lambda: self._state(node) in ready, f"{node} to be ready", START_SECONDS, self.logs)
 
     def _state(self, node: str) -> str:
         command = ["sinfo", "--noheader", "--nodes", node, "--format", "%T"]

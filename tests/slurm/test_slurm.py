@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from pipeline.checkpoint import newest_intact
 from pipeline.data.preparing import prepare_npz
@@ -55,7 +56,7 @@ class Project:
 
     def job(self, number: str) -> dict[str, str]:
         shown = self.cluster.run("scontrol", "--oneliner", "show", "job", number).splitlines()[0]
-        return dict(re.findall(r"(\w+)=(.*?)(?= \w+=|$)", shown))
+        return dict(re.findall(r"(\w+)=(.*?)(?= \w+=| *$)", shown))
 
     def log(self, number: str) -> str:
         logs = [*self.folder.glob(f"slurm-*-{number}.log"), *self.folder.glob(f"slurm-*-{number}/*.log")]
@@ -170,3 +171,74 @@ def test_the_evaluation_starts_after_training_and_leaves_its_report(project: Pro
 
 def test_the_job_comment_tells_the_step(project: Project, chain: Chain) -> None:
     assert project.job(chain.train)["Comment"] == f"step {STEPS} of {STEPS}"
+
+
+def test_each_rank_but_the_first_has_a_log_of_its_own(project: Project, chain: Chain) -> None:
+    logs = {path.name for path in (project.folder / f"slurm-train-{chain.train}").iterdir()}
+    assert logs == {"rank-1.log", "rank-2.log", "rank-3.log"}
+    log = (project.folder / f"slurm-train-{chain.train}.log").read_text()
+    assert re.search(r"ok +ranks: 4, on .*; gloo sums 4 MiB correctly", log), log
+    assert re.search(r"ok +time limit: \d+ s to train", log), log
+
+
+def test_a_run_whose_node_died_is_intact_and_a_requeue_finishes_it(
+    project: Project, cluster: Cluster, reference: Path
+) -> None:
+    run, arguments = project.folder / "runs/widowed", training(project, "widowed")
+    [number] = project.submit("sbatch", "--parsable", "--nodes=2", "launch/slurm/train.sbatch", *arguments, DOCTOR="0")
+    project.wait_for_step(run, 20, number)
+    cluster.kill_node("node2")
+    until(lambda: project.job(number)["Restarts"] == "1", "the requeue", JOB_SECONDS, lambda: project.log(number))
+    checkpoint, damaged = newest_intact(run / "checkpoints")
+    assert checkpoint is not None
+    assert damaged == []
+    assert checkpoint.step < STEPS
+    cluster.start_node("node2")
+    assert project.wait_for_end(number) == ["COMPLETED"], project.log(number)
+    assert_same_end(run, reference)
+
+
+def test_a_sweep_ends_with_a_comparison(project: Project) -> None:
+    few = ["--training.steps", "2", "--evaluation.every", "2", "--training.n_critic", "1"]
+    array, report = project.submit(
+        *("launch/slurm/sweep.sh", "configs/wgan.yaml,configs/lsgan.yaml", "0,1"),
+        *("--nodes=1", "--", *project.settings, *few),
+        RANKS_PER_NODE="1",
+        DOCTOR="0",
+    )
+    assert project.wait_for_end(report) == ["COMPLETED"], project.log(array) + project.log(report)
+    names = {f"{config}-seed-{seed}" for config in ("wgan", "lsgan") for seed in (0, 1)}
+    page = (project.folder / "runs/comparison.html").read_text()
+    for name in names:
+        assert name in page
+        run = project.folder / "runs" / name
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        assert f"{config['training']['objective']}-seed-{config['training']['seed']}" == name
+        assert (run / "evaluation/step-00000002.json").exists()
+    tasks = comments_of(project, array)
+    assert len(tasks) == 4
+    assert all(re.fullmatch(r"step 2 of 2, mnist FID [\d.]+ at step 2", comment) for comment in tasks), tasks
+
+
+def comments_of(project: Project, array: str) -> list[str]:
+    shown = project.cluster.run("scontrol", "--oneliner", "show", "job", array)
+    return re.findall(r" Comment=(.*?)(?= \w+=| *$)", shown, re.MULTILINE)
+
+
+def test_a_mistake_is_not_queued_again(project: Project) -> None:
+    """Neither one that the doctor finds, nor one that meets the signal before the limit."""
+    sbatch = ["sbatch", "--parsable", "--nodes=1"]
+    [hasty] = project.submit(
+        *sbatch, "--time=1", "launch/slurm/train.sbatch", *training(project, "hasty"), RANKS_PER_NODE="1"
+    )
+    odd = [*training(project, "odd"), "--training.batch_size", "63"]
+    [odd_job] = project.submit(*sbatch, "--time=30", "launch/slurm/train.sbatch", *odd, DOCTOR="0")
+    until((project.folder / f"slurm-train-{odd_job}").exists, "the job to start", JOB_SECONDS)
+    time.sleep(1)  # the trap is set by now, and the ranks need longer to start
+    project.cluster.run("scancel", "--batch", "--signal=USR1", odd_job)
+    assert project.wait_for_end(hasty, odd_job) == ["FAILED", "FAILED"], project.log(hasty) + project.log(odd_job)
+    assert [project.job(number)["Restarts"] for number in (hasty, odd_job)] == ["0", "0"]
+    assert re.search(r"error +time limit: the job has \d+ s left and keeps 120 s", project.log(hasty))
+    assert "error: training.batch_size 63 cannot be shared among 2 processes" in project.log(odd_job)
+    assert not (project.folder / "runs/hasty").exists()
+    assert not (project.folder / "runs/odd").exists()
