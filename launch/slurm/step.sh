@@ -1,17 +1,13 @@
 # Sourced by the batch scripts: run_step SCRIPT [ARGUMENTS] runs a program on all ranks of the job.
 cd "$SLURM_SUBMIT_DIR"
-if [ ! -f launch/slurm/site.sh ]; then
-  echo "error: $PWD has no launch/slurm/site.sh: submit from the project's folder" >&2
-  exit 2
-fi
 source launch/slurm/site.sh
 # The other ranks' logs, beside the job's own.
 export RANK_LOGS=slurm-$SLURM_JOB_NAME-$SLURM_JOB_ID
-mkdir -p "$RANK_LOGS"
 
 # Returns the step's exit code: that of `accelerate launch`, 0 or 1.
 run_step() {
   local code step log
+  mkdir -p "$RANK_LOGS"
   srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
     --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 launch/slurm/node.sh "$@" &
   step=$!
