@@ -1,5 +1,7 @@
 """Every setting of a run: its type, default, unit, allowed range and source.
 
+`python -m pipeline.config [--config FILE] [--KEY VALUE ...]` prints the folder of the run that these settings give.
+
 The defaults are the reference notebook's numbers, so a file in `configs/` lists only what differs.
 References: Arjovsky et al. 2017 (arXiv 1701.07875, Algorithm 1); Gulrajani et al. 2017 (arXiv 1704.00028).
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -270,3 +273,10 @@ def parse(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> tup
 def to_yaml(config: Config) -> str:
     plain = json.loads(json.dumps(dataclasses.asdict(config)))  # YAML's safe subset has no tuples
     return yaml.safe_dump(plain, sort_keys=False)
+
+
+if __name__ == "__main__":
+    try:
+        print(parse(make_parser("Print the folder of the run that the settings give."))[0].folder)
+    except UserError as mistake:
+        sys.exit(f"error: {mistake}")

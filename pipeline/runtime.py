@@ -1,14 +1,20 @@
 """Processes, devices and signals. The only module that reads the environment, rank or world size.
 
 Exit codes of every entry: 0 done; 1 a bug or a lost rank; 2 a mistake in what the user gave; 3 the training diverged or
-can't be saved; 75 stopped by a signal after saving, launch again to go on (EX_TEMPFAIL); 130 stopped at once by a
+can't be saved; 75 stopped on request after saving, launch again to go on (EX_TEMPFAIL); 130 stopped at once by a
 second SIGINT.
+
+A request to stop is one of STOP_SIGNALS to any rank, or that the file which the environment variable PIPELINE_STOP_FILE
+names comes into being. A program that ends with code 75 removes the file: `accelerate launch` turns every code into 1,
+and a batch script must know whether to queue the job again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -42,6 +48,10 @@ from pipeline.networks import Statistics, normalise, update_moving_averages
 
 EXIT_USER_ERROR, EXIT_FAILED, EXIT_PREEMPTED, EXIT_INTERRUPTED = 2, 3, 75, 130
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+COMMENT_SECONDS = 10
+"""Least time between two updates of a Slurm job's comment."""
+STOP_FILE_SECONDS = 1.0
+"""Between two looks for the stop file, which may lie on a busy shared file system."""
 T = TypeVar("T")
 
 
@@ -54,7 +64,7 @@ class TrainingFailed(Exception):
 
 
 class Preempted(Exception):
-    """A signal asked the run to stop and every rank knows."""
+    """The run was asked to stop and every rank knows."""
 
 
 class Runtime:
@@ -67,8 +77,9 @@ class Runtime:
 
     def __init__(self, config: RuntimeConfig, *, trackers: list[str] | None = None, folder: Path | None = None) -> None:
         self.started = time.monotonic()
-        self.stop_requested = False
-        """Whether this rank was told to stop; other ranks may not know yet."""
+        self._signalled = False
+        self._stop_file = _stop_file()
+        self._looked = 0.0
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
         _exit_at_second_interrupt()
@@ -124,11 +135,20 @@ class Runtime:
         if self.world_size > 1:
             self._control = gloo_group()
         self._pending: tuple[Any, Tensor] | None = None
+        self._comment: tuple[float, subprocess.Popen[bytes]] | None = None
 
     # -- signals -------------------------------------------------------------------------------------------------------
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.stop_requested = True
+        self._signalled = True
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether this rank was told to stop; other ranks may not know yet."""
+        if self._stop_file is not None and time.monotonic() > self._looked + STOP_FILE_SECONDS:
+            self._looked = time.monotonic()
+            self._signalled = self._signalled or self._stop_file.exists()
+        return self._signalled
 
     def stop_known(self) -> bool:
         """Whether this rank was told to stop or has heard that another was. Waits for nobody; ranks may differ.
@@ -241,6 +261,40 @@ class Runtime:
             tqdm.write(message, file=sys.stderr)
             sys.stderr.flush()
 
+    def comment(self, text: str, *, last: bool = False) -> None:
+        """Makes `text` the comment of the Slurm job, as `scontrol show job` shows it; nothing outside of Slurm.
+
+        Nobody waits for it or hears of its failure: a site may forbid it. A text that comes sooner than COMMENT_SECONDS
+        after another, or while that is still on its way, is dropped unless it is the `last`.
+        """
+        job, now = os.environ.get("SLURM_JOB_ID"), time.monotonic()
+        if job is None or not self.is_main:
+            return
+        if self._comment is not None and not last:
+            then, process = self._comment
+            if process.poll() is None or now - then < COMMENT_SECONDS:
+                return
+        command = ["scontrol", "update", f"JobId={job}", f"Comment={text}"]
+        with contextlib.suppress(OSError):
+            nowhere = subprocess.DEVNULL
+            self._comment = now, subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere)
+
+    def job_seconds_left(self) -> float | None:
+        """What the Slurm job's time limit leaves; None outside of Slurm, without a limit, or where Slurm won't say."""
+        job = os.environ.get("SLURM_JOB_ID")
+        if job is None:
+            return None
+        command = ["squeue", "--noheader", "--jobs", job, "--format", "%L"]
+        try:
+            left = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+        found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", left)  # or UNLIMITED, NOT_SET, INVALID
+        if found is None:
+            return None
+        days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+        return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
     def environment(self) -> dict[str, Any]:
         """Versions and hardware, for the run's environment.json."""
         packages = ("torch", "accelerate", "webdataset", "torchmetrics", "torch-fidelity", "numpy")
@@ -330,7 +384,14 @@ def run_entry(main: Callable[[], int]) -> NoReturn:
         code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
     except KeyboardInterrupt:  # before a Runtime was there to take it
         code = EXIT_INTERRUPTED
+    if code == EXIT_PREEMPTED and _environment_int("RANK", 0) == 0 and (path := _stop_file()) is not None:
+        path.unlink(missing_ok=True)
     sys.exit(code)
+
+
+def _stop_file() -> Path | None:
+    path = os.environ.get("PIPELINE_STOP_FILE")
+    return Path(path) if path else None
 
 
 def _environment_int(name: str, default: int) -> int:

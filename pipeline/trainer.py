@@ -94,6 +94,7 @@ class Trainer:
             clip_value=training.clip_value,
         )
         self.elapsed_seconds = self.evaluation_seconds = 0.0
+        self.scores = ""
         self.lock: RunLock | None = None
         self.interval = Interval(runtime, self.state.generator.dense.weight.dtype)
 
@@ -255,6 +256,10 @@ class Trainer:
                 },
             )
         )
+        self._comment()
+
+    def _comment(self, *, last: bool = False) -> None:
+        self.runtime.comment(f"step {self.state.step} of {self.config.training.steps}{self.scores}", last=last)
 
     def _save_now(self) -> None:
         """Makes sure that this very step is on the disk."""
@@ -301,9 +306,11 @@ class Trainer:
         if not self.runtime.on_main(result.exists):
             try:
                 with self._tolerated("evaluation"):
-                    self.scorer.score_generator(
-                        generator, result, {"step": state.step, "weights": self.config.evaluation.weights}
-                    )
+                    facts = {"step": state.step, "weights": self.config.evaluation.weights}
+                    scores = self.scorer.score_generator(generator, result, facts)["features"]
+                    fids = (f", {name} FID {found['fid']:.2f}" for name, found in scores.items())
+                    self.scores = f"{''.join(fids)} at step {state.step}"
+                    self._comment()
             except Preempted:
                 if self._due(self.config.run.log_every) and self.interval.steps:
                     self._log()
@@ -369,6 +376,7 @@ class Trainer:
         raise Preempted(f"stopped after step {self.state.step}, which is saved: the same command goes on from there")
 
     def _finish(self) -> None:
+        self._comment(last=True)
         generator, step = self._scored_generator(), self.state.step
         provenance = {"run": self.config.run.name, "step": step, "dataset": self.dataset.fingerprint}
         save_export(generator, self.folder / "export" / "generator.safetensors", provenance)

@@ -21,7 +21,7 @@ LAYERS = [
     {"export", "scoring"},
     {"trainer"},
     {"baseline"},
-    {"train", "evaluate", "generate", "prepare", "benchmark"},
+    {"train", "evaluate", "generate", "prepare", "benchmark", "doctor"},
 ]
 SINGLE_PROCESS = {
     "config",

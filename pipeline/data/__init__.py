@@ -25,12 +25,23 @@ def open_dataset(config: DataConfig) -> Dataset:
 
     Safe in several processes at once: one prepares, the others wait for it. Raises DataError.
     """
-    folder: str | Path = config.dataset
-    if config.dataset in KNOWN:
-        folder = Path(config.root) / config.dataset
-        if not (folder / FILE_NAME).exists():
-            KNOWN[config.dataset](Path(config.root))
+    folder = dataset_folder(config)
+    if config.dataset in KNOWN and not (Path(folder) / FILE_NAME).exists():
+        KNOWN[config.dataset](Path(config.root))
     return load_dataset(folder, allow_shell_urls=config.allow_shell_urls)
+
+
+def source_kind(config: DataConfig, dataset: Dataset) -> str:
+    """resident or streaming: what the configuration asks for, or what its `auto` comes to."""
+    if config.source != "auto":
+        return config.source
+    num_bytes = dataset.num_images("train") * prod(dataset.image_shape)
+    return "resident" if num_bytes <= config.resident_limit_mib * 2**20 else "streaming"
+
+
+def dataset_folder(config: DataConfig) -> str | Path:
+    """The folder or URL of the dataset that the configuration names, whether it is there or not."""
+    return Path(config.root) / config.dataset if config.dataset in KNOWN else config.dataset
 
 
 def open_source(
@@ -47,11 +58,7 @@ def open_source(
 
     Raises UserError when the batch cannot be shared among the ranks, lanes or workers.
     """
-    kind = config.source
-    if kind == "auto":
-        num_bytes = dataset.num_images("train") * prod(dataset.image_shape)
-        kind = "resident" if num_bytes <= config.resident_limit_mib * 2**20 else "streaming"
-    if kind == "resident":
+    if source_kind(config, dataset) == "resident":
         return ResidentSource(
             dataset, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, device=device
         )

@@ -158,9 +158,14 @@ class InceptionFeatures(FeatureExtractor):
         return features, logits
 
 
+def default_inception_weights() -> Path:
+    """Where torch-fidelity keeps its own weight file, torch hub's folder, whether it is there or not."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
+
+
 def _downloaded_inception_weights() -> Path:
-    """torch-fidelity's own weight file in torch hub's folder, fetched there (and checked by its hash) when missing."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
+    """torch-fidelity's own weight file, fetched (and checked by its hash) when missing."""
+    path = default_inception_weights()
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
