@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,7 +110,7 @@ def save_onnx(generator: Generator, path: Path) -> None:
         inputs["labels"] = torch.zeros(2, dtype=torch.int64)
     try:
         program = torch.onnx.export(
-            generator.float().cpu(),
+            deepcopy(generator).float().cpu(),
             tuple(inputs.values()),
             input_names=list(inputs),
             output_names=["images"],
