@@ -27,9 +27,11 @@ GENERATOR_CHANNELS = (128, 128, 64, 32)
 CRITIC_CHANNELS = (32, 64, 128, 256)
 CRITIC_STRIDES = (2, 2, 2, 1)
 LEAK = 0.2
+NORM_EPSILON = 1e-3
 
 
-def _scaled(channels: Sequence[int], width: float) -> list[int]:
+def scaled(channels: Sequence[int], width: float) -> list[int]:
+    """Channel counts of a network whose `network.width` is `width`, at least 1 each."""
     return [max(1, round(count * width)) for count in channels]
 
 
@@ -124,11 +126,11 @@ class Generator(nn.Module):
                 "(prepare the dataset with another --size)"
             )
         self.config, self.image_shape, self.num_classes = config, image_shape, num_classes
-        first, *hidden = _scaled(GENERATOR_CHANNELS, config.width)
+        first, *hidden = scaled(GENERATOR_CHANNELS, config.width)
         channels = [first, *hidden, image_channels]
         self.base = (height // 4, width // 4, first)
         self.dense = nn.Linear(config.latent_dim + num_classes, math.prod(self.base))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(count, eps=1e-3, momentum=0.01) for count in channels[:-1])
+        self.norms = nn.ModuleList(nn.BatchNorm2d(count, eps=NORM_EPSILON, momentum=0.01) for count in channels[:-1])
         # With stride 1 a transposed convolution is a convolution with the kernel flipped, which is the faster kernel.
         self.convolutions = nn.ModuleList(
             SameConvTranspose2d(channels[i], channels[i + 1]) if i < 2 else SameConv2d(channels[i], channels[i + 1], 1)
@@ -180,7 +182,7 @@ class Critic(nn.Module):
 
     def __init__(self, config: NetworkConfig, image_shape: tuple[int, int, int], num_classes: int = 0) -> None:
         super().__init__()
-        channels = [image_shape[0], *_scaled(CRITIC_CHANNELS, config.width)]
+        channels = [image_shape[0], *scaled(CRITIC_CHANNELS, config.width)]
         self.convolutions = nn.ModuleList(
             SameConv2d(channels[i], channels[i + 1], stride) for i, stride in enumerate(CRITIC_STRIDES)
         )

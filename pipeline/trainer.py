@@ -22,7 +22,7 @@ from pipeline.files import write_text
 from pipeline.lock import RunLock
 from pipeline.networks import Generator
 from pipeline.objectives import choose
-from pipeline.pictures import interpolate, render_range, save_grid
+from pipeline.pictures import interpolate, sample_grid, save_grid
 from pipeline.progress import bar
 from pipeline.report import write_report
 from pipeline.runtime import LocalError, Preempted, Runtime, TrainingFailed
@@ -30,8 +30,6 @@ from pipeline.scoring import Scorer
 from pipeline.state import build_state
 from pipeline.step import CapturedStep, Step, StepInputs
 from pipeline.updates import Descent
-
-GRID_IMAGES, GRID_COLUMNS = 16, 4
 
 
 class Trainer:
@@ -298,7 +296,8 @@ class Trainer:
         grid = self.folder / "samples" / f"{state.step:05d}.png"
         if state.step and self._due(self.config.run.sample_every) and self.runtime.is_main and not grid.exists():
             with self._tolerated("samples"):
-                save_grid(render_range(generator, self.config.training.seed, 0, GRID_IMAGES), grid, GRID_COLUMNS)
+                images, columns = sample_grid(generator, self.config.training.seed)
+                save_grid(images, grid, columns)
         if self.scorer is None or not state.step or not self._due(self.config.evaluation.every):
             return
         started = time.monotonic()

@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"config", "files", "progress"},
     {"networks", "objectives", "sampling", "lock"},
-    {"state", "updates", "data", "runtime", "pictures"},
+    {"state", "updates", "data", "runtime", "pictures", "keras_h5"},
     {"step"},
     {"checkpoint", "metrics", "report"},
     {"export", "scoring"},
@@ -33,6 +33,7 @@ SINGLE_PROCESS = {
     "updates",
     "data",
     "pictures",
+    "keras_h5",
     "report",
 }
 
