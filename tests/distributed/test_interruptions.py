@@ -3,98 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import re
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
-from pipeline.checkpoint import committed, find, newest_intact
-from tests.jobs import ROOT, TINY, environment, launch, launch_command
-
-STEPS = 400
-LIMIT_SECONDS = 120
-
-
-@contextmanager
-def job(
-    arguments: Sequence[str], num_processes: int, log: Path, *launcher_options: str
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A launcher and its ranks, all of them gone at the end."""
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            launch_command(ROOT / "pipeline/train.py", arguments, num_processes, *launcher_options),
-            cwd=ROOT,
-            env=environment(),
-            stderr=output,
-            stdout=output,
-            start_new_session=True,
-        )
-        try:
-            yield process
-        finally:
-            kill_tree(process.pid)
-            process.wait()
-
-
-def ranks(launcher: int) -> list[psutil.Process]:
-    children = psutil.Process(launcher).children(recursive=True)
-    found = [child for child in children if any(part.endswith("train.py") for part in child.cmdline())]
-    return sorted(found, key=lambda child: int(child.environ().get("RANK", 0)))
-
-
-def kill_tree(pid: int) -> None:
-    try:
-        processes = [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]
-    except psutil.NoSuchProcess:
-        return
-    for process in processes:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(processes, timeout=10)
-
-
-def last_step(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    try:
-        return int(json.loads(lines[-1])["step"]) if lines else 0
-    except ValueError:  # being written
-        return 0
-
-
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while last_step(run) < step:
-        assert process.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.01)
-
-
-def tiny_run(dataset: Path, root: Path, name: str, *more: str) -> list[str]:
-    return [
-        *TINY,
-        *("--data.dataset", str(dataset), "--run.root", str(root), "--run.name", name),
-        *("--training.steps", str(STEPS), "--run.checkpoint_every", "5", *more),
-    ]
-
-
-def assert_same_end(one: Path, other: Path) -> None:
-    left, right = find(one, STEPS).tensors(), find(other, STEPS).tensors()
-    assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
-    assert last_step(one) == last_step(other) == STEPS
+from pipeline.checkpoint import find, newest_intact
+from tests.distributed.interrupting import (
+    LIMIT_SECONDS,
+    STEPS,
+    assert_same_end,
+    job,
+    last_step,
+    ranks,
+    tiny_run,
+    wait_for_step,
+)
+from tests.jobs import ROOT, launch
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -333,48 +265,3 @@ def test_a_disk_that_stays_full_stops_the_run_after_the_tolerated_failures(
     assert failure is not None, log.read_text()[-3000:]
     assert int(failure[1]) == intact.step
     assert "[rank0]: Traceback" not in log.read_text()
-
-
-@pytest.mark.parametrize(("num_processes", "kills"), [(1, 14), (2, 12), (4, 6)])
-def test_chaos(num_processes: int, kills: int, tiny_dataset: Path, tmp_path: Path) -> None:
-    """32 SIGKILLs in all, at random moments, of random ranks or the whole tree; between them files rot."""
-    chance = random.Random(num_processes)
-    whole, torn, log = tmp_path / "whole", tmp_path / "torn", tmp_path / "log"
-    arguments = tiny_run(tiny_dataset, tmp_path, torn.name)
-    for _ in range(kills):
-        with job(arguments, num_processes, log) as process:
-            # Some kills come while the ranks start or load, most while they train or save.
-            if chance.random() < 0.8:
-                resumed = newest_intact(torn / "checkpoints")[0]
-                resumed_step = resumed.step if resumed else 0
-                target = max(resumed_step + chance.randint(1, 15), last_step(torn) + 1)
-                wait_for_step(torn, target, process, log)
-            time.sleep(chance.random() * 0.3)
-            victims = ranks(process.pid)
-            if victims and chance.random() < 0.5:
-                chance.choice(victims).kill()
-                code = process.wait(timeout=60)
-                assert code != 0
-            else:
-                kill_tree(process.pid)
-        folders = committed(torn / "checkpoints")
-        if len(folders) > 1 and chance.random() < 0.5:
-            rot(folders[-1], chance)
-    result = launch(ROOT / "pipeline/train.py", arguments, num_processes)
-    assert result.returncode == 0, result.stderr[-3000:]
-    reference = launch(ROOT / "pipeline/train.py", tiny_run(tiny_dataset, tmp_path, whole.name), num_processes)
-    assert reference.returncode == 0, reference.stderr[-3000:]
-    assert_same_end(whole, torn)
-
-
-def rot(checkpoint: Path, chance: random.Random) -> None:
-    victim = chance.choice(sorted(checkpoint.iterdir()))
-    kind = chance.choice(["flip", "truncate", "delete"])
-    if kind == "flip":
-        content = bytearray(victim.read_bytes())
-        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
-        victim.write_bytes(content)
-    elif kind == "truncate":
-        os.truncate(victim, chance.randrange(victim.stat().st_size))
-    else:
-        victim.unlink()

@@ -19,7 +19,7 @@ from pipeline.checkpoint import find
 from pipeline.data import Dataset
 from pipeline.data.resident import load_split
 from pipeline.export import load_export
-from tests.distributed.test_interruptions import job, ranks
+from tests.distributed.interrupting import job, ranks
 from tests.jobs import ROOT, environment, launch
 
 SMALL = [

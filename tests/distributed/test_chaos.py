@@ -1,0 +1,59 @@
+"""SIGKILLs and rot at random moments, and in the end the weights of an uninterrupted run, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoint import committed, newest_intact
+from tests.distributed.interrupting import assert_same_end, job, kill_tree, last_step, ranks, tiny_run, wait_for_step
+from tests.jobs import ROOT, launch
+
+
+@pytest.mark.parametrize(("num_processes", "kills"), [(1, 14), (2, 12), (4, 6)])
+def test_chaos(num_processes: int, kills: int, tiny_dataset: Path, tmp_path: Path) -> None:
+    """32 SIGKILLs in all, at random moments, of random ranks or the whole tree; between them files rot."""
+    chance = random.Random(num_processes)
+    whole, torn, log = tmp_path / "whole", tmp_path / "torn", tmp_path / "log"
+    arguments = tiny_run(tiny_dataset, tmp_path, torn.name)
+    for _ in range(kills):
+        with job(arguments, num_processes, log) as process:
+            # Some kills come while the ranks start or load, most while they train or save.
+            if chance.random() < 0.8:
+                resumed = newest_intact(torn / "checkpoints")[0]
+                resumed_step = resumed.step if resumed else 0
+                target = max(resumed_step + chance.randint(1, 15), last_step(torn) + 1)
+                wait_for_step(torn, target, process, log)
+            time.sleep(chance.random() * 0.3)
+            victims = ranks(process.pid)
+            if victims and chance.random() < 0.5:
+                chance.choice(victims).kill()
+                code = process.wait(timeout=60)
+                assert code != 0
+            else:
+                kill_tree(process.pid)
+        folders = committed(torn / "checkpoints")
+        if len(folders) > 1 and chance.random() < 0.5:
+            rot(folders[-1], chance)
+    result = launch(ROOT / "pipeline/train.py", arguments, num_processes)
+    assert result.returncode == 0, result.stderr[-3000:]
+    reference = launch(ROOT / "pipeline/train.py", tiny_run(tiny_dataset, tmp_path, whole.name), num_processes)
+    assert reference.returncode == 0, reference.stderr[-3000:]
+    assert_same_end(whole, torn)
+
+
+def rot(checkpoint: Path, chance: random.Random) -> None:
+    victim = chance.choice(sorted(checkpoint.iterdir()))
+    kind = chance.choice(["flip", "truncate", "delete"])
+    if kind == "flip":
+        content = bytearray(victim.read_bytes())
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        victim.write_bytes(content)
+    elif kind == "truncate":
+        os.truncate(victim, chance.randrange(victim.stat().st_size))
+    else:
+        victim.unlink()
