@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import resource
 import shutil
 import tempfile
@@ -22,16 +23,23 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset
+from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.baseline import PlainTrainer
 from pipeline.config import Config, UserError, make_parser, parse
 from pipeline.data import Dataset, open_dataset
 from pipeline.data.resident import ResidentSource
 from pipeline.data.streaming import StreamingSource
 from pipeline.files import write_text
+from pipeline.pictures import render_range
 from pipeline.runtime import Runtime, run_entry
 from pipeline.trainer import Trainer
 
 ROUNDS = 7
+WARM_UP_STEPS = 3
+MATMUL_SIZE = 2048
+MATMUL_GFLOP = 2 * MATMUL_SIZE**3 / 1e9
+EVALUATION_IMAGES = 500
 DATA_BATCHES = 600
 """Batches of a round; at 64 images each a little more than half an epoch of MNIST."""
 
@@ -118,47 +126,140 @@ def _every_shard(shards: Iterator[Any]) -> Iterator[Any]:
 
 
 def measure_training(config: Config, runtime: Runtime, steps: int) -> dict[str, Any]:
-    """Steps of the real trainer in a temporary folder, with a checkpoint every tenth step.
+    """Times, in turn: a step of the real trainer, one of the plain port (pipeline/baseline.py), this machine's matrix
+    product, an all-reduce of a step's gradients, and on several ranks a step of one rank that has all threads.
 
-    `checkpoint_stall_share` is the time that a save takes from the training thread, by the time of one step.
+    A checkpoint is started every tenth step; `checkpoint_stall_share` is the time that takes from the training thread,
+    by the time of one step. Shares and ratios are medians of paired measurements.
     """
     with contextlib.ExitStack() as stack:
         root = runtime.on_main(tempfile.mkdtemp)
         stack.callback(lambda: runtime.on_main(lambda: shutil.rmtree(root, ignore_errors=True)))
         run = dataclasses.replace(config.run, root=root, trackers=[])
-        evaluation = dataclasses.replace(config.evaluation, every=None)
-        trainer = Trainer(dataclasses.replace(config, run=run, evaluation=evaluation), runtime)
-        batches = trainer.source.batches(0)
-        durations, stalls, waits = [], [], []
-        for step in range(steps + 3):
+        config = dataclasses.replace(config, run=run)
+        trainer = Trainer(config, runtime)
+        batches, plain_batches = trainer.source.batches(0), trainer.source.batches(0)
+        plain = PlainTrainer(trainer)
+        gflop = _count_flop(plain, plain_batches) * runtime.world_size / 1e9
+        gradients = _gradient_buffers(trainer)
+        threads = torch.get_num_threads()
+        single = Trainer(config, runtime.alone()) if runtime.world_size > 1 and runtime.is_main else None
+        single_batches = single.source.batches(0) if single else None
+
+        def step() -> None:
             trainer.interval.begin()
-            started = time.perf_counter()
             trainer.train_step(batches)
             trainer.interval.losses()  # waits for the device
             trainer.state.step += 1
-            if step >= 3:
-                durations.append(time.perf_counter() - started)
-                waits.append(trainer.interval.seconds()[1])
-            if step >= 3 and step % 10 == 0:
+
+        def single_step() -> None:
+            if single is not None and single_batches is not None:
+                torch.set_num_threads(min(len(os.sched_getaffinity(0)), threads * runtime.world_size))
+                single.interval.begin()
+                single.train_step(single_batches)
+                single.interval.losses()
+                single.state.step += 1
+                torch.set_num_threads(threads)
+
+        measured: dict[str, Callable[[], object]] = {
+            "step": step,
+            "plain": lambda: plain.train_step(plain_batches),
+            "matmul": _matmul(runtime.device),
+            "all_reduce": lambda: [runtime.sum_over_ranks(buffer) for buffer in gradients],
+        }
+        if runtime.world_size > 1 and runtime.device.type == "cpu":
+            measured["single"] = single_step
+        seconds: dict[str, list[float]] = {name: [] for name in measured}
+        stalls, waits = [], []
+        for number in range(steps + WARM_UP_STEPS):
+            for name, work in measured.items():
+                runtime.any_rank(False)  # the ranks begin together
+                started = time.perf_counter()
+                work()
+                _wait_for(runtime.device)
+                if number >= WARM_UP_STEPS:
+                    seconds[name].append(time.perf_counter() - started)
+            waits.append(trainer.interval.seconds()[1])
+            if number >= WARM_UP_STEPS and number % 10 == 0:
                 started = time.perf_counter()
                 trainer.save()
                 stalls.append(time.perf_counter() - started)
         trainer.writer.finish()
-    training = config.training
-    step_seconds = median(durations)
-    return {
+        evaluation_rate = _evaluation_rate(trainer)
+    step_seconds = median(seconds["step"])
+    ceiling = runtime.world_size * MATMUL_GFLOP / median(seconds["matmul"])
+    achieved = gflop / step_seconds
+    figures: dict[str, Any] = {
+        "device": str(runtime.environment()["device"]),
         "world_size": runtime.world_size,
-        "threads_per_rank": torch.get_num_threads(),
+        "threads_per_rank": threads,
+        "precision": config.runtime.precision,
+        "gflop_per_step": gflop,
+        "ceiling_gflops": ceiling,
+        "achieved_gflops": achieved,
+        "share_of_ceiling": achieved / ceiling,
+        "speedup_over_eager": _ratio(seconds["plain"], seconds["step"]),
+        "images_per_second": config.training.n_critic * config.training.batch_size / step_seconds,
         "step_seconds_median": step_seconds,
-        "step_seconds_min": min(durations),
-        "step_seconds_max": max(durations),
-        "images_per_second": training.n_critic * training.batch_size / step_seconds,
-        "data_wait_share": sum(waits) / sum(durations),
+        "step_seconds_min": min(seconds["step"]),
+        "step_seconds_max": max(seconds["step"]),
+        "data_wait_share": sum(waits[WARM_UP_STEPS:]) / sum(seconds["step"]),
+        "all_reduce_share": median(seconds["all_reduce"]) / step_seconds if runtime.world_size > 1 else 0.0,
         "checkpoint_stall_share": median(stalls) / step_seconds,
+        "evaluation_images_per_second": evaluation_rate,
         "peak_memory_bytes": torch.cuda.max_memory_allocated()
         if runtime.device.type == "cuda"
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+    if "single" in seconds:
+        # Only the main process takes these steps, so only its times count.
+        figures["speed_over_one_rank"] = runtime.on_main(lambda: _ratio(seconds["single"], seconds["step"]))
+    return figures
+
+
+def _ratio(slow: list[float], fast: list[float]) -> float:
+    return median(one / other for one, other in zip(slow, fast, strict=True))
+
+
+def _count_flop(plain: PlainTrainer, batches: Iterator[Any]) -> int:
+    """Floating-point operations of a step on this rank, counted as torch runs it: convolutions and matrix products,
+    forward and backward. Of the plain step: what ours does beside that is no useful work."""
+    with FlopCounterMode(display=False) as counter:
+        plain.train_step(batches)
+    return int(counter.get_total_flops())
+
+
+def _gradient_buffers(trainer: Trainer) -> list[torch.Tensor]:
+    """As many numbers as the ranks share in a step: the critic's gradients n_critic times, the generator's once."""
+    updates = trainer.config.training.n_critic * (2 if trainer.config.training.critic_updates == "separate" else 1)
+    networks = [trainer.state.critic] * updates + [trainer.state.generator]
+    sizes = [sum(parameter.numel() for parameter in network.parameters()) for network in networks]
+    return [torch.zeros(size, dtype=trainer.interval.dtype, device=trainer.runtime.device) for size in sizes]
+
+
+def _matmul(device: torch.device) -> Callable[[], object]:
+    """The most float32 arithmetic that one can get here: a large square matrix product."""
+    left, right, out = (torch.rand(MATMUL_SIZE, MATMUL_SIZE, device=device) for _ in range(3))
+    return lambda: torch.mm(left, right, out=out)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _evaluation_rate(trainer: Trainer) -> float | None:
+    """Images per second that all ranks together render and extract features from; None without evaluations."""
+    if trainer.scorer is None:
+        return None
+    extractor, generator = trainer.scorer.extractors[0], trainer.state.ema
+    rates = []
+    for start in range(0, 3 * EVALUATION_IMAGES, EVALUATION_IMAGES):
+        trainer.runtime.any_rank(False)
+        started = time.perf_counter()
+        extractor(render_range(generator, 0, start, start + EVALUATION_IMAGES))
+        rates.append(trainer.runtime.world_size * EVALUATION_IMAGES / (time.perf_counter() - started))
+    return median(rates)
 
 
 if __name__ == "__main__":

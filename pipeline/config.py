@@ -123,7 +123,7 @@ class TrainingConfig:
     """The algorithm. A step is one generator update, preceded by n_critic critic iterations."""
 
     objective: str = knob("wgan")
-    """Name of a registered objective."""
+    """wgan, wgan_gp, lsgan, gan, acgan, or module:NAME of an Objective of yours (pipeline/objectives.py)."""
     steps: int = knob(40_000, low=1, free=True)
     """Generator updates to train for."""
     seed: int = knob(0, low=0)
@@ -176,8 +176,16 @@ class RuntimeConfig:
 
     device: Literal["auto", "cpu", "cuda"] = knob("auto", free=True)
     """auto: CUDA where it is available."""
-    precision: Literal["float32", "float64"] = knob("float32")
-    """Arithmetic of the networks and optimisers (float64 is for tests of exactness)."""
+    precision: Literal["float32", "tf32", "float64", "bf16", "fp16"] = knob("float32")
+    """Arithmetic of convolutions and matrix products, over float32 weights: tf32 (CUDA; elsewhere float32), bf16, fp16
+    (CUDA; with loss scaling). float64 is all of it, for tests of exactness."""
+    accumulation: int = knob(1, low=1, free=True)
+    """Parts in which a rank takes its slice of a batch one after the other, so that memory holds one part; the same
+    trajectory to rounding. The generator's update costs about three times as much in parts."""
+    cuda_graph: bool = knob(False, free=True)
+    """Capture a step once and replay it; CUDA only, not with fp16."""
+    compress_gradients: bool = knob(False)
+    """All-reduce gradients as bfloat16: half the bytes, three digits."""
     threads: int | None = knob(None, low=1, free=True)
     """Threads of one rank on a CPU; null: this machine's cores shared among its ranks."""
     timeout_seconds: int = knob(600, low=1, free=True)

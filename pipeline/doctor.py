@@ -315,7 +315,9 @@ def check_disk(config: Config, dataset: Dataset | None) -> Iterator[Finding]:
         return
     training, run = config.training, config.run
     num_classes = dataset.num_classes if choose(training).classifies else 0
-    state = build_state(config, dataset.image_shape, num_classes, torch.device("cpu"))
+    state = build_state(
+        config, dataset.image_shape, num_classes, torch.device("cpu"), torch.amp.GradScaler(enabled=False)
+    )
     checkpoint = sum(tensor.nbytes for tensor in state.tensors().values())
     for network, optimizer in (
         (state.generator, training.generator_optimizer),

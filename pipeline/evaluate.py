@@ -15,12 +15,11 @@ from pipeline.config import Config, UserError, make_parser, parse
 from pipeline.data import Dataset, open_dataset
 from pipeline.data.images import Split, open_images
 from pipeline.data.resident import load_split
-from pipeline.export import generator_of, load_generator
+from pipeline.export import EXPORT_SUFFIXES, generator_of, load_generator
 from pipeline.report import write_report
 from pipeline.runtime import EXIT_PREEMPTED, Preempted, Runtime, run_entry
 from pipeline.scoring import Scorer
 
-GENERATORS = {".safetensors", ".h5", ".hdf5"}
 TARGET = (
     "a run's folder, an exported generator (.safetensors, .h5), a folder of images, an .npz file, "
     "or the word train or test: that split of the real images"
@@ -56,7 +55,7 @@ def _score(config: Config, runtime: Runtime, target: Path, arguments: Namespace)
     out: Path | None = arguments.out
     if (target / "checkpoints").is_dir():
         _score_run(config, runtime, scorer, target, arguments)
-    elif target.suffix in GENERATORS:
+    elif target.suffix in EXPORT_SUFFIXES:
         generator = load_generator(target, config.evaluation.weights).to(runtime.device)
         path = out or target.with_suffix(".evaluation.json")
         runtime.say(f"{path}: {_summary(scorer.score_generator(generator, path, {'images': str(target)}))}")

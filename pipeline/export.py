@@ -1,21 +1,31 @@
-"""A trained generator in one safetensors file, with what it takes to rebuild it in the header."""
+"""A trained generator in one safetensors file, with what it takes to rebuild it in the header; or converted to ONNX.
+
+`python -m pipeline.export SOURCE FILE`
+"""
 
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from jsonargparse import auto_cli
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pipeline.checkpoint import Checkpoint, find, read_checkpoint
 from pipeline.config import UserError
 from pipeline.files import replacing
+from pipeline.keras_h5 import load_keras
 from pipeline.networks import Generator
+from pipeline.runtime import run_entry
 
 FORMAT = "gan-pipeline generator 1"
+KERAS_SUFFIXES = (".h5", ".hdf5")
+EXPORT_SUFFIXES = (".safetensors", *KERAS_SUFFIXES)
+"""Single files that `load_generator` reads; its other sources are folders."""
 
 
 def save_export(generator: Generator, path: Path, provenance: dict[str, Any]) -> None:
@@ -66,13 +76,14 @@ def generator_of(checkpoint: Checkpoint, weights: str) -> Generator:
 
 
 def load_generator(path: Path, weights: str) -> Generator:
-    """The generator of an export, of a checkpoint's folder, or of a run's folder (its newest intact checkpoint).
+    """The generator of an export, of a Keras notebook's .h5, of a checkpoint's folder, or of a run's folder (its newest
+    intact checkpoint), on the CPU in eval mode. `weights`, "ema" or "raw", chooses among a checkpoint's.
 
     Raises:
         UserError: it is none of these, or damaged.
     """
     if not path.is_dir():
-        return load_export(path)
+        return _frozen(load_keras(path)) if path.suffix in KERAS_SUFFIXES else load_export(path)
     if (path / "checkpoints").is_dir():
         return generator_of(find(path), weights)
     checkpoint = read_checkpoint(path)
@@ -82,3 +93,62 @@ def load_generator(path: Path, weights: str) -> Generator:
 
 def _frozen(generator: Generator) -> Generator:
     return generator.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def save_onnx(generator: Generator, path: Path) -> None:
+    """Writes the generator as ONNX, float32, atomically. n, the batch, is free.
+
+    Inputs: `latents` float32 (n, latent_dim), entries in [-1, 1]; with classes also `labels` int64 (n,) in
+    [0, num_classes). Output: `images` float32 (n, C, H, W), pixels in [0, 1].
+
+    Raises:
+        UserError: the packages that write ONNX are not installed.
+    """
+    # Two rows, as torch.export takes a length of one for a constant.
+    inputs = {"latents": torch.zeros(2, generator.config.latent_dim)}
+    if generator.num_classes:
+        inputs["labels"] = torch.zeros(2, dtype=torch.int64)
+    try:
+        program = torch.onnx.export(
+            deepcopy(generator).float().cpu(),
+            tuple(inputs.values()),
+            input_names=list(inputs),
+            output_names=["images"],
+            # The second input's length is found equal to the first's; naming it again would warn.
+            dynamic_shapes=({0: "n"}, {0: torch.export.Dim.DYNAMIC})[: len(inputs)],
+            dynamo=True,
+            verbose=False,
+        )
+    except ModuleNotFoundError as error:
+        raise UserError(f"{path}: ONNX needs the package {error.name!r}: pip install 'gan-pipeline[onnx]'") from None
+    assert program is not None  # with dynamo=True
+    with replacing(path) as temporary:
+        program.save(temporary)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def convert(source: Path, out: Path, weights: Literal["ema", "raw"] = "ema") -> int:
+    """Writes a generator as a safetensors export or as ONNX.
+
+    Args:
+        source: An export, a Keras notebook's .h5, a checkpoint or a run's folder.
+        out: The .safetensors or .onnx file to write; it must not exist.
+        weights: Which weights of a checkpoint.
+    """
+    if out.suffix not in {".safetensors", ".onnx"}:
+        raise UserError(f"{out}: unknown kind of file, name it .safetensors or .onnx")
+    if out.exists():
+        raise UserError(f"{out}: exists already, name another file")
+    generator = load_generator(source, weights)
+    if out.suffix == ".onnx":
+        save_onnx(generator, out)
+    else:
+        save_export(generator, out, {"source": source.name})
+    print(out)
+    return 0
+
+
+if __name__ == "__main__":
+    run_entry(lambda: auto_cli(convert, as_positional=True))

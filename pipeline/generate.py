@@ -9,7 +9,7 @@ from PIL import Image
 
 from pipeline.config import UserError
 from pipeline.export import load_generator
-from pipeline.pictures import interpolate, render_range, save_grid
+from pipeline.pictures import interpolate, render_range, sample_grid, save_grid
 from pipeline.progress import bar
 from pipeline.runtime import run_entry
 
@@ -18,9 +18,16 @@ BATCH = 500
 
 def main() -> int:
     parser = ArgumentParser(description="Draw images from a trained generator.")
-    parser.add_argument("-g", "--generator", type=Path, required=True, help="an export, a checkpoint or a run's folder")
+    parser.add_argument(
+        "-g",
+        "--generator",
+        type=Path,
+        required=True,
+        help="an export, a Keras notebook's .h5, a checkpoint or a run's folder",
+    )
     parser.add_argument("--out", type=Path | None, help="grid or strip: a PNG file; with --count: a new folder of PNGs")
-    parser.add_argument("--count", type=int | None, help="write this many single images instead of a grid of 16")
+    parser.add_argument("--count", type=int | None, help="write this many single images instead of a grid")
+    parser.add_argument("--class", type=int | None, help="draw this class alone; image i is the seed's latent i")
     parser.add_argument("--interpolate", action="store_true", help="draw latent interpolations instead of a grid")
     parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="which weights of a checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="image i is a function of the seed and i")
@@ -31,15 +38,23 @@ def main() -> int:
     if out.exists():
         raise UserError(f"{out}: exists already, choose another --out")
     generator = load_generator(arguments.generator, arguments.weights)
+    label: int | None = arguments["class"]
+    if label is not None and not generator.num_classes:
+        raise UserError(f"--class is {label}: {arguments.generator} has no classes, leave it away")
+    if label is not None and not 0 <= label < generator.num_classes:
+        raise UserError(f"--class is {label}: {arguments.generator} has the classes 0 to {generator.num_classes - 1}")
     if arguments.count is None:
         if arguments.interpolate:
-            save_grid(interpolate(generator, arguments.seed, 8, 10), out, columns=10)
+            save_grid(interpolate(generator, arguments.seed, 8, 10, label), out, columns=10)
+        elif label is None:
+            images, columns = sample_grid(generator, arguments.seed)
+            save_grid(images, out, columns)
         else:
-            save_grid(render_range(generator, arguments.seed, 0, 16), out, columns=4)
+            save_grid(render_range(generator, arguments.seed, 0, 16, label), out, columns=4)
     else:
         out.mkdir(parents=True)
         for start in bar(iterable=range(0, arguments.count, BATCH), unit=f"{BATCH} images"):
-            images = render_range(generator, arguments.seed, start, min(start + BATCH, arguments.count))
+            images = render_range(generator, arguments.seed, start, min(start + BATCH, arguments.count), label)
             for index, image in enumerate(images.permute(0, 2, 3, 1).squeeze(-1).numpy(), start):
                 Image.fromarray(image).save(out / f"{index:06d}.png")
     print(out)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,20 @@ from torch.nn import functional as F
 from pipeline.config import NetworkConfig, UserError
 
 KERNEL = 5
+CPU_LANES = 16
+"""float32 numbers of a vector register."""
+PAIR_TAPS = 1 + 2 * torch.arange(3).view(3, 1, 1) + torch.arange(2).view(2, 1) - torch.arange(2)
+"""(3, 2, 2): which tap of a kernel's row (with a zero at either end) connects pixel p of the input pair m - 1 pairs
+away with pixel q of an output pair."""
 GENERATOR_CHANNELS = (128, 128, 64, 32)
 CRITIC_CHANNELS = (32, 64, 128, 256)
 CRITIC_STRIDES = (2, 2, 2, 1)
 LEAK = 0.2
+NORM_EPSILON = 1e-3
 
 
-def _scaled(channels: Sequence[int], width: float) -> list[int]:
+def scaled(channels: Sequence[int], width: float) -> list[int]:
+    """Channel counts of a network whose `network.width` is `width`, at least 1 each."""
     return [max(1, round(count * width)) for count in channels]
 
 
@@ -41,11 +48,26 @@ class SameConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, KERNEL, stride)
 
     def forward(self, images: Tensor) -> Tensor:
+        if self.stride[0] == 1 and self.out_channels < CPU_LANES and images.shape[-1] % 2 == 0 and images.is_cpu:
+            return self._on_pairs(images)
         top, bottom = same_padding(images.shape[-2], self.stride[0])
         left, right = same_padding(images.shape[-1], self.stride[1])
         if (top, left) == (bottom, right):
             return F.conv2d(images, self.weight, self.bias, self.stride, (top, left))
         return F.conv2d(F.pad(images, (left, right, top, bottom)), self.weight, self.bias, self.stride)
+
+    def _on_pairs(self, images: Tensor) -> Tensor:
+        """The same with pairs of pixels in a row taken as one pixel of twice the channels: (n, 2 in, h, w / 2), in
+        channels-last memory the same bytes. A CPU's kernels leave lanes empty for few channels; on the pairs they do a
+        fifth more work in up to 30 % less time."""
+        num_images, channels, height, width = images.shape
+        pairs = images.permute(0, 2, 3, 1).reshape(num_images, height, width // 2, 2 * channels).permute(0, 3, 1, 2)
+        taps = F.pad(self.weight, (1, 1))[..., PAIR_TAPS]
+        weight = taps.permute(5, 0, 4, 1, 2, 3).reshape(2 * self.out_channels, 2 * channels, KERNEL, 3)
+        assert self.bias is not None
+        outputs = F.conv2d(pairs, weight, self.bias.repeat(2), padding=(KERNEL // 2, 1))
+        outputs = outputs.permute(0, 2, 3, 1).reshape(num_images, height, width, self.out_channels)
+        return outputs.permute(0, 3, 1, 2)
 
 
 class SameConvTranspose2d(nn.ConvTranspose2d):
@@ -57,6 +79,35 @@ class SameConvTranspose2d(nn.ConvTranspose2d):
     def forward(self, images: Tensor, output_size: list[int] | None = None) -> Tensor:
         # The full result has 2 n + 3 rows: `padding` takes one off each side, the slice one more at the end.
         return super().forward(images)[..., :-1, :-1]
+
+
+class Statistics(NamedTuple):
+    """Mean and biased variance of a batch norm's input, (channels,) each, over `num_values` values of a channel."""
+
+    mean: Tensor
+    variance: Tensor
+    num_values: Tensor | int
+
+
+def normalise(norm: nn.BatchNorm2d, images: Tensor, statistics: Statistics) -> Tensor:
+    """Batch norm with the statistics given."""
+    scale = norm.weight * torch.rsqrt(statistics.variance + norm.eps)
+    centred = images - statistics.mean[:, None, None]
+    normalised: Tensor = centred * scale[:, None, None] + norm.bias[:, None, None]
+    return normalised
+
+
+@torch.no_grad()
+def update_moving_averages(norm: nn.BatchNorm2d, statistics: Statistics) -> None:
+    """What a batch norm in training mode does with its batch's statistics."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    assert norm.momentum is not None
+    norm.num_batches_tracked.add_(1)
+    norm.running_mean.lerp_(statistics.mean, norm.momentum)
+    unbiased = statistics.variance * (statistics.num_values / (statistics.num_values - 1))
+    norm.running_var.lerp_(unbiased, norm.momentum)
 
 
 class Generator(nn.Module):
@@ -75,11 +126,11 @@ class Generator(nn.Module):
                 "(prepare the dataset with another --size)"
             )
         self.config, self.image_shape, self.num_classes = config, image_shape, num_classes
-        first, *hidden = _scaled(GENERATOR_CHANNELS, config.width)
+        first, *hidden = scaled(GENERATOR_CHANNELS, config.width)
         channels = [first, *hidden, image_channels]
         self.base = (height // 4, width // 4, first)
         self.dense = nn.Linear(config.latent_dim + num_classes, math.prod(self.base))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(count, eps=1e-3, momentum=0.01) for count in channels[:-1])
+        self.norms = nn.ModuleList(nn.BatchNorm2d(count, eps=NORM_EPSILON, momentum=0.01) for count in channels[:-1])
         # With stride 1 a transposed convolution is a convolution with the kernel flipped, which is the faster kernel.
         self.convolutions = nn.ModuleList(
             SameConvTranspose2d(channels[i], channels[i + 1]) if i < 2 else SameConv2d(channels[i], channels[i + 1], 1)
@@ -98,15 +149,27 @@ class Generator(nn.Module):
     def from_spec(cls, spec: dict[str, Any]) -> Generator:
         return cls(NetworkConfig(**spec["network"]), tuple(spec["image_shape"]), spec["num_classes"])
 
-    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        labels: Tensor | None = None,
+        statistics: Sequence[Statistics] | None = None,
+        depth: int | None = None,
+    ) -> Tensor:
+        """`statistics` are used by the batch norms in the place of their own; `depth` stops before that batch norm and
+        returns what it would normalise."""
         if self.num_classes:
             if labels is None:
                 raise ValueError("a generator with classes takes labels")
             latents = torch.cat([latents, F.one_hot(labels, self.num_classes).to(latents.dtype)], dim=1)
         # Keras reshapes to H, W, C: permuted, that is already a channels-last tensor.
         images: Tensor = self.dense(latents).unflatten(1, self.base).permute(0, 3, 1, 2)
-        for norm, convolution in zip(self.norms, self.convolutions, strict=True):
-            images = convolution(F.relu(norm(images), inplace=True))
+        for index, (norm, convolution) in enumerate(zip(self.norms, self.convolutions, strict=True)):
+            if index == depth:
+                return images
+            assert isinstance(norm, nn.BatchNorm2d)
+            images = norm(images) if statistics is None else normalise(norm, images, statistics[index])
+            images = convolution(F.relu(images, inplace=True))
         return torch.sigmoid(images)
 
 
@@ -119,7 +182,7 @@ class Critic(nn.Module):
 
     def __init__(self, config: NetworkConfig, image_shape: tuple[int, int, int], num_classes: int = 0) -> None:
         super().__init__()
-        channels = [image_shape[0], *_scaled(CRITIC_CHANNELS, config.width)]
+        channels = [image_shape[0], *scaled(CRITIC_CHANNELS, config.width)]
         self.convolutions = nn.ModuleList(
             SameConv2d(channels[i], channels[i + 1], stride) for i, stride in enumerate(CRITIC_STRIDES)
         )

@@ -6,8 +6,11 @@ losses of equal slices is the loss of the whole batch.
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -95,9 +98,11 @@ def choose(training: TrainingConfig) -> Objective:
         UserError: the name is unknown, or another key contradicts it.
     """
     name = training.objective
-    if name not in OBJECTIVES:
-        raise UserError(f"training.objective is {name!r}: choose one of {', '.join(OBJECTIVES)}")
-    objective = OBJECTIVES[name]
+    objective = _import(name) if ":" in name else OBJECTIVES.get(name)
+    if objective is None:
+        raise UserError(
+            f"training.objective is {name!r}: choose one of {', '.join(OBJECTIVES)}, or give module:NAME of your own"
+        )
     for wanted, key in ((objective.clips, "clip_value"), (objective.penalises, "gradient_penalty")):
         value = getattr(training, key)
         if wanted and value is None:
@@ -107,3 +112,17 @@ def choose(training: TrainingConfig) -> Objective:
     if objective.penalises and training.critic_updates == "separate":
         raise UserError("training.critic_updates is separate: a gradient penalty needs joint updates")
     return objective
+
+
+def _import(name: str) -> Objective:
+    """An objective of the user's: `module:NAME`, the module being installed or in the working directory."""
+    module, _, attribute = name.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"training.objective is {name!r}: {error}") from None
+    if not isinstance(found, Objective):
+        raise UserError(f"training.objective is {name!r}: that is a {type(found).__name__}, not an Objective")
+    return found

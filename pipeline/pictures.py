@@ -27,20 +27,43 @@ def render(generator: Generator, latents: Tensor, labels: Tensor | None = None) 
     return to_uint8(images).cpu()
 
 
-def render_range(generator: Generator, seed: int, start: int, stop: int) -> Tensor:
-    """Evaluation images start, ..., stop - 1 of a seed: uint8 (n, C, H, W). Classes come in turn."""
-    labels = evaluation_labels(start, stop, generator.num_classes) if generator.num_classes else None
-    return render(generator, evaluation_latents(seed, start, stop, generator.config.latent_dim), labels)
+def render_range(generator: Generator, seed: int, start: int, stop: int, label: int | None = None) -> Tensor:
+    """Evaluation images start, ..., stop - 1 of a seed: uint8 (n, C, H, W). Classes come in turn, or each is `label`.
+
+    Image i of a class is a function of (seed, i).
+    """
+    latents = evaluation_latents(seed, start, stop, generator.config.latent_dim)
+    return render(generator, latents, _labels(generator, start, stop, label))
 
 
-def interpolate(generator: Generator, seed: int, rows: int, columns: int) -> Tensor:
-    """`rows` straight lines between two latents each: uint8 (rows * columns, C, H, W), row by row."""
+def sample_grid(generator: Generator, seed: int) -> tuple[Tensor, int]:
+    """Images 0, 1, ... of a seed, uint8 (n, C, H, W) row by row, and the number of columns: 16 images, or 10 a class.
+
+    With classes, row c shows images 0 to 9 of class c, for the first 10 classes.
+    """
+    if not generator.num_classes:
+        return render_range(generator, seed, 0, 16), 4
+    rows = [render_range(generator, seed, 0, 10, label) for label in range(min(generator.num_classes, 10))]
+    return torch.cat(rows), 10
+
+
+def interpolate(generator: Generator, seed: int, rows: int, columns: int, label: int | None = None) -> Tensor:
+    """`rows` straight lines between two latents each: uint8 (rows * columns, C, H, W), row by row.
+
+    Each row has the next class, or all have `label`.
+    """
     ends = evaluation_latents(seed, 0, 2 * rows, generator.config.latent_dim).view(2, rows, 1, -1)
     latents = torch.lerp(ends[0], ends[1], torch.linspace(0, 1, columns).view(1, -1, 1)).flatten(0, 1)
-    labels = (
-        evaluation_labels(0, rows, generator.num_classes).repeat_interleave(columns) if generator.num_classes else None
-    )
-    return render(generator, latents, labels)
+    labels = _labels(generator, 0, rows, label)
+    return render(generator, latents, None if labels is None else labels.repeat_interleave(columns))
+
+
+def _labels(generator: Generator, start: int, stop: int, label: int | None) -> Tensor | None:
+    if not generator.num_classes:
+        return None
+    if label is None:
+        return evaluation_labels(start, stop, generator.num_classes)
+    return torch.full((stop - start,), label)
 
 
 def save_grid(images: Tensor, path: Path, columns: int, scale: int = 2) -> None:

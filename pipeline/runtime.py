@@ -1,7 +1,8 @@
 """Processes, devices and signals. The only module that reads the environment, rank or world size.
 
 Exit codes of every entry: 0 done; 1 a bug or a lost rank; 2 a mistake in what the user gave; 3 the training diverged or
-can't be saved; 75 stopped on request after saving, launch again to go on (EX_TEMPFAIL).
+can't be saved; 75 stopped on request after saving, launch again to go on (EX_TEMPFAIL); 130 stopped at once by a
+second SIGINT.
 
 A request to stop is one of STOP_SIGNALS to any rank, or that the file which the environment variable PIPELINE_STOP_FILE
 names comes into being. A program that ends with code 75 removes the file: `accelerate launch` turns every code into 1,
@@ -11,11 +12,13 @@ and a batch script must know whether to queue the job again.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -29,21 +32,26 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import (
+    DDPCommunicationHookType,
     DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
 )
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 from pipeline.config import RuntimeConfig, UserError
+from pipeline.networks import Statistics, normalise, update_moving_averages
 
-EXIT_USER_ERROR, EXIT_FAILED, EXIT_PREEMPTED = 2, 3, 75
+EXIT_USER_ERROR, EXIT_FAILED, EXIT_PREEMPTED, EXIT_INTERRUPTED = 2, 3, 75, 130
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 COMMENT_SECONDS = 10
 """Least time between two updates of a Slurm job's comment."""
+STOP_FILE_SECONDS = 1.0
+"""Between two looks for the stop file, which may lie on a busy shared file system."""
 T = TypeVar("T")
 
 
@@ -69,13 +77,19 @@ class Runtime:
 
     def __init__(self, config: RuntimeConfig, *, trackers: list[str] | None = None, folder: Path | None = None) -> None:
         self.started = time.monotonic()
-        self._signals: list[int] = []
+        self._signalled = False
         self._stop_file = _stop_file()
+        self._looked = 0.0
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
+        _exit_at_second_interrupt()
         if config.device == "cuda" and not torch.cuda.is_available():
             raise UserError("runtime.device is cuda, but torch sees no CUDA device: use cpu or auto")
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+        if config.precision == "fp16" and on_cpu:
+            raise UserError("runtime.precision is fp16, which takes a CUDA device: use bf16 or float32")
+        if config.cuda_graph and (on_cpu or config.precision == "fp16"):
+            raise UserError("runtime.cuda_graph is true, which takes a CUDA device and another precision than fp16")
         asked = _processes_asked_for()
         if asked > 1 and asked != _environment_int("WORLD_SIZE", 1):
             raise UserError(
@@ -84,14 +98,22 @@ class Runtime:
             )
         if on_cpu:
             torch.set_num_threads(config.threads or _threads_per_rank())
+        if config.cuda_graph:
+            os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # its watchdog may not touch a stream under capture
+        if _environment_int("WORLD_SIZE", 1) > 1:
+            _join_process_group("gloo" if on_cpu else "nccl", timedelta(seconds=config.timeout_seconds))
         self.accelerator = Accelerator(
             cpu=on_cpu,
-            mixed_precision="no",
+            mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
             log_with=list(trackers or []) or None,
             project_config=ProjectConfiguration(logging_dir=str(folder / "tensorboard")) if folder else None,
             kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_seconds)),
+                DistributedDataParallelKwargs(
+                    gradient_as_bucket_view=True,
+                    comm_hook=DDPCommunicationHookType.BF16
+                    if config.compress_gradients
+                    else DDPCommunicationHookType.NO,
+                )
             ],
         )
         self.device: torch.device = self.accelerator.device
@@ -103,6 +125,9 @@ class Runtime:
                 f"WORLD_SIZE is {_environment_int('WORLD_SIZE', 1)} but accelerate runs {self.world_size} process(es): "
                 "start with a file of launch/accelerate/"
             )
+        self.scaler: torch.amp.GradScaler = self.accelerator.scaler or torch.amp.GradScaler(enabled=False)
+        """Of losses; disabled unless the precision is fp16."""
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
         # Bit-exact resume needs the same kernels every time.
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
@@ -115,14 +140,15 @@ class Runtime:
     # -- signals -------------------------------------------------------------------------------------------------------
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and signal.SIGINT in self._signals:
-            raise KeyboardInterrupt
-        self._signals.append(number)
+        self._signalled = True
 
     @property
     def stop_requested(self) -> bool:
         """Whether this rank was told to stop; other ranks may not know yet."""
-        return bool(self._signals) or (self._stop_file is not None and self._stop_file.exists())
+        if self._stop_file is not None and time.monotonic() > self._looked + STOP_FILE_SECONDS:
+            self._looked = time.monotonic()
+            self._signalled = self._signalled or self._stop_file.exists()
+        return self._signalled
 
     def stop_known(self) -> bool:
         """Whether this rank was told to stop or has heard that another was. Waits for nobody; ranks may differ.
@@ -164,13 +190,18 @@ class Runtime:
         return bool(value)
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Runs `work` on the main process; every rank returns its result, or raises its UserError."""
+        """Runs `work` on the main process; every rank returns its result, or raises its UserError.
+
+        A file that can't be read or written (OSError) becomes a UserError too: it names itself.
+        """
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = work()
             except UserError as error:
                 outcome[1] = error
+            except OSError as error:
+                outcome[1] = UserError(str(error))
         if self.world_size > 1:
             broadcast_object_list(outcome)
         if outcome[1] is not None:
@@ -179,14 +210,29 @@ class Runtime:
 
     def mean_over_ranks(self, values: Tensor) -> Tensor:
         """Elementwise mean; a NaN or infinity on any rank is one in the result."""
-        return self.accelerator.reduce(values, reduction="mean")  # type: ignore[no-any-return]
+        return self.sum_over_ranks(values) / self.world_size
 
-    def wrap(self, network: nn.Module) -> nn.Module:
-        """Wraps for data parallelism (the module itself when there is one process)."""
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Elementwise sum, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def wrap(self, network: nn.Module, *, parallel: bool) -> nn.Module:
+        """Puts the forward pass under autocast where the precision asks for it, and wraps for data parallelism if
+        `parallel` (the module itself comes back when not, or when there is one process)."""
         # Buffers are equal on all ranks by construction (SyncBatchNorm): broadcasting them each step is wasted time.
         names = [name for name, _ in network.named_buffers()]
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, names)  # type: ignore[no-untyped-call]
-        wrapped: nn.Module = self.accelerator.prepare_model(network)
+        if self.device.type == "cuda":  # a graph that holds DDP's collectives wants it built off the default stream
+            with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+                return self._prepare(network, parallel)
+        return self._prepare(network, parallel)
+
+    def _prepare(self, network: nn.Module, parallel: bool) -> nn.Module:
+        wrapped: nn.Module = self.accelerator.prepare_model(
+            network, evaluation_mode=not parallel or self.world_size == 1
+        )
         if isinstance(wrapped, nn.parallel.DistributedDataParallel):
             # Its gradients are grouped anew after the first step, and the rounding of a sum over more than two ranks
             # depends on the grouping: without this a resumed run would leave the uninterrupted one's trajectory.
@@ -200,6 +246,12 @@ class Runtime:
             for module in network.modules():
                 if type(module) is nn.BatchNorm2d:
                     module.__class__ = SyncBatchNorm
+
+    def alone(self) -> Runtime:
+        """This rank as if it were the only one, to compare with."""
+        single = copy.copy(self)
+        single.rank, single.world_size, single.is_main, single._control = 0, 1, True, None
+        return single
 
     # -- what a person sees --------------------------------------------------------------------------------------------
 
@@ -258,7 +310,10 @@ class Runtime:
         }
 
     def close(self) -> None:
-        self.accelerator.end_training()
+        try:
+            self.accelerator.end_training()
+        except OSError as error:  # a tracker flushes to a disk that is full
+            self.say(f"trackers not written to the end: {error}")
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -272,27 +327,43 @@ class SyncBatchNorm(nn.BatchNorm2d):
     def forward(self, images: Tensor) -> Tensor:
         if not self.training:
             return super().forward(images)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        assert self.momentum is not None
+        images = images.to(self.weight.dtype)  # autocast's are of half precision
         count = images.numel() // images.shape[1] * dist.get_world_size()
         mean = collectives.all_reduce(images.sum((0, 2, 3)), "sum", _world()) / count
-        centred = images - mean.view(1, -1, 1, 1)
         # Centred squares: the difference of two large sums would lose the float32 digits that tests compare.
-        variance = collectives.all_reduce(centred.square().sum((0, 2, 3)), "sum", _world()) / count
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-        scale: Tensor = self.weight * torch.rsqrt(variance + self.eps)
-        normalised: Tensor = centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
-        return normalised
+        squares = (images - mean[:, None, None]).square().sum((0, 2, 3))
+        statistics = Statistics(mean, collectives.all_reduce(squares, "sum", _world()) / count, count)
+        update_moving_averages(self, statistics)
+        return normalise(self, images, statistics)
 
 
 def _world() -> dist.ProcessGroup:
     assert dist.group.WORLD is not None
     return dist.group.WORLD
+
+
+def _exit_at_second_interrupt() -> None:
+    """A Python signal handler has to wait until the main thread comes out of a collective. This thread does not."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        interrupts = 0
+        while interrupts < 2:
+            interrupts += os.read(reader, 64).count(signal.SIGINT)
+        os.write(sys.stderr.fileno(), b"stopped at once by a second interrupt\n")
+        os._exit(EXIT_INTERRUPTED)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _join_process_group(backend: str, timeout: timedelta) -> None:
+    """The launcher's key-value store outlives the ranks that it restarts (`--max_restarts`): without a prefix of its
+    own, an attempt would read the addresses of dead ranks there."""
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    attempt = PrefixStore(f"attempt {_environment_int('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, timeout=timeout, store=attempt, rank=rank, world_size=world_size)
 
 
 def gloo_group() -> dist.ProcessGroup:
@@ -311,9 +382,8 @@ def run_entry(main: Callable[[], int]) -> NoReturn:
         if _environment_int("RANK", 0) == 0 or isinstance(error, LocalError):
             print(f"{prefix if isinstance(error, LocalError) else ''}error: {error}", file=sys.stderr, flush=True)
         code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
-    except KeyboardInterrupt:
-        print(f"{prefix}stopped at once by a second interrupt", file=sys.stderr)
-        code = 130
+    except KeyboardInterrupt:  # before a Runtime was there to take it
+        code = EXIT_INTERRUPTED
     if code == EXIT_PREEMPTED and _environment_int("RANK", 0) == 0 and (path := _stop_file()) is not None:
         path.unlink(missing_ok=True)
     sys.exit(code)

@@ -34,7 +34,7 @@ class Scorer:
     def __init__(self, config: EvaluationConfig, dataset: Dataset, runtime: Runtime, seed: int) -> None:
         self._config, self._dataset, self._runtime, self._seed = config, dataset, runtime, seed
         weights = runtime.on_main(lambda: find_weights(config.features, config.inception_weights))
-        self._extractors = [
+        self.extractors = [
             load_features(name, runtime.device, dataset.image_shape, weights) for name in config.features
         ]
 
@@ -88,7 +88,7 @@ class Scorer:
                     render,
                     num_images,
                     self._dataset,
-                    self._extractors,
+                    self.extractors,
                     reference=config.reference,
                     batch_size=config.batch_size,
                     seed=self._seed,
@@ -107,7 +107,7 @@ class Scorer:
         return result
 
     def _draw_neighbours(self, scores: dict[str, Any], images: Tensor, path: Path) -> None:
-        found = scores[self._extractors[0].name].get("nearest_training_images")
+        found = scores[self.extractors[0].name].get("nearest_training_images")
         if found is not None:
             indices = torch.tensor(found["indices"])
             nearest = load_images(self._dataset, "train", indices.flatten())

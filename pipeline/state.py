@@ -1,12 +1,13 @@
 """Contract 3: everything that continuing a run needs, declared once.
 
-generator, critic, both optimisers, the generator's moving average, step. Random numbers are functions of the seed and
-the step (pipeline/sampling.py), so no generator state is among them.
+generator, critic, both optimisers, the generator's moving average, fp16's loss scale, step. Random numbers are
+functions of the seed and the step (pipeline/sampling.py), so no generator state is among them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ class TrainingState:
     ema: Generator
     generator_optimizer: torch.optim.Optimizer
     critic_optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
     step: int = 0
 
     def tensors(self) -> dict[str, Tensor]:
@@ -36,7 +38,14 @@ class TrainingState:
             optimizer = getattr(self, f"{role}_optimizer")
             for name, parameter in getattr(self, role).named_parameters():
                 named |= {f"{role}_optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
-        return named
+        # fp16's loss scale and how many steps it has stood; nothing at other precisions
+        return named | {
+            f"scaler.{key}": torch.tensor(value, dtype=torch.float64) for key, value in self._scale().items()
+        }
+
+    def _scale(self) -> dict[str, float]:
+        state = self.scaler.state_dict()
+        return {key: state[key] for key in ("scale", "_growth_tracker") if key in state}
 
     def load(self, tensors: dict[str, Tensor], step: int) -> None:
         """Takes over saved tensors.
@@ -61,25 +70,34 @@ class TrainingState:
                     raise UserError(f"the checkpoint has no state of {role}_optimizer for {name}")
                 _check_same(f"{role}_optimizer.{name}", moments, {key: named_parameters[name] for key in moments})
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        if scale := _under(tensors, "scaler"):
+            saved_scale = {"scale": scale["scale"].item(), "_growth_tracker": int(scale["_growth_tracker"])}
+            self.scaler.load_state_dict(self.scaler.state_dict() | saved_scale)
         self.step = step
 
-    @torch.no_grad()
-    def update_ema(self, decay: float) -> None:
-        """Moves the average towards the generator, batch-norm moving statistics included.
+    def ema_weight(self, decay: float) -> float:
+        """How far the average moves at this step: 1 - decay, and more at first, when decay is (1 + step) / (10 + step),
+        so that early images are not those of the initial weights."""
+        return 1 - min(decay, (1 + self.step) / (10 + self.step))
 
-        The decay warms up as (1 + step) / (10 + step), so that early images are not those of the initial weights.
-        """
-        decay = min(decay, (1 + self.step) / (10 + self.step))
+    @torch.no_grad()
+    def update_ema(self, weight: float | Tensor) -> None:
+        """Moves the average towards the generator, batch-norm moving statistics included."""
         ours, theirs = self.ema.state_dict().values(), self.generator.state_dict().values()
         pairs = [(mine, other) for mine, other in zip(ours, theirs, strict=True) if mine.is_floating_point()]
-        torch._foreach_lerp_([mine for mine, _ in pairs], [other for _, other in pairs], 1 - decay)
+        weights = [weight] * len(pairs) if isinstance(weight, Tensor) else weight
+        torch._foreach_lerp_([mine for mine, _ in pairs], [other for _, other in pairs], weights)
 
 
 def build_state(
-    config: Config, image_shape: tuple[int, int, int], num_classes: int, device: torch.device
+    config: Config,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    device: torch.device,
+    scaler: torch.amp.GradScaler,
 ) -> TrainingState:
     """The state at step 0, a function of the seed alone. `num_classes` is 0 without a class head."""
-    dtype = getattr(torch, config.runtime.precision)
+    dtype = torch.float64 if config.runtime.precision == "float64" else torch.float32
     seed = config.training.seed
     generator, ema = (Generator(config.network, image_shape, num_classes) for _ in range(2))
     critic = Critic(config.network, image_shape, num_classes)
@@ -94,19 +112,19 @@ def build_state(
         generator,
         critic,
         ema,
-        build_optimizer(config.training.generator_optimizer, generator),
-        build_optimizer(config.training.critic_optimizer, critic),
+        build_optimizer(config.training.generator_optimizer, generator, config.runtime.cuda_graph),
+        build_optimizer(config.training.critic_optimizer, critic, config.runtime.cuda_graph),
+        scaler,
     )
 
 
-def build_optimizer(config: OptimizerConfig, network: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(config: OptimizerConfig, network: nn.Module, capturable: bool = False) -> torch.optim.Optimizer:
+    """`capturable`: steps can be part of a CUDA graph."""
+    common: dict[str, Any] = {"lr": config.learning_rate, "eps": config.epsilon, "foreach": True}
+    common["capturable"] = capturable
     if config.algorithm == "adam":
-        return torch.optim.Adam(
-            network.parameters(), config.learning_rate, betas=config.betas, eps=config.epsilon, foreach=True
-        )
-    return torch.optim.RMSprop(
-        network.parameters(), config.learning_rate, alpha=config.rho, eps=config.epsilon, foreach=True
-    )
+        return torch.optim.Adam(network.parameters(), betas=config.betas, **common)
+    return torch.optim.RMSprop(network.parameters(), alpha=config.rho, **common)
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

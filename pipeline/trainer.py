@@ -22,15 +22,14 @@ from pipeline.files import write_text
 from pipeline.lock import RunLock
 from pipeline.networks import Generator
 from pipeline.objectives import choose
-from pipeline.pictures import interpolate, render_range, save_grid
+from pipeline.pictures import interpolate, sample_grid, save_grid
 from pipeline.progress import bar
 from pipeline.report import write_report
 from pipeline.runtime import LocalError, Preempted, Runtime, TrainingFailed
 from pipeline.scoring import Scorer
 from pipeline.state import build_state
-from pipeline.updates import Images, critic_step, generator_step, to_pixels
-
-GRID_IMAGES, GRID_COLUMNS = 16, 4
+from pipeline.step import CapturedStep, Step, StepInputs
+from pipeline.updates import Descent
 
 
 class Trainer:
@@ -45,6 +44,12 @@ class Trainer:
         training = config.training
         self.objective = choose(training)
         self.rows = sampling.rank_slice(training.batch_size, runtime.rank, runtime.world_size)
+        share, parts = self.rows.stop - self.rows.start, config.runtime.accumulation
+        if share % parts:
+            raise UserError(
+                f"runtime.accumulation is {parts}: it does not divide the {share} images that a rank takes of "
+                f"training.batch_size {training.batch_size}"
+            )
         saved_environment = runtime.on_main(lambda: check_run_folder(config))
         self.dataset = runtime.on_main(lambda: open_dataset(config.data))
         if saved_environment and saved_environment["dataset_fingerprint"] != self.dataset.fingerprint:
@@ -54,7 +59,7 @@ class Trainer:
         if self.objective.classifies and self.dataset.num_classes < 2:
             raise UserError(f"training.objective is {training.objective}, but {self.dataset.name} has no labels")
         num_classes = self.dataset.num_classes if self.objective.classifies else 0
-        self.state = build_state(config, self.dataset.image_shape, num_classes, runtime.device)
+        self.state = build_state(config, self.dataset.image_shape, num_classes, runtime.device, runtime.scaler)
         self.source = open_source(
             config.data,
             self.dataset,
@@ -69,8 +74,15 @@ class Trainer:
         )
 
         runtime.synchronise_batch_norm(self.state.generator)
-        self.generator = runtime.wrap(self.state.generator)
-        self.critic = runtime.wrap(self.state.critic)
+        step = Step(
+            training,
+            self.objective,
+            self.state,
+            runtime.wrap(self.state.critic, parallel=parts == 1),
+            runtime.wrap(self.state.generator, parallel=parts == 1),
+            Descent(runtime.scaler, parts, runtime.world_size, runtime.sum_over_ranks),
+        )
+        self._step = CapturedStep(step) if config.runtime.cuda_graph else step
         self.writer = CheckpointWriter(
             self.folder / "checkpoints",
             rank=runtime.rank,
@@ -97,7 +109,7 @@ class Trainer:
             self._sample_and_evaluate()  # what a stop right after the checkpoint left undone
             self._train()
             self._save_now()
-            self._finish()
+            self.runtime.on_main(self._finish)
         finally:
             if self.lock is not None:
                 self.lock.release()
@@ -131,74 +143,52 @@ class Trainer:
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def train_step(self, batches: Iterator[Batch]) -> None:
-        training, state = self.config.training, self.state
-        fakes = self._fakes_for_critic()
-        losses = []
-        for index in range(training.n_critic):
-            _decay(state.critic_optimizer, training.critic_optimizer, state.step * training.n_critic + index)
-            batch = self.interval.wait_for(batches)
-            real = Images(to_pixels(batch.images, self.interval.dtype), batch.labels)
-            mix = None
+        self.interval.add(self._step(self._inputs(batches)))
+
+    def _inputs(self, batches: Iterator[Batch]) -> StepInputs:
+        training, step, latent_dim = self.config.training, self.state.step, self.config.network.latent_dim
+        iterations = range(training.n_critic)
+        drawn = [self.interval.wait_for(batches) for _ in iterations]
+        critic_latents, critic_labels, mixes = [], [], []
+        for index in iterations:
+            critic_latents.append(self.draw(sampling.critic_latents, step, index, training.batch_size, latent_dim))
+            critic_labels.append(self.draw_labels(sampling.critic_labels, step, index))
             if training.gradient_penalty is not None:
-                mix = self._draw(sampling.penalty_mix, state.step, index, training.batch_size)
-            losses.append(
-                critic_step(
-                    self.critic,
-                    state.critic_optimizer,
-                    self.objective,
-                    real,
-                    next(fakes),
-                    separate=training.critic_updates == "separate",
-                    clip_value=training.clip_value,
-                    penalty_weight=training.gradient_penalty,
-                    mix=mix,
-                )
-            )
-        _decay(state.generator_optimizer, training.generator_optimizer, state.step)
-        latents = self._draw(
-            sampling.generator_latents, state.step, training.batch_size, self.config.network.latent_dim
+                mixes.append(self.draw(sampling.penalty_mix, step, index, training.batch_size))
+        first = step * training.n_critic
+        return StepInputs(
+            torch.stack([batch.images for batch in drawn]),
+            torch.stack([batch.labels for batch in drawn]),
+            torch.stack(critic_latents),
+            torch.stack(critic_labels),
+            torch.stack(mixes) if mixes else None,
+            self.draw(sampling.generator_latents, step, training.batch_size, latent_dim),
+            self.draw_labels(sampling.generator_labels, step),
+            self._numbers([learning_rate(training.critic_optimizer, first + index) for index in iterations]),
+            self._numbers([learning_rate(training.generator_optimizer, step)]),
+            self._numbers([self.state.ema_weight(training.ema_decay)]),
         )
-        labels = self._labels(sampling.generator_labels, state.step)
-        state.generator.train()
-        generator_loss = generator_step(
-            self.generator, state.critic, state.generator_optimizer, self.objective, latents, labels
-        )
-        state.update_ema(training.ema_decay)
-        self.interval.add(torch.stack(losses).mean(0), generator_loss)
 
-    @torch.no_grad()
-    def _fakes_for_critic(self) -> Iterator[Images]:
-        """The n_critic fake batches of a step. The generator does not change between them: with moving statistics,
-        under which an image does not depend on its batch, one forward pass makes them all."""
-        training, state = self.config.training, self.state
-        drawn = [
-            (
-                self._draw(
-                    sampling.critic_latents, state.step, index, training.batch_size, self.config.network.latent_dim
-                ),
-                self._labels(sampling.critic_labels, state.step, index),
-            )
-            for index in range(training.n_critic)
-        ]
-        latents, labels = (list(parts) for parts in zip(*drawn, strict=True))
-        if training.critic_fakes == "batch":
-            state.generator.train()
-            made = [state.generator(*pair) for pair in zip(latents, labels, strict=True)]
-        else:
-            state.generator.eval()
-            made = list(state.generator(torch.cat(latents), torch.cat(labels)).chunk(training.n_critic))
-        return map(Images, made, labels)
+    def _numbers(self, values: list[float]) -> list[float] | Tensor:
+        """A graph reads them from the device's memory."""
+        return torch.tensor(values, device=self.runtime.device) if self.config.runtime.cuda_graph else values
 
-    def _draw(self, draw: Callable[..., Tensor], *arguments: int) -> Tensor:
+    def draw(self, draw: Callable[..., Tensor], *arguments: int) -> Tensor:
         """This rank's rows of a global draw, on the device in the networks' dtype."""
         rows = draw(self.config.training.seed, *arguments, self.rows)
-        return rows.to(self.runtime.device, self.interval.dtype, non_blocking=True)
+        return self._to_device(rows).to(self.interval.dtype)
 
-    def _labels(self, draw: Callable[..., Tensor], *counters: int) -> Tensor:
+    def draw_labels(self, draw: Callable[..., Tensor], *counters: int) -> Tensor:
+        """This rank's rows of a global draw of classes, on the device; all 0 without classes."""
         training = self.config.training
         num_classes = self.state.generator.num_classes or 1
         labels = draw(training.seed, *counters, training.batch_size, num_classes, self.rows)
-        return labels.to(self.runtime.device, non_blocking=True)
+        return self._to_device(labels)
+
+    def _to_device(self, values: Tensor) -> Tensor:
+        if self.runtime.device.type == "cuda":
+            values = values.pin_memory()  # or the copy would wait for the device
+        return values.to(self.runtime.device, non_blocking=True)
 
     # -- cadence -------------------------------------------------------------------------------------------------------
 
@@ -233,7 +223,10 @@ class Trainer:
         if self.runtime.is_main:
             with self._tolerated("metrics"), (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
-        self.runtime.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=self.state.step)
+        with self._tolerated("trackers"):
+            self.runtime.accelerator.log(
+                {key: value for key, value in line.items() if key != "step"}, step=self.state.step
+            )
         self.interval.begin()
         return {"critic": f"{line['critic_loss']:.4f}", "generator": f"{generator_loss:.4f}"}
 
@@ -303,7 +296,8 @@ class Trainer:
         grid = self.folder / "samples" / f"{state.step:05d}.png"
         if state.step and self._due(self.config.run.sample_every) and self.runtime.is_main and not grid.exists():
             with self._tolerated("samples"):
-                save_grid(render_range(generator, self.config.training.seed, 0, GRID_IMAGES), grid, GRID_COLUMNS)
+                images, columns = sample_grid(generator, self.config.training.seed)
+                save_grid(images, grid, columns)
         if self.scorer is None or not state.step or not self._due(self.config.evaluation.every):
             return
         started = time.monotonic()
@@ -345,17 +339,19 @@ class Trainer:
             "dataset_fingerprint": self.dataset.fingerprint,
         }
         self.runtime.on_main(self._take_lock)
-        if self.runtime.is_main:
-            # In this order: a folder with a config.yaml is a run (check_run_folder).
-            write_text(self.folder / "environment.json", json.dumps(environment, indent=1))
-            write_text(self.folder / "config.yaml", to_yaml(self.config))
-            sweep(self.folder / "checkpoints")
+        self.runtime.on_main(lambda: self._describe(environment))
         if self.config.run.trackers:
             settings = {
                 key: value if isinstance(value, int | float | str) else str(value)
                 for key, value in flatten(self.config).items()
             }
             self.runtime.accelerator.init_trackers(self.config.run.name, settings)
+
+    def _describe(self, environment: dict[str, Any]) -> None:
+        # In this order: a folder with a config.yaml is a run (check_run_folder).
+        write_text(self.folder / "environment.json", json.dumps(environment, indent=1))
+        write_text(self.folder / "config.yaml", to_yaml(self.config))
+        sweep(self.folder / "checkpoints")
 
     def _take_lock(self) -> None:
         self.lock = RunLock(self.folder)
@@ -380,8 +376,6 @@ class Trainer:
 
     def _finish(self) -> None:
         self._comment(last=True)
-        if not self.runtime.is_main:
-            return
         generator, step = self._scored_generator(), self.state.step
         provenance = {"run": self.config.run.name, "step": step, "dataset": self.dataset.fingerprint}
         save_export(generator, self.folder / "export" / "generator.safetensors", provenance)
@@ -406,8 +400,8 @@ class Interval:
     def steps(self) -> int:
         return len(self._rows)
 
-    def add(self, critic_losses: Tensor, generator_loss: Tensor) -> None:
-        self._rows.append(torch.cat([critic_losses, generator_loss.view(1)]))
+    def add(self, losses: Tensor) -> None:
+        self._rows.append(losses)
         self._losses = None
 
     def wait_for(self, batches: Iterator[Batch]) -> Batch:
@@ -477,7 +471,6 @@ def trim_metrics(path: Path, last_step: int) -> None:
     write_text(path, "".join(kept))
 
 
-def _decay(optimizer: torch.optim.Optimizer, config: OptimizerConfig, update: int) -> None:
-    if config.decay:
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate / (1 + config.decay * update)
+def learning_rate(config: OptimizerConfig, update: int) -> float:
+    """Inverse-time decay, as Keras has it."""
+    return config.learning_rate / (1 + config.decay * update)

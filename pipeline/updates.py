@@ -6,14 +6,16 @@ gradients over the ranks during `backward`, and the losses are means, so every r
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.networks import Critic
-from pipeline.objectives import Objective, gradient_penalty
+from pipeline.networks import Critic, Generator, Statistics, update_moving_averages
+from pipeline.objectives import Objective, ScoreLoss, gradient_penalty
 
 
 class Images(NamedTuple):
@@ -28,12 +30,56 @@ def to_pixels(images: Tensor, dtype: torch.dtype) -> Tensor:
     return images.to(dtype) / 255
 
 
+@dataclass(frozen=True)
+class Descent:
+    """How a loss becomes a step of an optimiser.
+
+    With `parts` > 1 a rank takes its slice of the batch in equal parts, one after the other, and averages their
+    gradients: memory for one part, the trajectory of the whole to rounding. The critic and generator are bare modules
+    then, and `sum_over_ranks` shares the gradients once a step.
+    """
+
+    scaler: torch.amp.GradScaler = torch.amp.GradScaler(enabled=False)
+    """Scales losses up and gradients down again, where fp16 would lose them; disabled elsewhere."""
+    parts: int = 1
+    world_size: int = 1
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+    def slices(self, num_images: int) -> list[slice]:
+        size = num_images // self.parts
+        return [slice(start, start + size) for start in range(0, num_images, size)]
+
+    def step(self, optimizer: torch.optim.Optimizer, losses: Iterable[Tensor]) -> None:
+        """Zeroes the gradients, takes the losses of the parts one by one, and steps."""
+        optimizer.zero_grad(set_to_none=True)
+        for loss in losses:
+            self.backward(loss)
+        self.finish(optimizer)
+
+    def backward(self, loss: Tensor) -> None:
+        torch.autograd.backward(self.scaler.scale(loss / self.parts))
+
+    def finish(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.parts > 1 and self.world_size > 1:
+            gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            means = torch.split(self.sum_over_ranks(flat) / self.world_size, [each.numel() for each in gradients])
+            for gradient, mean in zip(gradients, means, strict=True):
+                gradient.copy_(mean.view(gradient.shape))
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+
+WHOLE = Descent()
+
+
 def critic_step(
     critic: nn.Module,
     optimizer: torch.optim.Optimizer,
     objective: Objective,
     real: Images,
     fake: Images,
+    descent: Descent = WHOLE,
     *,
     separate: bool = False,
     clip_value: float | None = None,
@@ -51,33 +97,42 @@ def critic_step(
     Returns:
         (2,) detached: the loss on the real images and on the fake ones, both before the update of their own.
     """
+    parts = descent.slices(len(real.pixels))
+    found: list[Tensor] = []
+
+    def losses(loss_of: ScoreLoss, images: Images) -> Iterator[Tensor]:
+        for part in parts:
+            scores, logits = critic(images.pixels[part])
+            loss = loss_of(scores) + _class_loss(logits, images.labels[part])
+            found.append(loss.detach())
+            yield loss
+
+    def joint_losses() -> Iterator[Tensor]:
+        for part in parts:
+            # One forward for everything: twice the batch for the matrix units, half the launches and all-reduces.
+            batch = [real.pixels[part], fake.pixels[part]]
+            if mix is not None:
+                weights = mix[part].to(batch[0].dtype).view(-1, 1, 1, 1)
+                batch.append(torch.lerp(batch[1], batch[0], weights).requires_grad_())
+            scores, logits = critic(torch.cat(batch))
+            real_scores, fake_scores, *between_scores = scores.chunk(len(batch))
+            real_logits, fake_logits = (None, None) if logits is None else logits.chunk(len(batch))[:2]
+            real_loss = objective.real_loss(real_scores) + _class_loss(real_logits, real.labels[part])
+            fake_loss = objective.fake_loss(fake_scores) + _class_loss(fake_logits, fake.labels[part])
+            found.append(torch.stack([real_loss.detach(), fake_loss.detach()]))
+            total = objective.joint_weight * (real_loss + fake_loss)
+            if penalty_weight is not None:
+                total = total + penalty_weight * gradient_penalty(between_scores[0], batch[2])
+            yield total
+
     if separate:
-        losses = []
-        for loss_of, images in ((objective.real_loss, real), (objective.fake_loss, fake)):
-            scores, logits = critic(images.pixels)
-            loss = loss_of(scores) + _class_loss(logits, images.labels)
-            _descend(optimizer, loss)
-            losses.append(loss)
-        real_loss, fake_loss = losses
+        descent.step(optimizer, losses(objective.real_loss, real))
+        descent.step(optimizer, losses(objective.fake_loss, fake))
     else:
-        # One forward for everything: twice the batch for the matrix units, half the launches and all-reduces.
-        parts, sizes = [real.pixels, fake.pixels], [len(real.pixels), len(fake.pixels)]
-        if penalty_weight is not None and mix is not None:
-            weights = mix.to(real.pixels.dtype).view(-1, 1, 1, 1)
-            between = torch.lerp(fake.pixels, real.pixels, weights).requires_grad_()
-            parts.append(between)
-        scores, logits = critic(torch.cat(parts))
-        real_scores, fake_scores, *between_scores = scores.split([*sizes, *sizes[: len(parts) - 2]])
-        real_logits, fake_logits = (None, None) if logits is None else logits[: sum(sizes)].split(sizes)
-        real_loss = objective.real_loss(real_scores) + _class_loss(real_logits, real.labels)
-        fake_loss = objective.fake_loss(fake_scores) + _class_loss(fake_logits, fake.labels)
-        total = objective.joint_weight * (real_loss + fake_loss)
-        if penalty_weight is not None and between_scores:
-            total = total + penalty_weight * gradient_penalty(between_scores[0], between)
-        _descend(optimizer, total)
+        descent.step(optimizer, joint_losses())
     if clip_value is not None:
         clip_(critic, clip_value)
-    return torch.stack([real_loss.detach(), fake_loss.detach()])
+    return torch.stack(found).view(2, -1).mean(1) if separate else torch.stack(found).mean(0)
 
 
 def generator_step(
@@ -87,6 +142,7 @@ def generator_step(
     objective: Objective,
     latents: Tensor,
     labels: Tensor,
+    descent: Descent = WHOLE,
 ) -> Tensor:
     """Updates the generator once, the critic's parameters frozen.
 
@@ -98,12 +154,93 @@ def generator_step(
     Returns:
         (), the detached loss before the update.
     """
+
+    def loss_of(images: Tensor, part: slice) -> Tensor:
+        scores, logits = critic(images)
+        return objective.generator_loss(scores) + _class_loss(logits, labels[part])
+
     critic.requires_grad_(False)
-    scores, logits = critic(generator(latents, labels))
-    loss = objective.generator_loss(scores) + _class_loss(logits, labels)
-    _descend(optimizer, loss)
+    if descent.parts == 1:
+        loss = loss_of(generator(latents, labels), slice(None))
+        descent.step(optimizer, [loss])
+        loss = loss.detach()
+    else:
+        assert isinstance(generator, Generator)
+        optimizer.zero_grad(set_to_none=True)
+        loss = backward_in_parts(generator, latents, labels, loss_of, descent)
+        descent.finish(optimizer)
     critic.requires_grad_(True)
-    return loss.detach()
+    return loss
+
+
+# -- a generator with batch norm, in parts -----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure_statistics(generator: Generator, latents: Tensor, labels: Tensor, descent: Descent) -> list[Statistics]:
+    """Statistics of the global batch before each batch norm, and their update of the moving averages.
+
+    One batch norm after the other: each is measured with the statistics of those before it in place.
+    """
+    statistics: list[Statistics] = []
+    for depth, norm in enumerate(generator.norms):
+        sums = torch.zeros((), dtype=torch.float64, device=latents.device)
+        for part in descent.slices(len(latents)):
+            values = generator(latents[part], labels[part], statistics, depth).double()
+            moments = [values, values.square(), torch.ones_like(values)]
+            sums = sums + torch.stack([moment.sum((0, 2, 3)) for moment in moments])
+        total, squares, count = descent.sum_over_ranks(sums)
+        mean = total / count
+        found = (mean, squares / count - mean.square(), count)
+        statistics.append(Statistics(*(value.to(latents.dtype) for value in found)))
+        assert isinstance(norm, nn.BatchNorm2d)
+        update_moving_averages(norm, statistics[-1])
+    return statistics
+
+
+def generate_in_parts(generator: Generator, latents: Tensor, labels: Tensor, descent: Descent) -> Tensor:
+    """Images of a generator in training mode: (n, C, H, W), without a graph."""
+    with torch.no_grad():
+        statistics = measure_statistics(generator, latents, labels, descent)
+        parts = descent.slices(len(latents))
+        return torch.cat([generator(latents[part], labels[part], statistics) for part in parts])
+
+
+def backward_in_parts(
+    generator: Generator,
+    latents: Tensor,
+    labels: Tensor,
+    loss_of: Callable[[Tensor, slice], Tensor],
+    descent: Descent,
+) -> Tensor:
+    """Adds the gradients of the mean loss to the generator's parameters; returns that loss, ().
+
+    Batch norm makes an image depend on its whole batch, so parts can't simply be averaged. The statistics are taken
+    as inputs at first: a backward pass over each part gives the gradients of the parameters and of the statistics.
+    Then, from the last batch norm to the first, those of the statistics are carried on to what they were taken from:
+    d mean / d x = 1 / N and d variance / d x = 2 (x - mean) / N. It costs about three times the work of one part.
+    """
+    parts = descent.slices(len(latents))
+    statistics = [
+        Statistics(mean.requires_grad_(), variance.requires_grad_(), count)
+        for mean, variance, count in measure_statistics(generator, latents, labels, descent)
+    ]
+    losses = []
+    for part in parts:
+        loss = loss_of(generator(latents[part], labels[part], statistics), part)
+        losses.append(loss.detach())
+        descent.backward(loss)
+    for depth in reversed(range(len(statistics))):
+        mean, variance, count = statistics[depth]
+        assert mean.grad is not None
+        assert variance.grad is not None
+        wanted = descent.sum_over_ranks(torch.stack([mean.grad, variance.grad])) / count
+        for_mean, for_variance = wanted[..., None, None]
+        for part in parts:
+            values = generator(latents[part], labels[part], statistics, depth)
+            deviation = values.detach() - mean.detach()[:, None, None]
+            torch.autograd.backward(values, for_mean + 2 * for_variance * deviation)
+    return torch.stack(losses).mean()
 
 
 @torch.no_grad()
@@ -112,12 +249,6 @@ def clip_(network: nn.Module, clip_value: float) -> None:
     parameters: list[Tensor] = list(network.parameters())
     torch._foreach_clamp_min_(parameters, -clip_value)
     torch._foreach_clamp_max_(parameters, clip_value)
-
-
-def _descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    torch.autograd.backward(loss)
-    optimizer.step()
 
 
 def _class_loss(logits: Tensor | None, labels: Tensor) -> Tensor | float:

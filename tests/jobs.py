@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
 from pipeline.checkpoint import find
+from pipeline.runtime import STOP_SIGNALS
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_SECONDS = 600
@@ -24,14 +27,16 @@ TINY = [
 """Settings under which a step takes milliseconds."""
 
 
-def launch_command(script: str | Path, arguments: Sequence[str], num_processes: int) -> list[str]:
+def launch_command(
+    script: str | Path, arguments: Sequence[str], num_processes: int, *launcher_options: str
+) -> list[str]:
     """The README's launch commands, for one process or several on the CPU."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     if num_processes > 1:
         launcher += ["--config_file", str(ROOT / "launch/accelerate/cpus.yaml"), "--num_processes", str(num_processes)]
     else:
         launcher += ["--config_file", str(ROOT / "launch/accelerate/cpu.yaml")]
-    return [*launcher, str(script), *arguments]
+    return [*launcher, *launcher_options, str(script), *arguments]
 
 
 def launch(
@@ -59,3 +64,15 @@ def train_many(runs: Sequence[Sequence[str]], num_processes: int) -> None:
 
 def final_state(run: Path, step: int) -> dict[str, Tensor]:
     return find(run, step).tensors()
+
+
+@contextmanager
+def signals_kept() -> Iterator[None]:
+    """A Runtime in the test's own process takes over its signals: they are given back."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)

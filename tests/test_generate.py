@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,10 @@ from safetensors.torch import save_file
 from pipeline.config import NetworkConfig, UserError
 from pipeline.export import load_export, save_export
 from pipeline.networks import Generator, initialise
-from pipeline.pictures import render_range, to_uint8
+from pipeline.pictures import interpolate, render_range, sample_grid, to_uint8
 from pipeline.sampling import seeded
 from tests.jobs import ROOT
+from tests.trap import Trap
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,18 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     initialise(generator, seeded(0, "weights"))
     path = tmp_path_factory.mktemp("export") / "generator.safetensors"
     save_export(generator, path, {"run": "test", "step": 3})
+    return path
+
+
+@pytest.fixture(scope="module")
+def classed_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    generator = Generator(NetworkConfig(latent_dim=6, width=0.1), (1, 28, 28), num_classes=12)
+    initialise(generator, seeded(1, "weights"))
+    for name, tensor in generator.state_dict().items():
+        if name.endswith("running_var"):
+            tensor.fill_(0.05)  # contrast, so that images differ
+    path = tmp_path_factory.mktemp("export") / "generator.safetensors"
+    save_export(generator, path, {})
     return path
 
 
@@ -69,7 +83,53 @@ def test_a_grid_single_images_and_a_strip(export: Path, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["missing", "text", "other tensors", "truncated", "wrong shape"])
+def test_an_image_of_a_class_depends_on_the_seed_and_its_number_alone(classed_export: Path) -> None:
+    generator = load_export(classed_export)
+    sevens = render_range(generator, 5, 0, 40, label=7)
+    torch.testing.assert_close(render_range(generator, 5, 30, 40, label=7).int(), sevens[30:].int(), rtol=0, atol=1)
+    mixed = render_range(generator, 5, 0, 40)
+    same = [bool((sevens[i].int() - mixed[i].int()).abs().max() <= 1) for i in range(40)]
+    assert same == [i % 12 == 7 for i in range(40)]
+    strip = interpolate(generator, 5, 2, 3, label=7)
+    torch.testing.assert_close(strip[[0, 3]].int(), sevens[:2].int(), rtol=0, atol=1)
+
+
+def test_a_grid_has_a_row_a_class_up_to_ten(export: Path, classed_export: Path) -> None:
+    generator = load_export(classed_export)
+    images, columns = sample_grid(generator, 5)
+    assert (len(images), columns) == (100, 10)
+    torch.testing.assert_close(images[70:80].int(), render_range(generator, 5, 0, 10, label=7).int(), rtol=0, atol=1)
+    images, columns = sample_grid(load_export(export), 5)
+    assert columns == 4
+    assert torch.equal(images, render_range(load_export(export), 5, 0, 16))
+
+
+def test_the_program_draws_one_class(classed_export: Path, tmp_path: Path) -> None:
+    assert generate("-g", classed_export, "--out", tmp_path / "grid.png").returncode == 0
+    assert generate("-g", classed_export, "--class", 7, "--out", tmp_path / "sevens.png").returncode == 0
+    assert generate("-g", classed_export, "--class", 7, "--count", 12, "--out", tmp_path / "sevens").returncode == 0
+    side = 2 * (28 + 2)
+    assert pixels(tmp_path / "grid.png").shape[:2] == (10 * side + 4, 10 * side + 4)
+    assert pixels(tmp_path / "sevens.png").shape[:2] == (4 * side + 4, 4 * side + 4)
+    files = sorted((tmp_path / "sevens").iterdir())
+    expected = render_range(load_export(classed_export), 0, 0, 12, label=7)[:, 0].numpy()
+    assert np.abs(np.stack([pixels(file) for file in files]).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("label", "reason"), [(12, "has the classes 0 to 11"), (-1, "has the classes 0 to 11"), (0, "")]
+)
+def test_a_class_that_is_not_there_is_refused(
+    label: int, reason: str, export: Path, classed_export: Path, tmp_path: Path
+) -> None:
+    path = classed_export if reason else export
+    result = generate("-g", path, f"--class={label}", "--out", tmp_path / "out.png")
+    expected = f"error: --class is {label}: {path} {reason or 'has no classes, leave it away'}\n"
+    assert (result.returncode, result.stderr) == (2, expected)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["missing", "text", "other tensors", "truncated", "wrong shape", "pickle"])
 def test_a_file_that_is_not_an_export_is_refused_by_name(kind: str, export: Path, tmp_path: Path) -> None:
     path = tmp_path / "generator.safetensors"
     if kind == "text":
@@ -78,12 +138,15 @@ def test_a_file_that_is_not_an_export_is_refused_by_name(kind: str, export: Path
         save_file({"weight": torch.zeros(3)}, path)
     elif kind == "truncated":
         path.write_bytes(export.read_bytes()[:-10])
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Trap(tmp_path / "executed")))
     elif kind == "wrong shape":
         generator = load_export(export)
         generator.config = NetworkConfig(latent_dim=7, width=0.1)
         save_export(generator, path, {})
     with pytest.raises(UserError, match=f"{path}: (no such file|not a generator export)"):
         load_export(path)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_the_program_tells_a_bad_file_in_one_line(tmp_path: Path) -> None:

@@ -15,10 +15,12 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"config", "files", "progress"},
     {"networks", "objectives", "sampling", "lock"},
-    {"state", "updates", "data", "runtime", "pictures"},
+    {"state", "updates", "data", "runtime", "pictures", "keras_h5"},
+    {"step"},
     {"checkpoint", "metrics", "report"},
     {"export", "scoring"},
     {"trainer"},
+    {"baseline"},
     {"train", "evaluate", "generate", "prepare", "benchmark", "doctor"},
 ]
 SINGLE_PROCESS = {
@@ -31,6 +33,7 @@ SINGLE_PROCESS = {
     "updates",
     "data",
     "pictures",
+    "keras_h5",
     "report",
 }
 

@@ -7,45 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from pipeline.config import NetworkConfig, UserError
 from pipeline.networks import Critic, Generator, SameConv2d, SameConvTranspose2d, initialise, same_padding
 from pipeline.sampling import seeded
-
-Array = NDArray[np.float64]
-
-
-def keras_conv(images: Array, kernel: Array, bias: Array, stride: int) -> Array:
-    """images [h, w, in], kernel [k, k, in, out] -> [ceil(h / s), ceil(w / s), out]; the odd padding row goes after."""
-    size, k = images.shape[0], kernel.shape[0]
-    out_size = -(-size // stride)
-    before = max((out_size - 1) * stride + k - size, 0) // 2
-    out = np.zeros((out_size, out_size, kernel.shape[3]))
-    for row in range(out_size):
-        for column in range(out_size):
-            for i in range(k):
-                for j in range(k):
-                    y, x = row * stride + i - before, column * stride + j - before
-                    if 0 <= y < size and 0 <= x < size:
-                        out[row, column] += images[y, x] @ kernel[i, j]
-    return out + bias
-
-
-def keras_conv_transpose(images: Array, kernel: Array, bias: Array, stride: int) -> Array:
-    """The transpose of `keras_conv` from an image of stride * h rows. kernel [k, k, out, in]."""
-    size, k = images.shape[0], kernel.shape[0]
-    out_size = size * stride
-    before = max((size - 1) * stride + k - out_size, 0) // 2
-    out = np.zeros((out_size, out_size, kernel.shape[2]))
-    for row in range(size):
-        for column in range(size):
-            for i in range(k):
-                for j in range(k):
-                    y, x = row * stride + i - before, column * stride + j - before
-                    if 0 <= y < out_size and 0 <= x < out_size:
-                        out[y, x] += kernel[i, j] @ images[row, column]
-    return out + bias
+from tests.keras_reference import Array, keras_conv, keras_conv_transpose, keras_generator
 
 
 def layers(network: torch.nn.Module, name: str) -> list[Any]:
@@ -104,18 +70,16 @@ def test_whole_generator_and_critic_match_the_numpy_reference() -> None:
     def numpy(tensor: torch.Tensor) -> Array:
         return tensor.detach().numpy()
 
-    x = (numpy(generator.dense.weight) @ numpy(latents)[0] + numpy(generator.dense.bias)).reshape(generator.base)
+    stages = [{"kernel": numpy(generator.dense.weight).T, "bias": numpy(generator.dense.bias)}]
     for i, (norm, convolution) in enumerate(
         zip(layers(generator, "norms"), layers(generator, "convolutions"), strict=True)
     ):
-        scale = numpy(norm.weight) / np.sqrt(numpy(norm.running_var) + 1e-3)
-        x = np.maximum((x - numpy(norm.running_mean)) * scale + numpy(norm.bias), 0)
-        weight, bias = convolution.weight.detach(), numpy(convolution.bias)
-        if i < 2:
-            x = keras_conv_transpose(x, weight.permute(2, 3, 1, 0).numpy(), bias, 2)
-        else:
-            x = keras_conv_transpose(x, weight.flip(2, 3).permute(2, 3, 0, 1).numpy(), bias, 1)
-    x = 1 / (1 + np.exp(-x))
+        moving = {"moving_mean": numpy(norm.running_mean), "moving_variance": numpy(norm.running_var)}
+        stages.append({"gamma": numpy(norm.weight), "beta": numpy(norm.bias)} | moving)
+        weight = convolution.weight.detach()
+        kernel = weight.permute(2, 3, 1, 0) if i < 2 else weight.flip(2, 3).permute(2, 3, 0, 1)
+        stages.append({"kernel": kernel.numpy(), "bias": numpy(convolution.bias)})
+    x = keras_generator(stages, generator.base, numpy(latents)[0])
     images = generator(latents)
     np.testing.assert_allclose(numpy(images)[0].transpose(1, 2, 0), x, atol=1e-12)
 

@@ -13,7 +13,7 @@ from pipeline.networks import Critic, Generator, initialise
 from pipeline.objectives import OBJECTIVES, choose, gradient_penalty
 from pipeline.sampling import seeded
 from pipeline.state import build_optimizer
-from pipeline.updates import Images, clip_, critic_step, generator_step, to_pixels
+from pipeline.updates import Descent, Images, clip_, critic_step, generator_step, to_pixels
 
 REAL, FAKE = torch.tensor([1.0, 3.0]), torch.tensor([-1.0, 2.0])
 
@@ -122,8 +122,8 @@ def test_separate_steps_are_two_updates() -> None:
 def test_every_parameter_is_clipped_after_the_update(separate: bool, seed: int) -> None:
     critic = Critic(NetworkConfig(width=0.1), (1, 28, 28))
     initialise(critic, seeded(seed, "weights"))
-    images = [Images(torch.rand(4, 1, 28, 28), torch.zeros(4, dtype=torch.int64)) for _ in range(2)]
-    critic_step(critic, rmsprop(critic), OBJECTIVES["wgan"], *images, separate=separate, clip_value=0.01)
+    real, fake = (Images(torch.rand(4, 1, 28, 28), torch.zeros(4, dtype=torch.int64)) for _ in range(2))
+    critic_step(critic, rmsprop(critic), OBJECTIVES["wgan"], real, fake, separate=separate, clip_value=0.01)
     largest = max(parameter.abs().max().item() for parameter in critic.parameters())
     assert largest == torch.tensor(0.01).item()
 
@@ -204,3 +204,30 @@ def test_pixels_are_scaled_from_a_fixed_range() -> None:
 def test_contradictions_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         choose(TrainingConfig(**changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("nonsense", "choose one of wgan, .*, or give module:NAME of your own"),
+        ("math:nothing", "no attribute 'nothing'"),
+        ("nothing_at_all:x", "No module named 'nothing_at_all'"),
+        ("math:pi", "that is a float, not an Objective"),
+    ],
+)
+def test_an_objective_that_is_none_is_refused(name: str, reason: str) -> None:
+    with pytest.raises(UserError, match=rf"training.objective is '{name}': .*{reason}"):
+        choose(TrainingConfig(objective=name))
+
+
+def test_fp16_losses_are_scaled_and_gradients_are_not() -> None:
+    """A loss scale of 2^16 leaves the step as it is; one whose gradients overflow is left out and the scale halved."""
+    scaled, plain = Line(0.5, 0.1), Line(0.5, 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    for line, descent in ((scaled, Descent(scaler)), (plain, Descent())):
+        critic_step(line, rmsprop(line), OBJECTIVES["lsgan"], batch(0.4, 0.8), batch(0.1, 0.3), descent)
+    assert scaled.w.item() == pytest.approx(plain.w.item(), rel=1e-6)
+    before = scaled.w.item()
+    critic_step(scaled, rmsprop(scaled), OBJECTIVES["lsgan"], batch(1e30, 1e30), batch(0.1, 0.3), Descent(scaler))
+    assert scaled.w.item() == before
+    assert scaler.get_scale() == 2.0**15

@@ -21,6 +21,7 @@ from pipeline.data import DataError, Dataset, Shard
 from pipeline.data.resident import load_split
 from pipeline.data.shards import decode, parse_shard, read_shard, write_shard
 from tests.data.numbered import image_numbers, numbered_dataset, numbered_images
+from tests.trap import Trap
 
 
 def tar(members: dict[str, bytes]) -> bytes:
@@ -126,16 +127,6 @@ def test_no_cut_or_overwritten_header_of_a_tar_is_read_as_a_shorter_one() -> Non
     for start in range(0, end, 512):
         with pytest.raises(DataError, match="shard x is damaged"):
             parse_shard(content[:start] + b"\x07" * 512 + content[start + 512 :], "x")
-
-
-class Trap:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (Path.touch, (self.path,))
 
 
 @pytest.mark.parametrize("name", ["images.npy", "labels.npy", "pyd", "pickle", "png", "cls"])

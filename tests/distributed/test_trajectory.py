@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,9 +16,9 @@ from hypothesis import strategies as st
 from pipeline.checkpoint import committed, find, read_checkpoint
 from pipeline.config import RuntimeConfig, make_parser, parse
 from pipeline.objectives import OBJECTIVES
-from pipeline.runtime import STOP_SIGNALS, Runtime
+from pipeline.runtime import Runtime
 from pipeline.trainer import Trainer
-from tests.jobs import ROOT, TINY, environment, launch, train_many
+from tests.jobs import ROOT, TINY, environment, launch, signals_kept, train_many
 
 STEPS = 20
 SETTINGS = {
@@ -39,6 +38,14 @@ SOURCES = {
     "streaming": ["--data.source", "streaming", "--data.lanes", "8", "--data.workers", "1"],
 }
 
+
+PARTS = ["--runtime.accumulation", "4"]
+HINGE = """
+from torch.nn import functional as F
+from pipeline.objectives import Objective
+hinge = Objective(lambda s: F.relu(1 - s).mean(), lambda s: F.relu(1 + s).mean(), lambda s: -s.mean())
+number = 3
+"""
 
 Arguments = Callable[..., list[str]]
 
@@ -87,6 +94,11 @@ def trajectories(arguments: Arguments) -> Arguments:
             arguments(f"{name}-{world_size}", *variant, "--runtime.precision", "float64")
             for name, variant in (VARIANTS | SOURCES).items()
         ]
+        if world_size < 4:
+            runs += [
+                arguments(f"{name}-parts-{world_size}", *variant, "--runtime.precision", "float64", *PARTS)
+                for name, variant in VARIANTS.items()
+            ]
         # A wide clip keeps this small critic's scores well above their rounding error.
         runs.append(arguments(f"wgan-float32-{world_size}", "--training.clip_value", "0.3"))
         runs.append(arguments(f"lsgan-float32-{world_size}", *VARIANTS["lsgan"]))
@@ -102,6 +114,17 @@ def test_every_objective_is_covered() -> None:
 @pytest.mark.parametrize("name", [*VARIANTS, *SOURCES])
 def test_the_trajectory_does_not_depend_on_the_world_size(trajectories: Arguments, name: str, world_size: int) -> None:
     assert_close(final(trajectories, f"{name}-1"), final(trajectories, f"{name}-{world_size}"), 1e-9)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_trajectory_does_not_depend_on_the_parts_of_a_batch(
+    trajectories: Arguments, name: str, world_size: int
+) -> None:
+    """Batch norm included, whose statistics are those of the whole batch."""
+    whole, parts = final(trajectories, f"{name}-1"), final(trajectories, f"{name}-parts-{world_size}")
+    assert_close(whole, parts, 1e-9)
+    assert any(not torch.equal(tensor, parts[key]) for key, tensor in whole.items()), "it did run in parts"
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -125,10 +148,8 @@ def test_the_sources_and_variants_are_different_runs(trajectories: Arguments) ->
 @pytest.fixture(scope="module")
 def runtime() -> Iterator[Runtime]:
     """One process, in this one."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield Runtime(RuntimeConfig(device="cpu", threads=1))
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with signals_kept():
+        yield Runtime(RuntimeConfig(device="cpu", threads=1))
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -194,6 +215,62 @@ def test_replicas_hold_the_clip_and_share_the_work(trajectories: Arguments) -> N
     critic = {name: value for name, value in checkpoint.tensors().items() if name.startswith("critic.")}
     assert max(value.abs().max().item() for value in critic.values()) == 0.01
     assert len(checkpoint.files) == 4, "every rank writes a shard"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("name", ["lsgan"])
+def test_bf16_stays_near_float32_and_resumes_bit_for_bit(arguments: Arguments, name: str, world_size: int) -> None:
+    chosen = [*VARIANTS[name], "--runtime.precision", "bf16"]
+    whole, resumed, parts = (f"{name}-bf16-{kind}-{world_size}" for kind in ("whole", "resumed", "parts"))
+    train_many(
+        [
+            arguments(whole, *chosen),
+            arguments(resumed, *chosen, steps=7),
+            arguments(resumed, *chosen),
+            arguments(parts, *chosen, *PARTS),
+        ],
+        world_size,
+    )
+    train_many(
+        [arguments(f"{name}-float32", *VARIANTS[name], "--run.name", f"{name}-float32-{world_size}")], world_size
+    )
+    assert_equal(final(arguments, whole), final(arguments, resumed))
+    exact, near, in_parts = (losses(arguments, run) for run in (f"{name}-float32-{world_size}", whole, parts))
+    scale = exact.abs().amax(dim=0)
+    assert 1e-5 < ((near - exact).abs() / scale).max() < 0.05
+    assert ((in_parts - exact).abs() / scale).max() < 0.05
+    assert {tensor.dtype for tensor in final(arguments, whole).values()} <= {torch.float32, torch.int64}
+
+
+def test_compressed_gradients_are_those_of_every_rank_to_three_digits(arguments: Arguments) -> None:
+    plain, compressed = arguments("plain", *VARIANTS["gan"]), arguments("compressed", *VARIANTS["gan"])
+    train_many([plain], 2)
+    train_many([[*compressed, "--runtime.compress_gradients", "true"]], 2)
+    ours, theirs = losses(arguments, "plain"), losses(arguments, "compressed")
+    assert 1e-7 < ((ours - theirs).abs() / ours.abs()).max() < 1e-2
+
+
+def test_fp16_needs_a_gpu(arguments: Arguments) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    result = launch(ROOT / "pipeline/train.py", arguments("fp16", "--runtime.precision", "fp16"))
+    assert "error: runtime.precision is fp16, which takes a CUDA device: use bf16 or float32" in result.stderr
+
+
+def test_an_objective_of_the_users_own(arguments: Arguments, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(HINGE)
+    own = ["--training.objective", "mine:hinge", "--training.clip_value", "null"]
+    result = launch(ROOT / "pipeline/train.py", arguments("hinge", *own), folder=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    first = losses(arguments, "hinge")[0]
+    assert first[0] == pytest.approx(1, abs=0.2), "(1 - s + 1 + s) / 2 at small scores"
+
+
+def test_parts_that_do_not_divide_a_ranks_share_are_refused(arguments: Arguments) -> None:
+    result = launch(ROOT / "pipeline/train.py", arguments("odd-parts", "--runtime.accumulation", "3"), 2)
+    assert (
+        "error: runtime.accumulation is 3: it does not divide the 32 images that a rank takes of training.batch_size 64"
+    ) in result.stderr
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused(arguments: Arguments, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import random
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pipeline.data import Dataset
 from pipeline.metrics import FeatureExtractor
 from pipeline.metrics.cache import RealFeatures, real_features
 from tests.jobs import ROOT, TIMEOUT_SECONDS, environment
+from tests.trap import Trap
 
 
 class Counting(FeatureExtractor):
@@ -170,3 +172,13 @@ for _ in range(10):
     only_file(digits)
     get(digits, counting)
     assert counting.count == 0
+
+
+def test_a_pickle_in_place_of_the_cache_is_computed_again_and_not_executed(
+    digits: Dataset, counting: Counting, tmp_path: Path
+) -> None:
+    before = get(digits, counting)
+    only_file(digits).write_bytes(pickle.dumps(Trap(tmp_path / "executed")))
+    assert equal(get(digits, counting), before)
+    assert counting.count == 2 * digits.num_images("test")
+    assert not (tmp_path / "executed").exists()

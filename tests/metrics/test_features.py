@@ -17,6 +17,7 @@ from pipeline.data import Dataset
 from pipeline.data.resident import load_split
 from pipeline.metrics import FeatureExtractor, features, load_features
 from pipeline.metrics.features import MNIST_WEIGHTS
+from tests.trap import Trap
 
 CPU = torch.device("cpu")
 
@@ -125,16 +126,8 @@ def test_bad_inception_weights_are_refused(tmp_path: Path) -> None:
         load_features("inception", CPU, (2, 28, 28), tmp_path / "other.pth")
 
 
-class Exploit:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, (str(self.path),)
-
-
 def test_a_pickle_in_place_of_the_weights_is_not_executed(tmp_path: Path) -> None:
-    torch.save({"weight": Exploit(tmp_path / "executed")}, tmp_path / "weights.pth")
+    torch.save({"weight": Trap(tmp_path / "executed")}, tmp_path / "weights.pth")
     with pytest.raises(UserError, match=r"weights\.pth"):
         load_features("inception", CPU, (1, 28, 28), tmp_path / "weights.pth")
     assert not (tmp_path / "executed").exists()

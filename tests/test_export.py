@@ -1,0 +1,108 @@
+"""Conversion of a generator to safetensors and ONNX; ONNX is run by onnxruntime."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from pipeline.config import NetworkConfig, UserError
+from pipeline.export import convert, load_export, save_export, save_onnx
+from pipeline.networks import Generator, initialise
+from pipeline.sampling import evaluation_labels, evaluation_latents, seeded
+from tests.jobs import ROOT, environment
+
+
+def make(num_classes: int, shape: tuple[int, int, int] = (1, 28, 28)) -> Generator:
+    """A generator with random weights and moving statistics, in eval mode."""
+    generator = Generator(NetworkConfig(latent_dim=6, width=0.1), shape, num_classes)
+    initialise(generator, seeded(num_classes, "weights"))
+    random = seeded(num_classes, "norms")
+    for name, tensor in generator.state_dict().items():
+        if name.startswith("norms") and tensor.is_floating_point():
+            tensor.uniform_(0.5, 2, generator=random)
+    return generator.eval().requires_grad_(False)
+
+
+def assert_onnx_is(path: Path, generator: Generator) -> None:
+    session = onnxruntime.InferenceSession(path)
+    inputs = {entry.name: (entry.type, entry.shape) for entry in session.get_inputs()}
+    expected = {"latents": ("tensor(float)", ["n", 6])}
+    if generator.num_classes:
+        expected["labels"] = ("tensor(int64)", ["n"])
+    assert inputs == expected
+    (output,) = session.get_outputs()
+    assert (output.name, output.type, output.shape) == ("images", "tensor(float)", ["n", *generator.image_shape])
+    for n in (1, 7):
+        feed = {"latents": evaluation_latents(0, 0, n, 6)}
+        if generator.num_classes:
+            feed["labels"] = evaluation_labels(3, 3 + n, generator.num_classes)
+        (images,) = session.run(None, {name: tensor.numpy() for name, tensor in feed.items()})
+        wanted = generator(**feed).numpy()
+        assert images.shape == wanted.shape
+        assert wanted.std() > 0.02
+        assert np.abs(images - wanted).max() < 1e-5
+
+
+@pytest.mark.parametrize(("num_classes", "shape"), [(0, (1, 28, 28)), (10, (1, 28, 28)), (3, (3, 32, 24))])
+def test_onnx_gives_the_same_images_for_any_batch(
+    num_classes: int, shape: tuple[int, int, int], tmp_path: Path
+) -> None:
+    generator = make(num_classes, shape)
+    save_onnx(generator, tmp_path / "generator.onnx")
+    assert_onnx_is(tmp_path / "generator.onnx", generator)
+    assert [path.name for path in tmp_path.iterdir()] == ["generator.onnx"]
+
+
+def test_a_float64_generator_becomes_float32(tmp_path: Path) -> None:
+    generator = make(0)
+    save_export(make(0).double(), tmp_path / "generator.safetensors", {})
+    assert convert(tmp_path / "generator.safetensors", tmp_path / "generator.onnx") == 0
+    assert_onnx_is(tmp_path / "generator.onnx", generator)
+
+
+def export(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipeline.export", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def test_the_program_converts_and_never_overwrites(tmp_path: Path) -> None:
+    generator = make(10)
+    source, copy, onnx = (tmp_path / name for name in ("source.safetensors", "copy.safetensors", "generator.onnx"))
+    save_export(generator, source, {})
+    assert export(source, copy).stdout == f"{copy}\n"
+    copied = load_export(copy)
+    assert copied.spec() == generator.spec()
+    assert all(torch.equal(copied.state_dict()[name], tensor) for name, tensor in generator.state_dict().items())
+    result = export(source, onnx)
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"{onnx}\n", "")
+    assert_onnx_is(onnx, generator)
+    before = onnx.read_bytes()
+    result = export(source, onnx)
+    assert (result.returncode, result.stderr) == (2, f"error: {onnx}: exists already, name another file\n")
+    assert onnx.read_bytes() == before
+
+
+def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"generator\.h5: unknown kind of file, name it \.safetensors or \.onnx"):
+        convert(tmp_path / "source.safetensors", tmp_path / "generator.h5")
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_a_missing_package_is_named_with_the_command(package: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "source.safetensors", tmp_path / "generator.onnx"
+    save_export(make(0), source, {})
+    program = (
+        f"import runpy, sys; sys.modules[{package!r}] = None  # as for a package that is not there\n"
+        f"sys.argv = ['export', {str(source)!r}, {str(out)!r}]\n"
+        "runpy.run_module('pipeline.export', run_name='__main__')"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    expected = f"error: {out}: ONNX needs the package {package!r}: pip install 'gan-pipeline[onnx]'\n"
+    assert (result.returncode, result.stderr) == (2, expected)
+    assert list(tmp_path.iterdir()) == [source]
