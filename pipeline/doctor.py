@@ -204,8 +204,8 @@ def check_shards(dataset: Dataset, runtime: Runtime, all_checksums: bool) -> Ite
         yield Finding("error", "data.dataset", f"{len(damaged) - SHOWN_SHARDS} more shards are missing or damaged")
     if not damaged:
         images = " and ".join(f"{dataset.num_images(split)} {split}" for split in dataset.splits)
-        of_rank = "" if runtime.world_size == 1 else " of the first rank's"
-        text = f"{dataset.name}, {images} images in {len(shards)} shards; {verified}{of_rank} {len(mine)} hashed"
+        where = "" if runtime.world_size == 1 else " on the first rank"
+        text = f"{dataset.name}, {images} images in {len(shards)} shards, {verified} of {len(mine)} hashed{where}"
         yield Finding("ok", "data.dataset", text)
 
 

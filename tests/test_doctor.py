@@ -67,7 +67,7 @@ def test_a_sound_run_is_found_so_by_two_ranks_and_nothing_is_left_behind(tiny_da
     for text in (
         "ranks: 2, on ",
         "gloo sums 4 MiB correctly in",
-        "600 train images in 3 shards; 2 of the first rank's 2",
+        "600 train images in 3 shards, 2 of 2 hashed on the first rank",
     ):
         assert text in result.stdout
     assert "training.batch_size 64 is 32 a rank, data.lanes 8 are 4" in result.stdout

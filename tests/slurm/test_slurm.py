@@ -21,7 +21,7 @@ from pipeline.data.preparing import prepare_npz
 from tests.jobs import ROOT, TINY, final_state, launch
 from tests.slurm.cluster import Cluster, until, why_impossible
 
-STEPS = 80
+STEPS = 100
 JOB_SECONDS = 400
 """Generous: four ranks start at once, on a machine that may run other tests."""
 DONE = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
@@ -56,7 +56,7 @@ class Project:
 
     def job(self, number: str) -> dict[str, str]:
         shown = self.cluster.run("scontrol", "--oneliner", "show", "job", number).splitlines()[0]
-        return dict(re.findall(r"(\w+)=(.*?)(?= \w+=| *$)", shown))
+        return dict(re.findall(r"(\w+)=(.*?)(?= +\w+=| *$)", shown))
 
     def log(self, number: str) -> str:
         logs = [*self.folder.glob(f"slurm-*-{number}.log"), *self.folder.glob(f"slurm-*-{number}/*.log")]
@@ -98,8 +98,8 @@ def project(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Proje
 def training(project: Project, name: str) -> list[str]:
     return [
         *project.settings,
-        *("--run.name", name, "--training.steps", str(STEPS), "--run.checkpoint_every", "10"),
-        *("--training.n_critic", "2"),
+        *("--run.name", name, "--training.steps", str(STEPS), "--run.checkpoint_every", "5"),
+        *("--training.n_critic", "1"),
     ]
 
 
@@ -126,7 +126,6 @@ class Chain:
     train: str
     evaluate: str
     report: str
-    requeue_seconds: float
 
 
 @pytest.fixture(scope="module")
@@ -135,26 +134,23 @@ def chain(project: Project) -> Chain:
     run = project.folder / "runs/chained"
     options = ["--nodes=2", "--gpus-per-node=2", "--time=30"]
     train, evaluate, report = project.submit("launch/slurm/chain.sh", *options, "--", *training(project, run.name))
-    project.wait_for_step(run, 20, train)
-    started = time.monotonic()
+    project.wait_for_step(run, 5, train)
     project.cluster.run("scancel", "--batch", "--signal=USR1", train)
     until(lambda: project.job(train)["Restarts"] == "1", "the requeue", JOB_SECONDS, lambda: project.log(train))
-    requeued = time.monotonic() - started
     assert newest_intact(run / "checkpoints")[0] is not None
     assert project.wait_for_end(train, evaluate, report) == ["COMPLETED"] * 3, project.log(train) + project.log(
         evaluate
     )
-    return Chain(run, train, evaluate, report, requeued)
+    return Chain(run, train, evaluate, report)
 
 
 def test_usr1_before_the_limit_saves_requeues_and_goes_on(project: Project, chain: Chain) -> None:
     log = project.log(chain.train)
     stopped = re.search(r"stopped after step (\d+), which is saved", log)
     assert stopped is not None, log
-    assert 20 <= int(stopped[1]) < STEPS
+    assert 5 <= int(stopped[1]) < STEPS
     assert re.search(rf"going on from \S+step-{int(stopped[1]):08d}, written by 4 process\(es\)", log), log
     assert project.job(chain.train)["Restarts"] == "1"
-    print(f"requeued after {chain.requeue_seconds:.1f} s")
 
 
 def test_a_requeued_run_ends_as_an_uninterrupted_one(chain: Chain, reference: Path) -> None:
@@ -186,7 +182,7 @@ def test_a_run_whose_node_died_is_intact_and_a_requeue_finishes_it(
 ) -> None:
     run, arguments = project.folder / "runs/widowed", training(project, "widowed")
     [number] = project.submit("sbatch", "--parsable", "--nodes=2", "launch/slurm/train.sbatch", *arguments, DOCTOR="0")
-    project.wait_for_step(run, 20, number)
+    project.wait_for_step(run, 10, number)
     cluster.kill_node("node2")
     until(lambda: project.job(number)["Restarts"] == "1", "the requeue", JOB_SECONDS, lambda: project.log(number))
     checkpoint, damaged = newest_intact(run / "checkpoints")
@@ -222,7 +218,7 @@ def test_a_sweep_ends_with_a_comparison(project: Project) -> None:
 
 def comments_of(project: Project, array: str) -> list[str]:
     shown = project.cluster.run("scontrol", "--oneliner", "show", "job", array)
-    return re.findall(r" Comment=(.*?)(?= \w+=| *$)", shown, re.MULTILINE)
+    return re.findall(r" Comment=(.*?)(?= +\w+=| *$)", shown, re.MULTILINE)
 
 
 def test_a_mistake_is_not_queued_again(project: Project) -> None:
