@@ -21,7 +21,8 @@ from pipeline.data.preparing import prepare_npz
 from tests.jobs import ROOT, TINY, final_state, launch
 from tests.slurm.cluster import Cluster, until, why_impossible
 
-STEPS = 100
+STEPS = 60
+"""Each with a checkpoint, so that no machine is through before a signal arrives."""
 JOB_SECONDS = 400
 """Generous: four ranks start at once, on a machine that may run other tests."""
 DONE = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
@@ -98,7 +99,7 @@ def project(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Proje
 def training(project: Project, name: str) -> list[str]:
     return [
         *project.settings,
-        *("--run.name", name, "--training.steps", str(STEPS), "--run.checkpoint_every", "5"),
+        *("--run.name", name, "--training.steps", str(STEPS), "--run.checkpoint_every", "1"),
         *("--training.n_critic", "1"),
     ]
 
@@ -134,7 +135,7 @@ def chain(project: Project) -> Chain:
     run = project.folder / "runs/chained"
     options = ["--nodes=2", "--gpus-per-node=2", "--time=30"]
     train, evaluate, report = project.submit("launch/slurm/chain.sh", *options, "--", *training(project, run.name))
-    project.wait_for_step(run, 5, train)
+    project.wait_for_step(run, 3, train)
     project.cluster.run("scancel", "--batch", "--signal=USR1", train)
     until(lambda: project.job(train)["Restarts"] == "1", "the requeue", JOB_SECONDS, lambda: project.log(train))
     assert newest_intact(run / "checkpoints")[0] is not None
@@ -148,7 +149,7 @@ def test_usr1_before_the_limit_saves_requeues_and_goes_on(project: Project, chai
     log = project.log(chain.train)
     stopped = re.search(r"stopped after step (\d+), which is saved", log)
     assert stopped is not None, log
-    assert 5 <= int(stopped[1]) < STEPS
+    assert 3 <= int(stopped[1]) < STEPS
     assert re.search(rf"going on from \S+step-{int(stopped[1]):08d}, written by 4 process\(es\)", log), log
     assert project.job(chain.train)["Restarts"] == "1"
 
