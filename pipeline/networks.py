@@ -48,21 +48,24 @@ class SameConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, KERNEL, stride)
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.convolve(images, self.weight)
+
+    def convolve(self, images: Tensor, kernel: Tensor) -> Tensor:
         if self.stride[0] == 1 and self.out_channels < CPU_LANES and images.shape[-1] % 2 == 0 and images.is_cpu:
-            return self._on_pairs(images)
+            return self._on_pairs(images, kernel)
         top, bottom = same_padding(images.shape[-2], self.stride[0])
         left, right = same_padding(images.shape[-1], self.stride[1])
         if (top, left) == (bottom, right):
-            return F.conv2d(images, self.weight, self.bias, self.stride, (top, left))
-        return F.conv2d(F.pad(images, (left, right, top, bottom)), self.weight, self.bias, self.stride)
+            return F.conv2d(images, kernel, self.bias, self.stride, (top, left))
+        return F.conv2d(F.pad(images, (left, right, top, bottom)), kernel, self.bias, self.stride)
 
-    def _on_pairs(self, images: Tensor) -> Tensor:
+    def _on_pairs(self, images: Tensor, kernel: Tensor) -> Tensor:
         """The same with pairs of pixels in a row taken as one pixel of twice the channels: (n, 2 in, h, w / 2), in
         channels-last memory the same bytes. A CPU's kernels leave lanes empty for few channels; on the pairs they do a
         fifth more work in up to 30 % less time."""
         num_images, channels, height, width = images.shape
         pairs = images.permute(0, 2, 3, 1).reshape(num_images, height, width // 2, 2 * channels).permute(0, 3, 1, 2)
-        taps = F.pad(self.weight, (1, 1))[..., PAIR_TAPS]
+        taps = F.pad(kernel, (1, 1))[..., PAIR_TAPS]
         weight = taps.permute(5, 0, 4, 1, 2, 3).reshape(2 * self.out_channels, 2 * channels, KERNEL, 3)
         assert self.bias is not None
         outputs = F.conv2d(pairs, weight, self.bias.repeat(2), padding=(KERNEL // 2, 1))
@@ -70,15 +73,26 @@ class SameConv2d(nn.Conv2d):
         return outputs.permute(0, 3, 1, 2)
 
 
-class SameConvTranspose2d(nn.ConvTranspose2d):
-    """Conv2DTranspose of Keras with stride 2 and padding 'same'. (n, in, h, w) -> (n, out, 2 h, 2 w)."""
+class MirroredConv2d(SameConv2d):
+    """The same for images that are mirrored in both axes."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.convolve(images, self.weight.flip(2, 3))
+
+
+class MirroredConvTranspose2d(nn.ConvTranspose2d):
+    """Conv2DTranspose of Keras with stride 2 and padding 'same', for images that are mirrored in both axes.
+    (n, in, h, w) -> (n, out, 2 h, 2 w).
+
+    Keras crops the full result by one row before and two after, torch's `output_padding` by two before and one after:
+    in the mirror that is the same. Cropping by a slice would cost a copy of the largest tensors each time.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, KERNEL, stride=2, padding=1)
+        super().__init__(in_channels, out_channels, KERNEL, stride=2, padding=2, output_padding=1)
 
     def forward(self, images: Tensor, output_size: list[int] | None = None) -> Tensor:
-        # The full result has 2 n + 3 rows: `padding` takes one off each side, the slice one more at the end.
-        return super().forward(images)[..., :-1, :-1]
+        return F.conv_transpose2d(images, self.weight.flip(2, 3), self.bias, stride=2, padding=2, output_padding=1)
 
 
 class Statistics(NamedTuple):
@@ -133,7 +147,9 @@ class Generator(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm2d(count, eps=NORM_EPSILON, momentum=0.01) for count in channels[:-1])
         # With stride 1 a transposed convolution is a convolution with the kernel flipped, which is the faster kernel.
         self.convolutions = nn.ModuleList(
-            SameConvTranspose2d(channels[i], channels[i + 1]) if i < 2 else SameConv2d(channels[i], channels[i + 1], 1)
+            MirroredConvTranspose2d(channels[i], channels[i + 1])
+            if i < 2
+            else MirroredConv2d(channels[i], channels[i + 1], 1)
             for i in range(4)
         )
 
@@ -163,14 +179,14 @@ class Generator(nn.Module):
                 raise ValueError("a generator with classes takes labels")
             latents = torch.cat([latents, F.one_hot(labels, self.num_classes).to(latents.dtype)], dim=1)
         # Keras reshapes to H, W, C: permuted, that is already a channels-last tensor.
-        images: Tensor = self.dense(latents).unflatten(1, self.base).permute(0, 3, 1, 2)
+        images: Tensor = self.dense(latents).unflatten(1, self.base).permute(0, 3, 1, 2).flip(2, 3)
         for index, (norm, convolution) in enumerate(zip(self.norms, self.convolutions, strict=True)):
             if index == depth:
                 return images
             assert isinstance(norm, nn.BatchNorm2d)
             images = norm(images) if statistics is None else normalise(norm, images, statistics[index])
-            images = convolution(F.relu(images, inplace=True))
-        return torch.sigmoid(images)
+            images = convolution(F.relu(images))
+        return torch.sigmoid(images).flip(2, 3)
 
 
 class Critic(nn.Module):
