@@ -9,6 +9,7 @@ differ in speed alone.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline import sampling
 from pipeline.config import OptimizerConfig
 from pipeline.data import Batch
-from pipeline.networks import KERNEL, Generator
+from pipeline.networks import CRITIC_STRIDES, KERNEL, LEAK, Critic, Generator
 from pipeline.objectives import gradient_penalty
 from pipeline.trainer import Trainer
 
@@ -36,7 +37,7 @@ class PlainGenerator(nn.Module):
             assert isinstance(norm, nn.BatchNorm2d)
             assert isinstance(convolution, nn.Conv2d | nn.ConvTranspose2d)
             self.norms.append(nn.BatchNorm2d(norm.num_features, eps=norm.eps, momentum=norm.momentum))
-            weight, stride = convolution.weight.detach(), 2
+            weight, stride = convolution.weight.detach().contiguous(), 2
             if isinstance(convolution, nn.Conv2d):
                 weight, stride = weight.flip(2, 3).transpose(0, 1), 1
             inputs, outputs = weight.shape[:2]
@@ -55,6 +56,35 @@ class PlainGenerator(nn.Module):
         return torch.sigmoid(images)
 
 
+def same_padding(size: int, stride: int) -> tuple[int, int]:
+    """Rows that Keras's 'same' puts before and after an axis of `size`; the odd one goes after."""
+    total = max((math.ceil(size / stride) - 1) * stride + KERNEL - size, 0)
+    return total // 2, total - total // 2
+
+
+class PlainCritic(nn.Module):
+    """A copy of a critic as a direct port has it: padded by hand."""
+
+    def __init__(self, original: Critic) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList()
+        for convolution, stride in zip(original.convolutions, CRITIC_STRIDES, strict=True):
+            assert isinstance(convolution, nn.Conv2d)
+            plain = nn.Conv2d(convolution.in_channels, convolution.out_channels, KERNEL, stride)
+            plain.load_state_dict(convolution.state_dict())
+            self.convolutions.append(plain)
+        self.score, self.classes = copy.deepcopy(original.score), copy.deepcopy(original.classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        for convolution, stride in zip(self.convolutions, CRITIC_STRIDES, strict=True):
+            images = F.leaky_relu(images, LEAK)
+            sides = [side for size in (images.shape[3], images.shape[2]) for side in same_padding(size, stride)]
+            images = convolution(F.pad(images, sides))
+        features = images.permute(0, 2, 3, 1).flatten(1)
+        logits = None if self.classes is None else self.classes(features)
+        return self.score(features).squeeze(1), logits
+
+
 class PlainTrainer:
     """Takes the steps that a trainer would take from its present state, on networks of its own."""
 
@@ -63,7 +93,7 @@ class PlainTrainer:
         training, world_size = trainer.config.training, trainer.runtime.world_size
         weight = trainer.state.generator.dense.weight
         self.generator: nn.Module = PlainGenerator(trainer.state.generator).to(weight.device, weight.dtype)
-        self._bare_critic = copy.deepcopy(trainer.state.critic).to(memory_format=torch.contiguous_format)
+        self._bare_critic = PlainCritic(trainer.state.critic).to(weight.device, weight.dtype)
         self.critic: nn.Module = self._bare_critic
         if world_size > 1:
             self.generator, self.critic = map(DistributedDataParallel, (self.generator, self.critic))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.baseline import PlainTrainer
+from pipeline.baseline import PlainTrainer, same_padding
 from pipeline.config import RuntimeConfig, make_parser, parse
 from pipeline.runtime import Runtime
 from pipeline.trainer import Trainer
@@ -19,6 +19,11 @@ from tests.jobs import TINY, signals_kept
 def runtime() -> Iterator[Runtime]:
     with signals_kept():
         yield Runtime(RuntimeConfig(device="cpu", threads=1))
+
+
+@pytest.mark.parametrize(("size", "before", "after"), [(28, 1, 2), (14, 1, 2), (7, 2, 2)])
+def test_same_padding_with_stride_two_is_asymmetric(size: int, before: int, after: int) -> None:
+    assert same_padding(size, stride=2) == (before, after)
 
 
 @pytest.mark.parametrize("fakes", ["batch", "moving"])

@@ -14,9 +14,7 @@ from pipeline.networks import (
     Generator,
     MirroredConv2d,
     MirroredConvTranspose2d,
-    SameConv2d,
     initialise,
-    same_padding,
 )
 from pipeline.sampling import seeded
 from tests.keras_reference import Array, keras_conv, keras_conv_transpose, keras_generator
@@ -32,18 +30,15 @@ def random_images(seed: int, size: int, channels: int) -> tuple[torch.Tensor, Ar
     return images, images[0].permute(1, 2, 0).numpy()
 
 
-@pytest.mark.parametrize(("size", "before", "after"), [(28, 1, 2), (14, 1, 2), (7, 2, 2)])
-def test_same_padding_with_stride_two_is_asymmetric(size: int, before: int, after: int) -> None:
-    assert same_padding(size, stride=2) == (before, after)
-
-
 @pytest.mark.parametrize(("size", "stride"), [(28, 2), (14, 2), (7, 2), (4, 1), (9, 2)])
 def test_convolution_is_keras_same(size: int, stride: int) -> None:
-    layer = SameConv2d(2, 3, stride).double()
+    layer = MirroredConv2d(2, 3, stride).double()
     images, array = random_images(size, size, 2)
     kernel = layer.weight.detach().permute(2, 3, 1, 0).numpy()
     expected = keras_conv(array, kernel, layer.state_dict()["bias"].numpy(), stride)
-    np.testing.assert_allclose(layer(images)[0].detach().permute(1, 2, 0).numpy(), expected, atol=1e-12)
+    np.testing.assert_allclose(
+        layer(images.flip(2, 3)).flip(2, 3)[0].detach().permute(1, 2, 0).numpy(), expected, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("size", [7, 14])
@@ -57,14 +52,17 @@ def test_transposed_convolution_is_keras_same(size: int) -> None:
     )
 
 
-def test_stride_one_transposed_convolution_is_a_convolution_with_the_kernel_flipped() -> None:
-    layer = MirroredConv2d(3, 2, 1).double()
-    images, array = random_images(0, 6, 3)
+@pytest.mark.parametrize(("inputs", "outputs", "size"), [(3, 2, 6), (3, 2, 7), (30, 1, 6), (60, 2, 7), (3, 17, 6)])
+def test_stride_one_transposed_convolution_is_a_convolution_with_the_kernel_flipped(
+    inputs: int, outputs: int, size: int
+) -> None:
+    """On pairs of pixels, by taps, and plainly."""
+    layer = MirroredConv2d(inputs, outputs, 1).double()
+    images, array = random_images(0, size, inputs)
     kernel = layer.weight.detach().flip(2, 3).permute(2, 3, 0, 1).numpy()
     expected = keras_conv_transpose(array, kernel, layer.state_dict()["bias"].numpy(), 1)
-    np.testing.assert_allclose(
-        layer(images.flip(2, 3)).flip(2, 3)[0].detach().permute(1, 2, 0).numpy(), expected, atol=1e-12
-    )
+    result = layer(images.flip(2, 3)).flip(2, 3)
+    np.testing.assert_allclose(result[0].detach().permute(1, 2, 0).numpy(), expected, atol=1e-12)
 
 
 def test_whole_generator_and_critic_match_the_numpy_reference() -> None:
