@@ -36,6 +36,7 @@ def read(path: Path, *more: str) -> Config:
     return parse(make_parser("test"), ["--config", str(path), *more])[0]
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_fid_halves_between_steps_30_and_300(
     path: Path, runtime: Runtime, mnist_dataset: Dataset, tmp_path: Path

@@ -101,7 +101,11 @@ def test_the_benchmark_measures_what_it_says(mnist_dataset: Dataset, tmp_path: P
     result = launch(ROOT / "pipeline/benchmark.py", [*SMALL, *settings], 2)
     assert result.returncode == 0, result.stderr[-3000:]
     found = json.loads(figures.read_text())
-    assert all(math.isfinite(value) and value > 0 for value in found.values()), found
+    assert all(math.isfinite(value) and value > 0 for value in found.values() if not isinstance(value, str)), found
+    for key in ("share_of_ceiling", "speedup_over_eager", "all_reduce_share", "speed_over_one_rank"):
+        assert 0 < found[key] < 100, key
+    assert found["achieved_gflops"] == pytest.approx(found["gflop_per_step"] / found["step_seconds_median"])
+    assert found["share_of_ceiling"] == pytest.approx(found["achieved_gflops"] / found["ceiling_gflops"])
     assert found["world_size"] == 2
     assert found["step_seconds_min"] <= found["step_seconds_median"] <= found["step_seconds_max"]
     assert found["images_per_second"] == pytest.approx(64 / found["step_seconds_median"])
