@@ -154,12 +154,14 @@ def measure_training(config: Config, runtime: Runtime, steps: int) -> dict[str, 
 
         def single_step() -> None:
             if single is not None and single_batches is not None:
-                torch.set_num_threads(min(len(os.sched_getaffinity(0)), threads * runtime.world_size))
+                os.sched_setaffinity(0, runtime.cores)
+                torch.set_num_threads(min(len(runtime.cores), threads * runtime.world_size))
                 single.interval.begin()
                 single.train_step(single_batches)
                 single.interval.losses()
                 single.state.step += 1
                 torch.set_num_threads(threads)
+                runtime.take_cores()
 
         measured: dict[str, Callable[[], object]] = {
             "step": step,

@@ -45,7 +45,7 @@ from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 from pipeline.config import RuntimeConfig, UserError
-from pipeline.networks import Statistics, update_moving_averages
+from pipeline.networks import BatchNorm, Statistics, update_moving_averages
 
 EXIT_USER_ERROR, EXIT_FAILED, EXIT_PREEMPTED, EXIT_INTERRUPTED = 2, 3, 75, 130
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -78,6 +78,8 @@ class Runtime:
 
     def __init__(self, config: RuntimeConfig, *, trackers: list[str] | None = None, folder: Path | None = None) -> None:
         self.started = time.monotonic()
+        self.cores = sorted(os.sched_getaffinity(0))
+        """Of this machine, for its ranks to share on a CPU."""
         self._signalled = False
         self._stop_file = _stop_file()
         self._looked = 0.0
@@ -98,7 +100,8 @@ class Runtime:
                 "add --multi_gpu (on CPUs too), or use a file of launch/accelerate/"
             )
         if on_cpu:
-            torch.set_num_threads(config.threads or _threads_per_rank())
+            torch.set_num_threads(config.threads or max(1, len(self.cores) // _environment_int("LOCAL_WORLD_SIZE", 1)))
+            self.take_cores()
             _keep_freed_memory()
         if config.cuda_graph:
             os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # its watchdog may not touch a stream under capture
@@ -246,8 +249,18 @@ class Runtime:
         """Makes every batch norm of `network` take its training statistics over all ranks, in place."""
         if self.world_size > 1:
             for module in network.modules():
-                if type(module) is nn.BatchNorm2d:
+                if type(module) is BatchNorm:
                     module.__class__ = SyncBatchNorm
+
+    def take_cores(self) -> None:
+        """Binds the calling thread to this rank's share of the cores, where there is one for each.
+
+        Or the threads that move a rank's messages wait for a core on which another rank computes.
+        """
+        ranks, rank = _environment_int("LOCAL_WORLD_SIZE", 1), _environment_int("LOCAL_RANK", 0)
+        if ranks <= len(self.cores):
+            first, last = (len(self.cores) * number // ranks for number in (rank, rank + 1))
+            os.sched_setaffinity(0, self.cores[first:last])
 
     def alone(self) -> Runtime:
         """This rank as if it were the only one, to compare with."""
@@ -320,18 +333,22 @@ class Runtime:
             dist.destroy_process_group()
 
 
-class SyncBatchNorm(nn.BatchNorm2d):
+class SyncBatchNorm(BatchNorm):
     """Batch norm whose training statistics are those of the global batch, on any device and backend.
 
-    torch's own refuses CPU tensors. Equal slices on all ranks are assumed (contract 2).
+    torch's own refuses CPU tensors. Equal slices on all ranks are assumed (contract 2). Several batches share one
+    collective.
     """
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, batches: list[Tensor]) -> list[Tensor]:  # type: ignore[override]
         if not self.training:
-            return super().forward(images)
-        images = images.to(self.weight.dtype)  # autocast's are of half precision
+            return super().forward(batches)
+        batches = [images.to(self.weight.dtype) for images in batches]  # autocast's are of half precision
+        statistics = zip(*_statistics_of_all_ranks(batches), strict=True)
+        return [self._normalise(images, *found) for images, found in zip(batches, statistics, strict=True)]
+
+    def _normalise(self, images: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         n, c, h, w = images.shape
-        mean, variance = _statistics_of_all_ranks(images.detach())
         count = n * h * w * dist.get_world_size()
         update_moving_averages(self, Statistics(mean, variance, count))
         # Channels-last images are rows of w * c numbers already: long enough for a CPU's vectors, unlike c.
@@ -341,12 +358,14 @@ class SyncBatchNorm(nn.BatchNorm2d):
         return normalised
 
 
-def _statistics_of_all_ranks(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, from the ranks' own (Chan et al. 1983) in one collective."""
-    own = torch.stack(torch.batch_norm_update_stats(images, None, None, 0.0))
+def _statistics_of_all_ranks(batches: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, (batches, channels) each, from the ranks' own (Chan et al. 1983) in one collective."""
+    own = torch.stack(
+        [torch.cat(torch.batch_norm_update_stats(images.detach(), None, None, 0.0)) for images in batches]
+    )
     ranks = own.new_zeros(dist.get_world_size(), *own.shape)
     ranks[dist.get_rank()] = own
-    means, variances = _sum_over_ranks(ranks).unbind(1)
+    means, variances = _sum_over_ranks(ranks).chunk(2, dim=2)
     mean = means.mean(0)
     return mean, variances.mean(0) + (means - mean).square().mean(0)
 
@@ -449,10 +468,6 @@ def _stop_file() -> Path | None:
 
 def _environment_int(name: str, default: int) -> int:
     return int(os.environ.get(name, default))
-
-
-def _threads_per_rank() -> int:
-    return max(1, len(os.sched_getaffinity(0)) // _environment_int("LOCAL_WORLD_SIZE", 1))
 
 
 def _processes_asked_for() -> int:

@@ -104,23 +104,23 @@ class Step:
 
     @torch.no_grad()
     def _fakes_for_critic(self, inputs: StepInputs) -> Iterator[Images]:
-        """The n_critic fake batches. The generator does not change between them: with moving statistics, under which
-        an image does not depend on its batch, one forward pass makes them all."""
-        generator, parts = self.state.generator, self._descent.parts
+        """The n_critic fake batches: the generator does not change between them."""
+        generator, descent = self.state.generator, self._descent
         latents, labels = inputs.critic_latents, inputs.critic_labels
-        if self._training.critic_fakes == "batch":
-            generator.train()
-            if parts == 1:
-                made = [generator(*pair) for pair in zip(latents, labels, strict=True)]
-            else:
-                made = [
-                    generate_in_parts(generator, *pair, self._descent) for pair in zip(latents, labels, strict=True)
-                ]
-        else:
-            generator.eval()
-            flat = zip(latents.flatten(0, 1).chunk(parts), labels.flatten().chunk(parts), strict=True)
-            made = list(torch.cat([generator(*pair) for pair in flat]).chunk(len(latents)))
-        return map(Images, made, labels)
+        batches, together = list(zip(latents, labels, strict=True)), (latents.flatten(0, 1), labels.flatten())
+        generator.train(self._training.critic_fakes == "batch")
+        if not generator.training:
+            # An image does not depend on its batch: a GPU makes as many at once as it may, a CPU's caches prefer few.
+            num_parts = descent.parts if latents.is_cuda else descent.parts * len(batches)
+            parts = zip(*(values.chunk(num_parts) for values in together), strict=True)
+            images = torch.cat([generator(*part) for part in parts])
+        elif descent.parts > 1:
+            images = torch.cat([generate_in_parts(generator, *batch, descent) for batch in batches])
+        elif descent.world_size > 1:  # the batches share each layer's collective
+            images = generator(*together, num_batches=len(batches))
+        else:  # one after the other they make better use of caches
+            images = torch.cat([generator(*batch) for batch in batches])
+        return map(Images, images.chunk(len(batches)), labels)
 
 
 class CapturedStep:

@@ -7,13 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
+from pipeline import networks
 from pipeline.config import NetworkConfig, UserError
 from pipeline.networks import (
     Critic,
     Generator,
     MirroredConv2d,
     MirroredConvTranspose2d,
+    SameConv2d,
     initialise,
 )
 from pipeline.sampling import seeded
@@ -63,6 +67,62 @@ def test_stride_one_transposed_convolution_is_a_convolution_with_the_kernel_flip
     expected = keras_conv_transpose(array, kernel, layer.state_dict()["bias"].numpy(), 1)
     result = layer(images.flip(2, 3)).flip(2, 3)
     np.testing.assert_allclose(result[0].detach().permute(1, 2, 0).numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (7, 5), (3, 8), (2, 1)])
+def test_a_large_kernels_matrix_products_are_the_convolution(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values, gradients, and the gradients of a gradient penalty; with a trained kernel and with a frozen one."""
+    random = torch.Generator().manual_seed(sum(shape))
+    layer = SameConv2d(3, 2).double().to(memory_format=torch.channels_last)
+    images = torch.randn(6, 3, *shape, dtype=torch.float64, generator=random, requires_grad=True)
+    weights = torch.randn(6, 2, *shape, dtype=torch.float64, generator=random)
+
+    def found(trained: bool) -> list[Tensor]:
+        layer.weight.requires_grad_(trained)
+        outputs = layer(images)
+        (first,) = torch.autograd.grad((outputs.sin() * weights).sum(), images, create_graph=True)
+        inputs = [images, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
+        once = torch.autograd.grad((layer(images).sin() * weights).sum(), inputs)
+        twice = torch.autograd.grad(first.square().sum(), inputs)
+        return [outputs, first, *once, *twice]
+
+    for trained in (True, False):
+        expected = found(trained)
+        with monkeypatch.context() as patch:
+            patch.setattr(networks, "LARGE_KERNEL", 0)
+            patch.setattr(F, "conv2d", None)  # it must not be compared with itself
+            torch.testing.assert_close(found(trained), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [5, 8])
+def test_gradients_of_the_transposed_convolution_are_torchs(size: int) -> None:
+    random = torch.Generator().manual_seed(size)
+    layer = MirroredConvTranspose2d(3, 2).double()
+    images = torch.randn(4, 3, size, size + 1, dtype=torch.float64, generator=random, requires_grad=True)
+    inputs = [images, *layer.parameters()]
+    kernel = layer.weight.flip(2, 3)
+    plain = F.conv_transpose2d(images, kernel, layer.bias, stride=2, padding=2, output_padding=1)
+    outputs = layer(images)
+    weights = torch.randn(outputs.shape, dtype=torch.float64, generator=random)
+    for ours, theirs in zip(
+        torch.autograd.grad(outputs, inputs, weights), torch.autograd.grad(plain, inputs, weights), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_several_batches_at_once_are_those_batches_one_by_one(training: bool) -> None:
+    """Images and moving averages."""
+    config = NetworkConfig(latent_dim=5, width=0.06)
+    together, alone = (Generator(config, (1, 28, 28)).double().train(training) for _ in range(2))
+    alone.load_state_dict(together.state_dict())
+    latents = torch.rand(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    images = together(latents.flatten(0, 1), num_batches=3)
+    torch.testing.assert_close(images, torch.cat([alone(batch) for batch in latents]), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(together.state_dict(), alone.state_dict(), rtol=1e-12, atol=1e-12)
+    assert torch.allclose(alone(latents.flatten(0, 1)), images) != training, "statistics are each batch's own"
 
 
 def test_whole_generator_and_critic_match_the_numpy_reference() -> None:
