@@ -1,4 +1,4 @@
-"""What the pipeline's speed is measured against: the same training step, written plainly.
+"""What the pipeline's speed is measured against: the same training step, written plainly, and torch-fidelity's scores.
 
 Layers as Keras has them in torch's default layout; real and fake images pass the critic one after the other; parameters
 are clamped one by one; losses are read back after every update; optimisers and DDP with their defaults. It computes
@@ -11,15 +11,19 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch_fidelity
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from pipeline import sampling
 from pipeline.config import OptimizerConfig
 from pipeline.data import Batch
+from pipeline.metrics.features import MNIST_SHAPE, MnistFeatures
 from pipeline.networks import CRITIC_STRIDES, KERNEL, LEAK, Critic, Generator
 from pipeline.objectives import gradient_penalty
 from pipeline.trainer import Trainer
@@ -151,3 +155,58 @@ def _optimizer(config: OptimizerConfig, network: nn.Module) -> torch.optim.Optim
     if config.algorithm == "adam":
         return torch.optim.Adam(network.parameters(), config.learning_rate, config.betas, config.epsilon)
     return torch.optim.RMSprop(network.parameters(), config.learning_rate, config.rho, config.epsilon)
+
+
+class RegisteredMnistFeatures(FeatureExtractorBase):  # type: ignore[misc]
+    """The shipped classifier as torch-fidelity takes it: `feature_extractor="mnist"`."""
+
+    def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
+        super().__init__(name, features_list)
+        self.extractor = MnistFeatures(torch.device("cpu"), MNIST_SHAPE)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        found = dict(zip(("features", "logits"), self.extractor(images), strict=True))
+        return tuple(found[name] for name in self.features_list)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return "features", "logits"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "logits" if metric == "isc" else "features"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+
+torch_fidelity.register_feature_extractor("mnist", RegisteredMnistFeatures)
+
+
+class _Images(torch.utils.data.Dataset[Tensor]):
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+
+def fidelity_scores(fake: Tensor, real: Tensor, **arguments: Any) -> dict[str, float]:
+    """FID, KID and Inception Score of uint8 images (n, C, H, W) by `torch_fidelity.calculate_metrics`, on the CPU and
+    under its names; `arguments` are more of its own."""
+    scores: dict[str, float] = torch_fidelity.calculate_metrics(
+        input1=_Images(fake),
+        input2=_Images(real),
+        cuda=False,
+        save_cpu_ram=True,  # no worker processes
+        verbose=False,
+        fid=True,
+        kid=True,
+        isc=True,
+        **arguments,
+    )
+    return scores

@@ -51,6 +51,9 @@ EXIT_USER_ERROR, EXIT_FAILED, EXIT_PREEMPTED, EXIT_INTERRUPTED = 2, 3, 75, 130
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 COMMENT_SECONDS = 10
 """Least time between two updates of a Slurm job's comment."""
+BUCKET_MIB = 1
+"""Gradients that are shared as soon as they are there. The critic has 4 MiB, most of them in its last convolution,
+where backward begins."""
 STOP_FILE_SECONDS = 1.0
 """Between two looks for the stop file, which may lie on a busy shared file system."""
 T = TypeVar("T")
@@ -115,6 +118,7 @@ class Runtime:
             kwargs_handlers=[
                 DistributedDataParallelKwargs(
                     gradient_as_bucket_view=True,
+                    bucket_cap_mb=BUCKET_MIB,
                     comm_hook=DDPCommunicationHookType.BF16
                     if config.compress_gradients
                     else DDPCommunicationHookType.NO,

@@ -80,7 +80,7 @@ def tiny_run(dataset: Path, root: Path, name: str, *more: str) -> list[str]:
     return [
         *TINY,
         *("--data.dataset", str(dataset), "--run.root", str(root), "--run.name", name),
-        *("--training.steps", str(STEPS), "--run.checkpoint_every", "5", *more),
+        *("--training.steps", str(STEPS), "--training.n_critic", "2", "--run.checkpoint_every", "5", *more),
     ]
 
 

@@ -28,7 +28,7 @@ def test_chaos(num_processes: int, kills: int, tiny_dataset: Path, tmp_path: Pat
                 resumed_step = resumed.step if resumed else 0
                 target = max(resumed_step + chance.randint(1, 15), last_step(torn) + 1)
                 wait_for_step(torn, target, process, log)
-            time.sleep(chance.random() * 0.3)
+            time.sleep(chance.random() * 0.1)
             victims = ranks(process.pid)
             if victims and chance.random() < 0.5:
                 chance.choice(victims).kill()

@@ -95,18 +95,24 @@ def test_a_signal_during_an_evaluation_stops_the_job_with_the_step_saved(
     assert not (run / "evaluation/step-00000003.json").exists()
 
 
-def test_the_benchmark_measures_what_it_says(mnist_dataset: Dataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_benchmark_measures_what_it_says(world_size: int, mnist_dataset: Dataset, tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     settings = ["--steps", "10", "--json", str(figures), "--data.root", str(mnist_dataset.folder.parent)]
-    result = launch(ROOT / "pipeline/benchmark.py", [*SMALL, *settings], 2)
+    result = launch(ROOT / "pipeline/benchmark.py", [*SMALL, *settings], world_size)
     assert result.returncode == 0, result.stderr[-3000:]
     found = json.loads(figures.read_text())
-    assert all(math.isfinite(value) and value > 0 for value in found.values() if not isinstance(value, str)), found
-    for key in ("share_of_ceiling", "speedup_over_eager", "all_reduce_share", "speed_over_one_rank"):
+    zero = {"all_reduce_share"} if world_size == 1 else set()
+    numbers = {name: value for name, value in found.items() if not isinstance(value, str) and name not in zero}
+    assert all(math.isfinite(value) and value > 0 for value in numbers.values()), found
+    compared = (
+        {"scoring_speedup_over_torch_fidelity"} if world_size == 1 else {"all_reduce_share", "speed_over_one_rank"}
+    )
+    for key in {"share_of_ceiling", "speedup_over_eager"} | compared:
         assert 0 < found[key] < 100, key
     assert found["achieved_gflops"] == pytest.approx(found["gflop_per_step"] / found["step_seconds_median"])
     assert found["share_of_ceiling"] == pytest.approx(found["achieved_gflops"] / found["ceiling_gflops"])
-    assert found["world_size"] == 2
+    assert found["world_size"] == world_size
     assert found["step_seconds_min"] <= found["step_seconds_median"] <= found["step_seconds_max"]
     assert found["images_per_second"] == pytest.approx(64 / found["step_seconds_median"])
     assert found["data_wait_share"] < 1
@@ -121,7 +127,9 @@ class Evaluate:
     """`evaluate.py TARGET --out FILE ...` in one process; what it wrote."""
 
     def __init__(self, dataset: Dataset, folder: Path) -> None:
-        self.place, self.folder = ["--data.root", str(dataset.folder.parent)], folder
+        # The run's number of threads: it moves a float32 convolution's last digits.
+        self.place = ["--data.root", str(dataset.folder.parent), "--runtime.threads", "1"]
+        self.folder = folder
 
     def run(self, target: object, *more: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "pipeline/evaluate.py"), str(target), *self.place, *more]
@@ -155,7 +163,7 @@ def test_an_export_scores_as_its_run_and_the_raw_generator_does_not(run: Path, e
 
 def test_the_real_test_split_scores_at_the_floor(evaluate: Evaluate) -> None:
     scores = evaluate.scores("test")
-    assert scores["fid"] == pytest.approx(scores["fid_floor"], rel=1e-9)
+    assert scores["fid"] == pytest.approx(scores["fid_floor"], rel=1e-6)  # real features may be another job's
     assert scores["class_accuracy"] > 0.99
     assert abs(scores["precision"] - scores["recall"]) < 0.05
 

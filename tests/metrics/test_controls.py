@@ -45,7 +45,7 @@ def real(score: Score, test_digits: tuple[Tensor, Tensor]) -> dict[str, Any]:
 
 def test_the_test_split_scores_at_the_floor(score: Score, test_digits: tuple[Tensor, Tensor]) -> None:
     found = score(test_digits[0])
-    assert found["fid"] == pytest.approx(found["fid_floor"], rel=1e-9)
+    assert found["fid"] == pytest.approx(found["fid_floor"], rel=1e-6)  # real features may be another job's
     assert 0.5 < found["fid_floor"] < 2
     assert found["fid_interval"][0] < found["fid_floor"] < found["fid_interval"][1]
     assert abs(found["kid_mean"]) < found["kid_std"]

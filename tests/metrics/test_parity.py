@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch_fidelity
 from torch import Tensor, nn
 from torch_fidelity import feature_extractor_inceptionv3
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from pipeline.baseline import fidelity_scores
 from pipeline.data import Dataset
 from pipeline.data.resident import load_split
 from pipeline.metrics import FeatureExtractor, load_features, scores
@@ -21,60 +20,9 @@ CPU = torch.device("cpu")
 SEED = 5
 
 
-class Images(torch.utils.data.Dataset[Tensor]):
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images[index]
-
-
-class RegisteredMnist(FeatureExtractorBase):  # type: ignore[misc]
-    """The shipped classifier as torch-fidelity wants it."""
-
-    def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
-        super().__init__(name, features_list)
-        self.extractor = load_features("mnist", CPU, (1, 28, 28), None)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        found = dict(zip(("features", "logits"), self.extractor(images), strict=True))
-        return tuple(found[name] for name in self.features_list)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return "features", "logits"
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return "logits" if metric == "isc" else "features"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
-
-torch_fidelity.register_feature_extractor("parity-mnist", RegisteredMnist)
-
-
 def theirs(fake: Tensor, real: Tensor, subset: int, batch_size: int, **arguments: Any) -> dict[str, float]:
-    found = torch_fidelity.calculate_metrics(
-        input1=Images(fake),
-        input2=Images(real),
-        cuda=False,
-        save_cpu_ram=True,  # no worker processes
-        cache=False,
-        verbose=False,
-        fid=True,
-        kid=True,
-        isc=True,
-        kid_subset_size=subset,
-        rng_seed=SEED,
-        batch_size=batch_size,
-        **arguments,
-    )
+    settings = {"kid_subset_size": subset, "rng_seed": SEED, "batch_size": batch_size, "cache": False}
+    found = fidelity_scores(fake, real, **settings, **arguments)
     names = {
         "fid": "frechet_inception_distance",
         "kid_mean": "kernel_inception_distance_mean",
@@ -109,7 +57,7 @@ def test_mnist_features(num_fake: int, mnist_dataset: Dataset, extractor: Featur
     subset = min(scores.KID_SUBSET_SIZE, num_fake)
     found = ours(fake, real, extractor)
     assert found["fid"] > 10
-    compare(found, theirs(fake, real, subset, 100, feature_extractor="parity-mnist"))
+    compare(found, theirs(fake, real, subset, 100, feature_extractor="mnist"))
 
 
 @pytest.fixture(scope="module")
