@@ -22,9 +22,10 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from pipeline import sampling
 from pipeline.config import OptimizerConfig
+from pipeline.convolutions import KERNEL
 from pipeline.data import Batch
 from pipeline.metrics.features import MNIST_SHAPE, MnistFeatures
-from pipeline.networks import CRITIC_STRIDES, KERNEL, LEAK, Critic, Generator
+from pipeline.networks import CRITIC_STRIDES, LEAK, Critic, Generator
 from pipeline.objectives import gradient_penalty
 from pipeline.trainer import Trainer
 

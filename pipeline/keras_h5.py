@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from pipeline.config import NetworkConfig, UserError
-from pipeline.networks import GENERATOR_CHANNELS, KERNEL, NORM_EPSILON, Generator, scaled
+from pipeline.convolutions import KERNEL
+from pipeline.networks import GENERATOR_CHANNELS, NORM_EPSILON, Generator, scaled
 
 STRIDES = (2, 2, 1, 1)
 LINEAR = ("kernel", "bias")

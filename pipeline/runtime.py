@@ -51,9 +51,6 @@ EXIT_USER_ERROR, EXIT_FAILED, EXIT_PREEMPTED, EXIT_INTERRUPTED = 2, 3, 75, 130
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 COMMENT_SECONDS = 10
 """Least time between two updates of a Slurm job's comment."""
-BUCKET_MIB = 1
-"""Gradients that are shared as soon as they are there. The critic has 4 MiB, most of them in its last convolution,
-where backward begins."""
 STOP_FILE_SECONDS = 1.0
 """Between two looks for the stop file, which may lie on a busy shared file system."""
 T = TypeVar("T")
@@ -118,7 +115,6 @@ class Runtime:
             kwargs_handlers=[
                 DistributedDataParallelKwargs(
                     gradient_as_bucket_view=True,
-                    bucket_cap_mb=BUCKET_MIB,
                     comm_hook=DDPCommunicationHookType.BF16
                     if config.compress_gradients
                     else DDPCommunicationHookType.NO,
@@ -322,7 +318,9 @@ class Runtime:
             "python": sys.version.split()[0],
             "packages": {name: metadata.version(name) for name in packages},
             "world_size": self.world_size,
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _processor_name(),
+            "device": torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else f"{len(self.cores)} x {_processor_name()}",
             "threads_per_rank": torch.get_num_threads(),
             "hostname": os.uname().nodename,
             "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
@@ -502,4 +500,4 @@ def _git_commit() -> str | None:
 def _processor_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(os.sched_getaffinity(0))} x {names[0] if names else 'CPU'}"
+    return names[0] if names else "CPU"

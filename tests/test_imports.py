@@ -13,7 +13,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Low to high: a module imports from lower layers, and from its own package.
 LAYERS = [
-    {"config", "files", "progress"},
+    {"config", "files", "progress", "convolutions"},
     {"networks", "objectives", "sampling", "lock"},
     {"state", "updates", "data", "runtime", "pictures", "keras_h5"},
     {"step"},
@@ -25,6 +25,7 @@ LAYERS = [
 ]
 SINGLE_PROCESS = {
     "config",
+    "convolutions",
     "files",
     "networks",
     "objectives",
