@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from pipeline.checkpoint import find
@@ -67,8 +68,8 @@ def final_state(run: Path, step: int) -> dict[str, Tensor]:
 
 
 @contextmanager
-def signals_kept() -> Iterator[None]:
-    """A Runtime in the test's own process takes over its signals: they are given back."""
+def process_kept() -> Iterator[None]:
+    """A Runtime in the test's own process takes over its signals and arithmetic: they are given back."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         yield
@@ -76,3 +77,4 @@ def signals_kept() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
+        torch.set_flush_denormal(False)

@@ -12,12 +12,12 @@ from pipeline.baseline import PlainTrainer, same_padding
 from pipeline.config import RuntimeConfig, make_parser, parse
 from pipeline.runtime import Runtime
 from pipeline.trainer import Trainer
-from tests.jobs import TINY, signals_kept
+from tests.jobs import TINY, process_kept
 
 
 @pytest.fixture(scope="module")
 def runtime() -> Iterator[Runtime]:
-    with signals_kept():
+    with process_kept():
         yield Runtime(RuntimeConfig(device="cpu", threads=1))
 
 

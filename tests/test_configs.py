@@ -12,7 +12,7 @@ from pipeline.config import Config, RuntimeConfig, flatten, make_parser, parse
 from pipeline.data import Dataset
 from pipeline.runtime import Runtime
 from pipeline.trainer import Trainer
-from tests.jobs import ROOT, signals_kept
+from tests.jobs import ROOT, process_kept
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -28,7 +28,7 @@ of that width, and its generator's rate is twenty times its critic's."""
 
 @pytest.fixture(scope="module")
 def runtime() -> Iterator[Runtime]:
-    with signals_kept():
+    with process_kept():
         yield Runtime(RuntimeConfig(device="cpu", threads=1))
 
 

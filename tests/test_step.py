@@ -11,7 +11,7 @@ from pipeline.config import RuntimeConfig, UserError, make_parser, parse
 from pipeline.runtime import Runtime
 from pipeline.step import CapturedStep, Step
 from pipeline.trainer import Trainer
-from tests.jobs import TINY, signals_kept
+from tests.jobs import TINY, process_kept
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
@@ -29,7 +29,7 @@ def test_a_captured_step_walks_the_same_trajectory(
     place = ["--data.dataset", str(tiny_dataset), "--run.root", str(tmp_path), "--training.objective", objective]
     graph = ["--runtime.cuda_graph", "true"] if device == "cuda" else []
     found = []
-    with signals_kept():
+    with process_kept():
         for captured in (False, True):
             arguments = [*TINY, *place, *chosen, "--runtime.device", device, *(graph if captured else [])]
             config, _ = parse(make_parser("test"), arguments)
@@ -48,5 +48,5 @@ def test_a_captured_step_walks_the_same_trajectory(
 
 
 def test_a_graph_needs_a_gpu() -> None:
-    with signals_kept(), pytest.raises(UserError, match=r"runtime\.cuda_graph is true, which takes a CUDA device"):
+    with process_kept(), pytest.raises(UserError, match=r"runtime\.cuda_graph is true, which takes a CUDA device"):
         Runtime(RuntimeConfig(device="cpu", cuda_graph=True))

@@ -1,4 +1,4 @@
-"""Writes the cores that this rank may run on, and its threads: `cores.py FOLDER`."""
+"""Writes how this rank uses its machine's cores: `cores.py FOLDER`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from pipeline.runtime import Runtime
 
 def main(folder: str) -> None:
     runtime = Runtime(RuntimeConfig(device="cpu"))
-    found = {"cores": sorted(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
+    subnormals = int((torch.full((2**20,), 1e-38) / 10).count_nonzero())
+    found = {"cores": sorted(os.sched_getaffinity(0)), "threads": torch.get_num_threads(), "subnormals": subnormals}
     Path(folder, f"{runtime.rank}.json").write_text(json.dumps(found))
     runtime.close()
 

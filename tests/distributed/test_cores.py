@@ -1,4 +1,4 @@
-"""How ranks share the cores of a machine. Real processes."""
+"""How ranks use the cores of a machine. Real processes."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def test_more_ranks_than_cores_share_all_of_them(tmp_path: Path) -> None:
     count = len(CORES) + 1
     if count > 8:
         pytest.skip("takes a process for each core and one more")
-    assert shares(tmp_path, count) == [{"cores": CORES, "threads": 1}] * count
+    assert shares(tmp_path, count) == [{"cores": CORES, "threads": 1, "subnormals": 0}] * count
 
 
-def test_a_single_process_has_them_all(tmp_path: Path) -> None:
-    assert shares(tmp_path, 1) == [{"cores": CORES, "threads": len(CORES)}]
+def test_a_single_process_has_them_all_and_no_thread_keeps_subnormal_numbers(tmp_path: Path) -> None:
+    assert shares(tmp_path, 1) == [{"cores": CORES, "threads": len(CORES), "subnormals": 0}]

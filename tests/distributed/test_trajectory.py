@@ -18,7 +18,7 @@ from pipeline.config import RuntimeConfig, make_parser, parse
 from pipeline.objectives import OBJECTIVES
 from pipeline.runtime import Runtime
 from pipeline.trainer import Trainer
-from tests.jobs import ROOT, TINY, environment, launch, signals_kept, train_many
+from tests.jobs import ROOT, TINY, environment, launch, process_kept, train_many
 
 STEPS = 20
 SETTINGS = {
@@ -148,7 +148,7 @@ def test_the_sources_and_variants_are_different_runs(trajectories: Arguments) ->
 @pytest.fixture(scope="module")
 def runtime() -> Iterator[Runtime]:
     """One process, in this one."""
-    with signals_kept():
+    with process_kept():
         yield Runtime(RuntimeConfig(device="cpu", threads=1))
 
 
