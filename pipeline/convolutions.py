@@ -104,14 +104,16 @@ class _ConvolutionByRows(torch.autograd.Function):
             return gradients
         n, _, h, w = images.shape
         inputs, kernel, above = _rows(images), _kernel_rows(weight), _rows(upstream)
-        for_inputs, for_kernel = torch.zeros_like(inputs), torch.zeros_like(kernel)
         _, wants_kernel, wants_bias = ctx.needs_input_grad
+        for_inputs, for_kernel = torch.zeros_like(inputs), torch.zeros_like(kernel) if wants_kernel else None
         for into, taps, out in _products(images.shape, len(weight)):
             for_inputs[into].addmm_(above[out], kernel[taps])
-            if wants_kernel:
+            if for_kernel is not None:
                 for_kernel[taps].addmm_(above[out].T, inputs[into])
         for_images = for_inputs.view(h, n, w, -1).permute(1, 3, 0, 2).contiguous(memory_format=torch.channels_last)
-        for_weight = for_kernel.view(len(weight), KERNEL, KERNEL, -1).permute(0, 3, 1, 2) if wants_kernel else None
+        for_weight = (
+            None if for_kernel is None else for_kernel.view(len(weight), KERNEL, KERNEL, -1).permute(0, 3, 1, 2)
+        )
         return for_images, for_weight, upstream.sum((0, 2, 3)) if wants_bias else None
 
 
