@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-from pipeline import sampling
+from pipeline import rng
 from pipeline.config import OptimizerConfig
 from pipeline.convolutions import KERNEL
 from pipeline.data import Batch
@@ -114,8 +114,8 @@ class PlainTrainer:
         for index in range(training.n_critic):
             batch = next(batches)
             real = batch.images.to(trainer.interval.dtype) / 255
-            latents = trainer.draw(sampling.critic_latents, self._step, index, training.batch_size, latent_dim)
-            labels = trainer.draw_labels(sampling.critic_labels, self._step, index)
+            latents = trainer.draw(rng.critic_latents, self._step, index, training.batch_size, latent_dim)
+            labels = trainer.draw_labels(rng.critic_labels, self._step, index)
             with torch.no_grad():
                 self.generator.train(training.critic_fakes == "batch")
                 fake = self.generator(latents, labels)
@@ -129,7 +129,7 @@ class PlainTrainer:
                 fake_loss = fake_loss + F.cross_entropy(fake_logits, labels)
             loss = objective.joint_weight * (real_loss + fake_loss)
             if training.gradient_penalty is not None:
-                mix = trainer.draw(sampling.penalty_mix, self._step, index, training.batch_size).view(-1, 1, 1, 1)
+                mix = trainer.draw(rng.penalty_mix, self._step, index, training.batch_size).view(-1, 1, 1, 1)
                 between = (mix * real + (1 - mix) * fake).requires_grad_()
                 loss = loss + training.gradient_penalty * gradient_penalty(self.critic(between)[0], between)
             torch.autograd.backward(loss)
@@ -138,8 +138,8 @@ class PlainTrainer:
                 for parameter in self.critic.parameters():
                     parameter.data.clamp_(-training.clip_value, training.clip_value)
             losses.append((real_loss.item() + fake_loss.item()) / 2)
-        latents = trainer.draw(sampling.generator_latents, self._step, training.batch_size, latent_dim)
-        labels = trainer.draw_labels(sampling.generator_labels, self._step)
+        latents = trainer.draw(rng.generator_latents, self._step, training.batch_size, latent_dim)
+        labels = trainer.draw_labels(rng.generator_labels, self._step)
         self.generator.train()
         self._generator_optimizer.zero_grad()
         scores, logits = self._bare_critic(self.generator(latents, labels))

@@ -26,15 +26,16 @@ import webdataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.baseline import PlainTrainer, fidelity_scores
-from pipeline.config import Config, UserError, make_parser, parse
+from pipeline.config import Config, make_parser, parse
 from pipeline.data import Dataset, open_dataset
 from pipeline.data.resident import ResidentSource, load_split
 from pipeline.data.streaming import StreamingSource
-from pipeline.files import write_text
+from pipeline.errors import UserError
 from pipeline.metrics import evaluate_images, load_features
 from pipeline.metrics.scores import KID_SUBSET_SIZE, NEIGHBOURS
 from pipeline.pictures import render_range
 from pipeline.runtime import Runtime, run_entry
+from pipeline.storage.files import write_text
 from pipeline.trainer import Trainer
 
 ROUNDS = 7

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
-from pipeline.config import UserError
+from pipeline.errors import UserError
 from pipeline.runtime import gloo_group, run_entry
 
 # Saving without a process group is meant: a single process has none.

@@ -20,11 +20,9 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
+from pipeline.errors import UserError
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-
-class UserError(Exception):
-    """A mistake in what the user gave: the message names the key or file, the value and the fix."""
 
 
 def knob(

@@ -27,14 +27,15 @@ import torch.distributed as dist
 from accelerate.utils import gather_object
 
 from pipeline.checkpoint import committed
-from pipeline.config import Config, UserError, make_parser, parse
+from pipeline.config import Config, make_parser, parse
 from pipeline.data import KNOWN, DataError, Dataset, dataset_folder, load_dataset, locations, source_kind
 from pipeline.data.manifest import FILE_NAME, Shard
 from pipeline.data.streaming import StreamingSource
+from pipeline.errors import EXIT_USER_ERROR, UserError
 from pipeline.metrics.features import default_inception_weights, load_features
 from pipeline.objectives import choose
-from pipeline.runtime import EXIT_USER_ERROR, Runtime, run_entry
-from pipeline.sampling import rank_slice
+from pipeline.rng import rank_slice
+from pipeline.runtime import Runtime, run_entry
 from pipeline.state import build_state
 from pipeline.trainer import check_run_folder
 

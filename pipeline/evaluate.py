@@ -11,13 +11,14 @@ from jsonargparse import Namespace
 from torch import Tensor
 
 from pipeline.checkpoint import CheckpointError, committed, find
-from pipeline.config import Config, UserError, make_parser, parse
+from pipeline.config import Config, make_parser, parse
 from pipeline.data import Dataset, open_dataset
 from pipeline.data.images import Split, open_images
 from pipeline.data.resident import load_split
+from pipeline.errors import EXIT_PREEMPTED, Preempted, UserError
 from pipeline.export import EXPORT_SUFFIXES, generator_of, load_generator
 from pipeline.report import write_report
-from pipeline.runtime import EXIT_PREEMPTED, Preempted, Runtime, run_entry
+from pipeline.runtime import Runtime, run_entry
 from pipeline.scoring import Scorer
 
 TARGET = (

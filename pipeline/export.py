@@ -16,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pipeline.checkpoint import Checkpoint, find, read_checkpoint
-from pipeline.config import UserError
-from pipeline.files import replacing
+from pipeline.errors import UserError
 from pipeline.keras_h5 import load_keras
 from pipeline.networks import Generator
 from pipeline.runtime import run_entry
+from pipeline.storage.files import replacing
 
 FORMAT = "gan-pipeline generator 1"
 KERAS_SUFFIXES = (".h5", ".hdf5")

@@ -7,7 +7,7 @@ import torch
 from jsonargparse import ArgumentParser
 from PIL import Image
 
-from pipeline.config import UserError
+from pipeline.errors import UserError
 from pipeline.export import load_generator
 from pipeline.pictures import interpolate, render_range, sample_grid, save_grid
 from pipeline.progress import bar

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config import NetworkConfig, UserError
+from pipeline.config import NetworkConfig
 from pipeline.convolutions import KERNEL
+from pipeline.errors import UserError
 from pipeline.networks import GENERATOR_CHANNELS, NORM_EPSILON, Generator, scaled
 
 STRIDES = (2, 2, 1, 1)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.config import NetworkConfig, UserError
+from pipeline.config import NetworkConfig
 from pipeline.convolutions import MirroredConv2d, MirroredConvTranspose2d, SameConv2d
+from pipeline.errors import UserError
 
 GENERATOR_CHANNELS = (128, 128, 64, 32)
 CRITIC_CHANNELS = (32, 64, 128, 256)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.config import TrainingConfig, UserError
+from pipeline.config import TrainingConfig
+from pipeline.errors import UserError
 
 ScoreLoss = Callable[[Tensor], Tensor]
 

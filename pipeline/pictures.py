@@ -9,9 +9,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from pipeline.files import replacing
 from pipeline.networks import Generator
-from pipeline.sampling import evaluation_labels, evaluation_latents
+from pipeline.rng import evaluation_labels, evaluation_latents
+from pipeline.storage.files import replacing
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from pipeline.config import UserError
 from pipeline.data.manifest import Dataset
 from pipeline.data.preparing import (
     IMAGES_PER_BLOCK,
@@ -16,6 +15,7 @@ from pipeline.data.preparing import (
     prepare_mnist,
     prepare_npz,
 )
+from pipeline.errors import UserError
 
 
 def parse(arguments: list[str] | None = None) -> Namespace:

@@ -26,8 +26,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 from PIL import Image
 
-from pipeline.config import Config, UserError, flatten
-from pipeline.files import replacing
+from pipeline.config import Config, flatten
+from pipeline.errors import UserError
+from pipeline.storage.files import replacing
 
 MAX_GRIDS = 40
 MAX_POINTS = 400  # per drawn line: more cannot be seen at the width of a chart and only costs bytes

@@ -44,28 +44,24 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
-from pipeline.config import RuntimeConfig, UserError
+from pipeline.config import RuntimeConfig
+from pipeline.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    LocalError,
+    TrainingFailed,
+    UserError,
+)
 from pipeline.networks import BatchNorm, Statistics, update_moving_averages
 
-EXIT_USER_ERROR, EXIT_FAILED, EXIT_PREEMPTED, EXIT_INTERRUPTED = 2, 3, 75, 130
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 COMMENT_SECONDS = 10
 """Least time between two updates of a Slurm job's comment."""
 STOP_FILE_SECONDS = 1.0
 """Between two looks for the stop file, which may lie on a busy shared file system."""
 T = TypeVar("T")
-
-
-class LocalError(UserError):
-    """An error that perhaps only this rank has met, like a damaged shard of its own: whichever rank raises it tells."""
-
-
-class TrainingFailed(Exception):
-    """The run can't go on: it diverged, or its state can't be saved. The last good checkpoint is kept."""
-
-
-class Preempted(Exception):
-    """The run was asked to stop and every rank knows."""
 
 
 class Runtime:

@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config import EvaluationConfig, UserError
+from pipeline.config import EvaluationConfig
 from pipeline.data.manifest import Dataset
 from pipeline.data.resident import load_images
-from pipeline.files import write_text
+from pipeline.errors import Preempted, UserError
 from pipeline.metrics.cache import Interrupted
 from pipeline.metrics.evaluation import SHOWN_IMAGES, evaluate_images
 from pipeline.metrics.features import find_weights, load_features
 from pipeline.networks import Generator
 from pipeline.pictures import render_range, save_grid
 from pipeline.progress import bar
-from pipeline.runtime import Preempted, Runtime
-from pipeline.sampling import evaluation_labels
+from pipeline.rng import evaluation_labels
+from pipeline.runtime import Runtime
+from pipeline.storage.files import write_text
 
 
 class Scorer:

@@ -1,7 +1,7 @@
 """Contract 3: everything that continuing a run needs, declared once.
 
 generator, critic, both optimisers, the generator's moving average, fp16's loss scale, step. Random numbers are
-functions of the seed and the step (pipeline/sampling.py), so no generator state is among them.
+functions of the seed and the step (pipeline/rng.py), so no generator state is among them.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import Config, OptimizerConfig, UserError
+from pipeline.config import Config, OptimizerConfig
+from pipeline.errors import UserError
 from pipeline.networks import Critic, Generator, initialise
-from pipeline.sampling import seeded
+from pipeline.rng import seeded
 
 
 @dataclass

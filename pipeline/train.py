@@ -1,7 +1,8 @@
 """Trains a run: `accelerate launch pipeline/train.py [--config FILE] [--KEY VALUE ...]`."""
 
 from pipeline.config import make_parser, parse
-from pipeline.runtime import EXIT_PREEMPTED, Preempted, Runtime, run_entry
+from pipeline.errors import EXIT_PREEMPTED, Preempted
+from pipeline.runtime import Runtime, run_entry
 from pipeline.trainer import Trainer
 
 

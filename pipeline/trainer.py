@@ -13,22 +13,23 @@ import torch
 import yaml
 from torch import Tensor
 
-from pipeline import sampling
+from pipeline import rng
 from pipeline.checkpoint import CheckpointWriter, IntegrityError, newest_intact, sweep
-from pipeline.config import Config, OptimizerConfig, UserError, flatten, to_yaml
+from pipeline.config import Config, OptimizerConfig, flatten, to_yaml
 from pipeline.data import Batch, open_dataset, open_source
+from pipeline.errors import LocalError, Preempted, TrainingFailed, UserError
 from pipeline.export import save_export
-from pipeline.files import write_text
-from pipeline.lock import RunLock
 from pipeline.networks import Generator
 from pipeline.objectives import choose
 from pipeline.pictures import interpolate, sample_grid, save_grid
 from pipeline.progress import bar
 from pipeline.report import write_report
-from pipeline.runtime import LocalError, Preempted, Runtime, TrainingFailed
+from pipeline.runtime import Runtime
 from pipeline.scoring import Scorer
 from pipeline.state import build_state
 from pipeline.step import CapturedStep, Step, StepInputs
+from pipeline.storage.files import write_text
+from pipeline.storage.lock import RunLock
 from pipeline.updates import Descent
 
 
@@ -43,7 +44,7 @@ class Trainer:
         self.config, self.runtime, self.folder = config, runtime, config.folder
         training = config.training
         self.objective = choose(training)
-        self.rows = sampling.rank_slice(training.batch_size, runtime.rank, runtime.world_size)
+        self.rows = rng.rank_slice(training.batch_size, runtime.rank, runtime.world_size)
         share, parts = self.rows.stop - self.rows.start, config.runtime.accumulation
         if share % parts:
             raise UserError(
@@ -151,10 +152,10 @@ class Trainer:
         drawn = [self.interval.wait_for(batches) for _ in iterations]
         critic_latents, critic_labels, mixes = [], [], []
         for index in iterations:
-            critic_latents.append(self.draw(sampling.critic_latents, step, index, training.batch_size, latent_dim))
-            critic_labels.append(self.draw_labels(sampling.critic_labels, step, index))
+            critic_latents.append(self.draw(rng.critic_latents, step, index, training.batch_size, latent_dim))
+            critic_labels.append(self.draw_labels(rng.critic_labels, step, index))
             if training.gradient_penalty is not None:
-                mixes.append(self.draw(sampling.penalty_mix, step, index, training.batch_size))
+                mixes.append(self.draw(rng.penalty_mix, step, index, training.batch_size))
         first = step * training.n_critic
         return StepInputs(
             torch.stack([batch.images for batch in drawn]),
@@ -162,8 +163,8 @@ class Trainer:
             torch.stack(critic_latents),
             torch.stack(critic_labels),
             torch.stack(mixes) if mixes else None,
-            self.draw(sampling.generator_latents, step, training.batch_size, latent_dim),
-            self.draw_labels(sampling.generator_labels, step),
+            self.draw(rng.generator_latents, step, training.batch_size, latent_dim),
+            self.draw_labels(rng.generator_labels, step),
             self._numbers([learning_rate(training.critic_optimizer, first + index) for index in iterations]),
             self._numbers([learning_rate(training.generator_optimizer, step)]),
             self._numbers([self.state.ema_weight(training.ema_decay)]),

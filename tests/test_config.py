@@ -7,17 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import (
-    Config,
-    DataConfig,
-    RunConfig,
-    TrainingConfig,
-    UserError,
-    flatten,
-    make_parser,
-    parse,
-    to_yaml,
-)
+from pipeline.config import Config, DataConfig, RunConfig, TrainingConfig, flatten, make_parser, parse, to_yaml
+from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Config, UserError, make_parser, parse
+from pipeline.config import Config, make_parser, parse
 from pipeline.data import load_dataset
 from pipeline.doctor import (
     SIGNAL_SECONDS,
@@ -22,6 +22,7 @@ from pipeline.doctor import (
     check_time,
     find_dataset,
 )
+from pipeline.errors import UserError
 from tests.jobs import ROOT, TINY, environment, launch
 
 DOCTOR = ROOT / "pipeline/doctor.py"

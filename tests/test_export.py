@@ -11,10 +11,11 @@ import onnxruntime
 import pytest
 import torch
 
-from pipeline.config import NetworkConfig, UserError
+from pipeline.config import NetworkConfig
+from pipeline.errors import UserError
 from pipeline.export import convert, load_export, save_export, save_onnx
 from pipeline.networks import Generator, initialise
-from pipeline.sampling import evaluation_labels, evaluation_latents, seeded
+from pipeline.rng import evaluation_labels, evaluation_latents, seeded
 from tests.jobs import ROOT, environment
 
 

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline.config import NetworkConfig, UserError
+from pipeline.config import NetworkConfig
+from pipeline.errors import UserError
 from pipeline.export import load_export, save_export
 from pipeline.networks import Generator, initialise
 from pipeline.pictures import interpolate, render_range, sample_grid, to_uint8
-from pipeline.sampling import seeded
+from pipeline.rng import seeded
 from tests.jobs import ROOT
 from tests.trap import Trap
 

@@ -13,8 +13,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Low to high: a module imports from lower layers, and from its own package.
 LAYERS = [
-    {"config", "files", "progress", "convolutions"},
-    {"networks", "objectives", "sampling", "lock"},
+    {"errors"},
+    {"config", "progress", "convolutions"},
+    {"networks", "objectives", "rng", "storage", "distributed"},
     {"state", "updates", "data", "runtime", "pictures", "keras_h5"},
     {"step"},
     {"checkpoint", "metrics", "report"},
@@ -26,10 +27,9 @@ LAYERS = [
 SINGLE_PROCESS = {
     "config",
     "convolutions",
-    "files",
     "networks",
     "objectives",
-    "sampling",
+    "rng",
     "state",
     "updates",
     "data",

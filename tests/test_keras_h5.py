@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import UserError
+from pipeline.errors import UserError
 from pipeline.export import load_generator
 from pipeline.keras_h5 import load_keras
 from tests.jobs import ROOT

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import UserError
-from pipeline.lock import STALE_SECONDS, RunLock
+from pipeline.errors import UserError
+from pipeline.storage.lock import STALE_SECONDS, RunLock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from pipeline.lock import RunLock
+from pipeline.storage.lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 print('held', flush=True)
 time.sleep(60)

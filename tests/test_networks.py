@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import NetworkConfig, UserError
+from pipeline.config import NetworkConfig
+from pipeline.errors import UserError
 from pipeline.networks import Critic, Generator, initialise
-from pipeline.sampling import seeded
+from pipeline.rng import seeded
 from tests.keras_reference import Array, keras_conv, keras_generator
 
 

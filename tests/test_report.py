@@ -24,7 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.config import Config, UserError, to_yaml
+from pipeline.config import Config, to_yaml
+from pipeline.errors import UserError
 from pipeline.report import (
     MAX_GRIDS,
     Evaluation,

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config import RuntimeConfig, UserError, make_parser, parse
+from pipeline.config import RuntimeConfig, make_parser, parse
+from pipeline.errors import UserError
 from pipeline.runtime import Runtime
 from pipeline.step import CapturedStep, Step
 from pipeline.trainer import Trainer

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import NetworkConfig, OptimizerConfig, TrainingConfig, UserError
+from pipeline.config import NetworkConfig, OptimizerConfig, TrainingConfig
+from pipeline.errors import UserError
 from pipeline.networks import Critic, Generator, initialise
 from pipeline.objectives import OBJECTIVES, choose, gradient_penalty
-from pipeline.sampling import seeded
+from pipeline.rng import seeded
 from pipeline.state import build_optimizer
 from pipeline.updates import Descent, Images, clip_, critic_step, generator_step, to_pixels
 

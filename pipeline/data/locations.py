@@ -17,7 +17,7 @@ from pathlib import Path
 
 from webdataset.gopen import gopen, gopen_schemes
 
-from pipeline.config import UserError
+from pipeline.errors import UserError
 
 HTTP_ATTEMPTS = 5
 TIMEOUT_SECONDS = 30.0

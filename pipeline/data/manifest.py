@@ -9,8 +9,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.config import UserError
 from pipeline.data import locations
+from pipeline.errors import UserError
 
 FILE_NAME = "dataset.json"
 VERSION = 1

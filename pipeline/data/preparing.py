@@ -34,14 +34,14 @@ import torch
 from braceexpand import braceexpand
 from tqdm import tqdm
 
-from pipeline.config import UserError
 from pipeline.data import locations
 from pipeline.data.images import Scanner, Split, list_images, load_npz, read_images
 from pipeline.data.manifest import FILE_NAME, DataError, Dataset, Shard, load_dataset, to_json
 from pipeline.data.resident import load_split
 from pipeline.data.shards import Images, Labels, parse_shard, read_shard, write_shard
-from pipeline.files import replacing
-from pipeline.sampling import seeded
+from pipeline.errors import UserError
+from pipeline.rng import seeded
+from pipeline.storage.files import replacing
 
 IMAGES_PER_BLOCK = 250
 """Throughput hardly grows beyond 100 images a member."""

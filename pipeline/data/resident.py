@@ -9,7 +9,7 @@ import torch
 from pipeline.data.manifest import Dataset
 from pipeline.data.shards import decode, read_shard
 from pipeline.data.source import Batch
-from pipeline.sampling import data_indices, rank_slice
+from pipeline.rng import data_indices, rank_slice
 
 
 def load_split(dataset: Dataset, split: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,7 +48,7 @@ def load_images(dataset: Dataset, split: str, indices: torch.Tensor) -> torch.Te
 
 
 class ResidentSource:
-    """Batch k of the train split is `sampling.data_indices(seed, k, ...)`: uniform with replacement."""
+    """Batch k of the train split is `rng.data_indices(seed, k, ...)`: uniform with replacement."""
 
     def __init__(
         self, dataset: Dataset, *, batch_size: int, seed: int, rank: int, world_size: int, device: torch.device

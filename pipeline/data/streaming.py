@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from pipeline.config import UserError
 from pipeline.data.manifest import Dataset
 from pipeline.data.shards import Images, Labels, decode, read_shard
 from pipeline.data.source import Batch
-from pipeline.sampling import seeded
+from pipeline.errors import UserError
+from pipeline.rng import seeded
 
 CHUNK_BATCHES = 64
 CHUNK_BYTES = 4 * 2**20

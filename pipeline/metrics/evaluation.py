@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.config import UserError
 from pipeline.data.manifest import Dataset
+from pipeline.errors import UserError
 from pipeline.metrics import scores
 from pipeline.metrics.cache import (
     Interrupted,
@@ -26,7 +26,7 @@ from pipeline.metrics.cache import (
     stacked,
 )
 from pipeline.metrics.features import FORWARD_SIZE, FeatureExtractor
-from pipeline.sampling import seeded
+from pipeline.rng import seeded
 
 MANIFOLD_IMAGES = 10_000
 """Most images of either side in precision, recall, density and coverage, whose cost grows with their product."""

@@ -19,7 +19,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-from pipeline.config import UserError
+from pipeline.errors import UserError
 
 MNIST_WEIGHTS = Path(__file__).with_name("mnist_classifier.safetensors")
 MNIST_SHAPE = (1, 28, 28)

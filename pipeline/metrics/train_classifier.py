@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.config import DataConfig, UserError
+from pipeline.config import DataConfig
 from pipeline.data import open_dataset
 from pipeline.data.resident import load_split
+from pipeline.errors import UserError
 from pipeline.metrics.features import MNIST_SHAPE, MNIST_WEIGHTS, MnistClassifier
-from pipeline.sampling import seeded
+from pipeline.rng import seeded
 
 EPOCHS = 10
 BATCH_SIZE = 128

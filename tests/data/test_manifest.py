@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import DataConfig, UserError
+from pipeline.config import DataConfig
 from pipeline.data import DataError, load_dataset, open_dataset
 from pipeline.data.manifest import to_json
 from pipeline.data.resident import load_split
 from pipeline.data.shards import read_shard
+from pipeline.errors import UserError
 from tests.data.numbered import numbered_dataset
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config import DataConfig, UserError
+from pipeline.config import DataConfig
 from pipeline.data import Dataset, Source, open_dataset, open_source
 from pipeline.data.resident import ResidentSource, load_split
 from pipeline.data.streaming import StreamingSource
-from pipeline.sampling import data_indices
+from pipeline.errors import UserError
+from pipeline.rng import data_indices
 from tests.data.numbered import numbered_dataset
 
 CPU = torch.device("cpu")

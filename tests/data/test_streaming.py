@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from webdataset import TarWriter
 
-from pipeline.config import UserError
 from pipeline.data import DataError, Dataset, Shard, streaming
 from pipeline.data.preparing import index_shards
 from pipeline.data.shards import Samples, read_shard
 from pipeline.data.streaming import StreamingSource, pieces
+from pipeline.errors import UserError
 from tests.data.numbered import image_numbers, numbered_dataset
 
 COUNTS = [1, 900, 17, 250, 3, 444, 120]

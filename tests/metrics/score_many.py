@@ -20,7 +20,7 @@ from pipeline.data import load_dataset
 from pipeline.data.resident import load_split
 from pipeline.metrics import evaluate_images, load_features
 from pipeline.networks import Generator, initialise
-from pipeline.sampling import evaluation_latents, seeded
+from pipeline.rng import evaluation_latents, seeded
 
 
 def main(folder: str, output: str, num_images: str, *batch_sizes: str) -> None:

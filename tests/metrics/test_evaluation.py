@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.config import UserError
 from pipeline.data import Dataset
 from pipeline.data.preparing import prepare_npz
 from pipeline.data.resident import load_split
+from pipeline.errors import UserError
 from pipeline.metrics import FeatureExtractor, evaluate_images
 from pipeline.metrics.cache import Interrupted
 from tests.jobs import ROOT, TIMEOUT_SECONDS, environment

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-from pipeline.config import UserError
 from pipeline.data import Dataset
 from pipeline.data.resident import load_split
+from pipeline.errors import UserError
 from pipeline.metrics import FeatureExtractor, features, load_features
 from pipeline.metrics.features import MNIST_WEIGHTS
 from tests.trap import Trap

@@ -12,7 +12,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from pipeline.metrics import scores
 from pipeline.metrics.scores import Moments
-from pipeline.sampling import seeded
+from pipeline.rng import seeded
 
 
 def normal(num_rows: int, width: int, seed: int, shift: float = 0.0) -> Tensor:

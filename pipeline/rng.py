@@ -10,7 +10,7 @@ from hashlib import blake2b
 
 import torch
 
-from pipeline.config import UserError
+from pipeline.errors import UserError
 
 EVALUATION_BLOCK = 256
 """Evaluation latents drawn at once; changing it changes every evaluation image."""

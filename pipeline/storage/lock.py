@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.config import UserError
+from pipeline.errors import UserError
 
 HEARTBEAT_SECONDS = 10
 STALE_SECONDS = 60

@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from pipeline import sampling
-from pipeline.config import UserError
-from pipeline.sampling import seeded
+from pipeline import rng
+from pipeline.errors import UserError
+from pipeline.rng import seeded
 
 WHOLE = slice(None)
 
@@ -22,7 +22,7 @@ def test_seed_is_the_hash_of_the_arguments() -> None:
 
 
 def test_another_process_draws_the_same_whatever_its_hash_seed() -> None:
-    code = "from pipeline.sampling import *; print(generator_latents(3, 5, 4, 2, slice(None)).tolist())"
+    code = "from pipeline.rng import *; print(generator_latents(3, 5, 4, 2, slice(None)).tolist())"
     outputs = {
         subprocess.run(
             [sys.executable, "-c", code],
@@ -33,7 +33,7 @@ def test_another_process_draws_the_same_whatever_its_hash_seed() -> None:
         ).stdout
         for seed, threads in (("1", "1"), ("2", "2"))
     }
-    assert outputs == {f"{sampling.generator_latents(3, 5, 4, 2, WHOLE).tolist()}\n"}
+    assert outputs == {f"{rng.generator_latents(3, 5, 4, 2, WHOLE).tolist()}\n"}
 
 
 def test_purposes_steps_seeds_and_counters_are_separate() -> None:
@@ -53,11 +53,11 @@ def test_every_draw_of_a_run_is_another() -> None:
         for seed in range(2)
         for step in range(3)
         for draw in (
-            sampling.generator_latents(seed, step, 4, 4, WHOLE),
-            sampling.generator_labels(seed, step, 16, 10, WHOLE),
-            sampling.data_indices(seed, step, 16, 10),
-            *(sampling.critic_latents(seed, step, index, 4, 4, WHOLE) for index in range(3)),
-            *(sampling.critic_labels(seed, step, index, 16, 10, WHOLE) for index in range(3)),
+            rng.generator_latents(seed, step, 4, 4, WHOLE),
+            rng.generator_labels(seed, step, 16, 10, WHOLE),
+            rng.data_indices(seed, step, 16, 10),
+            *(rng.critic_latents(seed, step, index, 4, 4, WHOLE) for index in range(3)),
+            *(rng.critic_labels(seed, step, index, 16, 10, WHOLE) for index in range(3)),
         )
     ]
     assert len({tuple(draw.flatten().tolist()) for draw in draws}) == len(draws) == 2 * 3 * 9
@@ -67,10 +67,10 @@ def test_the_global_rng_is_left_alone() -> None:
     torch.manual_seed(11)
     expected = torch.rand(3)
     torch.manual_seed(11)
-    sampling.critic_latents(0, 1, 2, 8, 4, WHOLE)
-    sampling.critic_labels(0, 1, 2, 8, 10, WHOLE)
-    sampling.evaluation_latents(0, 0, 600, 4)
-    sampling.data_indices(0, 1, 8, 100)
+    rng.critic_latents(0, 1, 2, 8, 4, WHOLE)
+    rng.critic_labels(0, 1, 2, 8, 10, WHOLE)
+    rng.evaluation_latents(0, 0, 600, 4)
+    rng.data_indices(0, 1, 8, 100)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -78,22 +78,21 @@ def test_the_global_rng_is_left_alone() -> None:
 def test_ranks_share_one_global_batch(world_size: int) -> None:
     for seed in range(3):
         parts = [
-            sampling.critic_latents(seed, 9, 1, 12, 5, sampling.rank_slice(12, rank, world_size))
-            for rank in range(world_size)
+            rng.critic_latents(seed, 9, 1, 12, 5, rng.rank_slice(12, rank, world_size)) for rank in range(world_size)
         ]
-        assert torch.equal(torch.cat(parts), sampling.critic_latents(seed, 9, 1, 12, 5, WHOLE))
+        assert torch.equal(torch.cat(parts), rng.critic_latents(seed, 9, 1, 12, 5, WHOLE))
 
 
 def test_a_world_size_that_does_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match=r"batch_size 64 .* 3 processes"):
-        sampling.rank_slice(64, 0, 3)
+        rng.rank_slice(64, 0, 3)
 
 
 def test_latents_are_uniform_in_minus_one_to_one() -> None:
     for latents in (
-        sampling.critic_latents(1, 2, 0, 4000, 100, WHOLE),
-        sampling.generator_latents(1, 2, 4000, 100, WHOLE),
-        sampling.evaluation_latents(1, 0, 4000, 100),
+        rng.critic_latents(1, 2, 0, 4000, 100, WHOLE),
+        rng.generator_latents(1, 2, 4000, 100, WHOLE),
+        rng.evaluation_latents(1, 0, 4000, 100),
     ):
         assert latents.dtype == torch.float32
         assert latents.shape == (4000, 100)
@@ -105,36 +104,34 @@ def test_latents_are_uniform_in_minus_one_to_one() -> None:
 
 
 def test_an_evaluation_latent_depends_on_its_number_alone() -> None:
-    whole = sampling.evaluation_latents(7, 0, 1001, 3)
+    whole = rng.evaluation_latents(7, 0, 1001, 3)
     assert whole.shape == (1001, 3)
     assert len({tuple(row) for row in whole.tolist()}) == 1001
     for start, stop in [(0, 1), (255, 257), (256, 512), (300, 301), (511, 1001), (1000, 1001), (5, 5), (256, 256)]:
-        assert torch.equal(sampling.evaluation_latents(7, start, stop, 3), whole[start:stop])
-    assert not torch.equal(sampling.evaluation_latents(8, 0, 1001, 3), whole)
+        assert torch.equal(rng.evaluation_latents(7, start, stop, 3), whole[start:stop])
+    assert not torch.equal(rng.evaluation_latents(8, 0, 1001, 3), whole)
 
 
 def test_labels_cover_the_classes() -> None:
-    assert sampling.evaluation_labels(8, 13, 10).tolist() == [8, 9, 0, 1, 2]
+    assert rng.evaluation_labels(8, 13, 10).tolist() == [8, 9, 0, 1, 2]
     for labels in (
-        sampling.critic_labels(0, 3, 1, 10_000, 10, WHOLE),
-        sampling.generator_labels(0, 3, 10_000, 10, WHOLE),
+        rng.critic_labels(0, 3, 1, 10_000, 10, WHOLE),
+        rng.generator_labels(0, 3, 10_000, 10, WHOLE),
     ):
         counts = torch.bincount(labels, minlength=10)
         assert counts.shape == (10,)
         # Binomial(10,000, 0.1): standard deviation 30.
         assert counts.min() > 850
         assert counts.max() < 1150
-    assert not torch.equal(
-        sampling.critic_labels(0, 3, 1, 64, 10, WHOLE), sampling.critic_labels(0, 3, 2, 64, 10, WHOLE)
-    )
+    assert not torch.equal(rng.critic_labels(0, 3, 1, 64, 10, WHOLE), rng.critic_labels(0, 3, 2, 64, 10, WHOLE))
 
 
 def test_data_indices_are_drawn_with_replacement_over_the_whole_split() -> None:
-    draws = torch.cat([sampling.data_indices(0, number, 64, 50) for number in range(200)])
+    draws = torch.cat([rng.data_indices(0, number, 64, 50) for number in range(200)])
     assert draws.dtype == torch.int64
     counts = torch.bincount(draws, minlength=50)
     assert counts.shape == (50,)
     # Binomial(12,800, 1/50): mean 256, standard deviation 16.
     assert counts.min() > 176
     assert counts.max() < 336
-    assert len(set(sampling.data_indices(0, 0, 64, 50).tolist())) < 64
+    assert len(set(rng.data_indices(0, 0, 64, 50).tolist())) < 64

@@ -1,0 +1,26 @@
+"""How a program can end badly, and the exit code of each way.
+
+0: done. 1: a defect of the program, or a lost rank. 2: a mistake in what the user gave. 3: the training diverged, or
+can't be saved. 75 (EX_TEMPFAIL): stopped on request after saving, the same command goes on. 130: stopped at once by a
+second SIGINT.
+"""
+
+from __future__ import annotations
+
+EXIT_USER_ERROR, EXIT_FAILED, EXIT_PREEMPTED, EXIT_INTERRUPTED = 2, 3, 75, 130
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: the message names the key or file, the value and the fix."""
+
+
+class LocalError(UserError):
+    """An error that perhaps only this rank has met, like a damaged shard of its own: whichever rank raises it tells."""
+
+
+class TrainingFailed(Exception):
+    """The run can't go on: it diverged, or its state can't be saved. The last good checkpoint is kept."""
+
+
+class Preempted(Exception):
+    """The run was asked to stop and every rank knows."""
