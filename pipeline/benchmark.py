@@ -34,9 +34,9 @@ from pipeline.errors import UserError
 from pipeline.metrics import evaluate_images, load_features
 from pipeline.metrics.scores import KID_SUBSET_SIZE, NEIGHBOURS
 from pipeline.pictures import render_range
-from pipeline.runtime import Runtime, run_entry
+from pipeline.distributed.process import Runtime, run_entry
 from pipeline.storage.files import write_text
-from pipeline.trainer import Trainer
+from pipeline.training.trainer import Trainer
 
 ROUNDS = 7
 WARM_UP_STEPS = 3

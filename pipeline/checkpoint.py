@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from pipeline.errors import UserError
-from pipeline.runtime import gloo_group, run_entry
+from pipeline.distributed.process import gloo_group, run_entry
 
 # Saving without a process group is meant: a single process has none.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -121,7 +121,7 @@ class TrainingConfig:
     """The algorithm. A step is one generator update, preceded by n_critic critic iterations."""
 
     objective: str = knob("wgan")
-    """wgan, wgan_gp, lsgan, gan, acgan, or module:NAME of an Objective of yours (pipeline/objectives.py)."""
+    """wgan, wgan_gp, lsgan, gan, acgan, or module:NAME of an Objective of yours (pipeline/models/objectives.py)."""
     steps: int = knob(40_000, low=1, free=True)
     """Generator updates to train for."""
     seed: int = knob(0, low=0)
@@ -242,6 +242,17 @@ def _check_range(key: str, value: Any, item: dataclasses.Field[Any]) -> None:
         raise UserError(f"{key} is {value}: it must be greater than {above}")
     if high is not None and not value <= high:
         raise UserError(f"{key} is {value}: it must be at most {high}")
+
+
+def check_device(config: RuntimeConfig, has_cuda: bool) -> None:
+    """Raises UserError where the runtime's settings ask for a CUDA device that is not there or can't do it."""
+    if config.device == "cuda" and not has_cuda:
+        raise UserError("runtime.device is cuda, but torch sees no CUDA device: use cpu or auto")
+    on_cpu = config.device == "cpu" or not has_cuda
+    if config.precision == "fp16" and on_cpu:
+        raise UserError("runtime.precision is fp16, which takes a CUDA device: use bf16 or float32")
+    if config.cuda_graph and (on_cpu or config.precision == "fp16"):
+        raise UserError("runtime.cuda_graph is true, which takes a CUDA device and another precision than fp16")
 
 
 def flatten(config: Config, *, free: bool = True) -> dict[str, Any]:

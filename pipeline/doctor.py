@@ -33,11 +33,11 @@ from pipeline.data.manifest import FILE_NAME, Shard
 from pipeline.data.streaming import StreamingSource
 from pipeline.errors import EXIT_USER_ERROR, UserError
 from pipeline.metrics.features import default_inception_weights, load_features
-from pipeline.objectives import choose
+from pipeline.models.objectives import choose
 from pipeline.rng import rank_slice
-from pipeline.runtime import Runtime, run_entry
-from pipeline.state import build_state
-from pipeline.trainer import check_run_folder
+from pipeline.distributed.process import Runtime, run_entry
+from pipeline.training.state import build_state
+from pipeline.training.trainer import check_run_folder
 
 PATIENCE_SECONDS = 60
 """Longest wait for another rank."""

@@ -18,7 +18,7 @@ from pipeline.data.resident import load_split
 from pipeline.errors import EXIT_PREEMPTED, Preempted, UserError
 from pipeline.export import EXPORT_SUFFIXES, generator_of, load_generator
 from pipeline.report import write_report
-from pipeline.runtime import Runtime, run_entry
+from pipeline.distributed.process import Runtime, run_entry
 from pipeline.scoring import Scorer
 
 TARGET = (

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from pipeline.checkpoint import Checkpoint, find, read_checkpoint
 from pipeline.errors import UserError
 from pipeline.keras_h5 import load_keras
-from pipeline.networks import Generator
-from pipeline.runtime import run_entry
+from pipeline.models.networks import Generator
+from pipeline.distributed.process import run_entry
 from pipeline.storage.files import replacing
 
 FORMAT = "gan-pipeline generator 1"

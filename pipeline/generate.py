@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 from pipeline.export import load_generator
 from pipeline.pictures import interpolate, render_range, sample_grid, save_grid
 from pipeline.progress import bar
-from pipeline.runtime import run_entry
+from pipeline.distributed.process import run_entry
 
 BATCH = 500
 

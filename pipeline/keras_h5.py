@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from pipeline.config import NetworkConfig
-from pipeline.convolutions import KERNEL
+from pipeline.models.cpu_kernels import KERNEL
 from pipeline.errors import UserError
-from pipeline.networks import GENERATOR_CHANNELS, NORM_EPSILON, Generator, scaled
+from pipeline.models.networks import GENERATOR_CHANNELS, NORM_EPSILON, Generator, scaled
 
 STRIDES = (2, 2, 1, 1)
 LINEAR = ("kernel", "bias")

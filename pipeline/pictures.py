@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from pipeline.networks import Generator
+from pipeline.models.networks import Generator
 from pipeline.rng import evaluation_labels, evaluation_latents
 from pipeline.storage.files import replacing
 

@@ -17,11 +17,11 @@ from pipeline.errors import Preempted, UserError
 from pipeline.metrics.cache import Interrupted
 from pipeline.metrics.evaluation import SHOWN_IMAGES, evaluate_images
 from pipeline.metrics.features import find_weights, load_features
-from pipeline.networks import Generator
+from pipeline.models.networks import Generator
 from pipeline.pictures import render_range, save_grid
 from pipeline.progress import bar
 from pipeline.rng import evaluation_labels
-from pipeline.runtime import Runtime
+from pipeline.distributed.process import Runtime
 from pipeline.storage.files import write_text
 
 

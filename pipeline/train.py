@@ -1,23 +1,21 @@
 """Trains a run: `accelerate launch pipeline/train.py [--config FILE] [--KEY VALUE ...]`."""
 
 from pipeline.config import make_parser, parse
-from pipeline.errors import EXIT_PREEMPTED, Preempted
-from pipeline.runtime import Runtime, run_entry
-from pipeline.trainer import Trainer
+from pipeline.distributed.launcher import run_program
+from pipeline.storage.run_folder import RunFolder
 
 
-def main() -> int:
+def main() -> None:
     config, _ = parse(make_parser("Train a GAN. The same command again goes on from the newest checkpoint."))
-    runtime = Runtime(config.runtime, trackers=config.run.trackers, folder=config.folder)
+    from pipeline.distributed.process import Runtime  # here: `--help` and mistakes need no torch
+    from pipeline.training.trainer import Trainer
+
+    runtime = Runtime(config.runtime, trackers=config.run.trackers, tracker_folder=RunFolder(config.folder).trackers)
     try:
         Trainer(config, runtime).run()
-    except Preempted as stop:
-        runtime.say(str(stop))
-        return EXIT_PREEMPTED
     finally:
         runtime.close()
-    return 0
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_program(main)

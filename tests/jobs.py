@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint import find
-from pipeline.runtime import STOP_SIGNALS
+from pipeline.distributed.process import STOP_SIGNALS
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_SECONDS = 600

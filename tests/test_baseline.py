@@ -10,8 +10,8 @@ import torch
 
 from pipeline.baseline import PlainTrainer, same_padding
 from pipeline.config import RuntimeConfig, make_parser, parse
-from pipeline.runtime import Runtime
-from pipeline.trainer import Trainer
+from pipeline.distributed.process import Runtime
+from pipeline.training.trainer import Trainer
 from tests.jobs import TINY, process_kept
 
 

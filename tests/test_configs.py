@@ -10,8 +10,8 @@ import pytest
 
 from pipeline.config import Config, RuntimeConfig, flatten, make_parser, parse
 from pipeline.data import Dataset
-from pipeline.runtime import Runtime
-from pipeline.trainer import Trainer
+from pipeline.distributed.process import Runtime
+from pipeline.training.trainer import Trainer
 from tests.jobs import ROOT, process_kept
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

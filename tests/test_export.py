@@ -14,7 +14,7 @@ import torch
 from pipeline.config import NetworkConfig
 from pipeline.errors import UserError
 from pipeline.export import convert, load_export, save_export, save_onnx
-from pipeline.networks import Generator, initialise
+from pipeline.models.networks import Generator, initialise
 from pipeline.rng import evaluation_labels, evaluation_latents, seeded
 from tests.jobs import ROOT, environment
 

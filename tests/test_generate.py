@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from pipeline.config import NetworkConfig
 from pipeline.errors import UserError
 from pipeline.export import load_export, save_export
-from pipeline.networks import Generator, initialise
+from pipeline.models.networks import Generator, initialise
 from pipeline.pictures import interpolate, render_range, sample_grid, to_uint8
 from pipeline.rng import seeded
 from tests.jobs import ROOT

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.config import NetworkConfig
 from pipeline.errors import UserError
-from pipeline.networks import Critic, Generator, initialise
+from pipeline.models.networks import Critic, Generator, initialise
 from pipeline.rng import seeded
 from tests.keras_reference import Array, keras_conv, keras_generator
 

@@ -9,9 +9,9 @@ import torch
 
 from pipeline.config import RuntimeConfig, make_parser, parse
 from pipeline.errors import UserError
-from pipeline.runtime import Runtime
-from pipeline.step import CapturedStep, Step
-from pipeline.trainer import Trainer
+from pipeline.distributed.process import Runtime
+from pipeline.training.step import CapturedStep, Step
+from pipeline.training.trainer import Trainer
 from tests.jobs import TINY, process_kept
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]

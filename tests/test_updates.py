@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from pipeline.config import NetworkConfig, OptimizerConfig, TrainingConfig
 from pipeline.errors import UserError
-from pipeline.networks import Critic, Generator, initialise
-from pipeline.objectives import OBJECTIVES, choose, gradient_penalty
+from pipeline.models.networks import Critic, Generator, initialise
+from pipeline.models.objectives import OBJECTIVES, choose, gradient_penalty
 from pipeline.rng import seeded
-from pipeline.state import build_optimizer
-from pipeline.updates import Descent, Images, clip_, critic_step, generator_step, to_pixels
+from pipeline.training.state import build_optimizer
+from pipeline.training.updates import Descent, Images, clip_, critic_step, generator_step, to_pixels
 
 REAL, FAKE = torch.tensor([1.0, 3.0]), torch.tensor([-1.0, 2.0])
 

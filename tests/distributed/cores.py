@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config import RuntimeConfig
-from pipeline.runtime import Runtime
+from pipeline.distributed.process import Runtime
 
 
 def main(folder: str) -> None:

@@ -9,8 +9,8 @@ import torch
 
 from pipeline.config import make_parser, parse
 from pipeline.data import Batch
-from pipeline.runtime import Runtime, run_entry
-from pipeline.trainer import Trainer
+from pipeline.distributed.process import Runtime, run_entry
+from pipeline.training.trainer import Trainer
 
 
 class Drifting(Trainer):

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from pipeline.checkpoint import committed, find, read_checkpoint
 from pipeline.config import RuntimeConfig, make_parser, parse
-from pipeline.objectives import OBJECTIVES
-from pipeline.runtime import Runtime
-from pipeline.trainer import Trainer
+from pipeline.models.objectives import OBJECTIVES
+from pipeline.distributed.process import Runtime
+from pipeline.training.trainer import Trainer
 from tests.jobs import ROOT, TINY, environment, launch, process_kept, train_many
 
 STEPS = 20
@@ -42,7 +42,7 @@ SOURCES = {
 PARTS = ["--runtime.accumulation", "4"]
 HINGE = """
 from torch.nn import functional as F
-from pipeline.objectives import Objective
+from pipeline.models.objectives import Objective
 hinge = Objective(lambda s: F.relu(1 - s).mean(), lambda s: F.relu(1 + s).mean(), lambda s: -s.mean())
 number = 3
 """

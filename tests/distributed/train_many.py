@@ -9,8 +9,8 @@ import json
 import sys
 
 from pipeline.config import make_parser, parse
-from pipeline.runtime import Runtime, run_entry
-from pipeline.trainer import Trainer
+from pipeline.distributed.process import Runtime, run_entry
+from pipeline.training.trainer import Trainer
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ from pipeline.config import NetworkConfig
 from pipeline.data import load_dataset
 from pipeline.data.resident import load_split
 from pipeline.metrics import evaluate_images, load_features
-from pipeline.networks import Generator, initialise
+from pipeline.models.networks import Generator, initialise
 from pipeline.rng import evaluation_latents, seeded
 
 

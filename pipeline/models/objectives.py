@@ -92,6 +92,11 @@ def gradient_penalty(scores: Tensor, images: Tensor) -> Tensor:
     return penalty
 
 
+def class_loss(logits: Tensor | None, labels: Tensor) -> Tensor | float:
+    """Cross-entropy of the class head, logits (n, num_classes) and labels int64 (n,); 0 without one."""
+    return 0.0 if logits is None else F.cross_entropy(logits, labels)
+
+
 def choose(training: TrainingConfig) -> Objective:
     """The objective that the configuration names.
 

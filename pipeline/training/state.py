@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from pipeline.config import Config, OptimizerConfig
 from pipeline.errors import UserError
-from pipeline.networks import Critic, Generator, initialise
+from pipeline.models.cpu_kernels import use_cpu_kernels
+from pipeline.models.networks import Critic, Generator, initialise
 from pipeline.rng import seeded
 
 
@@ -76,11 +77,6 @@ class TrainingState:
             self.scaler.load_state_dict(self.scaler.state_dict() | saved_scale)
         self.step = step
 
-    def ema_weight(self, decay: float) -> float:
-        """How far the average moves at this step: 1 - decay, and more at first, when decay is (1 + step) / (10 + step),
-        so that early images are not those of the initial weights."""
-        return 1 - min(decay, (1 + self.step) / (10 + self.step))
-
     @torch.no_grad()
     def update_ema(self, weight: float | Tensor) -> None:
         """Moves the average towards the generator, batch-norm moving statistics included."""
@@ -108,6 +104,8 @@ def build_state(
     networks: tuple[nn.Module, ...] = (generator, critic, ema)
     for network in networks:
         network.to(device, dtype).to(memory_format=torch.channels_last)
+        if device.type == "cpu":
+            use_cpu_kernels(network)
     ema.eval().requires_grad_(False)
     return TrainingState(
         generator,

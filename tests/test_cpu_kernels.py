@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline import convolutions
-from pipeline.convolutions import MirroredConv2d, MirroredConvTranspose2d, SameConv2d
+from pipeline.models import cpu_kernels as convolutions
+from pipeline.models.cpu_kernels import MirroredConv2d, MirroredConvTranspose2d, SameConv2d
 from tests.keras_reference import Array, keras_conv, keras_conv_transpose
 
 

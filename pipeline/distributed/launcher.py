@@ -1,0 +1,83 @@
+"""What the launcher tells its processes, and what a program tells the launcher. Imports no torch: programs start here.
+
+The only environment variables that the pipeline reads are named in this package.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import psutil
+
+from pipeline.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    LocalError,
+    Preempted,
+    TrainingFailed,
+    UserError,
+)
+
+
+def told(name: str, default: int) -> int:
+    """A number that the launcher put into the environment (RANK, WORLD_SIZE, LOCAL_RANK, ...)."""
+    return int(os.environ.get(name, default))
+
+
+def stop_file() -> Path | None:
+    """The file whose coming into being asks the run to stop, where PIPELINE_STOP_FILE names one."""
+    path = os.environ.get("PIPELINE_STOP_FILE")
+    return Path(path) if path else None
+
+
+def run_program(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a program's main and turns its outcome into an exit code (pipeline/errors.py) and at most one line.
+
+    After a stop that saved, the stop file is removed: `accelerate launch` turns every code into 1, and a batch script
+    must know whether to queue the job again.
+    """
+    rank, code = told("RANK", 0), 0
+    try:
+        code = main() or 0
+    except Preempted as stop:
+        _say(str(stop) if rank == 0 else "")
+        code = EXIT_PREEMPTED
+    except LocalError as error:
+        _say(f"{f'[rank {rank}] ' if told('WORLD_SIZE', 1) > 1 else ''}error: {error}")
+        code = EXIT_USER_ERROR
+    except (UserError, TrainingFailed) as error:
+        _say(f"error: {error}" if rank == 0 else "")
+        code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
+    except KeyboardInterrupt:  # before a Runtime was there to take it
+        code = EXIT_INTERRUPTED
+    if code == EXIT_PREEMPTED and rank == 0 and (path := stop_file()) is not None:
+        path.unlink(missing_ok=True)
+    sys.exit(code)
+
+
+def _say(line: str) -> None:
+    if line:
+        print(line, file=sys.stderr, flush=True)
+
+
+def processes_asked_for() -> int:
+    """What `accelerate launch --num_processes` was given: with --cpu it starts one process whatever that says."""
+    try:
+        arguments = psutil.Process().parent().cmdline()  # type: ignore[union-attr]
+    except (psutil.Error, AttributeError):
+        return 1
+    # python .../accelerate launch, accelerate-launch or python -m accelerate.commands.launch
+    program = " ".join(arguments[:4])
+    if "accelerate" not in program or "launch" not in program:
+        return 1
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, _, value = argument.replace("-", "_").partition("=")
+        if name == "__num_processes":
+            return int(value or following)
+    return 1

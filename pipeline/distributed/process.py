@@ -1,0 +1,147 @@
+"""One process of a job: its device, its arithmetic, its ranks, and what it says to people."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, ProjectConfiguration
+from torch import nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+from tqdm import tqdm
+
+from pipeline.config import RuntimeConfig, check_device
+from pipeline.distributed.collectives import Ranks
+from pipeline.distributed.cpu import use_cpu
+from pipeline.distributed.launcher import processes_asked_for, told
+from pipeline.distributed.slurm import JobComment
+from pipeline.distributed.stopping import StopRequest
+from pipeline.errors import UserError
+
+
+class Runtime:
+    """This process as the programs see it.
+
+    Args:
+        trackers: accelerate's trackers by name; they write to `tracker_folder`.
+
+    Raises:
+        UserError: no CUDA device where one was asked for, or the launcher started another number of processes than it
+            was told to.
+    """
+
+    def __init__(
+        self, config: RuntimeConfig, *, trackers: list[str] | None = None, tracker_folder: Path | None = None
+    ) -> None:
+        self.cores = sorted(os.sched_getaffinity(0))
+        """Of this machine, for its ranks to share on a CPU."""
+        self.stop = StopRequest()
+        check_device(config, torch.cuda.is_available())
+        on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+        asked, world_size = processes_asked_for(), told("WORLD_SIZE", 1)
+        if asked > 1 and asked != world_size:
+            raise UserError(
+                f"the launcher was told --num_processes {asked} but started {world_size}: "
+                "add --multi_gpu (on CPUs too), or use a file of launch/accelerate/"
+            )
+        if on_cpu:
+            use_cpu(self.cores, config.threads)
+        if config.cuda_graph:
+            os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # its watchdog may not touch a stream under capture
+        if world_size > 1:
+            _join_process_group("gloo" if on_cpu else "nccl", timedelta(seconds=config.timeout_seconds))
+        hook = DDPCommunicationHookType.BF16 if config.compress_gradients else DDPCommunicationHookType.NO
+        self.accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
+            log_with=list(trackers or []) or None,
+            project_config=ProjectConfiguration(logging_dir=str(tracker_folder)) if tracker_folder else None,
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook)],
+        )
+        if self.accelerator.num_processes != world_size:
+            raise UserError(
+                f"WORLD_SIZE is {world_size} but accelerate runs {self.accelerator.num_processes} process(es): "
+                "start with a file of launch/accelerate/"
+            )
+        self.ranks = self.stop.ranks = Ranks.of_job()
+        self.device: torch.device = self.accelerator.device
+        self.scaler: torch.amp.GradScaler = self.accelerator.scaler or torch.amp.GradScaler(enabled=False)
+        """Of losses; disabled unless the precision is fp16."""
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
+        # Bit-exact resume needs the same kernels every time.
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+        self._comment = JobComment()
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """What a wrapped network's forward pass runs under: the arithmetic of `runtime.precision`."""
+        return self.accelerator.autocast()  # type: ignore[no-any-return]
+
+    def wrap(self, network: nn.Module, *, data_parallel: bool = True) -> nn.Module:
+        """The network with its forward pass under `autocast`, and with its gradients averaged over the ranks during the
+        backward pass if `data_parallel` (and there are several)."""
+        # Buffers are equal on all ranks by construction (SyncBatchNorm): broadcasting them each step is wasted time.
+        names = [name for name, _ in network.named_buffers()]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, names)  # type: ignore[no-untyped-call]
+        # A graph that holds DDP's collectives wants it built off the default stream.
+        stream = torch.cuda.stream(torch.cuda.Stream()) if self.device.type == "cuda" else contextlib.nullcontext()  # type: ignore[no-untyped-call]
+        with stream:
+            alone = not data_parallel or self.ranks.world_size == 1
+            wrapped: nn.Module = self.accelerator.prepare_model(network, evaluation_mode=alone)
+        if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            # Its gradients are grouped anew after the first step, and the rounding of a sum over more than two ranks
+            # depends on the grouping: without this a resumed run would leave the uninterrupted one's trajectory.
+            wrapped.reducer._push_all_rebuilt_params()
+            wrapped.reducer._rebuild_buckets()
+        return wrapped
+
+    def alone(self) -> Runtime:
+        """This process as if it were the only one, to compare with."""
+        single = copy.copy(self)
+        single.ranks = Ranks()
+        return single
+
+    # -- what a person sees --------------------------------------------------------------------------------------------
+
+    def say(self, message: str) -> None:
+        """One line on the main process's standard error, above the progress bar."""
+        if self.ranks.is_main:
+            tqdm.write(message, file=sys.stderr)
+            sys.stderr.flush()
+
+    def comment(self, text: str, *, last: bool = False) -> None:
+        """Makes `text` the comment of the Slurm job, if there is one."""
+        if self.ranks.is_main:
+            self._comment.set(text, last=last)
+
+    @contextlib.contextmanager
+    def tolerating(self, what: str) -> Iterator[None]:
+        """A full or lost disk costs what was to be written, never the run: checkpoints decide when to give up."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"{what} not written: {error}")
+
+    def close(self) -> None:
+        with self.tolerating("the trackers' last lines"):  # a tracker flushes to a disk that is full
+            self.accelerator.end_training()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _join_process_group(backend: str, timeout: timedelta) -> None:
+    """The launcher's key-value store outlives the ranks that it restarts (`--max_restarts`): without a prefix of its
+    own, an attempt would read the addresses of dead ranks there."""
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    attempt = PrefixStore(f"attempt {told('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, timeout=timeout, store=attempt, rank=rank, world_size=world_size)

@@ -1,0 +1,165 @@
+"""Generator and critic of the reference notebook, from stock layers: forward passes only.
+
+Keras's 'same' padding is asymmetric where a stride of 2 does not divide the size, and its transposed convolution crops one
+row before and two after. On images mirrored in both axes that is torch's own symmetric padding. So the networks live
+mirrored: real images are mirrored once when they are loaded, generated ones once when they are rendered, and weights are
+stored mirrored (`mirror`). Keras flattens to height, width, channels; so do these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.config import NetworkConfig
+from pipeline.errors import UserError
+
+GENERATOR_CHANNELS = (128, 128, 64, 32)
+GENERATOR_STRIDES = (2, 2, 1, 1)
+CRITIC_CHANNELS = (32, 64, 128, 256)
+CRITIC_STRIDES = (2, 2, 2, 1)
+KERNEL = 5
+LEAK = 0.2
+NORM_EPSILON = 1e-3
+
+
+def scaled(channels: Sequence[int], width: float) -> list[int]:
+    """Channel counts of a network whose `network.width` is `width`, at least 1 each."""
+    return [max(1, round(count * width)) for count in channels]
+
+
+class Generator(nn.Module):
+    """Latents (n, latent_dim), entries in [-1, 1] -> mirrored images (n, C, H, W), pixels in [0, 1].
+
+    With classes, labels (n,) int64 in [0, num_classes) are concatenated one-hot to the latents.
+    At 28 x 28 x 1, width 1 and no classes it has 1,301,505 parameters, counting the moving averages.
+
+    Raises:
+        UserError: a side of the images is no multiple of 4.
+    """
+
+    def __init__(self, config: NetworkConfig, image_shape: tuple[int, int, int], num_classes: int = 0) -> None:
+        super().__init__()
+        image_channels, height, width = image_shape
+        if height % 4 or width % 4:
+            raise UserError(
+                f"images of {height} x {width}: the generator doubles twice, so both sides must be multiples of 4 "
+                "(prepare the dataset with another --size)"
+            )
+        self.config, self.image_shape, self.num_classes = config, image_shape, num_classes
+        channels = [*scaled(GENERATOR_CHANNELS, config.width), image_channels]
+        self.base = (height // 4, width // 4)
+        """Rows and columns of the first feature maps."""
+        self.dense = nn.Linear(config.latent_dim + num_classes, math.prod(self.base) * channels[0])
+        self.norms = nn.ModuleList(nn.BatchNorm2d(count, eps=NORM_EPSILON, momentum=0.01) for count in channels[:-1])
+        # With stride 1 a transposed convolution is a convolution with the kernel flipped, which is the faster kernel.
+        self.convolutions = nn.ModuleList(
+            nn.ConvTranspose2d(before, after, KERNEL, stride, padding=2, output_padding=1)
+            if stride == 2
+            else nn.Conv2d(before, after, KERNEL, padding=2)
+            for before, after, stride in zip(channels, channels[1:], GENERATOR_STRIDES, strict=False)
+        )
+
+    def spec(self) -> dict[str, Any]:
+        """What `from_spec` rebuilds the network from, as JSON-serialisable values."""
+        return {
+            "network": dataclasses.asdict(self.config),
+            "image_shape": list(self.image_shape),
+            "num_classes": self.num_classes,
+        }
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> Generator:
+        return cls(NetworkConfig(**spec["network"]), tuple(spec["image_shape"]), spec["num_classes"])
+
+    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        images = self.first_maps(latents, labels)
+        for norm, convolution in zip(self.norms, self.convolutions, strict=True):
+            images = convolution(F.relu(norm(images)))
+        return torch.sigmoid(images)
+
+    def first_maps(self, latents: Tensor, labels: Tensor | None) -> Tensor:
+        """(n, channels, H / 4, W / 4), before the first batch norm; channels-last in memory, as Keras reshapes."""
+        if self.num_classes:
+            if labels is None:
+                raise ValueError("a generator with classes takes labels")
+            latents = torch.cat([latents, F.one_hot(labels, self.num_classes).to(latents.dtype)], dim=1)
+        maps: Tensor = self.dense(latents).unflatten(1, (*self.base, -1)).permute(0, 3, 1, 2)
+        return maps
+
+
+class Critic(nn.Module):
+    """Mirrored images (n, C, H, W), pixels in [0, 1] -> scores (n,), unbounded, and class logits (n, num_classes) or None.
+
+    The WGAN paper's critic, called discriminator in the papers of the other objectives.
+    At 28 x 28 x 1, width 1 and no classes it has 1,080,577 parameters.
+    """
+
+    def __init__(self, config: NetworkConfig, image_shape: tuple[int, int, int], num_classes: int = 0) -> None:
+        super().__init__()
+        channels = [image_shape[0], *scaled(CRITIC_CHANNELS, config.width)]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(before, after, KERNEL, stride, padding=2)
+            for before, after, stride in zip(channels, channels[1:], CRITIC_STRIDES, strict=False)
+        )
+        self.base = critic_base(image_shape)
+        """Rows and columns of the last feature maps."""
+        features = math.prod(self.base) * channels[-1]
+        self.score = nn.Linear(features, 1)
+        self.classes: nn.Module | None = None
+        if num_classes:
+            self.classes = nn.Sequential(nn.Linear(features, 128), nn.Linear(128, num_classes))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        for convolution in self.convolutions:
+            images = convolution(F.leaky_relu(images, LEAK))
+        features = images.permute(0, 2, 3, 1).flatten(1)
+        logits = None if self.classes is None else self.classes(features)
+        return self.score(features).squeeze(1), logits
+
+
+def critic_base(image_shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of the critic's last feature maps for images (C, H, W)."""
+    height, width = (math.ceil(side / math.prod(CRITIC_STRIDES)) for side in image_shape[1:])
+    return height, width
+
+
+@torch.no_grad()
+def initialise(network: Generator | Critic, random: torch.Generator) -> None:
+    """Keras's defaults: Glorot-uniform weights (Glorot & Bengio 2010, eq. 16), drawn in Keras's orientation, zero biases."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.xavier_uniform_(module.weight, generator=random)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for name, parameter in network.named_parameters():
+        parameter.copy_(mirror(name, parameter, network.base))
+
+
+def mirror(name: str, tensor: Tensor, base: tuple[int, int]) -> Tensor:
+    """A network's parameter, or an optimiser's moment of it, between Keras's orientation and the mirrored one.
+
+    It is its own inverse.
+
+    Args:
+        name: the parameter's name in its network, maybe with more behind it (`dense.weight.square_avg`).
+        base: rows and columns of the feature maps that the dense layer makes or the scores are taken from.
+    """
+    if tensor.ndim == 4:
+        return tensor.flip(2, 3)
+    if name.startswith("dense.") and tensor.ndim:
+        return tensor.unflatten(0, (*base, -1)).flip(0, 1).flatten(0, 2)
+    if name.startswith(("score.weight", "classes.0.weight")) and tensor.ndim:
+        return tensor.unflatten(1, (*base, -1)).flip(1, 2).flatten(1)
+    return tensor
+
+
+def mirror_state(network: Generator | Critic, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a network's state dict in the other orientation."""
+    return {name: mirror(name, tensor, network.base) for name, tensor in tensors.items()}

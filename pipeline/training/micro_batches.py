@@ -1,0 +1,168 @@
+"""A step whose rank takes its slice of a batch in micro-batches, one after the other: memory for one of them, the
+trajectory of the whole slice to rounding, batch norm included.
+
+The networks are not wrapped for data parallelism here: gradients are summed over the micro-batches first, and shared
+among the ranks once an update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.distributed.batch_norm import Statistics, update_moving_averages
+from pipeline.distributed.collectives import Ranks
+from pipeline.models.networks import Generator
+from pipeline.models.objectives import class_loss
+from pipeline.training.inputs import Images
+from pipeline.training.step import Step, clip_
+
+
+@dataclass
+class MicroBatchStep(Step):
+    """The same updates in `count` micro-batches, which divides a rank's slice."""
+
+    count: int = 1
+    ranks: Ranks = Ranks()
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext
+    """The arithmetic of a generator's forward pass, which is taken apart here."""
+
+    def __post_init__(self) -> None:
+        self.make_fakes = self._make_fakes
+
+    def _slices(self, num_images: int) -> list[slice]:
+        size = num_images // self.count
+        return [slice(start, start + size) for start in range(0, num_images, size)]
+
+    def update_critic(self, real: Images, fake: Images, mix: Tensor | None) -> Tensor:
+        optimizer, slices = self.state.critic_optimizer, self._slices(len(real.labels))
+        if self.training.critic_updates == "joint":
+            losses = []
+            optimizer.zero_grad()
+            for rows in slices:
+                parts = (Images(images.pixels[rows], images.labels[rows]) for images in (real, fake))
+                loss, both = self.joint_loss(*parts, None if mix is None else mix[rows])
+                self._backward(loss)
+                losses.append(both)
+            self._finish(optimizer)
+        else:
+            losses = [torch.zeros(2, device=real.labels.device) for _ in slices]
+            for side, loss_of in enumerate((self.objective.real_loss, self.objective.fake_loss)):
+                optimizer.zero_grad()
+                for rows, found in zip(slices, losses, strict=True):
+                    scores, logits = self.critic((real, fake)[side].pixels[rows])
+                    loss = loss_of(scores) + class_loss(logits, (real, fake)[side].labels[rows])
+                    self._backward(loss)
+                    found[side] = loss.detach()
+                self._finish(optimizer)
+        clip_(self.state.critic, self.training.clip_value)
+        return torch.stack(losses).mean(0)
+
+    def update_generator(self, latents: Tensor, labels: Tensor) -> Tensor:
+        """Batch norm makes an image depend on its whole batch, so the losses of micro-batches can't simply be averaged.
+        Its statistics are taken as inputs at first: a backward pass over each micro-batch gives the gradients of the
+        parameters and of the statistics. Then, from the last batch norm to the first, those of the statistics are
+        carried on to what they were taken from: d mean / d x = 1 / N and d variance / d x = 2 (x - mean) / N. It costs
+        about three times the work of one micro-batch.
+        """
+        critic, generator, slices = self.state.critic, self.state.generator, self._slices(len(latents))
+        critic.requires_grad_(False)
+        self.state.generator_optimizer.zero_grad()
+        statistics = [
+            Statistics(mean.requires_grad_(), variance.requires_grad_(), count)
+            for mean, variance, count in self._measure_statistics(generator, latents, labels)
+        ]
+        losses = []
+        for rows in slices:
+            scores, logits = critic(self._generate(generator, latents[rows], labels[rows], statistics))
+            loss = self.objective.generator_loss(scores) + class_loss(logits, labels[rows])
+            self._backward(loss)
+            losses.append(loss.detach())
+        for depth in reversed(range(len(statistics))):
+            mean, variance, count = statistics[depth]
+            assert mean.grad is not None
+            assert variance.grad is not None
+            for_mean, for_variance = (self.ranks.sum(torch.stack([mean.grad, variance.grad])) / count)[..., None, None]
+            for rows in slices:
+                values = self._generate(generator, latents[rows], labels[rows], statistics, depth)
+                deviation = values.detach() - mean.detach()[:, None, None]
+                torch.autograd.backward(values, for_mean + 2 * for_variance * deviation)
+        self._finish(self.state.generator_optimizer)
+        critic.requires_grad_(True)
+        return torch.stack(losses).mean()
+
+    def _backward(self, loss: Tensor) -> None:
+        torch.autograd.backward(self.state.scaler.scale(loss / self.count))
+
+    def _finish(self, optimizer: torch.optim.Optimizer) -> None:
+        """Averages the gradients over the ranks, and updates."""
+        if self.ranks.world_size > 1:
+            gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+            means = self.ranks.mean(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+            for gradient, mean in zip(gradients, means.split([each.numel() for each in gradients]), strict=True):
+                gradient.copy_(mean.view(gradient.shape))
+        self.state.scaler.step(optimizer)
+        self.state.scaler.update()
+
+    @torch.no_grad()
+    def _make_fakes(self, generator: Generator, latents: Tensor, labels: Tensor) -> Tensor:
+        batches = []
+        for batch in zip(latents, labels, strict=True):
+            statistics = self._measure_statistics(generator, *batch) if generator.training else None
+            parts = [(values[rows] for values in batch) for rows in self._slices(len(batch[0]))]
+            batches.append(torch.cat([self._generate(generator, *part, statistics) for part in parts]))
+        return torch.stack(batches)
+
+    @torch.no_grad()
+    def _measure_statistics(self, generator: Generator, latents: Tensor, labels: Tensor) -> list[Statistics]:
+        """Statistics of the global batch before each batch norm, and their update of the moving averages.
+
+        One batch norm after the other: each is measured with the statistics of those before it in place.
+        """
+        statistics: list[Statistics] = []
+        for depth, norm in enumerate(generator.norms):
+            sums = torch.zeros((), dtype=torch.float64, device=latents.device)
+            for rows in self._slices(len(latents)):
+                values = self._generate(generator, latents[rows], labels[rows], statistics, depth).double()
+                moments = [values, values.square(), torch.ones_like(values)]
+                sums = sums + torch.stack([moment.sum((0, 2, 3)) for moment in moments])
+            total, squares, count = self.ranks.sum(sums)
+            mean = total / count
+            found = (mean, squares / count - mean.square(), count)
+            statistics.append(Statistics(*(value.to(latents.dtype) for value in found)))
+            assert isinstance(norm, nn.BatchNorm2d)
+            update_moving_averages(norm, statistics[-1])
+        return statistics
+
+    def _generate(
+        self,
+        generator: Generator,
+        latents: Tensor,
+        labels: Tensor,
+        statistics: list[Statistics] | None,
+        depth: int | None = None,
+    ) -> Tensor:
+        """The generator's forward pass with these statistics in the place of its batch norms' own; `depth` stops before
+        that batch norm and returns what it would normalise."""
+        if statistics is None:
+            return generator(latents, labels)
+        with self.autocast():
+            images = generator.first_maps(latents, labels)
+            for index, (norm, convolution) in enumerate(zip(generator.norms, generator.convolutions, strict=True)):
+                if index == depth:
+                    return images.to(latents.dtype)
+                assert isinstance(norm, nn.BatchNorm2d)
+                images = convolution(F.relu(_normalise(norm, images, statistics[index])))
+            return torch.sigmoid(images).to(latents.dtype)
+
+
+def _normalise(norm: nn.BatchNorm2d, images: Tensor, statistics: Statistics) -> Tensor:
+    scale = norm.weight * torch.rsqrt(statistics.variance + norm.eps)
+    centred = images - statistics.mean[:, None, None]
+    normalised: Tensor = centred * scale[:, None, None] + norm.bias[:, None, None]
+    return normalised

@@ -1,0 +1,125 @@
+"""One training step in full view: n_critic updates of the critic, one of the generator, one of the moving average.
+
+Nothing here knows how many processes there are: networks wrapped for data parallelism average their gradients over the
+ranks in the backward pass, and losses are means, so every rank takes the same update. Nothing waits for the device or
+depends on the step's number but through `StepInputs`, so that on CUDA a step can be captured as a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import TrainingConfig
+from pipeline.models.networks import Generator
+from pipeline.models.objectives import Objective, class_loss, gradient_penalty
+from pipeline.training.inputs import Images, StepInputs
+from pipeline.training.state import TrainingState
+
+
+@torch.no_grad()
+def make_fakes(generator: Generator, latents: Tensor, labels: Tensor) -> Tensor:
+    """Images (k, b, C, H, W) of k batches of latents (k, b, latent_dim), each with batch-norm statistics of its own."""
+    if latents.is_cuda and not generator.training:  # no statistics: a GPU takes all at once, a CPU's caches prefer few
+        return generator(latents.flatten(0, 1), labels.flatten()).unflatten(0, latents.shape[:2])
+    return torch.stack([generator(*batch) for batch in zip(latents, labels, strict=True)])
+
+
+@dataclass
+class Step:
+    """Updates a state in place."""
+
+    training: TrainingConfig
+    objective: Objective
+    state: TrainingState
+    critic: nn.Module
+    """The state's own, maybe wrapped for data parallelism; so is the generator."""
+    generator: nn.Module
+    make_fakes: Callable[[Generator, Tensor, Tensor], Tensor] = make_fakes
+
+    def __call__(self, inputs: StepInputs) -> Tensor:
+        """Returns (3,) detached: real and fake loss, means over the critic's updates, and the generator's loss."""
+        state, losses = self.state, []
+        state.generator.train(self.training.critic_fakes == "batch")
+        fakes = self.make_fakes(state.generator, inputs.critic_latents, inputs.critic_labels)
+        for index in range(self.training.n_critic):
+            real = Images(inputs.real[index].to(fakes.dtype) / 255, inputs.real_labels[index])
+            fake = Images(fakes[index], inputs.critic_labels[index])
+            state.critic_optimizer.param_groups[0]["lr"] = inputs.critic_rates[index]
+            losses.append(self.update_critic(real, fake, None if inputs.mix is None else inputs.mix[index]))
+        state.generator.train()
+        state.generator_optimizer.param_groups[0]["lr"] = inputs.generator_rates[0]
+        generator_loss = self.update_generator(inputs.generator_latents, inputs.generator_labels)
+        state.update_ema(inputs.ema_weights[0])
+        return torch.cat([torch.stack(losses).mean(0), generator_loss.view(1)])
+
+    def update_critic(self, real: Images, fake: Images, mix: Tensor | None) -> Tensor:
+        """One update on both losses together (Algorithm 1) or one on each in turn (the notebook), then the clip.
+
+        Returns (2,) detached: the real and the fake loss, each before the update of its own.
+        """
+        optimizer, scaler = self.state.critic_optimizer, self.state.scaler
+        if self.training.critic_updates == "joint":
+            loss, losses = self.joint_loss(real, fake, mix)
+            optimizer.zero_grad()
+            torch.autograd.backward(scaler.scale(loss))
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            separate = []
+            for images, loss_of in ((real, self.objective.real_loss), (fake, self.objective.fake_loss)):
+                scores, logits = self.critic(images.pixels)
+                loss = loss_of(scores) + class_loss(logits, images.labels)
+                optimizer.zero_grad()
+                torch.autograd.backward(scaler.scale(loss))
+                scaler.step(optimizer)
+                scaler.update()
+                separate.append(loss.detach())
+            losses = torch.stack(separate)
+        clip_(self.state.critic, self.training.clip_value)
+        return losses
+
+    def joint_loss(self, real: Images, fake: Images, mix: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The critic's loss (), and (2,) detached: its real and its fake part. `mix` (n,) in [0, 1] is where between
+        fake and real a gradient penalty is taken."""
+        # One forward pass for everything: twice the batch for the matrix units, half the launches and all-reduces.
+        batch = [real.pixels, fake.pixels]
+        if mix is not None:
+            batch.append(torch.lerp(fake.pixels, real.pixels, mix.view(-1, 1, 1, 1)).requires_grad_())
+        scores, logits = self.critic(torch.cat(batch))
+        real_scores, fake_scores, *between_scores = scores.chunk(len(batch))
+        real_logits, fake_logits = (None, None) if logits is None else logits.chunk(len(batch))[:2]
+        real_loss = self.objective.real_loss(real_scores) + class_loss(real_logits, real.labels)
+        fake_loss = self.objective.fake_loss(fake_scores) + class_loss(fake_logits, fake.labels)
+        loss = self.objective.joint_weight * (real_loss + fake_loss)
+        if self.training.gradient_penalty is not None:
+            loss = loss + self.training.gradient_penalty * gradient_penalty(between_scores[0], batch[2])
+        return loss, torch.stack([real_loss.detach(), fake_loss.detach()])
+
+    def update_generator(self, latents: Tensor, labels: Tensor) -> Tensor:
+        """One update through the frozen critic, unwrapped: it wants no gradients, so nothing is to be all-reduced.
+
+        Returns (), the detached loss before the update.
+        """
+        critic, optimizer, scaler = self.state.critic, self.state.generator_optimizer, self.state.scaler
+        critic.requires_grad_(False)
+        scores, logits = critic(self.generator(latents, labels))
+        loss = self.objective.generator_loss(scores) + class_loss(logits, labels)
+        optimizer.zero_grad()
+        torch.autograd.backward(scaler.scale(loss))
+        scaler.step(optimizer)
+        scaler.update()
+        critic.requires_grad_(True)
+        return loss.detach()
+
+
+@torch.no_grad()
+def clip_(network: nn.Module, clip_value: float | None) -> None:
+    """Clips every parameter to [-clip_value, clip_value] in place; None: none."""
+    if clip_value is not None:
+        parameters: list[Tensor] = list(network.parameters())
+        torch._foreach_clamp_min_(parameters, -clip_value)
+        torch._foreach_clamp_max_(parameters, clip_value)

@@ -1,0 +1,265 @@
+"""The training loop and its cadence."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from pipeline.checks.settings import Plan, refuse
+from pipeline.config import Config, flatten, to_yaml
+from pipeline.data import open_dataset, open_source
+from pipeline.distributed.batch_norm import convert_batch_norm, make_fakes_together
+from pipeline.distributed.process import Runtime
+from pipeline.distributed.slurm import job_id
+from pipeline.errors import Preempted, TrainingFailed
+from pipeline.evaluation.scorer import Scorer
+from pipeline.export.generator_file import save_export
+from pipeline.export.images import interpolate, sample_grid, save_grid
+from pipeline.models.networks import Generator
+from pipeline.models.objectives import Objective, choose
+from pipeline.progress import bar
+from pipeline.storage.checkpoint import CheckpointWriter, IntegrityError, newest_intact, sweep
+from pipeline.storage.files import write_text
+from pipeline.storage.lock import RunLock
+from pipeline.storage.provenance import provenance
+from pipeline.storage.run_folder import RunFolder
+from pipeline.training.cuda_graph import CapturedStep
+from pipeline.training.inputs import InputStream, StepFunction
+from pipeline.training.metrics_log import MetricsLog
+from pipeline.training.micro_batches import MicroBatchStep
+from pipeline.training.state import TrainingState, build_state
+from pipeline.training.step import Step
+
+
+class Trainer:
+    """Trains one run. Building it checks everything that can be checked before anything is written.
+
+    Raises:
+        UserError: the configuration contradicts itself, the world size, the dataset or the run's folder.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self.config, self.runtime, self.folder = config, runtime, RunFolder(config.folder)
+        ranks, training, run = runtime.ranks, config.training, config.run
+        ranks.on_main(lambda: refuse(Plan(config, ranks.world_size)))
+        self.dataset = ranks.on_main(lambda: open_dataset(config.data))
+        ranks.on_main(lambda: refuse(Plan(config, ranks.world_size, self.dataset)))
+        self.objective = choose(training)
+        num_classes = self.dataset.num_classes if self.objective.classifies else 0
+        self.state = build_state(config, self.dataset.image_shape, num_classes, runtime.device, runtime.scaler)
+        self.inputs = InputStream(config, self.state, open_source(config, self.dataset, ranks, runtime.device), ranks)
+        self.step = build_step(config, self.objective, self.state, runtime)
+        self.log = MetricsLog(training, self.state, runtime, self.folder)
+        self.scorer = (
+            Scorer(config.evaluation, self.dataset, runtime, training.seed) if config.evaluation.every else None
+        )
+        kept = {"keep_last": run.keep_last, "keep_every": run.keep_every}
+        self.writer = CheckpointWriter(self.folder, ranks, clip_value=training.clip_value, **kept)
+        self._lock: RunLock | None = None
+        self._fids = ""
+
+    def run(self) -> None:
+        """Trains to the last step, from the newest intact checkpoint if there is one.
+
+        Raises:
+            Preempted: a signal stopped it, after saving.
+            TrainingFailed: a loss or weight is not finite, replicas differ, or saving failed too often.
+        """
+        run, last_step = self.config.run, self.config.training.steps
+        try:
+            self._open_folder()
+            self._resume()
+            self._sample_and_evaluate()  # what a stop right after the checkpoint left undone
+            self.log.begin()
+            with self._progress_bar() as progress:
+                while self.state.step < last_step:
+                    self.take_step()
+                    progress.update()
+                    if self._due(run.log_every):
+                        self._check_losses()
+                    if self._due(run.checkpoint_every):
+                        self.save()
+                    self._sample_and_evaluate()
+                    if self._due(run.log_every):
+                        progress.set_postfix(self._write_log(), refresh=False)
+                    if self.runtime.stop.agreed():
+                        self._stop()
+            self._save_now()
+            self.runtime.ranks.on_main(self._finish)
+        finally:
+            self.inputs.close()
+            if self._lock is not None:
+                self._lock.release()
+
+    def take_step(self) -> None:
+        """One training step from the state's, without its cadence."""
+        self.log.add(self.step(self.inputs.take()))
+        self.state.step += 1
+
+    # -- beginning and end ---------------------------------------------------------------------------------------------
+
+    def _open_folder(self) -> None:
+        runtime = self.runtime
+        runtime.ranks.on_main(self._describe)
+        if self.config.run.trackers:
+            settings = flatten(self.config).items()
+            plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings}
+            runtime.accelerator.init_trackers(self.config.run.name, plain)
+
+    def _describe(self) -> None:
+        self._lock, runtime, dataset = RunLock(self.folder), self.runtime, self.dataset
+        made_with = provenance(runtime.ranks, runtime.device, len(runtime.cores), job_id())
+        made_with |= {"dataset": dataset.name, "dataset_fingerprint": dataset.fingerprint}
+        # In this order: a folder with a config.yaml is a run.
+        write_text(self.folder.environment, json.dumps(made_with, indent=1))
+        write_text(self.folder.config, to_yaml(self.config))
+        sweep(self.folder)
+
+    def _resume(self) -> None:
+        checkpoint, damaged = self.runtime.ranks.on_main(lambda: newest_intact(self.folder))
+        for line in damaged:
+            self.runtime.say(f"skipped a damaged checkpoint: {line}")
+        if checkpoint is not None:
+            self.state.load(checkpoint.tensors(), checkpoint.step)
+            self.log.elapsed_seconds = checkpoint.progress["elapsed_seconds"]
+            self.log.evaluation_seconds = checkpoint.progress["evaluation_seconds"]
+            self.writer.committed_step = checkpoint.step
+            self.runtime.say(f"going on from {checkpoint.folder}, written by {checkpoint.world_size} process(es)")
+        self.runtime.ranks.on_main(lambda: self.folder.trim_metrics(self.state.step))
+
+    def _progress_bar(self) -> tqdm[Any]:
+        name, last_step, quiet = self.config.run.name, self.config.training.steps, not self.runtime.ranks.is_main
+        return bar(total=last_step, initial=self.state.step, desc=name, unit="step", disable=quiet)
+
+    def _stop(self) -> NoReturn:
+        self._save_now()
+        raise Preempted(f"stopped after step {self.state.step}, which is saved: the same command goes on from there")
+
+    def _finish(self) -> None:
+        from pipeline.reporting.page import write_report  # here: it brings matplotlib
+
+        self._comment(last=True)
+        generator, step, seed = self._scored_generator(), self.state.step, self.config.training.seed
+        source = {"run": self.config.run.name, "step": step, "dataset": self.dataset.fingerprint}
+        save_export(generator, self.folder.export, source)
+        save_grid(interpolate(generator, seed, 4, 10), self.folder.interpolation(step), columns=10)
+        self.runtime.say(f"report: {write_report(self.folder.path)}")
+
+    # -- cadence -------------------------------------------------------------------------------------------------------
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and (self.state.step % every == 0 or self.state.step == self.config.training.steps)
+
+    def _check_losses(self) -> None:
+        if (step := self.log.first_step_not_finite()) is not None:
+            self._fail(f"step {step}: the loss is not finite")
+
+    def _write_log(self) -> dict[str, str]:
+        wait_seconds, self.inputs.wait_seconds = self.inputs.wait_seconds, 0.0
+        return self.log.write(wait_seconds, self.objective.estimates_wasserstein)
+
+    def _comment(self, *, last: bool = False) -> None:
+        self.runtime.comment(f"step {self.state.step} of {self.config.training.steps}{self._fids}", last=last)
+
+    def _sample_and_evaluate(self) -> None:
+        """Idempotent: what exists already for this step is left alone."""
+        step, generator, runtime = self.state.step, self._scored_generator(), self.runtime
+        grid, scores = self.folder.grid(step), self.folder.scores(step)
+        if step and self._due(self.config.run.sample_every) and runtime.ranks.is_main and not grid.exists():
+            with runtime.tolerating(f"step {step}: samples"):
+                images, columns = sample_grid(generator, self.config.training.seed)
+                save_grid(images, grid, columns)
+        if self.scorer is None or not step or not self._due(self.config.evaluation.every):
+            return
+        started = time.monotonic()
+        if not runtime.ranks.on_main(scores.exists):
+            try:
+                with runtime.tolerating(f"step {step}: evaluation"):
+                    facts = {"step": step, "weights": self.config.evaluation.weights}
+                    found = self.scorer.score_generator(generator, scores, facts)["features"]
+                    fids = (f", {name} FID {values['fid']:.2f}" for name, values in found.items())
+                    self._fids = f"{''.join(fids)} at step {step}"
+                    self._comment()
+            except Preempted:
+                if self._due(self.config.run.log_every) and self.log.has_steps:
+                    self._write_log()
+                self._stop()
+        self.log.add_evaluation(time.monotonic() - started)
+
+    def _scored_generator(self) -> Generator:
+        if self.config.evaluation.weights == "ema":
+            return self.state.ema
+        self.state.generator.eval()
+        return self.state.generator
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Starts a checkpoint, and notices how the one before it ended."""
+        log, state = self.log, self.state
+        progress = {"elapsed_seconds": log.elapsed_seconds, "evaluation_seconds": log.evaluation_seconds}
+        progress |= {"generator": state.generator.spec()}
+        self._note_outcome(lambda: self.writer.save(state.tensors(), state.step, progress))
+        self._comment()
+
+    def _save_now(self) -> None:
+        """Makes sure that this very step is on the disk."""
+        self._note_outcome(self.writer.finish)
+        if self.writer.committed_step != self.state.step:
+            self.save()
+            self._note_outcome(self.writer.finish)
+        if self.writer.committed_step != self.state.step:
+            self._fail(f"step {self.state.step} could not be saved")
+
+    def _note_outcome(self, save: Callable[[], None]) -> None:
+        """A save that fails is reported and tried again at the next cadence, up to run.max_save_failures in a row.
+
+        Every rank sees the same outcome at the same step, so they stay in step.
+        """
+        try:
+            save()
+        except IntegrityError as error:
+            self._fail(f"step {self.state.step}: must not be saved, {error}")
+        except OSError as error:
+            failures, allowed = self.writer.failures_in_a_row, self.config.run.max_save_failures
+            self.runtime.say(f"checkpoint failed ({failures} in a row, {allowed} tolerated): {error}")
+            if failures > allowed:
+                self._fail(f"checkpoints can't be written: {error}")
+
+    def _fail(self, reason: str) -> NoReturn:
+        with contextlib.suppress(OSError, IntegrityError):
+            self.writer.finish()
+        committed = self.writer.committed_step
+        kept = f"the last good checkpoint is step {committed}" if committed else "there is no checkpoint yet"
+        raise TrainingFailed(f"{reason}; {kept}")
+
+
+def build_step(config: Config, objective: Objective, state: TrainingState, runtime: Runtime) -> StepFunction:
+    """The step as the settings and the ranks ask for it: plain, in micro-batches, captured as a graph."""
+    ranks, micro_batches = runtime.ranks, config.runtime.accumulation
+    step: Step
+    if micro_batches > 1:
+        critic, generator = (runtime.wrap(network, data_parallel=False) for network in (state.critic, state.generator))
+        step = MicroBatchStep(
+            config.training,
+            objective,
+            state,
+            critic,
+            generator,
+            count=micro_batches,
+            ranks=ranks,
+            autocast=runtime.autocast,
+        )
+    else:
+        if ranks.world_size > 1:
+            convert_batch_norm(state.generator)
+        step = Step(config.training, objective, state, runtime.wrap(state.critic), runtime.wrap(state.generator))
+        if ranks.world_size > 1:
+            step.make_fakes = partial(make_fakes_together, autocast=runtime.autocast)
+    return CapturedStep(step, state) if config.runtime.cuda_graph else step
