@@ -56,8 +56,6 @@ class Runtime:
             )
         if on_cpu:
             use_cpu(self.cores, config.threads)
-        if config.cuda_graph:
-            os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # its watchdog may not touch a stream under capture
         if world_size > 1:
             _join_process_group("gloo" if on_cpu else "nccl", timedelta(seconds=config.timeout_seconds))
         hook = DDPCommunicationHookType.BF16 if config.compress_gradients else DDPCommunicationHookType.NO
@@ -81,6 +79,10 @@ class Runtime:
         # Bit-exact resume needs the same kernels every time.
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
+        self.capture_stream = torch.cuda.Stream() if config.cuda_graph else None  # type: ignore[no-untyped-call]
+        """Where steps are captured: DDP is built, warmed up and captured on one stream."""
+        self.before_close = contextlib.ExitStack()
+        """What has to end before the process group does: graphs that hold its collectives."""
         self._comment = JobComment()
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -93,16 +95,17 @@ class Runtime:
         # Buffers are equal on all ranks by construction (SyncBatchNorm): broadcasting them each step is wasted time.
         names = [name for name, _ in network.named_buffers()]
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, names)  # type: ignore[no-untyped-call]
-        # A graph that holds DDP's collectives wants it built off the default stream.
-        stream = torch.cuda.stream(torch.cuda.Stream()) if self.device.type == "cuda" else contextlib.nullcontext()  # type: ignore[no-untyped-call]
-        with stream:
-            alone = not data_parallel or self.ranks.world_size == 1
+        alone = not data_parallel or self.ranks.world_size == 1
+        with on_stream(self.capture_stream):
             wrapped: nn.Module = self.accelerator.prepare_model(network, evaluation_mode=alone)
         if isinstance(wrapped, nn.parallel.DistributedDataParallel):
             # Its gradients are grouped anew after the first step, and the rounding of a sum over more than two ranks
             # depends on the grouping: without this a resumed run would leave the uninterrupted one's trajectory.
             wrapped.reducer._push_all_rebuilt_params()
             wrapped.reducer._rebuild_buckets()
+            if self.capture_stream is not None:
+                # It would read a captured event's time at some iterations, which breaks the capture.
+                wrapped._set_ddp_runtime_logging_sample_rate(2**31 - 1)
         return wrapped
 
     def alone(self) -> Runtime:
@@ -133,10 +136,23 @@ class Runtime:
             self.say(f"{what} not written: {error}")
 
     def close(self) -> None:
+        self.before_close.close()
         with self.tolerating("the trackers' last lines"):  # a tracker flushes to a disk that is full
             self.accelerator.end_training()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Queues what follows behind the current stream's work, and the current stream's later work behind it; None: nothing."""
+    if stream is None:
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 def _join_process_group(backend: str, timeout: timedelta) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from pipeline.training.inputs import StepInputs
+from pipeline.distributed.process import Runtime, on_stream
+from pipeline.training.inputs import StepFunction, StepInputs
 from pipeline.training.state import TrainingState
 
 WARM_UP_STEPS = 11
@@ -17,19 +16,21 @@ WARM_UP_STEPS = 11
 class CapturedStep:
     """The same step through inputs that stay where they are in memory; without a CUDA device it is run as it is.
 
-    The first call warms up and captures; the state is put back to what it was before.
+    The first call warms up and captures, on the runtime's stream for it; the state is put back to what it was before.
     """
 
-    def __init__(self, step: Callable[[StepInputs], Tensor], state: TrainingState) -> None:
-        self._step, self._state = step, state
+    def __init__(self, step: StepFunction, state: TrainingState, runtime: Runtime) -> None:
+        self._step, self._state, self._stream = step, state, runtime.capture_stream
         self._inputs: StepInputs | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._losses = torch.empty(0)
+        # NCCL does not end while a graph holds its collectives, so the graph goes first, after an error too.
+        runtime.before_close.callback(self._reset)
 
     def __call__(self, inputs: StepInputs) -> Tensor:
         if self._inputs is None:
             self._inputs = StepInputs._make(value.clone() if isinstance(value, Tensor) else value for value in inputs)
-            if inputs.real.is_cuda:
+            if self._stream is not None:
                 self._capture(self._inputs)
         self._inputs = StepInputs._make(
             mine.copy_(new) if isinstance(mine, Tensor) and isinstance(new, Tensor) else new
@@ -42,15 +43,16 @@ class CapturedStep:
 
     def _capture(self, inputs: StepInputs) -> None:
         before = {name: tensor.clone() for name, tensor in self._state.tensors().items()}
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        with on_stream(self._stream):
             for _ in range(WARM_UP_STEPS):
                 self._step(inputs)
-        torch.cuda.current_stream().wait_stream(side)
         for name, tensor in self._state.tensors().items():
             # An optimiser that has not stepped yet has no state: it starts from zeroes.
             tensor.copy_(before[name]) if name in before else tensor.zero_()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, stream=self._stream):
             self._losses = self._step(inputs)
+
+    def _reset(self) -> None:
+        if self._graph is not None:
+            self._graph.reset()

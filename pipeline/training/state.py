@@ -61,16 +61,16 @@ class TrainingState:
             _check_same(role, saved, network.state_dict())
             network.load_state_dict(saved)
         for role in ("generator", "critic"):
-            optimizer = getattr(self, f"{role}_optimizer")
-            named_parameters = dict(getattr(self, role).named_parameters())
-            saved = _under(tensors, f"{role}_optimizer")
+            optimizer, saved = getattr(self, f"{role}_optimizer"), _under(tensors, f"{role}_optimizer")
             state: dict[int, dict[str, Tensor]] = {}
-            for index, name in enumerate(named_parameters):
+            for index, (name, parameter) in enumerate(getattr(self, role).named_parameters()):
                 state[index] = _under(saved, name)
                 moments = {key: value for key, value in state[index].items() if value.ndim}
                 if not moments:
                     raise UserError(f"the checkpoint has no state of {role}_optimizer for {name}")
-                _check_same(f"{role}_optimizer.{name}", moments, {key: named_parameters[name] for key in moments})
+                _check_same(f"{role}_optimizer.{name}", moments, dict.fromkeys(moments, parameter))
+                # In the parameter's memory layout, or the optimiser leaves its fast path: 2.5 times its time on a CPU.
+                state[index] |= {key: torch.empty_like(parameter).copy_(value) for key, value in moments.items()}
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         if scale := _under(tensors, "scaler"):
             saved_scale = {"scale": scale["scale"].item(), "_growth_tracker": int(scale["_growth_tracker"])}

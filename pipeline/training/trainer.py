@@ -262,4 +262,4 @@ def build_step(config: Config, objective: Objective, state: TrainingState, runti
         step = Step(config.training, objective, state, runtime.wrap(state.critic), runtime.wrap(state.generator))
         if ranks.world_size > 1:
             step.make_fakes = partial(make_fakes_together, autocast=runtime.autocast)
-    return CapturedStep(step, state) if config.runtime.cuda_graph else step
+    return CapturedStep(step, state, runtime) if config.runtime.cuda_graph else step

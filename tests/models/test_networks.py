@@ -10,7 +10,7 @@ import torch
 
 from pipeline.config import NetworkConfig
 from pipeline.errors import UserError
-from pipeline.models.networks import Critic, Generator, initialise
+from pipeline.models.networks import Critic, Generator, initialise, mirror, mirror_state
 from pipeline.rng import seeded
 from tests.keras_reference import Array, keras_conv, keras_generator
 
@@ -18,19 +18,6 @@ from tests.keras_reference import Array, keras_conv, keras_generator
 def layers(network: torch.nn.Module, name: str) -> list[Any]:
     """A module list without the types that torch can't give its elements."""
     return list(getattr(network, name))
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_several_batches_at_once_are_those_batches_one_by_one(training: bool) -> None:
-    """Images and moving averages."""
-    config = NetworkConfig(latent_dim=5, width=0.06)
-    together, alone = (Generator(config, (1, 28, 28)).double().train(training) for _ in range(2))
-    alone.load_state_dict(together.state_dict())
-    latents = torch.rand(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    images = together(latents.flatten(0, 1), num_batches=3)
-    torch.testing.assert_close(images, torch.cat([alone(batch) for batch in latents]), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(together.state_dict(), alone.state_dict(), rtol=1e-12, atol=1e-12)
-    assert torch.allclose(alone(latents.flatten(0, 1)), images) != training, "statistics are each batch's own"
 
 
 def test_whole_generator_and_critic_match_the_numpy_reference() -> None:
@@ -48,24 +35,26 @@ def test_whole_generator_and_critic_match_the_numpy_reference() -> None:
     def numpy(tensor: torch.Tensor) -> Array:
         return tensor.detach().numpy()
 
-    stages = [{"kernel": numpy(generator.dense.weight).T, "bias": numpy(generator.dense.bias)}]
-    for i, (norm, convolution) in enumerate(
-        zip(layers(generator, "norms"), layers(generator, "convolutions"), strict=True)
-    ):
-        moving = {"moving_mean": numpy(norm.running_mean), "moving_variance": numpy(norm.running_var)}
-        stages.append({"gamma": numpy(norm.weight), "beta": numpy(norm.bias)} | moving)
-        weight = convolution.weight.detach()
-        kernel = weight.permute(2, 3, 1, 0) if i < 2 else weight.flip(2, 3).permute(2, 3, 0, 1)
-        stages.append({"kernel": kernel.numpy(), "bias": numpy(convolution.bias)})
-    x = keras_generator(stages, generator.base, numpy(latents)[0])
+    # The reference has Keras's orientation.
+    weights = {name: numpy(tensor) for name, tensor in mirror_state(generator, generator.state_dict()).items()}
+    stages = [{"kernel": weights["dense.weight"].T, "bias": weights["dense.bias"]}]
+    for i in range(4):
+        names = {"moving_mean": "running_mean", "moving_variance": "running_var", "gamma": "weight", "beta": "bias"}
+        stages.append({theirs: weights[f"norms.{i}.{ours}"] for theirs, ours in names.items()})
+        kernel = weights[f"convolutions.{i}.weight"]
+        # With stride 1 ours is a convolution with the kernel flipped.
+        kernel = kernel.transpose(2, 3, 1, 0) if i < 2 else kernel[..., ::-1, ::-1].transpose(2, 3, 0, 1)
+        stages.append({"kernel": kernel, "bias": weights[f"convolutions.{i}.bias"]})
+    x = keras_generator(stages, (*generator.base, len(weights["norms.0.weight"])), numpy(latents)[0])
     images = generator(latents)
-    np.testing.assert_allclose(numpy(images)[0].transpose(1, 2, 0), x, atol=1e-12)
+    np.testing.assert_allclose(numpy(images.flip(2, 3))[0].transpose(1, 2, 0), x, atol=1e-12)
 
-    for convolution, stride in zip(layers(critic, "convolutions"), (2, 2, 2, 1), strict=True):
+    weights = {name: numpy(tensor) for name, tensor in mirror_state(critic, critic.state_dict()).items()}
+    for i, stride in enumerate((2, 2, 2, 1)):
         x = np.where(x > 0, x, 0.2 * x)
-        weight = convolution.weight.detach().permute(2, 3, 1, 0).numpy()
-        x = keras_conv(x, weight, numpy(convolution.bias), stride)
-    score = x.reshape(-1) @ numpy(critic.score.weight)[0] + numpy(critic.score.bias)[0]
+        kernel = weights[f"convolutions.{i}.weight"].transpose(2, 3, 1, 0)
+        x = keras_conv(x, kernel, weights[f"convolutions.{i}.bias"], stride)
+    score = x.reshape(-1) @ weights["score.weight"][0] + weights["score.bias"][0]
     np.testing.assert_allclose(numpy(critic(images)[0])[0], score, atol=1e-12)
 
 
@@ -109,3 +98,29 @@ def test_initialisation_is_glorot_uniform_and_a_function_of_the_seed(seed: int) 
     assert weight.abs().max().item() == pytest.approx(limit, rel=1e-3)
     assert weight.std().item() == pytest.approx(limit / 3**0.5, rel=0.02)
     assert not first.bias.any()
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 16, 24)])
+def test_mirroring_twice_changes_nothing_and_moments_are_mirrored_as_their_parameters(
+    shape: tuple[int, int, int],
+) -> None:
+    config = NetworkConfig(latent_dim=7, width=0.1)
+    for network in (Generator(config, shape, 3), Critic(config, shape, 3)):
+        mirrored = mirror_state(network, network.state_dict())
+        changed = {name for name, tensor in network.state_dict().items() if not torch.equal(mirrored[name], tensor)}
+        assert {"dense.weight"} <= changed or {"score.weight", "classes.0.weight"} <= changed
+        assert not any("norms" in name or "classes.1" in name for name in changed)
+        for name, tensor in network.state_dict().items():
+            assert torch.equal(mirror(name, mirrored[name], network.base), tensor), name
+            assert torch.equal(mirror(f"{name}.square_avg", tensor, network.base), mirrored[name]), name
+        assert mirror("dense.weight.step", torch.tensor(3.0), network.base) == 3
+        assert mirror("score.weight.step", torch.tensor(3.0), network.base) == 3
+
+
+def test_weights_are_drawn_in_keras_orientation() -> None:
+    """So that a seed's trajectory is what it was when weights were stored that way."""
+    critic = Critic(NetworkConfig(width=0.1), (1, 28, 28))
+    initialise(critic, seeded(0, "weights"))
+    drawn = torch.empty_like(layers(critic, "convolutions")[0].weight)
+    torch.nn.init.xavier_uniform_(drawn, generator=seeded(0, "weights"))
+    assert torch.equal(layers(critic, "convolutions")[0].weight, drawn.flip(2, 3))

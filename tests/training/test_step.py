@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from pipeline.errors import UserError
 from pipeline.models.networks import Critic, Generator, initialise
 from pipeline.models.objectives import OBJECTIVES, choose, gradient_penalty
 from pipeline.rng import seeded
-from pipeline.training.state import build_optimizer
-from pipeline.training.updates import Descent, Images, clip_, critic_step, generator_step, to_pixels
+from pipeline.training.inputs import Images, StepInputs
+from pipeline.training.state import TrainingState, build_optimizer
+from pipeline.training.step import Step, clip_
 
 REAL, FAKE = torch.tensor([1.0, 3.0]), torch.tensor([-1.0, 2.0])
 
@@ -96,6 +99,29 @@ def batch(*pixels: float) -> Images:
     return Images(torch.tensor(pixels).view(-1, 1, 1, 1), torch.zeros(len(pixels), dtype=torch.int64))
 
 
+def step_of(
+    critic: nn.Module,
+    objective: str = "wgan",
+    *,
+    generator: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    **training: Any,
+) -> Step:
+    """A step on these networks with RMSprop; `training`: settings beside the objective."""
+    generator = critic if generator is None else generator
+    state = TrainingState(
+        cast(Generator, generator),
+        cast(Critic, critic),
+        cast(Generator, generator),
+        rmsprop(generator),
+        optimizer or rmsprop(critic),
+        scaler or torch.amp.GradScaler(enabled=False),
+    )
+    settings = TrainingConfig(**({"objective": objective, "clip_value": None} | training))
+    return Step(settings, OBJECTIVES[objective], state, critic, generator)
+
+
 def rmsprop(network: nn.Module) -> torch.optim.Optimizer:
     return build_optimizer(OptimizerConfig(learning_rate=0.01), network)
 
@@ -103,7 +129,7 @@ def rmsprop(network: nn.Module) -> torch.optim.Optimizer:
 def test_a_joint_wgan_step_by_hand() -> None:
     """RMSprop's first step is lr * g / sqrt(0.1 g^2) = lr * sqrt(10) * sign(g), here for g = -0.6 + 0.2 (b: 0)."""
     critic = Line(0.5, 0.1)
-    losses = critic_step(critic, rmsprop(critic), OBJECTIVES["wgan"], batch(0.4, 0.8), batch(0.1, 0.3))
+    losses = step_of(critic).update_critic(batch(0.4, 0.8), batch(0.1, 0.3), None)
     assert losses.tolist() == pytest.approx([-(0.5 * 0.6 + 0.1), 0.5 * 0.2 + 0.1])
     assert critic.w.item() == pytest.approx(0.5 + 0.01 * math.sqrt(10), rel=1e-5)
     assert critic.b.item() == pytest.approx(0.1)
@@ -112,19 +138,19 @@ def test_a_joint_wgan_step_by_hand() -> None:
 def test_separate_steps_are_two_updates() -> None:
     """First g = -0.6, v = 0.1 * 0.36; then g = 0.2, v = 0.9 * 0.036 + 0.1 * 0.04. The fake loss sees the first."""
     critic = Line(0.5, 0.0)
-    losses = critic_step(critic, rmsprop(critic), OBJECTIVES["wgan"], batch(0.4, 0.8), batch(0.1, 0.3), separate=True)
+    losses = step_of(critic, critic_updates="separate").update_critic(batch(0.4, 0.8), batch(0.1, 0.3), None)
     after_real = 0.5 + 0.01 * 0.6 / math.sqrt(0.036)
     assert losses[1].item() == pytest.approx(0.2 * after_real + 0.01 * math.sqrt(10), rel=1e-5)
     assert critic.w.item() == pytest.approx(after_real - 0.01 * 0.2 / math.sqrt(0.9 * 0.036 + 0.004), rel=1e-5)
 
 
-@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("order", ["joint", "separate"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_every_parameter_is_clipped_after_the_update(separate: bool, seed: int) -> None:
+def test_every_parameter_is_clipped_after_the_update(order: str, seed: int) -> None:
     critic = Critic(NetworkConfig(width=0.1), (1, 28, 28))
     initialise(critic, seeded(seed, "weights"))
     real, fake = (Images(torch.rand(4, 1, 28, 28), torch.zeros(4, dtype=torch.int64)) for _ in range(2))
-    critic_step(critic, rmsprop(critic), OBJECTIVES["wgan"], real, fake, separate=separate, clip_value=0.01)
+    step_of(critic, critic_updates=order, clip_value=0.01).update_critic(real, fake, None)
     largest = max(parameter.abs().max().item() for parameter in critic.parameters())
     assert largest == torch.tensor(0.01).item()
 
@@ -145,9 +171,8 @@ def test_the_gradient_penalty_is_taken_between_real_and_fake() -> None:
 
     critic = Square(2.0, 0.0)
     optimizer = torch.optim.SGD(critic.parameters(), lr=1.0)
-    critic_step(
-        critic, optimizer, OBJECTIVES["wgan_gp"], batch(0.8), batch(0.4), penalty_weight=10.0, mix=torch.tensor([0.25])
-    )
+    step = step_of(critic, "wgan_gp", optimizer=optimizer, gradient_penalty=10.0)
+    step.update_critic(batch(0.8), batch(0.4), torch.tensor([0.25]))
     x = 0.25 * 0.8 + 0.75 * 0.4
     slope = -(0.8**2) / 2 + 0.4**2 / 2 + 10 * 2 * (2 * x - 1) * x
     assert critic.w.item() == pytest.approx(2.0 - slope, rel=1e-5)
@@ -160,7 +185,7 @@ def test_the_generator_step_moves_the_generator_alone(name: str) -> None:
     generator, critic = Generator(config, (1, 8, 8), num_classes), Critic(config, (1, 8, 8), num_classes)
     before = [[value.clone() for value in network.parameters()] for network in (generator, critic)]
     labels = torch.tensor([0, 1, 2, 0])
-    generator_step(generator, critic, rmsprop(generator), OBJECTIVES[name], torch.rand(4, 4), labels)
+    step_of(critic, name, generator=generator).update_generator(torch.rand(4, 4), labels)
     changed = [
         any(not torch.equal(old, new) for old, new in zip(old_values, network.parameters(), strict=True))
         for old_values, network in zip(before, (generator, critic), strict=True)
@@ -181,12 +206,28 @@ def test_the_class_head_adds_the_cross_entropy_of_both_batches() -> None:
     critic = Fixed()
     real = Images(torch.zeros(1, 1, 1, 1), torch.tensor([0]))
     fake = Images(torch.zeros(1, 1, 1, 1), torch.tensor([1]))
-    losses = critic_step(critic, torch.optim.SGD(critic.parameters(), lr=0.0), OBJECTIVES["acgan"], real, fake)
+    still = torch.optim.SGD(critic.parameters(), lr=0.0)
+    losses = step_of(critic, "acgan", optimizer=still).update_critic(real, fake, None)
     assert losses.tolist() == pytest.approx([math.log(2) + softplus(-2), math.log(2) + softplus(2)])
 
 
-def test_pixels_are_scaled_from_a_fixed_range() -> None:
-    assert to_pixels(torch.tensor([0, 51, 255], dtype=torch.uint8), torch.float64).tolist() == [0.0, 0.2, 1.0]
+def test_real_pixels_are_scaled_from_a_fixed_range() -> None:
+    """Whatever the batch holds: 51 of 255 is 0.2."""
+    seen: list[Tensor] = []
+
+    class Recording(Line):
+        def forward(self, images: Tensor) -> tuple[Tensor, None]:
+            seen.append(images)
+            return super().forward(images)
+
+    config = NetworkConfig(latent_dim=2, width=0.05)
+    generator = Generator(config, (1, 4, 4)).double()
+    step = step_of(Recording(0.1, 0.0).double(), generator=generator, n_critic=1)
+    step.state.ema = copy.deepcopy(generator)
+    real = torch.tensor([0, 51, 255, 51] * 8, dtype=torch.uint8).view(1, 2, 1, 4, 4)
+    latents, labels = torch.zeros(1, 2, 2, dtype=torch.float64), torch.zeros(1, 2, dtype=torch.int64)
+    step(StepInputs(real, labels, latents, labels, None, latents[0], labels[0], [0.0], [0.0], [0.0]))
+    assert seen[0][:2].flatten().tolist() == [0.0, 0.2, 1.0, 0.2] * 8
 
 
 @pytest.mark.parametrize(
@@ -225,10 +266,11 @@ def test_fp16_losses_are_scaled_and_gradients_are_not() -> None:
     """A loss scale of 2^16 leaves the step as it is; one whose gradients overflow is left out and the scale halved."""
     scaled, plain = Line(0.5, 0.1), Line(0.5, 0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    for line, descent in ((scaled, Descent(scaler)), (plain, Descent())):
-        critic_step(line, rmsprop(line), OBJECTIVES["lsgan"], batch(0.4, 0.8), batch(0.1, 0.3), descent)
+    steps = [step_of(line, "lsgan", scaler=chosen) for line, chosen in ((scaled, scaler), (plain, None))]
+    for step in steps:
+        step.update_critic(batch(0.4, 0.8), batch(0.1, 0.3), None)
     assert scaled.w.item() == pytest.approx(plain.w.item(), rel=1e-6)
     before = scaled.w.item()
-    critic_step(scaled, rmsprop(scaled), OBJECTIVES["lsgan"], batch(1e30, 1e30), batch(0.1, 0.3), Descent(scaler))
+    steps[0].update_critic(batch(1e30, 1e30), batch(0.1, 0.3), None)
     assert scaled.w.item() == before
     assert scaler.get_scale() == 2.0**15
