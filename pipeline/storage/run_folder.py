@@ -56,32 +56,40 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation"
+
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / step_name(step)
 
     def grid(self, step: int) -> Path:
-        return self.path / "samples" / f"{step:05d}.png"
+        return self.samples / f"{step:05d}.png"
 
     def interpolation(self, step: int) -> Path:
-        return self.path / "samples" / f"{step:05d}-interpolation.png"
+        return self.samples / f"{step:05d}-interpolation.png"
 
     def scores(self, step: int) -> Path:
-        return self.path / "evaluation" / f"{step_name(step)}.json"
+        return self.evaluation / f"{step_name(step)}.json"
 
     # -- what is there -------------------------------------------------------------------------------------------------
 
     def grids(self) -> list[tuple[int, Path]]:
         """Step and path of each grid, oldest first."""
-        return sorted((int(path.stem), path) for path in self.path.glob("samples/*.png") if path.stem.isdecimal())
+        return sorted((int(path.stem), path) for path in self.samples.glob("*.png") if path.stem.isdecimal())
 
     def all_scores(self) -> list[Path]:
-        return sorted(self.path.glob("evaluation/step-*.json"))
+        return sorted(self.evaluation.glob("step-*.json"))
 
     def newest_interpolation(self) -> Path | None:
-        return _newest(self.path.glob("samples/*-interpolation.png"))
+        return _newest(self.samples.glob("*-interpolation.png"))
 
     def newest_neighbours(self) -> Path | None:
-        return _newest(self.path.glob("evaluation/neighbours-*.png"))
+        return _newest(self.evaluation.glob("neighbours-*.png"))
 
     # -- the log of metrics --------------------------------------------------------------------------------------------
 

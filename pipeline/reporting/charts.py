@@ -1,0 +1,120 @@
+"""Charts as inline SVG in the colours and fonts of the page that holds them."""
+
+import io
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+
+from pipeline.reporting.formatting import number
+from pipeline.reporting.read import Curve, finite
+
+MAX_POINTS = 400  # per drawn curve: more cannot be seen at the width of a chart and only costs bytes
+SIZE = (4.7, 2.5)  # inches
+# Only CSS variables follow dark mode, and matplotlib knows none: it draws in colours that nothing else has, and each is
+# replaced by its variable.
+INK, RULE, LINES = "#010101", "#020202", [f"#03000{i}" for i in range(6)]
+VARIABLES = {INK: "--ink-soft", RULE: "--rule"} | {colour: f"--line-{i}" for i, colour in enumerate(LINES)}
+
+
+def line_chart(
+    title: str, curves: Mapping[str, Curve], floor: float | None = None, smooth: bool = False, mark_ends: bool = False
+) -> Markup | None:
+    """Label -> curve over steps, on a log scale where they span more than a factor 20; None if there is none to draw.
+
+    `floor` is drawn as a dashed level. `smooth` draws running means over the faint values. `mark_ends` writes the first
+    word of each label at the end of its curve.
+    """
+    curves = {label: curve for label, curve in curves.items() if curve.values}
+    if not curves:
+        return None
+    with _chart(title) as (figure, axes):
+        for index, (label, curve) in enumerate(curves.items()):
+            _draw(axes, curve, index, smooth, label.partition(" ")[0] if mark_ends else "")
+        if floor:
+            axes.axhline(floor, color=INK, linewidth=1, linestyle="--")
+        drawn = [value for curve in curves.values() for value in curve.values] + ([floor] if floor else [])
+        log = min(drawn) > 0 and max(drawn) > 20 * min(drawn)
+        if log:
+            axes.set_yscale("log")
+            axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        else:
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+            axes.ticklabel_format(axis="y", style="plain", useOffset=False)
+        axes.xaxis.set(major_locator=MaxNLocator(6, integer=True), major_formatter=EngFormatter(sep=""))
+        axes.set_xlabel("step (vertical axis: log)" if log else "step", color=INK, fontsize=9)
+        ends = [
+            f"{label} from {number(curve.values[0])} at step {number(curve.steps[0])} "
+            f"to {number(curve.values[-1])} at step {number(curve.steps[-1])}"
+            for label, curve in curves.items()
+        ]
+        return _svg(figure, f"{title} over steps: {'; '.join(ends)}")
+
+
+def bar_chart(title: str, values: object, levels: object = None) -> Markup | None:
+    """One bar for each entry of a mapping, a mark across it at its entry of `levels`; None when there is no bar."""
+    bars = values if isinstance(values, dict) else dict(enumerate(values)) if isinstance(values, list) else {}
+    heights = {name: height for name, value in bars.items() if (height := finite(value)) is not None}
+    if not heights:
+        return None
+    with _chart(title) as (figure, axes):
+        axes.bar(range(len(heights)), list(heights.values()), color=LINES[0], width=0.72)
+        for x, name in enumerate(heights):
+            if (level := finite(levels.get(name) if isinstance(levels, dict) else None)) is not None:
+                axes.plot((x - 0.44, x + 0.44), (level, level), color=INK, linewidth=1.6)
+        labels = [re.sub(r"[^ -~]", "?", str(name))[:12] for name in heights]  # what the font that measures them has
+        if len(labels) <= 30:
+            axes.set_xticks(range(len(labels)), labels, rotation=0 if max(map(len, labels)) <= 3 else 90)
+        axes.set_xlabel("class", color=INK, fontsize=9)
+        return _svg(figure, f"{title}: {', '.join(f'{name} {number(value)}' for name, value in heights.items())}")
+
+
+@contextmanager
+def _chart(title: str) -> Iterator[tuple[Figure, Axes]]:
+    """A bare chart, and matplotlib's settings for it. The title keeps the ids of charts on one page apart."""
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "text.parse_math": False}):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        axes = figure.add_subplot()
+        axes.grid(axis="y", color=RULE, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "left", "right"]].set_visible(False)
+        axes.spines["bottom"].set_color(RULE)
+        axes.tick_params(colors=INK, labelsize=9, length=0)
+        yield figure, axes
+
+
+def _draw(axes: Axes, curve: Curve, index: int, smooth: bool, mark: str) -> None:
+    """Draws a chart's curve number `index`: colours repeat after six curves, with other dashes."""
+    colour, dashes = LINES[index % len(LINES)], ("-", "--", ":", "-.")[index // len(LINES) % 4]
+    steps, values = np.array(curve.steps), np.array(curve.values)
+    kept = np.unique(np.linspace(0, len(steps) - 1, MAX_POINTS).astype(int))
+    window = np.ones(len(values) // 40)
+    if smooth and len(window) > 1:
+        axes.plot(steps[kept], values[kept], color=colour, alpha=0.3, linewidth=0.8)
+        values = np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+    marker = "o" if len(steps) < 30 else ""
+    axes.plot(steps[kept], values[kept], dashes, color=colour, linewidth=1.7, marker=marker, markersize=3)
+    if curve.band:
+        axes.fill_between(steps, *np.array(curve.band).T, color=colour, alpha=0.2, linewidth=0)
+    end = (steps[-1], values[-1])
+    axes.annotate(mark, end, (4, -3), textcoords="offset points", color=colour, fontsize=9, weight="bold")
+
+
+def _svg(figure: Figure, description: str) -> Markup:
+    """The chart as an element of a page. Matplotlib escapes what text it is given."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    head, metadata, styles = r"^.*?<svg [^>]*>", r"<metadata>.*?</metadata>", r"<defs>\s*<style.*?</style>\s*</defs>"
+    body = re.sub(rf'(?s){head}|{metadata}|{styles}|(?<=<g) id="[^"]*"', "", buffer.getvalue())
+    for colour, variable in VARIABLES.items():
+        body = body.replace(colour, f"var({variable})")
+    view_box = f"0 0 {72 * SIZE[0]:g} {72 * SIZE[1]:g}"  # in points
+    head = f'<svg viewBox="{view_box}" role="img" aria-label="{escape(description)}">'
+    return Markup(head + body.replace("xlink:href", "href"))

@@ -1,0 +1,134 @@
+"""Reports of runs: report.html, report.md and report.json of one, or one HTML page that compares several.
+
+Whatever part of a run is missing is left out, and the same folder gives the same bytes. The pages need nothing but
+themselves: styles, charts and images are inside them.
+"""
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, select_autoescape
+from PIL import Image
+
+from pipeline.errors import UserError
+from pipeline.reporting.charts import bar_chart, line_chart
+from pipeline.reporting.formatting import MISSING, code, duration, number, percent, setting, verdict
+from pipeline.reporting.read import Run, read_run
+from pipeline.storage.files import replacing
+
+MAX_GRIDS = 40
+IMAGE_BYTES = 1_500_000  # of all images of a page, before base64 adds a third: keeps the page under 3 MB
+
+
+def write_report(run: Path) -> Path:
+    """Writes report.html, report.md and report.json into the run's folder and returns the path of the first.
+
+    Raises:
+        UserError: not a run's folder, or it cannot be written to.
+    """
+    content = read_run(run)
+    folder, grids, notes = content.folder, content.grids, content.notes
+    num_kept = min(len(grids), MAX_GRIDS)
+    kept = [grids[round(i * (len(grids) - 1) / max(1, num_kept - 1))] for i in range(num_kept)]
+    share = IMAGE_BYTES // (num_kept + 10)  # five each for the neighbours and the interpolation
+    frames = [(step, image) for step, path in kept if (image := data_uri(path, share, notes))]
+    neighbours = data_uri(folder.newest_neighbours(), 5 * share, notes)
+    interpolation = data_uri(folder.newest_interpolation(), 5 * share, notes)
+    page = _render("html", run=content, frames=frames, neighbours=neighbours, interpolation=interpolation)
+    _write(folder.report("json"), json.dumps(_summary(content), indent=2, default=str) + "\n")
+    _write(folder.report("md"), _render("md", run=content))
+    _write(folder.report("html"), page)
+    return folder.report("html")
+
+
+def compare(runs: Sequence[Path], out: Path) -> Path:
+    """Writes one page with runs side by side to `out` and returns it: scores, newest grids, settings that differ.
+
+    Raises:
+        UserError: one of `runs` is not a run's folder, or `out` cannot be written.
+    """
+    contents = {chr(ord("A") + i % 26) + str(i // 26 or ""): read_run(run) for i, run in enumerate(runs)}
+    names = [name for run in contents.values() for name in run.features]
+    features = max(names, key=names.count, default="")
+    latest = [run.latest for run in contents.values() if run.latest]
+    fids = [fid for evaluation in latest if (fid := evaluation.score(features, "fid")) is not None]
+    ways = {tuple(setting(item.settings.get(key)) for key in ("num_images", "reference", "weights")) for item in latest}
+    keys = dict.fromkeys(key for run in contents.values() for key in run.config if key != "run.name")
+    settings = {key: [setting(run.config.get(key, MISSING)) for run in contents.values()] for key in keys}
+    newest = {
+        letter: (step, image)
+        for letter, run in contents.items()
+        for step, path in run.grids[-1:]
+        if (image := data_uri(path, IMAGE_BYTES // len(runs), run.notes))
+    }
+    page = _render(
+        "html",
+        runs=contents,
+        features=features,
+        best_fid=min(fids, default=None),
+        comparable=len(ways) <= 1,
+        newest=newest,
+        settings={key: values for key, values in settings.items() if len(set(values)) > 1},
+    )
+    _write(out, page)
+    return out
+
+
+def data_uri(path: Path | None, max_bytes: int, notes: list[str]) -> tuple[str, bool] | None:
+    """The image as a data URI of at most `max_bytes` before base64, and whether it has so few pixels that they show.
+
+    Lossless if that fits, else WebP, halved until it fits (but for images of 16 pixels). None where there is no image,
+    or a damaged one, which is noted.
+    """
+    if path is None:
+        return None
+    try:
+        with Image.open(path) as source:
+            image = source.convert("L" if source.mode in ("1", "L") else "RGB")
+    except (OSError, ValueError, SyntaxError):  # Pillow raises any of them for a damaged file
+        notes.append(f"{path.name} is damaged")
+        return None
+    few_pixels, kind, buffer = image.width <= 400, "png", io.BytesIO()
+    image.save(buffer, kind, optimize=True)
+    while buffer.tell() > max_bytes and min(image.size) > 16:
+        image = image.reduce(2) if kind == "webp" else image
+        kind, buffer = "webp", io.BytesIO()
+        image.save(buffer, kind, quality=80)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", few_pixels
+
+
+def _summary(run: Run) -> dict[str, object]:
+    """What report.json holds."""
+    latest = run.latest
+    return {
+        "run": run.name,
+        "status": run.status,
+        "step": run.step,
+        "verdict": {name: verdict(latest, name) for name in latest.features} if latest else {},
+        "evaluation": {"step": latest.step, **latest.settings, "features": latest.features} if latest else None,
+        "best": run.best,
+        "last_logged": run.log[-1] if run.log else None,
+        "timing": run.timing,
+        "differences": {key: {"value": value, "default": default} for key, (value, default) in run.differences.items()},
+        "environment": run.environment,
+        "notes": run.notes,
+    }
+
+
+def _render(kind: str, **context: object) -> str:
+    loader, escaped = FileSystemLoader(Path(__file__).parent), select_autoescape(["html.jinja"])
+    jinja = Environment(loader=loader, autoescape=escaped, trim_blocks=True, lstrip_blocks=True)
+    jinja.filters |= {"number": number, "duration": duration, "percent": percent, "setting": setting, "code": code}
+    jinja.globals |= {"line_chart": line_chart, "bar_chart": bar_chart, "verdict": verdict}
+    return jinja.get_template(f"page.{kind}.jinja").render(context)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        with replacing(path) as temporary:
+            temporary.write_bytes(text.encode("utf-8", "replace"))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

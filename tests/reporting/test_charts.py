@@ -1,0 +1,50 @@
+"""Charts as inline SVG: their scales, colours and descriptions."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from pipeline.reporting.charts import bar_chart, line_chart
+from pipeline.reporting.read import Curve
+
+
+def test_line_chart_takes_a_log_scale_only_where_it_serves() -> None:
+    def is_log(values: list[float], floor: float | None = None) -> bool:
+        return "log" in str(line_chart("Title", {"a": Curve([1.0, 2.0, 3.0], values)}, floor))
+
+    assert is_log([1, 10, 21])
+    assert not is_log([1, 10, 19])
+    assert is_log([20, 15, 25], floor=0.9)
+    assert not is_log([-1, 10, 100])
+    assert not is_log([0, 10, 100])
+    assert line_chart("Title", {"a": Curve([], [])}) is None
+
+
+def test_smoothing_keeps_a_constant_and_flattens_noise() -> None:
+    def heights(values: list[float]) -> list[list[float]]:
+        """Vertical positions of the raw and of the smoothed curve."""
+        curve = Curve([float(i) for i in range(200)], values)
+        chart = str(line_chart("Title", {"a": curve}, smooth=True))
+        curves = [path for path in re.findall(r'<path d="([^"]+)"[^>]*stroke: var\(--line-0\)', chart)]
+        return [[float(y) for y in re.findall(r"[ML] \S+ (\S+)", curve)] for curve in curves]
+
+    raw, smooth = heights([5.0] * 200)
+    assert np.ptp(raw) < 1e-6
+    assert np.ptp(smooth) < 1e-6
+    raw, smooth = heights([(-1.0) ** i for i in range(200)])
+    assert np.ptp(smooth) < np.ptp(raw) / 3
+
+
+def test_charts_are_described_and_follow_the_page_colours() -> None:
+    chart = str(line_chart('Losses "<&', {"critic": Curve([50.0, 3000.0], [-0.25, 12345.0])}))
+    assert "critic from -0.250 at step 50 to 12,345 at step 3,000" in chart
+    assert "Losses &#34;&lt;&amp; over steps" in chart
+    assert set(re.findall(r"#[0-9a-f]{6}\b", chart)) == set()
+    assert "var(--line-0)" in chart
+    bars = str(bar_chart("Shares", {"0": 0.25, "1": None, "two": 0.75}, {"two": 0.5}))
+    assert 'aria-label="Shares: 0 0.250, two 0.750"' in bars
+    assert bars.count("fill: var(--line-0)") == 2
+    assert bar_chart("Shares", {"0": None}) is None
+    assert bar_chart("Shares", "not bars") is None

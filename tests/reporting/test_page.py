@@ -1,0 +1,366 @@
+"""The report of real-looking run folders and their comparison: what the pages say, and what they withstand."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from base64 import b64decode
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.distributed.launcher import run_program
+from pipeline.errors import UserError
+from pipeline.report import main
+from pipeline.reporting.page import MAX_GRIDS, compare, data_uri, write_report
+from tests.reporting.made_runs import Page, decoded, make_run, save_image
+
+HOSTILE = "<img src=x onerror=alert(1)>\"'&amp;{{ 7*7 }}$x$`<script>alert(2)<"
+
+
+def test_report_says_everything_verdict_first(run: Path) -> None:
+    page = Page(write_report(run))
+    assert page.texts_of("h1") == ["made"]
+    assert page.texts_of("h2") == [
+        "FID in mnist features",
+        "Scores over training",
+        "Training",
+        "A closer look at the samples",
+        "Time",
+        "All evaluations",
+        "Configuration",
+        "Provenance",
+    ]
+    titles = "FID,Inception score,KID,Fidelity and variety,Losses,Wasserstein estimate,Clipped weights,"
+    titles += "Critic gradient norm,Classes of the samples,FID of each class,Nearest training images,Interpolation,"
+    titles += "Throughput,Where 18 min went"
+    assert page.texts_of("h3") == titles.split(",")
+    assert len(page.all("svg")) == 11
+    # The verdict: 45.2 / 0.904 = 50; the interval is 45.2 * 2950 / 3000 to 45.2 * 3050 / 3000.
+    for words in (
+        "finished, 3,000 steps",
+        "45.2 95% interval 44.4 to 46.0 · floor 0.904",
+        "That is 50 times the floor of 0.904, which real test images score against the same real train images: "
+        "a wide gap between generated and real images.",
+        "Inception score 9.30 ± 0.060",
+        "KID 0.0300 ± 0.0040",
+        "Images 10,000 against train",
+        # 900 s of training, 150 s of evaluation, 60 waits of 0.5 s: 857 / 1050, 150 / 1050 and 30 / 1050.
+        "training and the rest 82.9% evaluation 14.3% waiting for data 2.9%",
+        "3f7c2a9",
+        "packages · torch 2.15.0",
+        "ab" * 32,
+        "mnist features · extractor " + "cd" * 32,
+    ):
+        assert words in page.text
+    assert page.text.index("45.2") < page.text.index("Scores over training")
+
+
+def test_grids_show_the_last_step_and_can_be_moved_through(run: Path) -> None:
+    frames = [image for image in Page(write_report(run)).all("img") if "data-caption" in image]
+    assert [frame["data-caption"] for frame in frames] == [
+        "Step 500",
+        "Step 1,000 · FID 136 at step 1,000",
+        "Step 1,500 · FID 136 at step 1,000",
+        "Step 2,000 · FID 67.8 at step 2,000",
+        "Step 2,500 · FID 67.8 at step 2,000",
+        "Step 3,000 · FID 45.2 at step 3,000",
+    ]
+    assert ["hidden" in frame for frame in frames] == [True] * 5 + [False]
+    with Image.open(run / "samples" / "03000.png") as original:
+        assert decoded(frames[-1]["src"]).tobytes() == original.tobytes()
+
+
+def test_report_is_self_contained_and_accessible(run: Path) -> None:
+    page = Page(write_report(run))
+    assert "://" not in page.source
+    assert re.findall(r"url\((?!#)|@import", page.source) == []
+    for _, attributes in page.elements:
+        for name in ("src", "href", "xlink:href", "srcset"):
+            assert (attributes.get(name) or "#").startswith(("data:", "#"))
+    assert all(image["alt"] for image in page.all("img"))
+    assert all(chart["role"] == "img" and chart["aria-label"] for chart in page.all("svg"))
+    ids = [attributes["id"] for _, attributes in page.elements if attributes.get("id")]
+    # Matplotlib repeats an identical shape under the same id; everything else is unique.
+    assert len({i for i in ids if not re.fullmatch(r"[mp][0-9a-f]{10}", i or "")}) == 1
+    used = set(re.findall(r'(?:url\(|href=")#(\w+)', page.source))
+    assert used <= set(ids)
+
+
+def test_report_of_many_large_grids_stays_small(run: Path) -> None:
+    for step in range(1, 61):
+        save_image(run / "samples" / f"{3000 + step:05d}.png", (320, 320), step)
+    report = write_report(run)
+    frames = [image for image in Page(report).all("img") if "data-caption" in image]
+    assert report.stat().st_size < 3_000_000
+    assert len(frames) == MAX_GRIDS
+    assert str(frames[0]["data-caption"]).startswith("Step 500")
+    assert str(frames[-1]["data-caption"]).startswith("Step 3,060")
+    steps = [int(re.sub(r"Step ([\d,]+).*", r"\1", str(frame["data-caption"])).replace(",", "")) for frame in frames]
+    positions = [0, *(steps[i] - 3000 + 5 for i in range(6, MAX_GRIDS))]
+    assert set(np.diff(positions[1:])) <= {1, 2}  # 66 grids, 40 shown: evenly spaced
+
+
+def test_same_folder_gives_same_bytes_and_no_other_file(run: Path) -> None:
+    before = {path.name for path in run.iterdir()}
+    first = write_report(run).read_bytes()
+    assert write_report(run).read_bytes() == first
+    assert {path.name for path in run.iterdir()} - before == {"report.html", "report.md", "report.json"}
+
+
+@pytest.mark.parametrize(
+    ("kept", "headings"),
+    [
+        ({"config.yaml"}, ["Configuration"]),
+        ({"metrics.jsonl"}, ["Training", "Time"]),
+        ({"samples"}, ["A closer look at the samples"]),
+        ({"config.yaml", "samples"}, ["A closer look at the samples", "Configuration"]),
+        (
+            {"evaluation"},
+            [
+                "FID in mnist features",
+                "Scores over training",
+                "A closer look at the samples",
+                "All evaluations",
+                "Provenance",
+            ],
+        ),
+    ],
+)
+def test_any_part_alone_gives_a_report(run: Path, kept: set[str], headings: list[str]) -> None:
+    for path in list(run.iterdir()):
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page = Page(write_report(run))
+    assert page.texts_of("h2") == headings
+    assert ("Not evaluated yet" in page.text) == ("evaluation" not in kept)
+    assert ("grids" in [attributes.get("id") for _, attributes in page.elements]) == ("samples" in kept)
+    assert json.loads((run / "report.json").read_text())["run"] == "made"
+
+
+def test_unfinished_run_says_how_far_it_came(run: Path) -> None:
+    shutil.rmtree(run / "evaluation")
+    for step in (2000, 2500, 3000):
+        (run / "samples" / f"{step:05d}.png").unlink()
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(lines[:31]))
+    page = Page(write_report(run))
+    assert "unfinished, step 1,550 of 3,000" in page.text
+    assert f"accelerate launch pipeline/evaluate.py {run}" in page.text
+    assert "Scores over training" not in page.texts_of("h2")
+
+
+def test_damaged_files_are_named_and_the_rest_is_shown(run: Path) -> None:
+    grid = run / "samples" / "03000.png"
+    grid.write_bytes(grid.read_bytes()[:2000])
+    (run / "samples" / "03000-interpolation.png").write_bytes(b"not an image")
+    (run / "evaluation" / "step-00003000.json").write_text('{"step": 3000, "feat')
+    (run / "evaluation" / "step-00002000.json").write_text('["a list"]')
+    (run / "config.yaml").write_text("training: {steps: [")
+    (run / "environment.json").write_bytes(b"\xff\xfe")
+    page = Page(write_report(run))
+    damaged = ["03000.png", "03000-interpolation.png", "step-00003000.json", "step-00002000.json"]
+    for name in [*damaged, "config.yaml", "environment.json"]:
+        assert f"{name} is damaged" in page.text
+        assert f"{name} is damaged" in json.loads((run / "report.json").read_text())["notes"]
+    assert "FID 136 at step 1,000" in page.text
+    frames = [image for image in page.all("img") if "data-caption" in image]
+    assert [str(frame["data-caption"])[:10] for frame in frames][-1] == "Step 2,500"
+    assert "hidden" not in frames[-1]
+
+
+def test_hostile_names_and_values_stay_text(tmp_path: Path) -> None:
+    run = make_run(tmp_path / HOSTILE.replace("/", ""))
+    config = {"training": {"objective": HOSTILE, HOSTILE: HOSTILE}, "data": {"dataset": "\x00\x1b[0m"}}
+    (run / "config.yaml").write_text(json.dumps(config))
+    (run / "environment.json").write_text(json.dumps({HOSTILE: HOSTILE, "lone": "\ud800"}))
+    path = run / "evaluation" / "step-00003000.json"
+    content = json.loads(path.read_text())
+    scores = content["features"].pop("mnist")
+    scores |= {"class_histogram": {HOSTILE: 0.5, "汉字": 0.5}, "fid_interval": "ab", "provenance": {HOSTILE: HOSTILE}}
+    content |= {"weights": HOSTILE, "reference": HOSTILE, "features": {HOSTILE: scores}}
+    path.write_text(json.dumps(content))
+    plain_run = make_run(tmp_path / "plain")
+    for page in (Page(write_report(run)), Page(compare([run, plain_run], tmp_path / "out.html"))):
+        assert len(page.all("script")) == ("closer look" in page.text)
+        assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+        assert all(str(image["src"]).startswith("data:") for image in page.all("img"))
+        assert HOSTILE in page.text
+        assert "49" not in page.texts_of("h1")[0]
+    outside_code = re.sub("`[^`]*`", "", (run / "report.md").read_text())
+    assert "<" not in outside_code
+    assert "FID" in outside_code
+
+
+def test_json_summary_is_for_machines(run: Path) -> None:
+    path = run / "evaluation" / "step-00003000.json"
+    path.write_text(path.read_text().replace('"is_std": 0.06', '"is_std": NaN'))
+    write_report(run)
+    summary = json.loads((run / "report.json").read_text(), parse_constant=pytest.fail)
+    assert summary["evaluation"]["features"]["mnist"]["fid"] == 45.2
+    assert summary["evaluation"]["features"]["mnist"]["is_std"] is None
+    assert summary["evaluation"]["step"] == 3000
+    assert summary["best"] == {"mnist": {"fid": 45.2, "step": 3000.0}}
+    assert summary["timing"] == {
+        "total_seconds": pytest.approx(1050),
+        "evaluation_share": pytest.approx(150 / 1050),
+        "data_wait_share": pytest.approx(30 / 1050),
+        "images_per_second": 425.0,  # alternates between 400 and 450
+    }
+    assert summary["differences"]["training.n_critic"] == {"value": 2, "default": 5}
+    mail = (run / "report.md").read_text()
+    assert mail.startswith(
+        "# `made`: finished, 3,000 steps\n\n- **FID 45.2** (`mnist`, step 3,000, 10,000 images). That"
+    )
+    assert "`training.n_critic=2`" in mail
+    assert len(mail.splitlines()) < 10
+
+
+def test_best_step_is_named_when_it_is_not_the_last(run: Path) -> None:
+    path = run / "evaluation" / "step-00002000.json"
+    path.write_text(path.read_text().replace('"fid": 67.8', '"fid": 40.5'))
+    assert "Best FID 40.5 at step 2,000" in Page(write_report(run)).text
+
+
+def test_data_uri_is_lossless_where_it_fits_and_never_larger(tmp_path: Path) -> None:
+    def embedded(name: str, max_bytes: int) -> tuple[str, bool]:
+        image = data_uri(tmp_path / name, max_bytes, [])
+        assert image is not None
+        return image
+
+    save_image(tmp_path / "noise.png", (700, 500), 0)
+    large, few_pixels = embedded("noise.png", 1_000_000)
+    assert decoded(large).size == (700, 500)
+    assert not few_pixels
+    with Image.open(tmp_path / "noise.png") as original:
+        assert decoded(large).tobytes() == original.tobytes()
+    small, _ = embedded("noise.png", 10_000)
+    assert len(b64decode(small.partition(",")[2])) <= 10_000
+    assert decoded(small).format == "WEBP"
+    Image.new("RGB", (40, 30), (200, 10, 10)).save(tmp_path / "red.png")
+    red, few_pixels = embedded("red.png", 10_000)
+    assert decoded(red).getpixel((3, 3)) == (200, 10, 10)
+    assert few_pixels
+
+
+def test_compare_sets_runs_side_by_side(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / "first", fid=45.2),
+        make_run(tmp_path / "second", fid=30.1, n_critic=5),
+        make_run(tmp_path / "third", fid=60.0),
+    ]
+    (runs[2] / "samples" / "03000.png").unlink()
+    out = tmp_path / "new" / "out.html"
+    assert compare(runs, out) == out
+    page = Page(out)
+    assert page.texts_of("h2") == ["Scores", "Scores over training", "Newest samples", "Settings that differ"]
+    marked = page.source.partition('<tr class="marked">')[2].partition("</tr>")[0]
+    assert "B second" in marked
+    assert "30.1" in marked
+    assert page.source.count('class="marked"') == 1
+    settings_text = page.text.partition("Settings that differ")[2]
+    assert settings_text.startswith(" Setting A first B second C third training.n_critic 2 5 2 One file")
+    assert "not comparable" not in page.text
+    fid_chart = re.findall(r"<svg.*?</svg>", page.source, flags=re.DOTALL)[0]
+    assert [letter for letter in "ABC" if f">{letter}</text>" in fid_chart] == ["A", "B", "C"]
+    assert {f"var(--line-{i})" for i in range(3)} <= set(re.findall(r"var\(--line-\d\)", fid_chart))
+    assert len(page.all("img")) == 3
+    assert "Step 2,500" in page.text
+    assert "://" not in page.source
+
+
+def test_compare_warns_of_scores_that_do_not_compare_and_takes_runs_without_any(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "first"), make_run(tmp_path / "second", num_images=5000), make_run(tmp_path / "third")]
+    shutil.rmtree(runs[2] / "evaluation")
+    page = Page(compare(runs, tmp_path / "out.html"))
+    assert "These scores are not comparable" in page.text
+    assert "C third — — — —" in page.text
+    page = Page(compare([runs[0], runs[2]], tmp_path / "out.html"))
+    assert "not comparable" not in page.text
+    assert "None of them is evaluated yet" in Page(compare([runs[2]], tmp_path / "out.html")).text
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("file")])
+def test_what_is_no_run_is_refused_in_one_line(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], object]
+) -> None:
+    wrong, out = tmp_path / "wrong", tmp_path / "out.html"
+    make(wrong)
+    for arguments in ([str(wrong)], [str(run), str(wrong), "--out", str(out)]):
+        with pytest.raises(SystemExit) as ended:
+            run_program(functools.partial(main, arguments))
+        assert ended.value.code == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith(f"error: {wrong} is not a ")
+        assert captured.err.count("\n") == 1
+    assert not out.exists()
+    assert not (run / "report.html").exists()
+    assert not wrong.is_dir() or not any(wrong.iterdir())
+
+
+def test_page_that_cannot_be_written_is_an_error_of_one_line(tmp_path: Path, run: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file/out\.html: "):
+        compare([run], tmp_path / "file" / "out.html")
+    (run / "report.html").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*report\.html: Is a directory"):
+        write_report(run)
+    assert [path for path in run.iterdir() if path.name.endswith(".tmp")] == []
+
+
+def test_script_runs_without_torch(run: Path, tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "pipeline" / "report.py"
+    done = subprocess.run([sys.executable, script, run], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout == f"{run / 'report.html'}\n"
+    subprocess.run([sys.executable, script, run, run], capture_output=True, cwd=tmp_path, check=True)
+    assert "2 runs side by side" in Page(tmp_path / "comparison.html").text
+    for module, heavy in (("pipeline.report", "torch"), ("pipeline.reporting.read", "matplotlib")):
+        code = f"import sys, {module}; sys.exit('{heavy}' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_scores_that_cannot_be_drawn_are_left_out(run: Path) -> None:
+    path = run / "evaluation" / "step-00003000.json"
+    content = json.loads(path.read_text())
+    content["features"]["mnist"] |= {"fid_interval": [1, 10**400], "class_histogram_real": {"0": "much", "1": 10**400}}
+    path.write_text(json.dumps(content))
+    page = Page(write_report(run))
+    assert len(page.all("svg")) == 11
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+KEYS = st.sampled_from(
+    ["step", "num_images", "features", "mnist", "fid", "fid_floor", "fid_interval", "class_histogram"]
+)
+RECORDS = st.dictionaries(KEYS, VALUES | st.dictionaries(KEYS, VALUES | st.dictionaries(KEYS, VALUES)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.text() | RECORDS.map(json.dumps), max_size=4), RECORDS | VALUES, RECORDS | VALUES)
+def test_no_content_of_the_files_breaks_the_report(log: list[str], scores: object, environment: object) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder)
+        (run / "evaluation").mkdir()
+        (run / "metrics.jsonl").write_text("\n".join(log), encoding="utf-8", errors="replace")
+        evaluation = {"step": 5, "num_images": scores, "features": {"mnist": scores, "inception": environment}}
+        (run / "evaluation" / "step-00000005.json").write_text(json.dumps(evaluation))
+        (run / "evaluation" / "step-00000006.json").write_text(json.dumps(scores))
+        (run / "environment.json").write_text(json.dumps(environment))
+        (run / "config.yaml").write_text(json.dumps({"training": scores, "run": environment}))
+        Page(write_report(run))
+        Page(compare([run, run], run / "out.html"))

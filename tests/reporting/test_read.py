@@ -1,0 +1,48 @@
+"""What is read from a run's folder, and what a damaged one leaves out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pipeline.reporting.page import write_report
+from pipeline.reporting.read import Curve, read_run
+from tests.reporting.made_runs import Page
+
+
+def test_damaged_lines_are_left_out_and_later_lines_count(run: Path) -> None:
+    lines = ['{"step": 10, "critic_loss": 1}', '{"step": 20, "critic_loss": 2}{"step": 2', "[]", '{"critic_loss": 3}']
+    lines += ['{"step": 10, "critic_loss": 4}', '{"step": 5, "critic_loss": NaN}', '{"step": 30, "critic_lo']
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    found = read_run(run)
+    assert found.logged("critic_loss") == Curve([10.0], [4.0])
+    assert found.logged("step").values == [5.0, 10.0]
+    assert found.notes == ["metrics.jsonl: 4 damaged line(s); a killed run leaves one"]
+    assert found.notes[0] in Page(write_report(run)).text
+    assert found.notes[0] in (run / "report.md").read_text()
+
+
+def test_configuration_marks_what_differs_from_the_defaults(run: Path) -> None:
+    with (run / "config.yaml").open("a") as file:
+        file.write("added: {later: [1, 2]}\n")
+    differences = read_run(run).differences
+    assert differences == {
+        "run.name": ("made", "wgan"),
+        "training.steps": (3000, 40_000),
+        "training.n_critic": (2, 5),
+        "training.clip_value": (0.03, 0.01),
+        "added.later": ([1, 2], "not in this version"),
+    }
+    page = Page(write_report(run))
+    marked = [attributes for attributes in page.all("tr") if attributes.get("class") == "marked"]
+    assert len(marked) == 2 * len(differences)  # once above, once among all settings
+    assert "training. n_critic 2 5" in page.text
+
+
+def test_feature_sets_have_one_order_the_packages_own_first(run: Path) -> None:
+    """Sets of names have another order in every process: the same folder must give the same bytes in each."""
+    path = run / "evaluation" / "step-00003000.json"
+    content = json.loads(path.read_text())
+    content["features"] |= {name: {"fid": 1.0} for name in "gfedcba"}
+    path.write_text(json.dumps(content))
+    assert read_run(run).features == ["mnist", *"abcdefg"]
