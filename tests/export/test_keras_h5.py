@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.export import load_generator
-from pipeline.keras_h5 import load_keras
+from pipeline.export.generator_file import load_generator
+from pipeline.export.keras_h5 import load_keras
 from tests.jobs import ROOT
 from tests.keras_reference import keras_generator
 
@@ -177,7 +177,8 @@ def assert_same_images(path: Path, saved: Saved, latent_dim: int, classes: int =
     latents = random.uniform(-1, 1, (num_images, latent_dim)).astype(np.float32)
     labels = random.integers(0, max(classes, 1), num_images)
     with torch.no_grad():
-        images = generator(torch.from_numpy(latents), torch.from_numpy(labels) if classes else None)
+        mirrored = generator(torch.from_numpy(latents), torch.from_numpy(labels) if classes else None)
+    images = mirrored.flip(2, 3)
     stages = [arrays for _, arrays in saved.stages]
     for image, latent, label in zip(images, latents, labels, strict=True):
         expected = keras_generator(
@@ -375,6 +376,14 @@ CHANGES: dict[str, tuple[Callable[[Saved], Any], str]] = {
     "reshape of another size": (
         set_config("reshape_1", "target_shape", [8, 7, 13]),
         "layer 'dense_1' has a kernel of shape (6, 637), expected (6, 728)",
+    ),
+    "reshape to negative sides": (
+        set_config("reshape_1", "target_shape", [-7, -7, 13]),
+        "'reshape_1' has target_shape [-7, -7, 13], expected positive integers",
+    ),
+    "reshape to half a row": (
+        set_config("reshape_1", "target_shape", [7.5, 7, 13]),
+        "'reshape_1' has target_shape [7.5, 7, 13], expected positive integers",
     ),
     "no beta": (
         lambda saved: saved.stages[3][1].pop("beta"),

@@ -1,0 +1,1 @@
+"""What leaves a trained generator: files of it, and images."""

@@ -1,0 +1,38 @@
+"""Converts a trained generator: `python -m pipeline.export SOURCE FILE`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import auto_cli
+
+from pipeline.distributed.launcher import run_program
+from pipeline.errors import UserError
+from pipeline.export.generator_file import load_generator, save_export
+from pipeline.export.onnx import save_onnx
+
+
+def convert(source: Path, out: Path, weights: Literal["ema", "raw"] = "ema") -> int:
+    """Writes a generator as a safetensors export or as ONNX.
+
+    Args:
+        source: An export, a Keras notebook's .h5, a checkpoint or a run's folder.
+        out: The .safetensors or .onnx file to write; it must not exist.
+        weights: Which weights of a checkpoint.
+    """
+    if out.suffix not in {".safetensors", ".onnx"}:
+        raise UserError(f"{out}: unknown kind of file, name it .safetensors or .onnx")
+    if out.exists():
+        raise UserError(f"{out}: exists already, name another file")
+    generator = load_generator(source, weights)
+    if out.suffix == ".onnx":
+        save_onnx(generator, out)
+    else:
+        save_export(generator, out, {"source": source.name})
+    print(out)
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(lambda: auto_cli(convert, as_positional=True, prog="python -m pipeline.export"))

@@ -1,0 +1,95 @@
+"""Generated images for people: uint8, the right way round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.models.networks import Generator
+from pipeline.progress import bar
+from pipeline.rng import evaluation_labels, evaluation_latents
+from pipeline.storage.files import replacing
+
+BATCH = 500
+BORDER, GREY = 2, 128
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Pixels in [0, 1] -> uint8 in [0, 255], rounded; the range is fixed, never the batch's own."""
+    return (pixels * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+@torch.no_grad()
+def render(generator: Generator, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+    """uint8 images (n, C, H, W) on the CPU of latents (n, latent_dim), by a generator in eval mode.
+
+    Here, and nowhere else, the generator's mirrored images are flipped back.
+    """
+    weight = generator.dense.weight
+    mirrored = generator(latents.to(weight), None if labels is None else labels.to(weight.device))
+    return to_uint8(mirrored).flip(2, 3).cpu()
+
+
+def render_range(generator: Generator, seed: int, start: int, stop: int, label: int | None = None) -> Tensor:
+    """Evaluation images start, ..., stop - 1 of a seed: uint8 (n, C, H, W). Classes come in turn, or each is `label`.
+
+    Image i of a class is a function of (seed, i).
+    """
+    latents = evaluation_latents(seed, start, stop, generator.config.latent_dim)
+    return render(generator, latents, _labels(generator, start, stop, label))
+
+
+def sample_grid(generator: Generator, seed: int, label: int | None = None) -> tuple[Tensor, int]:
+    """Images 0, 1, ... of a seed, uint8 (n, C, H, W) row by row, and the number of columns: 16 images, or 10 a class.
+
+    With classes and no `label`, row c shows images 0 to 9 of class c, for the first 10 classes.
+    """
+    if label is not None or not generator.num_classes:
+        return render_range(generator, seed, 0, 16, label), 4
+    rows = [render_range(generator, seed, 0, 10, each) for each in range(min(generator.num_classes, 10))]
+    return torch.cat(rows), 10
+
+
+def interpolate(generator: Generator, seed: int, rows: int, columns: int, label: int | None = None) -> Tensor:
+    """`rows` straight lines between two latents each: uint8 (rows * columns, C, H, W), row by row.
+
+    Each row has the next class, or all have `label`.
+    """
+    ends = evaluation_latents(seed, 0, 2 * rows, generator.config.latent_dim).view(2, rows, 1, -1)
+    latents = torch.lerp(ends[0], ends[1], torch.linspace(0, 1, columns).view(1, -1, 1)).flatten(0, 1)
+    return render(generator, latents, _labels(generator, 0, rows, label).repeat_interleave(columns))
+
+
+def _labels(generator: Generator, start: int, stop: int, label: int | None) -> Tensor:
+    if label is None:
+        return evaluation_labels(start, stop, generator.num_classes or 1)  # without classes nothing reads them
+    return torch.full((stop - start,), label)
+
+
+def save_grid(images: Tensor, path: Path, columns: int, scale: int = 2) -> None:
+    """Writes uint8 images (n, C, H, W) as one PNG, atomically, each pixel enlarged `scale` times.
+
+    Grey lines of two pixels are around each image and in the place of those missing from the last row.
+    """
+    columns = min(columns, len(images))
+    missing = -len(images) % columns
+    cells = F.pad(images, (BORDER, 0, BORDER, 0, 0, 0, 0, missing), value=GREY)
+    rows = cells.view(-1, columns, *cells.shape[1:]).permute(2, 0, 3, 1, 4)  # (C, rows, H, columns, W)
+    grid = F.pad(rows.flatten(3).flatten(1, 2), (0, BORDER, 0, BORDER), value=GREY)
+    pixels = grid.expand(3 if len(grid) == 1 else -1, -1, -1).permute(1, 2, 0)
+    picture = Image.fromarray(pixels.repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy())
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def save_each(generator: Generator, seed: int, count: int, folder: Path, label: int | None = None) -> None:
+    """Writes `render_range`'s images 0, ..., count - 1 of a seed as 000000.png, ... in a new folder."""
+    folder.mkdir(parents=True)
+    for start in bar(iterable=range(0, count, BATCH), unit=f"{BATCH} images"):
+        images = render_range(generator, seed, start, min(start + BATCH, count), label)
+        for index, image in enumerate(images.permute(0, 2, 3, 1).squeeze(-1).numpy(), start):
+            Image.fromarray(image).save(folder / f"{index:06d}.png")

@@ -1,0 +1,45 @@
+"""A trained generator as ONNX, which runs without this pipeline and without torch."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+
+from pipeline.errors import UserError
+from pipeline.models.networks import Generator
+from pipeline.storage.files import replacing
+
+
+def save_onnx(generator: Generator, path: Path) -> None:
+    """Writes the generator as ONNX, float32, atomically. n, the batch, is free.
+
+    Inputs: `latents` float32 (n, latent_dim), entries in [-1, 1]; with classes also `labels` int64 (n,) in
+    [0, num_classes). Output: `images` float32 (n, C, H, W), pixels in [0, 1], not mirrored.
+
+    Raises:
+        UserError: the packages that write ONNX are not installed.
+    """
+    unmirrored = deepcopy(generator).float().cpu()
+    unmirrored.register_forward_hook(lambda module, inputs, images: images.flip(2, 3))
+    # Two rows, as torch.export takes a length of one for a constant.
+    inputs = {"latents": torch.zeros(2, generator.config.latent_dim)}
+    if generator.num_classes:
+        inputs["labels"] = torch.zeros(2, dtype=torch.int64)
+    try:
+        program = torch.onnx.export(
+            unmirrored,
+            tuple(inputs.values()),
+            input_names=list(inputs),
+            output_names=["images"],
+            # The second input's length is found equal to the first's; naming it again would warn.
+            dynamic_shapes=({0: "n"}, {0: torch.export.Dim.DYNAMIC})[: len(inputs)],
+            dynamo=True,
+            verbose=False,
+        )
+    except ModuleNotFoundError as error:
+        raise UserError(f"{path}: ONNX needs the package {error.name!r}: pip install 'gan-pipeline[onnx]'") from None
+    assert program is not None  # with dynamo=True
+    with replacing(path) as temporary:
+        program.save(temporary)

@@ -1,0 +1,77 @@
+"""Pictures, through the program a user runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.export.generator_file import load_export
+from pipeline.export.images import render_range
+from tests.jobs import ROOT
+
+
+def generate(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "pipeline/generate.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def pixels(path: Path) -> NDArray[np.uint8]:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_a_grid_single_images_and_a_strip(export: Path, tmp_path: Path) -> None:
+    assert generate("-g", export, "--out", tmp_path / "grid.png").returncode == 0
+    assert generate("-g", export, "--interpolate", "--out", tmp_path / "strip.png").returncode == 0
+    assert generate("-g", export, "--count", 20, "--out", tmp_path / "images").returncode == 0
+    side = 2 * (28 + 2)
+    assert pixels(tmp_path / "grid.png").shape[:2] == (4 * side + 4, 4 * side + 4)
+    assert pixels(tmp_path / "strip.png").shape[:2] == (8 * side + 4, 10 * side + 4)
+    files = sorted((tmp_path / "images").iterdir())
+    assert [file.name for file in files] == [f"{index:06d}.png" for index in range(20)]
+    expected = render_range(load_export(export), 0, 0, 20)[:, 0].numpy()
+    assert np.abs(np.stack([pixels(file) for file in files]).astype(int) - expected).max() <= 1
+    again = generate("-g", export, "--out", tmp_path / "grid.png")
+    assert (again.returncode, again.stderr) == (
+        2,
+        f"error: {tmp_path / 'grid.png'}: exists already, choose another --out\n",
+    )
+
+
+def test_the_program_draws_one_class(classed_export: Path, tmp_path: Path) -> None:
+    assert generate("-g", classed_export, "--out", tmp_path / "grid.png").returncode == 0
+    assert generate("-g", classed_export, "--class", 7, "--out", tmp_path / "sevens.png").returncode == 0
+    assert generate("-g", classed_export, "--class", 7, "--count", 12, "--out", tmp_path / "sevens").returncode == 0
+    side = 2 * (28 + 2)
+    assert pixels(tmp_path / "grid.png").shape[:2] == (10 * side + 4, 10 * side + 4)
+    assert pixels(tmp_path / "sevens.png").shape[:2] == (4 * side + 4, 4 * side + 4)
+    files = sorted((tmp_path / "sevens").iterdir())
+    expected = render_range(load_export(classed_export), 0, 0, 12, label=7)[:, 0].numpy()
+    assert np.abs(np.stack([pixels(file) for file in files]).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("label", "reason"), [(12, "has the classes 0 to 11"), (-1, "has the classes 0 to 11"), (0, "")]
+)
+def test_a_class_that_is_not_there_is_refused(
+    label: int, reason: str, export: Path, classed_export: Path, tmp_path: Path
+) -> None:
+    path = classed_export if reason else export
+    result = generate("-g", path, f"--class={label}", "--out", tmp_path / "out.png")
+    expected = f"error: --class is {label}: {path} {reason or 'has no classes, leave it away'}\n"
+    assert (result.returncode, result.stderr) == (2, expected)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_program_tells_a_bad_file_in_one_line(tmp_path: Path) -> None:
+    result = generate("-g", tmp_path / "nothing.safetensors", "--out", tmp_path / "out.png")
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {tmp_path / 'nothing.safetensors'}: no such file")
+    assert len(result.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,97 @@
+"""Generators in safetensors files, those written before the weights were mirrored among them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from pipeline.config import NetworkConfig
+from pipeline.errors import UserError
+from pipeline.export.generator_file import load_export, load_generator, save_export
+from pipeline.export.images import render_range
+from pipeline.models.networks import mirror_state
+from tests.export.generators import random_generator
+from tests.jobs import ROOT, environment
+from tests.trap import Trap
+
+SHAPES = [(0, (1, 28, 28)), (3, (3, 32, 24))]
+
+
+@pytest.mark.parametrize(("num_classes", "shape"), SHAPES)
+def test_a_file_says_which_world_it_is_in_and_gives_the_same_generator(
+    num_classes: int, shape: tuple[int, int, int], tmp_path: Path
+) -> None:
+    generator, path = random_generator(num_classes, shape), tmp_path / "generator.safetensors"
+    save_export(generator, path, {"run": "test", "step": 3})
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    assert header["format"] == "gan-pipeline generator 2"
+    assert json.loads(header["provenance"]) == {"run": "test", "step": 3}
+    loaded = load_export(path)
+    assert loaded.spec() == generator.spec()
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert loaded.state_dict().keys() == generator.state_dict().keys()
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in generator.state_dict().items())
+
+
+@pytest.mark.parametrize(("num_classes", "shape"), SHAPES)
+def test_an_export_of_before_the_mirroring_gives_the_same_images(
+    num_classes: int, shape: tuple[int, int, int], tmp_path: Path
+) -> None:
+    generator, path = random_generator(num_classes, shape), tmp_path / "generator.safetensors"
+    tensors = {name: tensor.contiguous() for name, tensor in mirror_state(generator, generator.state_dict()).items()}
+    header = {"format": "gan-pipeline generator 1", "generator": json.dumps(generator.spec()), "provenance": "{}"}
+    save_file(tensors, path, header)
+    expected = render_range(generator, 0, 0, 20)
+    assert torch.equal(render_range(load_generator(path, "ema"), 0, 0, 20), expected)
+    # Read as of the other world, these weights give other images.
+    save_file(tensors, path, header | {"format": "gan-pipeline generator 2"})
+    assert not torch.equal(render_range(load_generator(path, "ema"), 0, 0, 20), expected)
+
+
+def test_an_export_of_another_format_is_refused(tmp_path: Path) -> None:
+    generator, path = random_generator(), tmp_path / "generator.safetensors"
+    save_file(generator.state_dict(), path, {"format": "gan-pipeline generator 3", "generator": "{}"})
+    with pytest.raises(UserError, match="its header does not say 'gan-pipeline generator 2'"):
+        load_export(path)
+
+
+@pytest.mark.parametrize("kind", ["missing", "text", "other tensors", "truncated", "wrong shape", "pickle"])
+def test_a_file_that_is_not_an_export_is_refused_by_name(kind: str, export: Path, tmp_path: Path) -> None:
+    path = tmp_path / "generator.safetensors"
+    if kind == "text":
+        path.write_text("hello")
+    elif kind == "other tensors":
+        save_file({"weight": torch.zeros(3)}, path)
+    elif kind == "truncated":
+        path.write_bytes(export.read_bytes()[:-10])
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Trap(tmp_path / "executed")))
+    elif kind == "wrong shape":
+        generator = load_export(export)
+        generator.config = NetworkConfig(latent_dim=7, width=0.1)
+        save_export(generator, path, {})
+    with pytest.raises(UserError, match=f"{path}: (no such file|not a generator export)"):
+        load_export(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_reading_an_export_imports_neither_h5py_nor_torchvision(export: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from pipeline.export.generator_file import load_generator\n"
+        "import pipeline.export.images\n"
+        f"load_generator(Path({str(export)!r}), 'ema')\n"
+        "print(sorted({'h5py', 'torchvision', 'onnx', 'matplotlib'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert (result.stdout, result.stderr) == ("[]\n", "")

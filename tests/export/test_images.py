@@ -1,0 +1,73 @@
+"""Images of generators, and how they are laid out in one picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.utils import make_grid
+
+from pipeline.export.generator_file import load_export
+from pipeline.export.images import interpolate, render, render_range, sample_grid, save_grid, to_uint8
+from pipeline.rng import evaluation_latents
+from tests.export.generators import random_generator
+
+
+def test_pixels_become_bytes_from_a_fixed_range() -> None:
+    assert to_uint8(torch.tensor([0.0, 0.5, 1.0, 0.2509, 0.2489])).tolist() == [0, 128, 255, 64, 63]
+
+
+def test_an_image_depends_on_the_seed_and_its_number_alone(export: Path) -> None:
+    generator = load_export(export)
+    whole = render_range(generator, 5, 0, 300)
+    torch.testing.assert_close(render_range(generator, 5, 250, 300).int(), whole[250:].int(), rtol=0, atol=1)
+    assert not torch.equal(render_range(generator, 6, 0, 300), whole)
+
+
+def test_an_image_of_a_class_depends_on_the_seed_and_its_number_alone(classed_export: Path) -> None:
+    generator = load_export(classed_export)
+    sevens = render_range(generator, 5, 0, 40, label=7)
+    torch.testing.assert_close(render_range(generator, 5, 30, 40, label=7).int(), sevens[30:].int(), rtol=0, atol=1)
+    mixed = render_range(generator, 5, 0, 40)
+    same = [bool((sevens[i].int() - mixed[i].int()).abs().max() <= 1) for i in range(40)]
+    assert same == [i % 12 == 7 for i in range(40)]
+    strip = interpolate(generator, 5, 2, 3, label=7)
+    torch.testing.assert_close(strip[[0, 3]].int(), sevens[:2].int(), rtol=0, atol=1)
+
+
+def test_a_grid_has_a_row_a_class_up_to_ten(export: Path, classed_export: Path) -> None:
+    generator = load_export(classed_export)
+    images, columns = sample_grid(generator, 5)
+    assert (len(images), columns) == (100, 10)
+    torch.testing.assert_close(images[70:80].int(), render_range(generator, 5, 0, 10, label=7).int(), rtol=0, atol=1)
+    images, columns = sample_grid(load_export(export), 5)
+    assert columns == 4
+    assert torch.equal(images, render_range(load_export(export), 5, 0, 16))
+
+
+def test_images_are_flipped_back_once() -> None:
+    generator = random_generator(shape=(3, 32, 24))
+    latents = evaluation_latents(0, 0, 5, 6)
+    mirrored = to_uint8(generator(latents))
+    images = render(generator, latents)
+    assert torch.equal(images, mirrored.flip(2, 3))
+    assert not torch.equal(images, mirrored)
+
+
+@pytest.mark.parametrize("columns", [1, 4, 5, 20])
+@pytest.mark.parametrize("shape", [(1, 7, 5), (3, 7, 5)])
+def test_a_picture_has_the_pixels_of_torchvisions_grid(
+    columns: int, shape: tuple[int, int, int], tmp_path: Path
+) -> None:
+    """The last row is full, has gaps, or is the only one."""
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (12, *shape), dtype=torch.uint8, generator=random)
+    save_grid(images, tmp_path / "folder/grid.png", columns, scale=3)
+    expected = make_grid(images, nrow=columns, padding=2, pad_value=128).permute(1, 2, 0).numpy()
+    with Image.open(tmp_path / "folder/grid.png") as picture:
+        assert picture.mode == "RGB"
+        assert np.array_equal(np.asarray(picture), expected.repeat(3, 0).repeat(3, 1))
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["grid.png"]
