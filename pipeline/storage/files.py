@@ -24,3 +24,12 @@ def write_text(path: Path, text: str) -> None:
     """Replaces a text file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text)
+
+
+def fsync(path: Path) -> None:
+    """Waits until a file's bytes, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

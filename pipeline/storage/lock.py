@@ -1,7 +1,12 @@
-"""One run folder, one writer: also across machines, as far as a file with an owner and a heartbeat can tell."""
+"""One run folder, one writer: also across machines, as far as a file with an owner and a heartbeat can tell.
+
+filelock's SoftFileLease comes near, but takes a zombie for alive, waits out a dead machine's heartbeat again in each
+contender, and takes over a lock that it can't read after two seconds: here such a one is a person's to judge.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -11,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from pipeline.errors import UserError
+from pipeline.storage.run_folder import RunFolder
 
 HEARTBEAT_SECONDS = 10
 STALE_SECONDS = 60
@@ -27,41 +33,37 @@ class RunLock:
         UserError: another process holds it; the message names it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / ".lock"
+    def __init__(self, run: RunFolder) -> None:
+        self._path = run.lock
         self._released = threading.Event()
-        folder.mkdir(parents=True, exist_ok=True)
-        while not self._try_to_create():
-            if owner := _living_owner(self._path):
-                raise UserError(f"{folder}: is being written by {owner}: stop that one first, or use another run.name")
-            self._remove_stale()
+        run.path.mkdir(parents=True, exist_ok=True)
+        process = psutil.Process()
+        owner = {"host": os.uname().nodename, "pid": process.pid, "started": process.create_time()}
+        draft = run.lock.with_name(f".lock.{owner['host']}.{process.pid}")
+        draft.write_text(json.dumps(owner))
+        try:
+            while not self._take(draft):
+                if holder := _living_owner(self._path):
+                    reason = f"is being written by {holder}: stop that one first, or use another run.name"
+                    raise UserError(f"{run.path}: {reason}")
+                # Renamed first: of two processes that find the same stale lock, only one gets to remove it.
+                with contextlib.suppress(FileNotFoundError):
+                    self._path.rename(f"{draft}.stale").unlink()
+        finally:
+            draft.unlink()
         threading.Thread(target=self._beat, daemon=True).start()
 
     def release(self) -> None:
         self._released.set()
         self._path.unlink(missing_ok=True)
 
-    def _try_to_create(self) -> bool:
-        # Linked into place with its content, so that nobody ever reads an empty lock.
-        draft = self._path.with_name(f".lock.{os.uname().nodename}.{os.getpid()}")
-        own = psutil.Process()
-        draft.write_text(json.dumps({"host": os.uname().nodename, "pid": own.pid, "started": own.create_time()}))
+    def _take(self, draft: Path) -> bool:
+        """Links the lock into place with its content, so that nobody ever reads an empty one."""
         try:
-            os.link(draft, self._path)
+            self._path.hardlink_to(draft)
         except FileExistsError:
             return False
-        finally:
-            draft.unlink()
         return True
-
-    def _remove_stale(self) -> None:
-        # Renamed first: of two processes that find the same stale lock, only one gets to remove it.
-        doomed = self._path.with_name(f".lock.stale.{os.uname().nodename}.{os.getpid()}")
-        try:
-            self._path.rename(doomed)
-        except FileNotFoundError:
-            return
-        doomed.unlink()
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):
@@ -75,17 +77,14 @@ def _living_owner(path: Path) -> str | None:
     """Who holds the lock, or None if it is gone or stale."""
     try:
         owner = json.loads(path.read_text())
-        age_seconds = time.time() - path.stat().st_mtime
-        name = f"process {owner['pid']} on {owner['host']}"
-    except FileNotFoundError:
+        host, pid, started = str(owner["host"]), int(owner["pid"]), float(owner["started"])
+        name, age_seconds = f"process {pid} on {host}", time.time() - path.stat().st_mtime
+        if host == os.uname().nodename:
+            process = psutil.Process(pid)
+            alive = process.create_time() == started and process.status() != psutil.STATUS_ZOMBIE
+            return name if alive else None
+    except (FileNotFoundError, psutil.NoSuchProcess):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, ArithmeticError, LookupError, TypeError, psutil.Error) as error:
         return f"the unknown owner of {path} ({error}; delete that file if nothing writes there)"
-    if owner["host"] == os.uname().nodename:
-        try:
-            process = psutil.Process(owner["pid"])
-            same = process.create_time() == owner["started"] and process.status() != psutil.STATUS_ZOMBIE
-            return name if same else None
-        except psutil.NoSuchProcess:
-            return None
     return f"{name} (heartbeat {age_seconds:.0f} s ago)" if age_seconds < STALE_SECONDS else None

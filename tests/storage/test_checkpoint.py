@@ -9,16 +9,20 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.checkpoint import (
+from pipeline.distributed.collectives import Ranks
+from pipeline.storage.checkpoint import (
     CheckpointError,
     CheckpointWriter,
     IntegrityError,
@@ -28,6 +32,7 @@ from pipeline.checkpoint import (
     read_checkpoint,
     sweep,
 )
+from pipeline.storage.run_folder import RunFolder
 from tests.jobs import ROOT
 from tests.trap import Trap
 
@@ -45,52 +50,59 @@ def random_state(seed: int, scale: float = 0.01) -> dict[str, Tensor]:
     }
 
 
-def writer(folder: Path, keep_last: int = 3, keep_every: int | None = None) -> CheckpointWriter:
-    return CheckpointWriter(
-        folder, rank=0, world_size=1, keep_last=keep_last, keep_every=keep_every, clip_value=0.01
-    )  # fmt: skip
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "run")
 
 
-def save_steps(folder: Path, *steps: int, **options: int) -> None:
-    out = writer(folder, **options)
+def writer(run: RunFolder, keep_last: int = 3, keep_every: int | None = None) -> CheckpointWriter:
+    return CheckpointWriter(run, Ranks(), keep_last=keep_last, keep_every=keep_every, clip_value=0.01)
+
+
+def save_steps(run: RunFolder, *steps: int, **options: int) -> None:
+    out = writer(run, **options)
     for step in steps:
         out.save(random_state(step), step, {"elapsed_seconds": step / 2})
     out.finish()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_what_is_saved_is_loaded_bit_for_bit(seed: int, tmp_path: Path) -> None:
-    out = writer(tmp_path)
+def test_what_is_saved_is_loaded_bit_for_bit(seed: int, run: RunFolder) -> None:
+    out = writer(run)
     state = random_state(seed)
     expected = {name: tensor.clone() for name, tensor in state.items()}
     out.save(state, 7, {"elapsed_seconds": 1.5})
     for tensor in state.values():
         tensor.zero_()  # training goes on while the thread writes
     out.finish()
-    checkpoint, damaged = newest_intact(tmp_path)
+    checkpoint, damaged = newest_intact(run)
     assert checkpoint is not None
-    assert (checkpoint.step, checkpoint.world_size, checkpoint.progress, damaged) == (
-        7,
-        1,
-        {"elapsed_seconds": 1.5},
-        [],
-    )
-    tensors = checkpoint.tensors()
+    assert (checkpoint.step, checkpoint.world_size, damaged) == (7, 1, [])
+    assert checkpoint.progress == {"elapsed_seconds": 1.5}
+    check_equal(checkpoint.tensors(), expected)
+
+
+def check_equal(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert tensors.keys() == expected.keys()
     for name, tensor in expected.items():
         assert tensors[name].dtype == tensor.dtype
         assert torch.equal(tensors[name], tensor), name
 
 
-def test_retention(tmp_path: Path) -> None:
-    save_steps(tmp_path, *range(10, 110, 10), keep_last=2, keep_every=40)
-    assert [path.name for path in committed(tmp_path)] == [
+def test_retention(run: RunFolder) -> None:
+    save_steps(run, *range(10, 110, 10), keep_last=2, keep_every=40)
+    assert [path.name for path in committed(run)] == [
         "step-00000040",
         "step-00000080",
         "step-00000090",
         "step-00000100",
     ]
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(run.checkpoints.glob("*.tmp"))
+
+
+def test_a_step_of_nine_digits_is_the_newest(run: RunFolder) -> None:
+    save_steps(run, 99_999_999, 100_000_000)
+    assert [read_checkpoint(folder).step for folder in committed(run)] == [99_999_999, 100_000_000]
 
 
 def flip(path: Path, position: int) -> None:
@@ -112,51 +124,52 @@ DAMAGE: dict[str, Callable[[Path, int], object]] = {
 def test_any_damage_is_found_and_the_checkpoint_before_is_used(
     kind: str, position: int, of_manifest: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    folder = tmp_path_factory.mktemp("damage")
-    save_steps(folder, 1, 2)
-    newest = committed(folder)[-1]
+    run = RunFolder(tmp_path_factory.mktemp("damage"))
+    save_steps(run, 1, 2)
+    newest = committed(run)[-1]
     victim = newest / "manifest.json" if of_manifest else next(newest.glob("*.safetensors"))
     DAMAGE[kind](victim, position)
     if of_manifest and kind == "grown":
         return  # a byte after the manifest's last brace makes it invalid JSON unless it is white space; see below
-    checkpoint, damaged = newest_intact(folder)
+    checkpoint, damaged = newest_intact(run)
     assert checkpoint is not None
     assert checkpoint.step == 1
     assert len(damaged) == 1
     assert str(victim) in damaged[0]
 
 
-def test_without_an_intact_checkpoint_the_reasons_are_given(tmp_path: Path) -> None:
-    save_steps(tmp_path / "checkpoints", 1, 2)
-    for folder in committed(tmp_path / "checkpoints"):
+def test_without_an_intact_checkpoint_the_reasons_are_given(run: RunFolder) -> None:
+    save_steps(run, 1, 2)
+    for folder in committed(run):
         next(folder.glob("*.safetensors")).unlink()
     with pytest.raises(CheckpointError, match=r"holds no intact checkpoint; .*step-00000002.*; .*step-00000001"):
-        find(tmp_path)
+        find(run)
 
 
-def test_uncommitted_saves_are_never_seen_and_swept(tmp_path: Path) -> None:
-    save_steps(tmp_path, 1)
-    (tmp_path / "step-00000001").rename(tmp_path / "step-00000002.tmp")
-    assert newest_intact(tmp_path) == (None, [])
-    sweep(tmp_path)
-    assert not list(tmp_path.iterdir())
+def test_uncommitted_saves_are_never_seen_and_swept(run: RunFolder) -> None:
+    sweep(run)  # of a run that has not begun
+    save_steps(run, 1)
+    run.checkpoint(1).rename(run.checkpoint(2).with_suffix(".tmp"))
+    assert newest_intact(run) == (None, [])
+    sweep(run)
+    assert not list(run.checkpoints.iterdir())
 
 
-def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:
-    save_steps(tmp_path, 1, 2)
-    flip(next((tmp_path / "step-00000002").glob("*.safetensors")), 2000)
-    save_steps(tmp_path, 2)
-    checkpoint, damaged = newest_intact(tmp_path)
+def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(run: RunFolder) -> None:
+    save_steps(run, 1, 2)
+    flip(next(run.checkpoint(2).glob("*.safetensors")), 2000)
+    save_steps(run, 2)
+    checkpoint, damaged = newest_intact(run)
     assert checkpoint is not None
     assert (checkpoint.step, damaged) == (2, [])
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "shard-00001-model-00001-of-00001.safetensors"])
-def test_a_pickle_in_place_of_a_file_is_refused_and_not_executed(name: str, tmp_path: Path) -> None:
-    save_steps(tmp_path, 1)
-    folder, proof = tmp_path / "step-00000001", tmp_path / "executed"
+def test_a_pickle_in_place_of_a_file_is_refused_and_not_executed(name: str, run: RunFolder, tmp_path: Path) -> None:
+    save_steps(run, 1)
+    folder, proof = run.checkpoint(1), tmp_path / "executed"
     (folder / name).write_bytes(pickle.dumps(Trap(proof)))
-    checkpoint, damaged = newest_intact(tmp_path)
+    checkpoint, damaged = newest_intact(run)
     assert checkpoint is None
     assert name in damaged[0]
     with pytest.raises(CheckpointError):
@@ -164,6 +177,74 @@ def test_a_pickle_in_place_of_a_file_is_refused_and_not_executed(name: str, tmp_
     assert not proof.exists()
     pickle.loads((folder / name).read_bytes())
     assert proof.exists(), "the trap works where it is unpickled"
+
+
+def write_by_hand(folder: Path, tensors: dict[str, Tensor], **content: Any) -> None:
+    """A checkpoint as the format is documented, without the writer."""
+    folder.mkdir(parents=True)
+    shard = folder / "shard-00001-model-00001-of-00001.safetensors"
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, shard)
+    entry = {"num_bytes": shard.stat().st_size, "sha256": sha256(shard.read_bytes()).hexdigest()}
+    manifest = {"step": 5, "world_size": 1, "progress": {}, "files": {shard.name: entry}} | content
+    digest = sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": digest}))
+
+
+def test_a_checkpoint_of_format_1_is_mirrored_on_reading(run: RunFolder) -> None:
+    """Images of 12 x 20: the generator begins with 3 x 5 maps, the critic ends with 2 x 3."""
+    rows, columns, channels = 3, 5, 2
+    # Each row of the dense weight holds where in the first maps its output lies.
+    places = torch.arange(rows * columns * channels, dtype=torch.float32)
+    mirrored_places = places.view(rows, columns, channels).flip(0, 1).flatten()
+    scores = torch.arange(2 * 3 * 4, dtype=torch.float32)
+    kernel = torch.arange(2 * 3 * 25, dtype=torch.float32).view(2, 3, 5, 5)
+    step, bias = torch.tensor(7.0), torch.arange(3.0)
+    old = {
+        "generator.dense.weight": places[:, None].repeat(1, 4),
+        "ema.dense.bias": places,
+        "generator_optimizer.dense.weight.square_avg": places[:, None].repeat(1, 4),
+        "generator_optimizer.dense.weight.step": step,
+        "generator.norms.0.weight": bias,
+        "critic.convolutions.3.weight": kernel,
+        "critic_optimizer.convolutions.0.weight.square_avg": kernel,
+        "critic_optimizer.convolutions.0.weight.step": step,
+        "critic.convolutions.3.bias": bias,
+        "critic.score.weight": scores[None],
+        "critic.classes.1.weight": scores[None].clone(),
+        "scaler.scale": step,
+    }
+    mirrored_scores = scores.view(2, 3, 4).flip(0, 1).flatten()
+    changed = {
+        "generator.dense.weight": mirrored_places[:, None].repeat(1, 4),
+        "ema.dense.bias": mirrored_places,
+        "generator_optimizer.dense.weight.square_avg": mirrored_places[:, None].repeat(1, 4),
+        "critic.convolutions.3.weight": kernel.flip(2, 3),
+        "critic_optimizer.convolutions.0.weight.square_avg": kernel.flip(2, 3),
+        "critic.score.weight": mirrored_scores[None],
+    }
+    write_by_hand(run.checkpoint(5), old, format=1, progress={"generator": {"image_shape": [1, 12, 20]}})
+    check_equal(find(run).tensors(), old | changed)
+
+
+def test_a_checkpoint_says_its_format_and_later_ones_are_refused(run: RunFolder) -> None:
+    save_steps(run, 1)
+    assert json.loads((run.checkpoint(1) / "manifest.json").read_text())["format"] == 2
+    write_by_hand(run.checkpoint(2), {}, format=3)
+    with pytest.raises(CheckpointError, match=r"step-00000002.*its format is 3, later than 2"):
+        find(run, 2)
+    assert find(run).step == 1
+
+
+def test_a_save_that_waits_for_a_lost_rank_does_not_keep_the_process(tmp_path: Path) -> None:
+    """As after an error of this rank alone: nobody else will come to the save's collectives."""
+    waiting = "import sys, threading; from pathlib import Path; import torch\n"
+    waiting += "from pipeline.distributed.collectives import Ranks\n"
+    waiting += "from pipeline.storage.checkpoint import CheckpointWriter\n"
+    waiting += "from pipeline.storage.run_folder import RunFolder\n"
+    waiting += "class Lost(CheckpointWriter):\n    def _check(self, staged): threading.Event().wait()\n"
+    waiting += "out = Lost(RunFolder(Path(sys.argv[1])), Ranks(), keep_last=1, keep_every=None, clip_value=None)\n"
+    waiting += "out.save({'x': torch.zeros(1)}, 1, {}); sys.exit(3)"
+    assert subprocess.run([sys.executable, "-c", waiting, str(tmp_path)], cwd=ROOT, timeout=60).returncode == 3
 
 
 @pytest.mark.parametrize(
@@ -175,16 +256,16 @@ def test_a_pickle_in_place_of_a_file_is_refused_and_not_executed(name: str, tmp_
     ],
 )
 def test_a_state_that_broke_its_invariants_is_never_committed(
-    name: str, value: float, message: str, tmp_path: Path
+    name: str, value: float, message: str, run: RunFolder
 ) -> None:
-    out = writer(tmp_path)
+    out = writer(run)
     out.save(random_state(1), 1, {})
     state = random_state(2)
     state[name].view(-1)[3:4].fill_(value) if state[name].is_contiguous() else state[name][0, 0].fill_(value)
     out.save(state, 2, {})
     with pytest.raises(IntegrityError, match=message):
         out.finish()
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000001"]
     assert out.committed_step == 1
 
 
@@ -201,7 +282,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(small_disk: Path) -> None:
-    out = writer(small_disk, keep_last=9)
+    run = RunFolder(small_disk)
+    out = writer(run, keep_last=9)
     failures = 0
     for step in range(1, 8):
         try:
@@ -213,12 +295,12 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(small_disk: Path) -> No
         out.finish()
     assert failures >= 3
     assert out.failures_in_a_row > failures
-    steps = [read_checkpoint(folder).step for folder in committed(small_disk)]
+    steps = [read_checkpoint(folder).step for folder in committed(run)]
     assert steps == list(range(1, len(steps) + 1))
-    for folder in committed(small_disk):
+    for folder in committed(run):
         read_checkpoint(folder).verify()
-    assert not list(small_disk.glob("*.tmp")), "a failed save frees what it took"
-    junk = committed(small_disk)[0]
+    assert not list(run.checkpoints.glob("*.tmp")), "a failed save frees what it took"
+    junk = committed(run)[0]
     subprocess.run(["rm", "-r", str(junk)], check=True)
     out.save(random_state(9), 9, {})
     out.finish()
@@ -229,7 +311,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(small_disk: Path) -> No
 def test_a_lost_folder_is_an_error_that_passes(tmp_path: Path) -> None:
     folder = tmp_path / "gone"
     folder.write_text("a file where the folder should be")
-    out = writer(folder)
+    out = writer(RunFolder(folder))
     out.save(random_state(1), 1, {})
     with pytest.raises(OSError, match="gone"):
         out.finish()
@@ -246,8 +328,9 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_lists_verifies_and_consolidates(tmp_path: Path) -> None:
-    save_steps(tmp_path / "checkpoints", 1, 2, 3)
-    flip(next((tmp_path / "checkpoints/step-00000002").glob("*.safetensors")), 5000)
+    run = RunFolder(tmp_path)
+    save_steps(run, 1, 2, 3)
+    flip(next(run.checkpoint(2).glob("*.safetensors")), 5000)
     listed = command("list", str(tmp_path))
     assert listed.returncode == 0
     assert [line.split()[0] for line in listed.stdout.splitlines()] == [f"step-0000000{step}" for step in (1, 2, 3)]
@@ -260,7 +343,9 @@ def test_the_command_lists_verifies_and_consolidates(tmp_path: Path) -> None:
     assert {name: tensor.tolist() for name, tensor in load_file(one).items()} == {
         name: tensor.tolist() for name, tensor in random_state(3).items()
     }
+    with safe_open(one, "pt") as file:
+        assert file.metadata() == {"step": "3", "orientation": "mirrored"}
     refused = command("consolidate", str(tmp_path), str(one))
     assert refused.returncode == 2
     assert refused.stderr.strip() == f"error: {one}: exists already, name another file"
-    assert json.loads((tmp_path / "checkpoints/step-00000003/manifest.json").read_text())["step"] == 3
+    assert json.loads((run.checkpoint(3) / "manifest.json").read_text())["step"] == 3
