@@ -22,9 +22,9 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from pipeline import rng
 from pipeline.config import OptimizerConfig
-from pipeline.models.cpu_kernels import KERNEL
 from pipeline.data import Batch
-from pipeline.metrics.features import MNIST_SHAPE, MnistFeatures
+from pipeline.evaluation.features import MNIST_SHAPE, MnistFeatures
+from pipeline.models.cpu_kernels import KERNEL
 from pipeline.models.networks import CRITIC_STRIDES, LEAK, Critic, Generator
 from pipeline.models.objectives import gradient_penalty
 from pipeline.training.trainer import Trainer

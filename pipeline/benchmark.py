@@ -30,11 +30,12 @@ from pipeline.config import Config, make_parser, parse
 from pipeline.data import Dataset, open_dataset
 from pipeline.data.resident import ResidentSource, load_split
 from pipeline.data.streaming import StreamingSource
+from pipeline.distributed.launcher import run_program
+from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
+from pipeline.evaluation.scores import KID_SUBSET_SIZE, NEIGHBOURS
+from pipeline.export.images import render_range
 from pipeline.metrics import evaluate_images, load_features
-from pipeline.metrics.scores import KID_SUBSET_SIZE, NEIGHBOURS
-from pipeline.pictures import render_range
-from pipeline.distributed.process import Runtime, run_entry
 from pipeline.storage.files import write_text
 from pipeline.training.trainer import Trainer
 
@@ -311,4 +312,4 @@ def _evaluation_rate(trainer: Trainer) -> float | None:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_program(main)

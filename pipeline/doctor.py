@@ -26,16 +26,17 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
 
-from pipeline.checkpoint import committed
 from pipeline.config import Config, make_parser, parse
 from pipeline.data import KNOWN, DataError, Dataset, dataset_folder, load_dataset, locations, source_kind
 from pipeline.data.manifest import FILE_NAME, Shard
 from pipeline.data.streaming import StreamingSource
+from pipeline.distributed.launcher import run_program
+from pipeline.distributed.process import Runtime
 from pipeline.errors import EXIT_USER_ERROR, UserError
-from pipeline.metrics.features import default_inception_weights, load_features
+from pipeline.evaluation.features import default_inception_weights, load_features
 from pipeline.models.objectives import choose
 from pipeline.rng import rank_slice
-from pipeline.distributed.process import Runtime, run_entry
+from pipeline.storage.checkpoint import committed
 from pipeline.training.state import build_state
 from pipeline.training.trainer import check_run_folder
 
@@ -372,4 +373,4 @@ def _step_seconds(config: Config) -> float | None:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_program(main)

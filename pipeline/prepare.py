@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from pipeline.data.manifest import Dataset
-from pipeline.data.preparing import (
+from pipeline.data.prepare import (
     IMAGES_PER_BLOCK,
     IMAGES_PER_SHARD,
     index_shards,

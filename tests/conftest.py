@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pipeline.data.prepare import prepare_mnist, prepare_npz
 
 from pipeline.data import Dataset
-from pipeline.data.preparing import prepare_mnist, prepare_npz
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import find
 from pipeline.distributed.process import STOP_SIGNALS
+from pipeline.storage.checkpoint import find
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_SECONDS = 600

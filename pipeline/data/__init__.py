@@ -9,7 +9,7 @@ import torch
 
 from pipeline.config import DataConfig
 from pipeline.data.manifest import FILE_NAME, DataError, Dataset, Shard, load_dataset
-from pipeline.data.preparing import prepare_mnist
+from pipeline.data.prepare import prepare_mnist
 from pipeline.data.resident import ResidentSource
 from pipeline.data.source import Batch, Source
 from pipeline.data.streaming import StreamingSource

@@ -21,12 +21,12 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from PIL import Image
+from pipeline.data.prepare import MNIST_SHA256, index_shards, prepare_folder, prepare_mnist, prepare_npz
 from torchvision.datasets import MNIST
 
 from pipeline import prepare
 from pipeline.config import DataConfig
 from pipeline.data import DataError, Dataset, load_dataset, open_dataset
-from pipeline.data.preparing import MNIST_SHA256, index_shards, prepare_folder, prepare_mnist, prepare_npz
 from pipeline.data.resident import load_split
 from pipeline.errors import UserError
 from tests.data.numbered import image_numbers, numbered_dataset, numbered_images

@@ -20,10 +20,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from pipeline.data.prepare import index_shards
 from webdataset import TarWriter
 
 from pipeline.data import DataError, Dataset, Shard, streaming
-from pipeline.data.preparing import index_shards
 from pipeline.data.shards import Samples, read_shard
 from pipeline.data.streaming import StreamingSource, pieces
 from pipeline.errors import UserError

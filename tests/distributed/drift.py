@@ -9,7 +9,8 @@ import torch
 
 from pipeline.config import make_parser, parse
 from pipeline.data import Batch
-from pipeline.distributed.process import Runtime, run_entry
+from pipeline.distributed.launcher import run_program
+from pipeline.distributed.process import Runtime
 from pipeline.training.trainer import Trainer
 
 
@@ -28,4 +29,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_program(main)

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from pipeline.checkpoint import find
+from pipeline.storage.checkpoint import find
 from tests.jobs import ROOT, TINY, environment, launch_command
 
 STEPS = 400

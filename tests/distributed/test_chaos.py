@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import committed, newest_intact
+from pipeline.storage.checkpoint import committed, newest_intact
 from tests.distributed.interrupting import assert_same_end, job, kill_tree, last_step, ranks, tiny_run, wait_for_step
 from tests.jobs import ROOT, launch
 

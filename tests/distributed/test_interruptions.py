@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.checkpoint import find, newest_intact
+from pipeline.storage.checkpoint import find, newest_intact
 from tests.distributed.interrupting import (
     LIMIT_SECONDS,
     STEPS,

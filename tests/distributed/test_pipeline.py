@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.checkpoint import find
 from pipeline.data import Dataset
 from pipeline.data.resident import load_split
-from pipeline.export import load_export
+from pipeline.export.generator_file import load_export
+from pipeline.storage.checkpoint import find
 from tests.distributed.interrupting import job, ranks
 from tests.jobs import ROOT, environment, launch
 

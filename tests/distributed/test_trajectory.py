@@ -13,10 +13,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.checkpoint import committed, find, read_checkpoint
 from pipeline.config import RuntimeConfig, make_parser, parse
-from pipeline.models.objectives import OBJECTIVES
 from pipeline.distributed.process import Runtime
+from pipeline.models.objectives import OBJECTIVES
+from pipeline.storage.checkpoint import committed, find, read_checkpoint
 from pipeline.training.trainer import Trainer
 from tests.jobs import ROOT, TINY, environment, launch, process_kept, train_many
 

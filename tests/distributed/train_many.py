@@ -9,7 +9,8 @@ import json
 import sys
 
 from pipeline.config import make_parser, parse
-from pipeline.distributed.process import Runtime, run_entry
+from pipeline.distributed.launcher import run_program
+from pipeline.distributed.process import Runtime
 from pipeline.training.trainer import Trainer
 
 
@@ -23,4 +24,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_program(main)

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from pipeline.data.prepare import prepare_npz
 
-from pipeline.checkpoint import newest_intact
-from pipeline.data.preparing import prepare_npz
+from pipeline.storage.checkpoint import newest_intact
 from tests.jobs import ROOT, TINY, final_state, launch
 from tests.slurm.cluster import Cluster, until, why_impossible
 

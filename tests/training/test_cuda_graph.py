@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pipeline.config import RuntimeConfig, make_parser, parse
-from pipeline.errors import UserError
 from pipeline.distributed.process import Runtime
+from pipeline.errors import UserError
 from pipeline.training.step import CapturedStep, Step
 from pipeline.training.trainer import Trainer
 from tests.jobs import TINY, process_kept

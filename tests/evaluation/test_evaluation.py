@@ -11,15 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from pipeline.data.prepare import prepare_npz
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.data import Dataset
-from pipeline.data.preparing import prepare_npz
 from pipeline.data.resident import load_split
-from pipeline.errors import UserError
-from pipeline.metrics import FeatureExtractor, evaluate_images
-from pipeline.metrics.cache import Interrupted
+from pipeline.errors import Preempted, UserError
+from pipeline.evaluation import FeatureExtractor, ImageSet, evaluate_images
 from tests.jobs import ROOT, TIMEOUT_SECONDS, environment
 
 NUM_IMAGES = 1001
@@ -29,7 +28,7 @@ BATCH_SIZES = (7, 64, 1000)
 def score_many(folder: Path, output: Path, num_processes: int) -> list[list[dict[str, Any]]]:
     """For each rank, what it was given for each batch size."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    script = [str(ROOT / "tests/metrics/score_many.py"), str(folder), str(output)]
+    script = [str(ROOT / "tests/evaluation/score_many.py"), str(folder), str(output)]
     command = [sys.executable, *(launcher if num_processes > 1 else []), *script, *map(str, (NUM_IMAGES, *BATCH_SIZES))]
     environ = environment() | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
@@ -110,7 +109,7 @@ def test_labels_give_the_rate_of_the_asked_class(digits: Dataset, extractor: Fea
     wrong[:305] = (wrong[:305] + 1) % 10
 
     def accuracy(asked: Tensor | None) -> Any:
-        scores = evaluate_images(lambda a, b: images[a:b], 610, digits, [extractor], labels=asked)
+        scores = evaluate_images(ImageSet.of_tensor(images[:610], asked), digits, [extractor])
         return scores["mnist"].get("class_accuracy")
 
     assert accuracy(labels) > 0.98
@@ -120,7 +119,7 @@ def test_labels_give_the_rate_of_the_asked_class(digits: Dataset, extractor: Fea
 
 def test_too_few_images_give_null_scores(digits: Dataset, extractor: FeatureExtractor) -> None:
     images, _ = load_split(digits, "test")
-    scores = evaluate_images(lambda a, b: images[a:b], 5, digits, [extractor])["mnist"]
+    scores = evaluate_images(ImageSet.of_tensor(images[:5]), digits, [extractor])["mnist"]
     for key in ("precision", "recall", "density", "coverage", "fid_interval"):
         assert scores[key] is None
     assert isinstance(scores["fid"], float)
@@ -131,9 +130,9 @@ def test_the_reference_can_be_either_split_and_the_other_gives_the_floor(
     digits: Dataset, extractor: FeatureExtractor
 ) -> None:
     images, _ = load_split(digits, "train")
-    against_test = evaluate_images(lambda a, b: images[a:b], 1150, digits, [extractor], reference="test")["mnist"]
+    against_test = evaluate_images(ImageSet.of_tensor(images[:1150]), digits, [extractor], reference="test")["mnist"]
     assert against_test["fid"] == pytest.approx(against_test["fid_floor"], rel=1e-9)
-    against_train = evaluate_images(lambda a, b: images[a:b], 1150, digits, [extractor], reference="train")["mnist"]
+    against_train = evaluate_images(ImageSet.of_tensor(images[:1150]), digits, [extractor], reference="train")["mnist"]
     assert against_train["fid"] == pytest.approx(0, abs=1e-6)
     assert against_train["fid_floor"] == pytest.approx(against_test["fid_floor"], rel=1e-9)
 
@@ -143,37 +142,34 @@ def test_a_dataset_of_one_split_has_no_floor(
 ) -> None:
     dataset = prepare_npz(tmp_path, "digits", {"train": digits_files["train"]})
     images, _ = load_split(dataset, "train")
-    assert evaluate_images(lambda a, b: images[a:b], 200, dataset, [extractor])["mnist"]["fid_floor"] is None
+    assert evaluate_images(ImageSet.of_tensor(images[:200]), dataset, [extractor])["mnist"]["fid_floor"] is None
     with pytest.raises(UserError, match="test"):
-        evaluate_images(lambda a, b: images[a:b], 200, dataset, [extractor], reference="test")
+        evaluate_images(ImageSet.of_tensor(images[:200]), dataset, [extractor], reference="test")
 
 
 def test_what_is_not_an_image_is_refused(digits: Dataset, extractor: FeatureExtractor) -> None:
     images, _ = load_split(digits, "test")
     with pytest.raises(ValueError, match="float32"):
-        evaluate_images(lambda a, b: images[a:b] / 255, 10, digits, [extractor])
+        evaluate_images(ImageSet(10, lambda a, b: images[a:b] / 255), digits, [extractor])
     with pytest.raises(ValueError, match="render\\(0, 10\\)"):
-        evaluate_images(lambda a, b: images[a : b - 1], 10, digits, [extractor])
+        evaluate_images(ImageSet(10, lambda a, b: images[a : b - 1]), digits, [extractor])
     with pytest.raises(ValueError, match="labels"):
-        evaluate_images(lambda a, b: images[a:b], 10, digits, [extractor], labels=torch.zeros(9, dtype=torch.int64))
+        evaluate_images(ImageSet.of_tensor(images[:10], torch.zeros(9, dtype=torch.int64)), digits, [extractor])
     with pytest.raises(UserError, match="num_images"):
-        evaluate_images(lambda a, b: images[a:b], 1, digits, [extractor])
+        evaluate_images(ImageSet.of_tensor(images[:1]), digits, [extractor])
 
 
 def test_an_interrupted_evaluation_ends_without_a_score(digits: Dataset, extractor: FeatureExtractor) -> None:
     images, _ = load_split(digits, "test")
     done: list[int] = []
-    evaluate_images(lambda a, b: images[a:b], 210, digits, [extractor], batch_size=100, progress=done.append)
+
+    def render(start: int, stop: int) -> Tensor:
+        done.append(stop - start)
+        return images[start:stop]
+
+    evaluate_images(ImageSet(210, render), digits, [extractor], batch_size=100)
     assert done == [100, 100, 10]
     done.clear()
-    with pytest.raises(Interrupted):
-        evaluate_images(
-            lambda a, b: images[a:b],
-            610,
-            digits,
-            [extractor],
-            batch_size=100,
-            progress=done.append,
-            interrupted=lambda: len(done) == 2,
-        )
+    with pytest.raises(Preempted, match="start it again"):
+        evaluate_images(ImageSet(610, render), digits, [extractor], batch_size=100, interrupted=lambda: len(done) == 2)
     assert done == [100, 100]

@@ -13,7 +13,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from pipeline.data import Dataset
 from pipeline.data.resident import load_split
-from pipeline.metrics import FeatureExtractor, evaluate_images
+from pipeline.evaluation import FeatureExtractor, ImageSet, evaluate_images
 
 NUM_IMAGES = 2000
 Score = Callable[[Tensor], dict[str, Any]]
@@ -32,7 +32,7 @@ def score(mnist_dataset: Dataset, extractor: FeatureExtractor) -> Score:
     """Against the 60,000 training digits."""
 
     def run(images: Tensor) -> dict[str, Any]:
-        return evaluate_images(lambda a, b: images[a:b], len(images), mnist_dataset, [extractor])["mnist"]
+        return evaluate_images(ImageSet.of_tensor(images), mnist_dataset, [extractor])["mnist"]
 
     return run
 

@@ -1,17 +1,17 @@
 """Trains the digit classifier behind the `mnist` features and writes its weights into the package.
 
-    python -m pipeline.metrics.train_classifier [--dataset FOLDER] [--output FILE] [--seed N]
+    python -m pipeline.evaluation.train_classifier [--dataset FOLDER] [--output FILE] [--seed N]
 
 Takes about five minutes on two cores. Another seed gives another feature space: scores are comparable only within one.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from jsonargparse import auto_cli
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -19,8 +19,9 @@ from tqdm import tqdm
 from pipeline.config import DataConfig
 from pipeline.data import open_dataset
 from pipeline.data.resident import load_split
+from pipeline.distributed.launcher import run_program
 from pipeline.errors import UserError
-from pipeline.metrics.features import MNIST_SHAPE, MNIST_WEIGHTS, MnistClassifier
+from pipeline.evaluation.features.mnist import MNIST_SHAPE, MNIST_WEIGHTS, MnistClassifier
 from pipeline.rng import seeded
 
 EPOCHS = 10
@@ -69,35 +70,35 @@ def accuracy(network: MnistClassifier, images: Tensor, labels: Tensor) -> float:
     return (predicted == labels).double().mean().item()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="mnist", help="mnist, or the folder of a prepared copy of it")
-    parser.add_argument("--output", type=Path, default=MNIST_WEIGHTS)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    try:
-        dataset = open_dataset(DataConfig(dataset=arguments.dataset))
-        if dataset.image_shape != MNIST_SHAPE or dataset.num_classes != MnistClassifier.num_classes:
-            raise UserError(f"--dataset {arguments.dataset} holds no digits of shape {MNIST_SHAPE} in ten classes")
-        if not arguments.output.parent.is_dir():
-            raise UserError(f"--output {arguments.output}: its folder does not exist")
-        test_images, test_labels = load_split(dataset, "test")
-        network = train(*load_split(dataset, "train"), arguments.seed)
-    except UserError as error:
-        raise SystemExit(str(error)) from None
+def write_classifier(dataset: str = "mnist", output: Path = MNIST_WEIGHTS, seed: int = 0) -> int:
+    """Trains the digit classifier behind the `mnist` features and writes its weights.
+
+    Args:
+        dataset: mnist, or the folder of a prepared copy of it.
+        output: The .safetensors file to write, by default the package's own.
+        seed: Of the initial weights, dropout, order and shifts.
+    """
+    digits = open_dataset(DataConfig(dataset=dataset))
+    if digits.image_shape != MNIST_SHAPE or digits.num_classes != MnistClassifier.num_classes:
+        raise UserError(f"--dataset {dataset} holds no digits of shape {MNIST_SHAPE} in ten classes")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: its folder does not exist")
+    test_images, test_labels = load_split(digits, "test")
+    network = train(*load_split(digits, "train"), seed)
     result = accuracy(network, test_images, test_labels)
     metadata = {
-        "command": f"python -m pipeline.metrics.train_classifier --seed {arguments.seed}",
-        "seed": str(arguments.seed),
-        "dataset": dataset.fingerprint,
+        "command": f"python -m pipeline.evaluation.train_classifier --seed {seed}",
+        "seed": str(seed),
+        "dataset": digits.fingerprint,
         "test_accuracy": f"{result:.4f}",
         "torch": torch.__version__,
     }
     tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    save_file(tensors, arguments.output, metadata)
-    arguments.output.chmod(0o644)  # safetensors makes it readable by its owner alone
-    print(f"test accuracy {result:.2%}: {arguments.output}")
+    save_file(tensors, output, metadata)
+    output.chmod(0o644)  # safetensors makes it readable by its owner alone
+    print(f"test accuracy {result:.2%}: {output}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_program(lambda: auto_cli(write_classifier))

@@ -14,7 +14,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from pipeline.baseline import fidelity_scores
 from pipeline.data import Dataset
 from pipeline.data.resident import load_split
-from pipeline.metrics import FeatureExtractor, load_features, scores
+from pipeline.evaluation import FeatureExtractor, load_features, scores
 
 CPU = torch.device("cpu")
 SEED = 5

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from pipeline.metrics import scores
-from pipeline.metrics.scores import Moments
+from pipeline.evaluation import scores
+from pipeline.evaluation.scores import Moments
 from pipeline.rng import seeded
 
 

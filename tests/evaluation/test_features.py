@@ -15,8 +15,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from pipeline.data import Dataset
 from pipeline.data.resident import load_split
 from pipeline.errors import UserError
-from pipeline.metrics import FeatureExtractor, features, load_features
-from pipeline.metrics.features import MNIST_WEIGHTS
+from pipeline.evaluation import FeatureExtractor, load_features
+from pipeline.evaluation.features import inception, mnist
+from pipeline.evaluation.features.mnist import MNIST_WEIGHTS
 from tests.trap import Trap
 
 CPU = torch.device("cpu")
@@ -91,14 +92,15 @@ def test_the_fingerprint_follows_the_weights(
     weights = load_file(MNIST_WEIGHTS)
     weights["conv1.bias"][0] += 1e-3
     save_file(weights, tmp_path / "other.safetensors")
-    monkeypatch.setattr(features, "MNIST_WEIGHTS", tmp_path / "other.safetensors")
+    monkeypatch.setattr(mnist, "MNIST_WEIGHTS", tmp_path / "other.safetensors")
     assert load_features("mnist", CPU, (1, 28, 28), None).fingerprint != extractor.fingerprint
 
 
 def test_offline_inception_says_which_file_goes_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "weights-inception-2015-12-05-6726825d.pth"
-    assert Path(URL_INCEPTION_V3).name == name
-    monkeypatch.setattr(features, "URL_INCEPTION_V3", f"http://127.0.0.1:9/{name}")  # nothing listens there
+    assert URL_INCEPTION_V3 == inception.URL
+    assert Path(inception.URL).name == name
+    monkeypatch.setattr(inception, "URL", f"http://127.0.0.1:9/{name}")  # nothing listens there
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError) as refused:
         load_features("inception", CPU, (1, 28, 28), None)

@@ -18,15 +18,16 @@ from torch import Tensor
 from pipeline.config import NetworkConfig
 from pipeline.data import load_dataset
 from pipeline.data.resident import load_split
-from pipeline.metrics import evaluate_images, load_features
+from pipeline.distributed.collectives import Ranks
+from pipeline.evaluation import ImageSet, evaluate_images, load_features
 from pipeline.models.networks import Generator, initialise
 from pipeline.rng import evaluation_latents, seeded
 
 
 def main(folder: str, output: str, num_images: str, *batch_sizes: str) -> None:
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("gloo")
+    ranks = Ranks.of_job()
     dataset = load_dataset(folder)
     digits, _ = load_split(dataset, "test")
     extractor = load_features("mnist", torch.device("cpu"), dataset.image_shape, None)
@@ -45,19 +46,16 @@ def main(folder: str, output: str, num_images: str, *batch_sizes: str) -> None:
     for batch_size in map(int, batch_sizes):
         calls.clear()
         scores = evaluate_images(
-            render,
-            int(num_images),
+            ImageSet(int(num_images), render, torch.arange(int(num_images)) % 10),
             dataset,
             [extractor],
             batch_size=batch_size,
             seed=3,
-            rank=rank,
-            world_size=world_size,
-            labels=torch.arange(int(num_images)) % 10,
+            ranks=ranks,
         )
         results.append({"scores": scores["mnist"], "calls": list(calls)})
-    Path(f"{output}.{rank}").write_text(json.dumps(results))
-    if world_size > 1:
+    Path(f"{output}.{ranks.rank}").write_text(json.dumps(results))
+    if ranks.world_size > 1:
         dist.destroy_process_group()
 
 

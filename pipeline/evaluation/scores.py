@@ -1,7 +1,8 @@
 """Scores of images by their features: pure functions of tensors gathered in image order.
 
 Formulae come from torch-fidelity where those serve; none of them touches the global random state. Moments and distances
-are float64.
+are float64. torch-fidelity is imported where it is used: it brings torchvision with all its models, which would double
+the time until a training starts.
 """
 
 from __future__ import annotations
@@ -12,9 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
 from pipeline.rng import seeded
 
@@ -50,6 +48,8 @@ def frechet_distance(ours: Moments, theirs: Moments) -> float:
 
     Its expectation falls as the number of images grows, so compare only scores of equally many images.
     """
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
     statistics = [{"mu": m.mean.numpy(), "sigma": m.covariance.numpy()} for m in (ours, theirs)]
     return float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
 
@@ -93,6 +93,8 @@ def inception_score(logits: Tensor, seed: int) -> tuple[float, float]:
 
     Logits [n, k]; with n < 10 as many splits as images.
     """
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+
     result = isc_features_to_metric(logits, splits=min(10, len(logits)), shuffle=True, rng_seed=seed)
     return result[KEY_METRIC_ISC_MEAN], result[KEY_METRIC_ISC_STD]
 
@@ -104,6 +106,8 @@ def kernel_distance(fake: Tensor, real: Tensor, seed: int) -> tuple[float, float
     Features [m, d] and [n, d]. In float32 as torch-fidelity has it: on the `mnist` features that moves the mean by
     1e-6 at a deviation of 0.5, and takes two thirds of float64's time.
     """
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+
     size = min(KID_SUBSET_SIZE, len(fake), len(real))
     result = kid_features_to_metric(
         fake, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=seed, verbose=False

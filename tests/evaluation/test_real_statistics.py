@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pipeline.data import Dataset
-from pipeline.metrics import FeatureExtractor
-from pipeline.metrics.cache import RealFeatures, real_features
+from pipeline.evaluation import FeatureExtractor
+from pipeline.evaluation.real_statistics import RealFeatures, real_features
 from tests.jobs import ROOT, TIMEOUT_SECONDS, environment
 from tests.trap import Trap
 
@@ -39,7 +39,7 @@ def counting(extractor: FeatureExtractor) -> Counting:
 
 
 def get(dataset: Dataset, extractor: FeatureExtractor, split: str = "test") -> RealFeatures:
-    found = real_features(dataset, split, extractor, rank=0, world_size=1)
+    found = real_features(dataset, split, extractor)
     assert found is not None
     return found
 
@@ -130,13 +130,13 @@ def test_a_folder_that_cannot_be_written_costs_only_the_cache(
 def test_a_full_disk_costs_only_the_cache(
     digits: Dataset, counting: Counting, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pipeline.metrics import cache
+    from pipeline.evaluation import real_statistics
 
     def full(tensors: dict[str, Tensor], path: str, metadata: dict[str, str]) -> None:
         with Path("/dev/full").open("wb", buffering=0) as file:
             file.write(b"0")
 
-    monkeypatch.setattr(cache, "save_file", full)
+    monkeypatch.setattr(real_statistics, "save_file", full)
     assert get(digits, counting).moments.num_images == 610
     assert "No space left" in capsys.readouterr().err
     assert not list((digits.folder / "features").iterdir())
@@ -146,13 +146,13 @@ def test_concurrent_runs_leave_one_whole_file(digits: Dataset, counting: Countin
     script = """
 import sys, torch
 from pipeline.data import load_dataset
-from pipeline.metrics import load_features
-from pipeline.metrics.cache import real_features, _read, _write
+from pipeline.evaluation import load_features
+from pipeline.evaluation.real_statistics import real_features, _read, _write
 dataset = load_dataset(sys.argv[1])
 extractor = load_features("mnist", torch.device("cpu"), dataset.image_shape, None)
 print("ready", flush=True)
 input()
-real = real_features(dataset, "test", extractor, rank=0, world_size=1)
+real = real_features(dataset, "test", extractor)
 path = next(path for path in (dataset.folder / "features").iterdir() if path.suffix == ".safetensors")
 import safetensors
 key = safetensors.safe_open(path, "pt").metadata()["key"]
