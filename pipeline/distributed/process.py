@@ -105,7 +105,7 @@ class Runtime:
             wrapped.reducer._rebuild_buckets()
             if self.capture_stream is not None:
                 # It would read a captured event's time at some iterations, which breaks the capture.
-                wrapped._set_ddp_runtime_logging_sample_rate(2**31 - 1)
+                wrapped._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # type: ignore[no-untyped-call]
         return wrapped
 
     def alone(self) -> Runtime:

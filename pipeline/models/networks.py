@@ -154,9 +154,9 @@ def mirror(name: str, tensor: Tensor, base: tuple[int, int]) -> Tensor:
     if tensor.ndim == 4:
         return tensor.flip(2, 3)
     if name.startswith("dense.") and tensor.ndim:
-        return tensor.unflatten(0, (*base, -1)).flip(0, 1).flatten(0, 2)
+        return tensor.reshape(*base, -1, *tensor.shape[1:]).flip(0, 1).reshape(tensor.shape)
     if name.startswith(("score.weight", "classes.0.weight")) and tensor.ndim:
-        return tensor.unflatten(1, (*base, -1)).flip(1, 2).flatten(1)
+        return tensor.reshape(len(tensor), *base, -1).flip(1, 2).reshape(tensor.shape)
     return tensor
 
 

@@ -45,8 +45,8 @@ class MicroBatchStep(Step):
             losses = []
             optimizer.zero_grad()
             for rows in slices:
-                parts = (Images(images.pixels[rows], images.labels[rows]) for images in (real, fake))
-                loss, both = self.joint_loss(*parts, None if mix is None else mix[rows])
+                real_part, fake_part = (Images(images.pixels[rows], images.labels[rows]) for images in (real, fake))
+                loss, both = self.joint_loss(real_part, fake_part, None if mix is None else mix[rows])
                 self._backward(loss)
                 losses.append(both)
             self._finish(optimizer)
@@ -104,7 +104,7 @@ class MicroBatchStep(Step):
         if self.ranks.world_size > 1:
             gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
             means = self.ranks.mean(torch.cat([gradient.reshape(-1) for gradient in gradients]))
-            for gradient, mean in zip(gradients, means.split([each.numel() for each in gradients]), strict=True):
+            for gradient, mean in zip(gradients, torch.split(means, [each.numel() for each in gradients]), strict=True):
                 gradient.copy_(mean.view(gradient.shape))
         self.state.scaler.step(optimizer)
         self.state.scaler.update()
@@ -112,10 +112,10 @@ class MicroBatchStep(Step):
     @torch.no_grad()
     def _make_fakes(self, generator: Generator, latents: Tensor, labels: Tensor) -> Tensor:
         batches = []
-        for batch in zip(latents, labels, strict=True):
-            statistics = self._measure_statistics(generator, *batch) if generator.training else None
-            parts = [(values[rows] for values in batch) for rows in self._slices(len(batch[0]))]
-            batches.append(torch.cat([self._generate(generator, *part, statistics) for part in parts]))
+        for z, y in zip(latents, labels, strict=True):
+            statistics = self._measure_statistics(generator, z, y) if generator.training else None
+            slices = self._slices(len(z))
+            batches.append(torch.cat([self._generate(generator, z[rows], y[rows], statistics) for rows in slices]))
         return torch.stack(batches)
 
     @torch.no_grad()
@@ -150,7 +150,8 @@ class MicroBatchStep(Step):
         """The generator's forward pass with these statistics in the place of its batch norms' own; `depth` stops before
         that batch norm and returns what it would normalise."""
         if statistics is None:
-            return generator(latents, labels)
+            images: Tensor = generator(latents, labels)
+            return images
         with self.autocast():
             images = generator.first_maps(latents, labels)
             for index, (norm, convolution) in enumerate(zip(generator.norms, generator.convolutions, strict=True)):

@@ -24,7 +24,8 @@ from pipeline.training.state import TrainingState
 def make_fakes(generator: Generator, latents: Tensor, labels: Tensor) -> Tensor:
     """Images (k, b, C, H, W) of k batches of latents (k, b, latent_dim), each with batch-norm statistics of its own."""
     if latents.is_cuda and not generator.training:  # no statistics: a GPU takes all at once, a CPU's caches prefer few
-        return generator(latents.flatten(0, 1), labels.flatten()).unflatten(0, latents.shape[:2])
+        images: Tensor = generator(latents.flatten(0, 1), labels.flatten())
+        return images.view(*labels.shape, *images.shape[1:])
     return torch.stack([generator(*batch) for batch in zip(latents, labels, strict=True)])
 
 

@@ -59,8 +59,9 @@ class Trainer:
         self.scorer = (
             Scorer(config.evaluation, self.dataset, runtime, training.seed) if config.evaluation.every else None
         )
-        kept = {"keep_last": run.keep_last, "keep_every": run.keep_every}
-        self.writer = CheckpointWriter(self.folder, ranks, clip_value=training.clip_value, **kept)
+        self.writer = CheckpointWriter(
+            self.folder, ranks, keep_last=run.keep_last, keep_every=run.keep_every, clip_value=training.clip_value
+        )
         self._lock: RunLock | None = None
         self._fids = ""
 
@@ -203,8 +204,8 @@ class Trainer:
     def save(self) -> None:
         """Starts a checkpoint, and notices how the one before it ended."""
         log, state = self.log, self.state
-        progress = {"elapsed_seconds": log.elapsed_seconds, "evaluation_seconds": log.evaluation_seconds}
-        progress |= {"generator": state.generator.spec()}
+        seconds = {"elapsed_seconds": log.elapsed_seconds, "evaluation_seconds": log.evaluation_seconds}
+        progress = {**seconds, "generator": state.generator.spec()}
         self._note_outcome(lambda: self.writer.save(state.tensors(), state.step, progress))
         self._comment()
 
