@@ -11,7 +11,7 @@ from pipeline.storage.checkpoint import CheckpointError, committed, find, read_c
 from pipeline.storage.run_folder import RunFolder
 
 
-def list_checkpoints(run: Path) -> None:
+def show(run: Path) -> None:
     """Prints step, size, world size that wrote it, and whether the manifest can be read.
 
     Args:
@@ -51,8 +51,7 @@ def _print_each(run: Path, *, every_byte: bool) -> bool:
         raise UserError(f"{run}: holds no checkpoint (expected {RunFolder(run).checkpoints}/step-XXXXXXXX)")
     for folder in folders:
         try:
-            checkpoint = read_checkpoint(folder)
-            line = "verified" if every_byte and checkpoint.verify() else str(checkpoint)
+            line = "verified" if every_byte and read_checkpoint(folder).verify() else str(read_checkpoint(folder))
         except CheckpointError as error:
             line, intact = f"damaged: {error}", False
         print(f"{folder.name}  {line}")
@@ -60,6 +59,4 @@ def _print_each(run: Path, *, every_byte: bool) -> bool:
 
 
 if __name__ == "__main__":
-    run_program(
-        lambda: auto_cli({"list": list_checkpoints, "verify": verify, "consolidate": consolidate}, as_positional=True)
-    )
+    run_program(lambda: auto_cli({"list": show, "verify": verify, "consolidate": consolidate}, as_positional=True))

@@ -32,9 +32,6 @@ from pipeline.models.networks import mirror
 from pipeline.storage.files import fsync
 from pipeline.storage.run_folder import RunFolder, step_of
 
-# Saving without a process group is meant: a single process has none.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-
 MANIFEST = "manifest.json"
 FORMAT = 2
 """2: tensors as the networks hold them, mirrored. 1, still read: in Keras's orientation."""
@@ -255,6 +252,8 @@ class CheckpointWriter:
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
         from torch.distributed.checkpoint.state_dict_saver import save
 
+        # Saving without a process group is meant: a single process has none.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         writer, group = HuggingFaceStorageWriter(str(temporary), save_distributed=True), self._ranks.host_group
         try:
             save(staged, storage_writer=writer, process_group=group, no_dist=group is None)

@@ -36,8 +36,6 @@ from pipeline.storage.run_folder import RunFolder
 from tests.jobs import ROOT
 from tests.trap import Trap
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
 
 def random_state(seed: int, scale: float = 0.01) -> dict[str, Tensor]:
     random = torch.Generator().manual_seed(seed)

@@ -1,28 +1,36 @@
 from __future__ import annotations
 
-import dataclasses
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
+import torch
 
-from pipeline.config import Config, make_parser, parse
-from pipeline.data import load_dataset
-from pipeline.doctor import (
-    SIGNAL_SECONDS,
-    Finding,
-    check_disk,
-    check_features,
-    check_run,
-    check_shares,
-    check_time,
-    find_dataset,
+from pipeline.checks.findings import Caution, findings_of
+from pipeline.checks.machine import SIGNAL_SECONDS, check_disk, check_features, check_time, find_dataset
+from pipeline.checks.settings import Plan
+from pipeline.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    NetworkConfig,
+    OptimizerConfig,
+    RunConfig,
+    RuntimeConfig,
 )
+from pipeline.config import TrainingConfig as Training
+from pipeline.data import load_dataset
+from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
+from pipeline.storage.checkpoint import CheckpointWriter
+from pipeline.storage.run_folder import RunFolder
+from pipeline.training.state import build_state
 from tests.jobs import ROOT, TINY, environment, launch
 
 DOCTOR = ROOT / "pipeline/doctor.py"
@@ -31,10 +39,6 @@ DOCTOR = ROOT / "pipeline/doctor.py"
 def settings(dataset: Path, root: Path, *more: str) -> list[str]:
     place = ["--data.dataset", str(dataset), "--run.root", str(root), "--run.name", "checked"]
     return [*TINY, *place, "--training.steps", "50", *more]
-
-
-def config_of(*arguments: str) -> Config:
-    return parse(make_parser(""), arguments)[0]
 
 
 def levels(output: str) -> dict[str, list[str]]:
@@ -130,86 +134,94 @@ def test_errors_end_with_exit_code_2(tmp_path: Path) -> None:
 
 
 def test_a_known_dataset_that_is_missing_is_a_warning(tmp_path: Path) -> None:
-    assert find_dataset(config_of("--data.root", str(tmp_path))) is None
-
-
-def test_lanes_must_be_shared_evenly(tiny_dataset: Path) -> None:
-    config = config_of("--data.source", "streaming", "--data.lanes", "8")
-    with pytest.raises(UserError, match=r"data\.lanes 8 cannot be shared evenly among 16 processes"):
-        list(check_shares(config, load_dataset(tiny_dataset), 16))
+    with pytest.raises(Caution, match=r"mnist is not prepared in .*, the training will fetch it first; run"):
+        find_dataset(Config(data=DataConfig(root=str(tmp_path))))
 
 
 def test_missing_inception_weights(tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset, inception = load_dataset(tiny_dataset), ["--evaluation.features", "[inception]"]
+    def plan(path: Path | None) -> Plan:
+        evaluation = EvaluationConfig(features=["inception"], inception_weights=str(path) if path else None)
+        return Plan(Config(evaluation=evaluation), 1, load_dataset(tiny_dataset))
+
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    [finding] = check_features(config_of(*inception), dataset)
-    assert finding.level == "warning"
-    assert finding.text.startswith(f"no Inception weights at {tmp_path}/hub/checkpoints/weights-inception")
-    given = config_of(*inception, "--evaluation.inception_weights", str(tmp_path / "none.pth"))
+    with pytest.raises(Caution, match=rf"no Inception weights at {tmp_path}/hub/checkpoints/weights-inception"):
+        check_features(plan(None), "inception")
+    given = tmp_path / "none.pth"
     with pytest.raises(UserError, match=r"evaluation\.inception_weights is .*none\.pth: no such file; give"):
-        list(check_features(given, dataset))
-    (tmp_path / "none.pth").write_bytes(b"no weights")
+        check_features(plan(given), "inception")
+    given.write_bytes(b"no weights")
     with pytest.raises(UserError, match="is not torch-fidelity's Inception v3"):
-        list(check_features(given, dataset))
+        check_features(plan(given), "inception")
+
+
+def disk_plan(dataset: Path, root: Path, *, width: float, training: Training, every: int) -> Plan:
+    run = RunConfig(root=str(root), name="checked", checkpoint_every=every)
+    return Plan(Config(run=run, network=NetworkConfig(width=width), training=training), 1, load_dataset(dataset))
 
 
 def test_a_disk_that_the_checkpoints_will_fill(tiny_dataset: Path, mounted: Path, tmp_path: Path) -> None:
-    dataset = load_dataset(tiny_dataset)
-    config = config_of(*settings(tiny_dataset, mounted, "--network.width", "0.3", "--run.checkpoint_every", "10"))
-    [finding] = check_disk(config, dataset)
-    assert finding.level == "error"
-    assert re.match(
-        r"1\.0 MiB free in .*disk, 4 checkpoints need [\d.]+; make room, or lower run\.keep_last", finding.text
-    )
-    roomy = dataclasses.replace(config, run=dataclasses.replace(config.run, root=str(tmp_path)))
-    [finding] = check_disk(roomy, dataset)
-    assert finding.level == "ok"
+    for root in (mounted, tmp_path):
+        plan = disk_plan(tiny_dataset, root, width=0.3, training=Training(steps=50), every=10)
+        if root == mounted:
+            match = r"1\.0 MiB free in .*disk, 4 checkpoints need [\d.]+; make room, or lower run\.keep_last"
+            with pytest.raises(UserError, match=match):
+                check_disk(plan)
+        else:
+            assert "4 checkpoints need" in check_disk(plan)
 
 
 @pytest.mark.parametrize("algorithm", ["rmsprop", "adam"])
-def test_what_a_checkpoint_needs_is_what_it_takes(algorithm: str, tiny_dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_what_a_checkpoint_needs_is_what_it_takes(
+    algorithm: Literal["rmsprop", "adam"],
+    precision: Literal["float32", "float64"],
+    tiny_dataset: Path,
+    tmp_path: Path,
+) -> None:
     """And what is there already is not asked for again."""
-    optimizers = [f"--training.{role}_optimizer.algorithm={algorithm}" for role in ("critic", "generator")]
-    more = ["--network.width", "0.5", "--training.steps", "2", "--run.checkpoint_every", "1", *optimizers]
-    arguments = settings(tiny_dataset, tmp_path, *more)
-    before = needed_mib(check_disk(config_of(*arguments), load_dataset(tiny_dataset)))
-    assert launch(ROOT / "pipeline/train.py", arguments).returncode == 0
-    sizes = [path.stat().st_size for path in (tmp_path / "checked/checkpoints").rglob("*") if path.is_file()]
+    optimizer = OptimizerConfig(algorithm=algorithm)
+    training = Training(steps=2, critic_optimizer=optimizer, generator_optimizer=optimizer)
+    plan = disk_plan(tiny_dataset, tmp_path, width=0.5, training=training, every=1)
+    plan = replace(plan, config=replace(plan.config, runtime=RuntimeConfig(precision=precision)))
+    before = needed_mib(check_disk(plan))
+    assert plan.dataset is not None
+    scaler = torch.amp.GradScaler(enabled=False)
+    state = build_state(plan.config, plan.dataset.image_shape, 0, torch.device("cpu"), scaler)
+    for network, updates in ((state.generator, state.generator_optimizer), (state.critic, state.critic_optimizer)):
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        updates.step()
+    run = RunFolder(plan.config.folder)
+    writer = CheckpointWriter(run, Ranks(), keep_last=3, keep_every=None, clip_value=None)
+    for step in (1, 2):
+        writer.save(state.tensors(), step, {})
+    writer.finish()
+    sizes = [path.stat().st_size for path in run.checkpoints.rglob("*") if path.is_file()]
     # Room for a third is asked for; the headers of safetensors and the manifest are not counted.
     assert before * 2**20 == pytest.approx(sum(sizes) / 2 * 3, rel=0.05)
-    assert needed_mib(check_disk(config_of(*arguments), load_dataset(tiny_dataset))) < before / 2
+    assert needed_mib(check_disk(plan)) < before / 2
 
 
-def needed_mib(findings: Iterator[Finding]) -> float:
-    [finding] = findings
-    found = re.search(r"need ([\d.]+)", finding.text)
-    assert found is not None, finding
+def needed_mib(text: str) -> float:
+    found = re.search(r"need ([\d.]+)", text)
+    assert found is not None, text
     return float(found[1])
-
-
-def test_a_folder_that_holds_another_run(tiny_dataset: Path, tmp_path: Path) -> None:
-    (tmp_path / "checked").mkdir()
-    (tmp_path / "checked/letter.txt").write_text("not a run")
-    with pytest.raises(UserError, match="is not empty and holds no run"):
-        list(check_run(config_of(*settings(tiny_dataset, tmp_path)), load_dataset(tiny_dataset)))
 
 
 def test_time_limits(tmp_path: Path) -> None:
     """64 x 5 images a step at 32 images/s are 10 s a step."""
-    config = config_of("--run.root", str(tmp_path), "--run.name", "slow", "--run.checkpoint_every", "100")
+    config = Config(run=RunConfig(root=str(tmp_path), name="slow", checkpoint_every=100))
 
-    def level(seconds_left: float | None) -> str:
-        [finding] = check_time(config, seconds_left)
+    def line(seconds_left: float | None) -> str:
+        [finding] = findings_of("time limit", lambda: check_time(config, seconds_left))
         return f"{finding.level} {finding.text}"
 
-    assert level(None).startswith("ok none is known")
-    assert level(3600).startswith("ok 3480 s to train; how long a step takes is not known")
-    assert level(SIGNAL_SECONDS).startswith("error the job has 120 s left and keeps 120 s")
-    (tmp_path / "slow").mkdir()
-    (tmp_path / "slow/metrics.jsonl").write_text('{"step": 50, "images_per_second": 32.0}\n')
-    assert level(SIGNAL_SECONDS + 1001).startswith(
-        "ok 1001 s to train; a checkpoint every 100 steps comes every 1000 s"
-    )
-    tight = level(SIGNAL_SECONDS + 999)
+    assert line(None).startswith("ok none is known")
+    assert line(3600).startswith("ok 3480 s to train; how long a step takes is not known")
+    assert line(SIGNAL_SECONDS).startswith("error the job has 120 s left and keeps 120 s")
+    RunFolder(config.folder).path.mkdir()
+    RunFolder(config.folder).metrics.write_text('{"step": 50, "images_per_second": 32.0}\n')
+    assert line(SIGNAL_SECONDS + 1001).startswith("ok 1001 s to train; a checkpoint every 100 steps comes every 1000 s")
+    tight = line(SIGNAL_SECONDS + 999)
     assert tight.startswith("warning 999 s to train")
     assert tight.endswith("set run.checkpoint_every to 24, or raise --time")

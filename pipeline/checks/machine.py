@@ -1,0 +1,224 @@
+"""What only the doctor looks at: whether this machine and its neighbours can carry the run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+
+from pipeline.checks.findings import Caution, Check, Finding, against, findings_of, findings_of_all
+from pipeline.checks.settings import CHECKS, Plan
+from pipeline.config import Config
+from pipeline.data import KNOWN, Dataset, Shard, dataset_folder, load_dataset, locations
+from pipeline.data.manifest import FILE_NAME
+from pipeline.distributed.collectives import Ranks
+from pipeline.distributed.process import Runtime
+from pipeline.distributed.slurm import job_seconds_left
+from pipeline.errors import UserError
+from pipeline.evaluation.features import default_inception_weights, load_features
+from pipeline.storage.checkpoint import committed
+from pipeline.storage.provenance import device_name
+from pipeline.storage.run_folder import RunFolder
+
+CHECKSUM_SECONDS = 3.0
+"""A rank begins no further sampled checksum after this."""
+SHOWN_SHARDS = 3
+"""Damaged shards that a rank tells one by one."""
+SIGNAL_SECONDS = 120
+"""What launch/slurm/train.sbatch keeps of its time limit, to save and stop."""
+MIB = 2**20
+
+
+def examine(config: Config, ranks: Ranks, all_checksums: bool) -> Iterator[list[Finding]]:
+    """The findings of one check after the other, the same on all ranks. Every rank must take them all."""
+    plan = Plan(config, ranks.world_size)
+    try:
+        plan = replace(plan, dataset=ranks.on_main(lambda: find_dataset(config)))
+    except UserError as error:
+        yield [against("data.dataset", error)]
+    checks: list[tuple[str, Check, bool]] = [
+        ("data.dataset", partial(check_shards, plan, ranks, all_checksums), True),
+        *((subject, partial(check, plan), False) for subject, check in CHECKS.items()),
+        *(("evaluation.features", partial(check_features, plan, name), False) for name in config.evaluation.features),
+        ("run.root", partial(check_writable, config.folder, ranks), True),
+        ("disk", partial(check_disk, plan), False),
+        ("time limit", lambda: check_time(config, job_seconds_left()), False),
+    ]
+    for subject, check, on_all_ranks in checks:
+        if on_all_ranks:
+            yield findings_of_all(ranks, subject, check)
+        else:
+            yield ranks.on_main(partial(findings_of, subject, check))
+
+
+def check_ranks(runtime: Runtime) -> str:
+    """A sum over all ranks of 4 MiB with a known result on the device; on the host, as for checkpoints, a smaller one.
+
+    Raises RuntimeError when the ranks can't reach each other.
+    """
+    ranks, world_size, device = runtime.ranks, runtime.ranks.world_size, device_name(runtime.device, len(runtime.cores))
+    if world_size == 1:
+        return f"1, on {device}"
+    seconds = []
+    for _ in range(3):
+        values = torch.full((MIB,), float(ranks.rank + 1), device=runtime.device)
+        started = time.monotonic()
+        ranks.sum(values)
+        low, high = values.min().item(), values.max().item()
+        seconds.append(time.monotonic() - started)
+    backend = "nccl" if runtime.device.type == "cuda" else "gloo"
+    if not low == high == world_size * (world_size + 1) / 2 or not ranks.any(ranks.rank == world_size - 1):
+        raise UserError(f"{backend} sums 1, ..., {world_size} to {low} to {high}; check the network and NCCL's version")
+    return f"{world_size}, on {device}; {backend} sums 4 MiB correctly in {min(seconds) * 1e3:.1f} ms"
+
+
+def find_dataset(config: Config) -> Dataset:
+    """Raises Caution for a known one that the training will prepare, DataError for another that is not there."""
+    folder = dataset_folder(config.data)
+    if config.data.dataset in KNOWN and not (Path(folder) / FILE_NAME).exists():
+        text = f"{config.data.dataset} is not prepared in {config.data.root}, the training will fetch it first"
+        raise Caution(f"{text}; run pipeline/prepare.py where there is a network")
+    return load_dataset(folder, allow_shell_urls=config.data.allow_shell_urls)
+
+
+def check_shards(plan: Plan, ranks: Ranks, all_checksums: bool) -> str | list[Finding]:
+    """Each rank looks at its share of the shards: presence and size of each file, SHA-256 of a sample or all.
+
+    Shards behind URLs are only read if all checksums are asked for.
+    """
+    if (dataset := plan.dataset) is None:
+        return ""
+    shards = [shard for split in dataset.splits.values() for shard in split]
+    mine = shards[ranks.rank :: ranks.world_size]
+    random.shuffle(mine)  # another sample each time
+    deadline = math.inf if all_checksums else time.monotonic() + CHECKSUM_SECONDS
+    num_hashed, damaged = 0, []
+    for shard in mine:
+        location = dataset.locate(shard)
+        hashed = time.monotonic() < deadline and (all_checksums or not locations.scheme(location))
+        num_hashed += hashed
+        if problem := _problem(shard, location, hashed):
+            damaged.append(f"{problem}; copy that file again, or prepare the dataset again")
+    if len(damaged) > SHOWN_SHARDS:
+        damaged[SHOWN_SHARDS:] = [f"{len(damaged) - SHOWN_SHARDS} more shards are missing or damaged"]
+    images = " and ".join(f"{dataset.num_images(split)} {split}" for split in dataset.splits)
+    where = "" if ranks.world_size == 1 else " on the first rank"
+    text = f"{dataset.name}, {images} images in {len(shards)} shards, {num_hashed} of {len(mine)} hashed{where}"
+    return [Finding("error", "data.dataset", problem) for problem in damaged] or text
+
+
+def _problem(shard: Shard, location: str, hashed: bool) -> str | None:
+    try:
+        if not locations.scheme(location) and (num_bytes := Path(location).stat().st_size) != shard.num_bytes:
+            return f"{location} has {num_bytes} bytes, the manifest says {shard.num_bytes}"
+        if hashed and sha256(locations.read_bytes(location)).hexdigest() != shard.sha256:
+            return f"{location} is damaged, its SHA-256 is not the manifest's"
+    except OSError as error:
+        return f"{location} can't be read ({error.strerror or error})"
+    return None
+
+
+def check_features(plan: Plan, name: str) -> str:
+    """The weights of a feature space, and whether it takes these images."""
+    if plan.config.evaluation.every is None:
+        return f"{name}, not used, evaluation.every is null"
+    given = plan.config.evaluation.inception_weights
+    weights = Path(given) if given else default_inception_weights()
+    if name == "inception" and not weights.is_file():
+        if given:
+            raise UserError(f"evaluation.inception_weights is {weights}: no such file; give the path of one")
+        text = f"no Inception weights at {weights}, the evaluation will download them"
+        raise Caution(f"{text}; put them there where there is no network")
+    if plan.dataset is None:
+        return ""
+    load_features(name, torch.device("cpu"), plan.dataset.image_shape, weights)
+    return f"{name}, its weights load"
+
+
+def check_writable(folder: Path, ranks: Ranks) -> str:
+    """Whether every rank can write where the run's folder will be, and all see the same place."""
+    folder = _existing(folder)
+    shared = Path(ranks.on_main(lambda: _new_file(folder)))
+    try:
+        Path(_new_file(folder)).unlink()
+        if not shared.exists():
+            text = "is not the first rank's; choose a run.root on a file system that all nodes share"
+            raise UserError(f"{folder} {text}")
+    finally:
+        ranks.any(False)  # all have looked
+        if ranks.is_main:
+            with contextlib.suppress(OSError):
+                shared.unlink()
+    return f"{folder} can be written to by all ranks"
+
+
+def _new_file(folder: Path) -> str:
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=".doctor-", dir=folder)
+    except OSError as error:
+        raise UserError(f"{folder} can't be written to ({error.strerror}); choose another run.root") from None
+    os.close(descriptor)
+    return name
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+
+
+def check_disk(plan: Plan) -> str:
+    """Free space against all checkpoints that will be kept, one more while it is written, less what is there."""
+    if plan.dataset is None:
+        return ""
+    run, training = plan.config.run, plan.config.training
+    optimizers, checkpoint = (training.generator_optimizer, training.critic_optimizer), 0
+    for network, optimizer, copies in zip(plan.networks(plan.dataset), optimizers, (2, 1), strict=True):
+        checkpoint += copies * sum(tensor.nbytes for tensor in network.state_dict().values())  # the average is a copy
+        checkpoint += {"rmsprop": 1, "adam": 2}[optimizer.algorithm] * sum(p.nbytes for p in network.parameters())
+    kept = run.keep_last + (training.steps // math.lcm(run.checkpoint_every, run.keep_every) if run.keep_every else 0)
+    count = min(kept, -(-training.steps // run.checkpoint_every)) + 1
+    files = [path for folder in committed(RunFolder(plan.config.folder)) for path in folder.iterdir()]
+    needed = max(checkpoint, count * checkpoint - sum(path.stat().st_size for path in files))
+    folder = _existing(plan.config.folder)
+    free = shutil.disk_usage(folder).free
+    text = f"{free / MIB:,.1f} MiB free in {folder}, {count} checkpoints need {needed / MIB:,.1f}"
+    if free < needed:
+        raise UserError(f"{text}; make room, or lower run.keep_last or raise run.keep_every")
+    return text
+
+
+def check_time(config: Config, seconds_left: float | None) -> str:
+    """The job's time limit against the time between two checkpoints, at the pace of the run's newest metrics."""
+    if seconds_left is None:
+        return "none is known here"
+    usable = seconds_left - SIGNAL_SECONDS
+    if usable <= 0:
+        text = f"the job has {seconds_left:.0f} s left and keeps {SIGNAL_SECONDS} s to save and stop"
+        raise UserError(f"{text}; raise --time")
+    every, step_seconds = config.run.checkpoint_every, _step_seconds(config)
+    if step_seconds is None:
+        return f"{usable:.0f} s to train; how long a step takes is not known before the run's first metrics"
+    text = f"{usable:.0f} s to train; a checkpoint every {every} steps comes every {every * step_seconds:.0f} s"
+    if every * step_seconds > usable:
+        fix = f"set run.checkpoint_every to {max(1, int(usable / step_seconds / 4))}, or raise --time"
+        raise Caution(f"{text}, so the loss of a node would cost the whole job; {fix}")
+    return text
+
+
+def _step_seconds(config: Config) -> float | None:
+    try:
+        line = json.loads(RunFolder(config.folder).metrics.read_text().splitlines()[-1])
+        return float(config.training.n_critic * config.training.batch_size / line["images_per_second"])
+    except (OSError, ValueError, IndexError, KeyError):
+        return None

@@ -1,0 +1,133 @@
+"""What can be refused before a run from its settings, dataset, ranks and folder.
+
+Each check is written once: the trainer raises it (`refuse`), the doctor prints it. One takes a Plan and returns what it
+found to be in order, or raises UserError; another one is a function and a line of CHECKS.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+import torch
+import yaml
+
+from pipeline.config import Config, check_device, flatten
+from pipeline.data import Dataset, check_source, source_kind
+from pipeline.errors import UserError
+from pipeline.models.networks import Critic, Generator
+from pipeline.models.objectives import choose
+from pipeline.storage.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that is about to start."""
+
+    config: Config
+    world_size: int
+    dataset: Dataset | None = None
+    """None while it is not prepared: what depends on it is not checked."""
+    has_cuda: bool = field(default_factory=torch.cuda.is_available)
+
+    def networks(self, dataset: Dataset) -> tuple[Generator, Critic]:
+        """On torch's meta device, where they have sizes but take no memory. Raises UserError for unfit images."""
+        num_classes = dataset.num_classes if choose(self.config.training).classifies else 0
+        dtype = torch.float64 if self.config.runtime.precision == "float64" else torch.float32
+        given = self.config.network, dataset.image_shape, num_classes
+        with torch.device("meta"):
+            return Generator(*given).to(dtype), Critic(*given).to(dtype)
+
+
+def refuse(plan: Plan) -> None:
+    """Raises the first UserError of any check."""
+    for check in CHECKS.values():
+        check(plan)
+
+
+def check_runtime(plan: Plan) -> str:
+    runtime = plan.config.runtime
+    check_device(runtime, plan.has_cuda)
+    return f"device {runtime.device}, precision {runtime.precision}"
+
+
+def check_objective(plan: Plan) -> str:
+    """The keys that go with an objective, and the labels that it may need."""
+    training, dataset = plan.config.training, plan.dataset
+    if choose(training).classifies and dataset is not None and dataset.num_classes < 2:
+        raise UserError(f"training.objective is {training.objective}, but {dataset.name} has no labels")
+    return training.objective
+
+
+def check_shares(plan: Plan) -> str:
+    """The batch among ranks and micro-batches, and the lanes of a streamed dataset among ranks and workers."""
+    config, dataset, batch_size = plan.config, plan.dataset, plan.config.training.batch_size
+    check_source(config, dataset, plan.world_size)
+    share, micro_batches, lanes = batch_size // plan.world_size, config.runtime.accumulation, config.data.lanes
+    if share % micro_batches:
+        raise UserError(
+            f"runtime.accumulation is {micro_batches}: it does not divide the {share} images that a rank takes of "
+            f"training.batch_size {batch_size}"
+        )
+    streamed = dataset is not None and source_kind(config.data, dataset) == "streaming"
+    text = f", data.lanes {lanes} are {lanes // plan.world_size}" if streamed else ""
+    return f"training.batch_size {batch_size} is {share} a rank{text}"
+
+
+def check_networks(plan: Plan) -> str:
+    """Whether the networks take images of this size."""
+    if plan.dataset is None:
+        return ""
+    generator, critic = (sum(weight.numel() for weight in one.parameters()) for one in plan.networks(plan.dataset))
+    return f"{generator:,} parameters of the generator, {critic:,} of the critic"
+
+
+def check_run_folder(plan: Plan) -> str:
+    """Whether the run's folder is free, or holds this very run."""
+    folder, dataset = RunFolder(plan.config.folder), plan.dataset
+    names = {path.name for path in folder.path.iterdir()} if folder.path.is_dir() else set()
+    if not any(name for name in names if not name.startswith(".") and name != folder.environment.name):
+        return f"{folder.path} is free"
+    try:
+        saved = yaml.safe_load(folder.config.read_text())
+        fingerprint = json.loads(folder.environment.read_text())["dataset_fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        text = "is not empty and holds no run that can be read: use another run.name"
+        raise UserError(f"{folder.path}: {text}") from None
+    if differences := _differences(saved, plan.config):
+        raise UserError(
+            f"{folder.path}: holds a run with other settings ({'; '.join(differences)}): "
+            "give those settings, or another run.name"
+        )
+    if dataset is not None and fingerprint != dataset.fingerprint:
+        raise UserError(f"{folder.path}: was trained on another version of {dataset.name}: use another run.name")
+    return f"{folder.path} holds this run, which will go on"
+
+
+def _differences(saved: Any, config: Config) -> list[str]:
+    """Of the settings that may not change between two launches."""
+
+    def saved_value(key: str) -> Any:
+        return reduce(lambda at, part: at.get(part) if isinstance(at, dict) else None, key.split("."), saved)
+
+    given = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in flatten(config, free=False).items()
+    }
+    return [
+        f"{key} is {before} there and {value} here"
+        for key, value in given.items()
+        if (before := saved_value(key)) != value
+    ]
+
+
+CHECKS: dict[str, Callable[[Plan], str]] = {
+    "runtime": check_runtime,
+    "training.objective": check_objective,
+    "training": check_shares,
+    "network": check_networks,
+    "run.name": check_run_folder,
+}
+"""By what the doctor calls its line."""

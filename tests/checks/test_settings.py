@@ -1,0 +1,230 @@
+"""One table of runs that must not start: the trainer raises what the doctor prints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+
+from pipeline.checks.machine import examine
+from pipeline.checks.settings import Plan, refuse
+from pipeline.config import Config, DataConfig, EvaluationConfig, RunConfig, RuntimeConfig, to_yaml
+from pipeline.data import Dataset, load_dataset
+from pipeline.data.manifest import to_json
+from pipeline.distributed.collectives import Ranks
+from pipeline.errors import UserError
+from pipeline.storage.run_folder import RunFolder
+
+T = TypeVar("T")
+
+
+class Pretended(Ranks):
+    """Rank 0 of as many as one likes; the others agree with it."""
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+    def broadcast(self, value: T) -> T:
+        return value
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+
+@dataclass(frozen=True)
+class Bad:
+    """What is wrong with a run, and the words in which it is refused."""
+
+    message: str
+    """A regular expression that matches all of it."""
+    settings: dict[str, dict[str, Any]]
+    """Section -> key -> value, against `sound`."""
+    world_size: int = 1
+    dataset: dict[str, Any] | None = None
+    """What is different about the dataset."""
+    prepare: Callable[[RunFolder, Config], None] = lambda folder, config: None
+    """What lies in the run's folder before."""
+    subject: str = "training"
+    """Of the doctor's line."""
+
+
+def a_letter(folder: RunFolder, config: Config) -> None:
+    folder.path.mkdir(parents=True)
+    (folder.path / "letter.txt").write_text("not a run")
+
+
+def another_run(folder: RunFolder, config: Config) -> None:
+    saved_run(folder, replace(config, training=replace(config.training, seed=7)), "")
+
+
+def a_run_on_other_images(folder: RunFolder, config: Config) -> None:
+    saved_run(folder, config, "another")
+
+
+def a_run_without_fingerprint(folder: RunFolder, config: Config) -> None:
+    saved_run(folder, config, "")
+    folder.environment.write_text("{}")
+
+
+def saved_run(folder: RunFolder, config: Config, fingerprint: str) -> None:
+    folder.path.mkdir(parents=True)
+    folder.config.write_text(to_yaml(config))
+    folder.environment.write_text(json.dumps({"dataset_fingerprint": fingerprint}))
+
+
+FREE = {"clip_value": None}
+TABLE = {
+    "a GPU that is not there": Bad(
+        r"runtime.device is cuda, but torch sees no CUDA device: use cpu or auto",
+        {"runtime": {"device": "cuda"}},
+        subject="runtime",
+    ),
+    "fp16 on a CPU": Bad(
+        r"runtime.precision is fp16, which takes a CUDA device: .*",
+        {"runtime": {"precision": "fp16"}},
+        subject="runtime",
+    ),
+    "a graph on a CPU": Bad(
+        r"runtime.cuda_graph is true, which takes a CUDA device .*",
+        {"runtime": {"cuda_graph": True}},
+        subject="runtime",
+    ),
+    "no such objective": Bad(
+        r"training.objective is 'hinge': choose one of wgan, .*",
+        {"training": {"objective": "hinge"}},
+        subject="training.objective",
+    ),
+    "clipping is missing": Bad(
+        r"training.clip_value is null: the objective wgan needs a number",
+        {"training": FREE},
+        subject="training.objective",
+    ),
+    "clipping is too much": Bad(
+        r"training.clip_value is 0.01: the objective lsgan does not use it, .*",
+        {"training": {"objective": "lsgan"}},
+        subject="training.objective",
+    ),
+    "a penalty in separate updates": Bad(
+        r"training.critic_updates is separate: a gradient penalty needs joint updates",
+        {"training": {"objective": "wgan_gp", "gradient_penalty": 10.0, "critic_updates": "separate", **FREE}},
+        subject="training.objective",
+    ),
+    "classes without labels": Bad(
+        r"training.objective is acgan, but tiny has no labels",
+        {"training": {"objective": "acgan", **FREE}},
+        dataset={"class_names": ()},
+        subject="training.objective",
+    ),
+    "a batch that two can't share": Bad(
+        r"training.batch_size 63 cannot be shared among 2 processes: choose .*",
+        {"training": {"batch_size": 63}},
+        world_size=2,
+    ),
+    "micro-batches that don't divide the batch": Bad(
+        r"runtime.accumulation is 3: it does not divide the 64 images that a rank takes of training.batch_size 64",
+        {"runtime": {"accumulation": 3}},
+    ),
+    "micro-batches that don't divide a rank's share": Bad(
+        r"runtime.accumulation is 64: it does not divide the 32 images .*",
+        {"runtime": {"accumulation": 64}},
+        world_size=2,
+    ),
+    "more ranks than lanes": Bad(
+        r"data.lanes 8 cannot be shared evenly among 16 processes .*",
+        {"data": {"source": "streaming", "lanes": 8}},
+        world_size=16,
+    ),
+    "more lanes than images": Bad(
+        r"data.lanes 640 is more than the 600 images of dataset tiny",
+        {"data": {"source": "streaming", "lanes": 640}, "training": {"batch_size": 640}},
+    ),
+    "images that can't be doubled into": Bad(
+        r"images of 10 x 8: .* both sides must be multiples of 4 .*",
+        {},
+        dataset={"image_shape": (1, 10, 8)},
+        subject="network",
+    ),
+    "a folder with something else": Bad(
+        r".*checked: is not empty and holds no run that can be read: use another run.name",
+        {},
+        prepare=a_letter,
+        subject="run.name",
+    ),
+    "a run whose environment is damaged": Bad(
+        r".*checked: is not empty and holds no run that can be read: use another run.name",
+        {},
+        prepare=a_run_without_fingerprint,
+        subject="run.name",
+    ),
+    "a folder with another run": Bad(
+        r".*: holds a run with other settings \(training.seed is 7 there and 0 here\): give those settings, or .*",
+        {},
+        prepare=another_run,
+        subject="run.name",
+    ),
+    "a run on other images": Bad(
+        r".*checked: was trained on another version of tiny: use another run.name",
+        {},
+        prepare=a_run_on_other_images,
+        subject="run.name",
+    ),
+}
+
+
+def sound(dataset: Path, root: Path) -> Config:
+    return Config(
+        run=RunConfig(name="checked", root=str(root)),
+        data=DataConfig(dataset=str(dataset)),
+        evaluation=EvaluationConfig(every=None),
+        runtime=RuntimeConfig(device="cpu"),
+    )
+
+
+def stored(dataset: Dataset, folder: Path) -> Path:
+    """Its manifest without its shards: enough for all that looks at settings."""
+    folder.mkdir()
+    (folder / "dataset.json").write_text(json.dumps(to_json(dataset)))
+    return folder
+
+
+@pytest.mark.parametrize("bad", TABLE.values(), ids=TABLE)
+def test_the_trainer_raises_what_the_doctor_prints(
+    bad: Bad, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    dataset = load_dataset(tiny_dataset)
+    if bad.dataset is not None:
+        dataset = load_dataset(stored(replace(dataset, **bad.dataset), tmp_path / "dataset"))
+    config = sound(dataset.folder, tmp_path / "runs")
+    sections = {name: replace(getattr(config, name), **values) for name, values in bad.settings.items()}
+    config = replace(config, **sections)
+    bad.prepare(RunFolder(config.folder), config)
+    with pytest.raises(UserError, match=rf"^{bad.message}$") as raised:
+        refuse(Plan(config, bad.world_size, dataset))
+    ranks = Pretended(world_size=bad.world_size)
+    findings = [finding for found in examine(config, ranks, False) for finding in found]
+    assert f"error    {bad.subject}: {raised.value}" in map(str, findings)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_sound_run_is_refused_by_neither(world_size: int, tiny_dataset: Path, tmp_path: Path) -> None:
+    config, dataset = sound(tiny_dataset, tmp_path), load_dataset(tiny_dataset)
+    for _ in range(2):  # a new one, and one that goes on
+        refuse(Plan(config, world_size))
+        refuse(Plan(config, world_size, dataset))
+        findings = [f for found in examine(config, Pretended(world_size=world_size), False) for f in found]
+        assert {finding.level for finding in findings} == {"ok"}, findings
+        if not config.folder.exists():
+            saved_run(RunFolder(config.folder), config, dataset.fingerprint)
+    assert any(finding.text.endswith("holds this run, which will go on") for finding in findings)
+
+
+def test_what_does_not_need_the_dataset_is_refused_without_it(tiny_dataset: Path, tmp_path: Path) -> None:
+    config = sound(tiny_dataset, tmp_path)
+    with pytest.raises(UserError, match=r"training\.batch_size 64 cannot be shared among 3"):
+        refuse(Plan(config, 3))
