@@ -134,6 +134,6 @@ def learning_rate(config: OptimizerConfig, update: int) -> float:
 
 
 def ema_weight(decay: float, step: int) -> float:
-    """How far the average moves at a step: 1 - decay, and more at first, when decay is (1 + step) / (10 + step), so that
-    early images are not those of the initial weights."""
+    """How far the average moves at a step: 1 - decay, and more at first, when decay is (1 + step) / (10 + step), so
+    that early images are not those of the initial weights."""
     return 1 - min(decay, (1 + step) / (10 + step))

@@ -20,7 +20,8 @@ from pipeline.distributed.collectives import Ranks
 from pipeline.models.networks import Generator
 from pipeline.models.objectives import class_loss
 from pipeline.training.inputs import Images
-from pipeline.training.step import Step, clip_
+from pipeline.training.state import clip_
+from pipeline.training.step import Step
 
 
 @dataclass

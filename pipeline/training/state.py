@@ -86,6 +86,15 @@ class TrainingState:
         torch._foreach_lerp_([mine for mine, _ in pairs], [other for _, other in pairs], weights)
 
 
+@torch.no_grad()
+def clip_(network: nn.Module, clip_value: float | None) -> None:
+    """Clips every parameter to [-clip_value, clip_value] in place; None: none."""
+    if clip_value is not None:
+        parameters: list[Tensor] = list(network.parameters())
+        torch._foreach_clamp_min_(parameters, -clip_value)
+        torch._foreach_clamp_max_(parameters, clip_value)
+
+
 def build_state(
     config: Config,
     image_shape: tuple[int, int, int],

@@ -17,7 +17,7 @@ from pipeline.config import TrainingConfig
 from pipeline.models.networks import Generator
 from pipeline.models.objectives import Objective, class_loss, gradient_penalty
 from pipeline.training.inputs import Images, StepInputs
-from pipeline.training.state import TrainingState
+from pipeline.training.state import TrainingState, clip_
 
 
 @torch.no_grad()
@@ -115,12 +115,3 @@ class Step:
         scaler.update()
         critic.requires_grad_(True)
         return loss.detach()
-
-
-@torch.no_grad()
-def clip_(network: nn.Module, clip_value: float | None) -> None:
-    """Clips every parameter to [-clip_value, clip_value] in place; None: none."""
-    if clip_value is not None:
-        parameters: list[Tensor] = list(network.parameters())
-        torch._foreach_clamp_min_(parameters, -clip_value)
-        torch._foreach_clamp_max_(parameters, clip_value)

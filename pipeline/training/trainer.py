@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -14,27 +11,25 @@ from tqdm import tqdm
 from pipeline.checks.settings import Plan, refuse
 from pipeline.config import Config, flatten, to_yaml
 from pipeline.data import open_dataset, open_source
-from pipeline.distributed.batch_norm import convert_batch_norm, make_fakes_together
 from pipeline.distributed.process import Runtime
 from pipeline.distributed.slurm import job_id
-from pipeline.errors import Preempted, TrainingFailed
+from pipeline.errors import Preempted
 from pipeline.evaluation.scorer import Scorer
 from pipeline.export.generator_file import save_export
 from pipeline.export.images import interpolate, sample_grid, save_grid
 from pipeline.models.networks import Generator
-from pipeline.models.objectives import Objective, choose
+from pipeline.models.objectives import choose
 from pipeline.progress import bar
-from pipeline.storage.checkpoint import CheckpointWriter, IntegrityError, newest_intact, sweep
+from pipeline.storage.checkpoint import newest_intact, sweep
 from pipeline.storage.files import write_text
 from pipeline.storage.lock import RunLock
 from pipeline.storage.provenance import provenance
 from pipeline.storage.run_folder import RunFolder
-from pipeline.training.cuda_graph import CapturedStep
-from pipeline.training.inputs import InputStream, StepFunction
+from pipeline.training.build import build_step
+from pipeline.training.inputs import InputStream
 from pipeline.training.metrics_log import MetricsLog
-from pipeline.training.micro_batches import MicroBatchStep
-from pipeline.training.state import TrainingState, build_state
-from pipeline.training.step import Step
+from pipeline.training.saving import Saver
+from pipeline.training.state import build_state
 
 
 class Trainer:
@@ -46,7 +41,7 @@ class Trainer:
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config, self.runtime, self.folder = config, runtime, RunFolder(config.folder)
-        ranks, training, run = runtime.ranks, config.training, config.run
+        ranks, training = runtime.ranks, config.training
         ranks.on_main(lambda: refuse(Plan(config, ranks.world_size)))
         self.dataset = ranks.on_main(lambda: open_dataset(config.data))
         ranks.on_main(lambda: refuse(Plan(config, ranks.world_size, self.dataset)))
@@ -59,9 +54,7 @@ class Trainer:
         self.scorer = (
             Scorer(config.evaluation, self.dataset, runtime, training.seed) if config.evaluation.every else None
         )
-        self.writer = CheckpointWriter(
-            self.folder, ranks, keep_last=run.keep_last, keep_every=run.keep_every, clip_value=training.clip_value
-        )
+        self.saver = Saver(config, self.state, runtime, self._progress)
         self._lock: RunLock | None = None
         self._fids = ""
 
@@ -85,13 +78,13 @@ class Trainer:
                     if self._due(run.log_every):
                         self._check_losses()
                     if self._due(run.checkpoint_every):
-                        self.save()
+                        self._save()
                     self._sample_and_evaluate()
                     if self._due(run.log_every):
                         progress.set_postfix(self._write_log(), refresh=False)
                     if self.runtime.stop.agreed():
                         self._stop()
-            self._save_now()
+            self.saver.save_now()
             self.runtime.ranks.on_main(self._finish)
         finally:
             self.inputs.close()
@@ -130,7 +123,7 @@ class Trainer:
             self.state.load(checkpoint.tensors(), checkpoint.step)
             self.log.elapsed_seconds = checkpoint.progress["elapsed_seconds"]
             self.log.evaluation_seconds = checkpoint.progress["evaluation_seconds"]
-            self.writer.committed_step = checkpoint.step
+            self.saver.writer.committed_step = checkpoint.step
             self.runtime.say(f"going on from {checkpoint.folder}, written by {checkpoint.world_size} process(es)")
         self.runtime.ranks.on_main(lambda: self.folder.trim_metrics(self.state.step))
 
@@ -139,7 +132,7 @@ class Trainer:
         return bar(total=last_step, initial=self.state.step, desc=name, unit="step", disable=quiet)
 
     def _stop(self) -> NoReturn:
-        self._save_now()
+        self.saver.save_now()
         raise Preempted(f"stopped after step {self.state.step}, which is saved: the same command goes on from there")
 
     def _finish(self) -> None:
@@ -159,11 +152,19 @@ class Trainer:
 
     def _check_losses(self) -> None:
         if (step := self.log.first_step_not_finite()) is not None:
-            self._fail(f"step {step}: the loss is not finite")
+            self.saver.fail(f"step {step}: the loss is not finite")
 
     def _write_log(self) -> dict[str, str]:
         wait_seconds, self.inputs.wait_seconds = self.inputs.wait_seconds, 0.0
         return self.log.write(wait_seconds, self.objective.estimates_wasserstein)
+
+    def _save(self) -> None:
+        self.saver.save()
+        self._comment()
+
+    def _progress(self) -> dict[str, Any]:
+        seconds = {"elapsed_seconds": self.log.elapsed_seconds, "evaluation_seconds": self.log.evaluation_seconds}
+        return {**seconds, "generator": self.state.generator.spec()}
 
     def _comment(self, *, last: bool = False) -> None:
         self.runtime.comment(f"step {self.state.step} of {self.config.training.steps}{self._fids}", last=last)
@@ -198,69 +199,3 @@ class Trainer:
             return self.state.ema
         self.state.generator.eval()
         return self.state.generator
-
-    # -- checkpoints ---------------------------------------------------------------------------------------------------
-
-    def save(self) -> None:
-        """Starts a checkpoint, and notices how the one before it ended."""
-        log, state = self.log, self.state
-        seconds = {"elapsed_seconds": log.elapsed_seconds, "evaluation_seconds": log.evaluation_seconds}
-        progress = {**seconds, "generator": state.generator.spec()}
-        self._note_outcome(lambda: self.writer.save(state.tensors(), state.step, progress))
-        self._comment()
-
-    def _save_now(self) -> None:
-        """Makes sure that this very step is on the disk."""
-        self._note_outcome(self.writer.finish)
-        if self.writer.committed_step != self.state.step:
-            self.save()
-            self._note_outcome(self.writer.finish)
-        if self.writer.committed_step != self.state.step:
-            self._fail(f"step {self.state.step} could not be saved")
-
-    def _note_outcome(self, save: Callable[[], None]) -> None:
-        """A save that fails is reported and tried again at the next cadence, up to run.max_save_failures in a row.
-
-        Every rank sees the same outcome at the same step, so they stay in step.
-        """
-        try:
-            save()
-        except IntegrityError as error:
-            self._fail(f"step {self.state.step}: must not be saved, {error}")
-        except OSError as error:
-            failures, allowed = self.writer.failures_in_a_row, self.config.run.max_save_failures
-            self.runtime.say(f"checkpoint failed ({failures} in a row, {allowed} tolerated): {error}")
-            if failures > allowed:
-                self._fail(f"checkpoints can't be written: {error}")
-
-    def _fail(self, reason: str) -> NoReturn:
-        with contextlib.suppress(OSError, IntegrityError):
-            self.writer.finish()
-        committed = self.writer.committed_step
-        kept = f"the last good checkpoint is step {committed}" if committed else "there is no checkpoint yet"
-        raise TrainingFailed(f"{reason}; {kept}")
-
-
-def build_step(config: Config, objective: Objective, state: TrainingState, runtime: Runtime) -> StepFunction:
-    """The step as the settings and the ranks ask for it: plain, in micro-batches, captured as a graph."""
-    ranks, micro_batches = runtime.ranks, config.runtime.accumulation
-    step: Step
-    if micro_batches > 1:
-        critic, generator = (runtime.wrap(network, data_parallel=False) for network in (state.critic, state.generator))
-        step = MicroBatchStep(
-            config.training,
-            objective,
-            state,
-            critic,
-            generator,
-            count=micro_batches,
-            ranks=ranks,
-            autocast=runtime.autocast,
-        )
-    else:
-        if ranks.world_size > 1:
-            convert_batch_norm(state.generator)
-        step = Step(config.training, objective, state, runtime.wrap(state.critic), runtime.wrap(state.generator))
-        if ranks.world_size > 1:
-            step.make_fakes = partial(make_fakes_together, autocast=runtime.autocast)
-    return CapturedStep(step, state, runtime) if config.runtime.cuda_graph else step

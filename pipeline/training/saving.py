@@ -1,0 +1,73 @@
+"""When a checkpoint may fail, and when that ends the run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from pipeline.config import Config
+from pipeline.distributed.process import Runtime
+from pipeline.errors import TrainingFailed
+from pipeline.storage.checkpoint import CheckpointWriter, IntegrityError
+from pipeline.storage.run_folder import RunFolder
+from pipeline.training.state import TrainingState
+
+
+class Saver:
+    """Saves a state beside the training.
+
+    A save that fails is reported and tried again at the next cadence, up to run.max_save_failures in a row. Every rank
+    sees the same outcome at the same step, so they stay in step.
+
+    Args:
+        progress: what a resumed run wants back beside the state, as JSON-serialisable values.
+
+    Its methods raise TrainingFailed on all ranks: the state must not be saved, or saving failed too often.
+    """
+
+    def __init__(
+        self, config: Config, state: TrainingState, runtime: Runtime, progress: Callable[[], dict[str, Any]]
+    ) -> None:
+        self._state, self._runtime, self._progress = state, runtime, progress
+        self._allowed_failures = config.run.max_save_failures
+        self.writer = CheckpointWriter(
+            RunFolder(config.folder),
+            runtime.ranks,
+            keep_last=config.run.keep_last,
+            keep_every=config.run.keep_every,
+            clip_value=config.training.clip_value,
+        )
+
+    def save(self) -> None:
+        """Starts a checkpoint, and notices how the one before it ended."""
+        state = self._state
+        self._note_outcome(lambda: self.writer.save(state.tensors(), state.step, self._progress()))
+
+    def save_now(self) -> None:
+        """Makes sure that this very step is on the disk."""
+        self._note_outcome(self.writer.finish)
+        if self.writer.committed_step != self._state.step:
+            self.save()
+            self._note_outcome(self.writer.finish)
+        if self.writer.committed_step != self._state.step:
+            self.fail(f"step {self._state.step} could not be saved")
+
+    def fail(self, reason: str) -> NoReturn:
+        """Ends the run, and tells which checkpoint is left."""
+        with contextlib.suppress(OSError, IntegrityError):
+            self.writer.finish()
+        committed = self.writer.committed_step
+        kept = f"the last good checkpoint is step {committed}" if committed else "there is no checkpoint yet"
+        raise TrainingFailed(f"{reason}; {kept}")
+
+    def _note_outcome(self, save: Callable[[], None]) -> None:
+        try:
+            save()
+        except IntegrityError as error:
+            self.fail(f"step {self._state.step}: must not be saved, {error}")
+        except OSError as error:
+            failures, allowed = self.writer.failures_in_a_row, self._allowed_failures
+            self._runtime.say(f"checkpoint failed ({failures} in a row, {allowed} tolerated): {error}")
+            if failures > allowed:
+                self.fail(f"checkpoints can't be written: {error}")
