@@ -4,9 +4,11 @@ import sys
 from pathlib import Path
 
 from pipeline.config import make_parser, parse
+from pipeline.data import open_dataset
 from pipeline.distributed.launcher import run_program
 from pipeline.distributed.process import Runtime
 from pipeline.errors import EXIT_PREEMPTED, Preempted, UserError
+from pipeline.evaluation.scorer import Scorer
 from pipeline.evaluation.targets import TARGET, score_target
 from pipeline.storage.run_folder import RunFolder
 
@@ -25,7 +27,9 @@ def main() -> int:
         raise UserError("--all scores every checkpoint into the run: leave out --step and --out")
     runtime = Runtime(config.runtime)
     try:
-        score_target(run.path, config, runtime, None if arguments.all else [arguments.step], arguments.out)
+        dataset = runtime.ranks.on_main(lambda: open_dataset(config.data))
+        scorer = Scorer(config.evaluation, dataset, runtime, config.training.seed)
+        score_target(run.path, scorer, None if arguments.all else [arguments.step], arguments.out)
     except Preempted as stop:
         runtime.say(str(stop))
         return EXIT_PREEMPTED

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pipeline.data.prepare import prepare_mnist, prepare_npz
 
 from pipeline.data import Dataset
+from pipeline.data.prepare import ShardSizes, prepare_mnist, prepare_npz
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -27,5 +27,5 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = random.integers(0, 256, (600, 8, 8), dtype=np.uint8)
     np.savez(root / "tiny.npz", images=images, labels=np.arange(600) % 4)
     return prepare_npz(
-        root, "tiny", {"train": root / "tiny.npz"}, images_per_block=50, images_per_shard=200
+        root, "tiny", {"train": root / "tiny.npz"}, ShardSizes(50, 200)
     ).folder  # fmt: skip

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.distributed.process import STOP_SIGNALS
+from pipeline.distributed.stopping import STOP_SIGNALS
 from pipeline.storage.checkpoint import find
 
 ROOT = Path(__file__).parents[1]

@@ -21,8 +21,8 @@ import torch
 from pipeline.checks.findings import Caution, Check, Finding, against, findings_of, findings_of_all
 from pipeline.checks.settings import CHECKS, Plan
 from pipeline.config import Config
-from pipeline.data import KNOWN, Dataset, Shard, dataset_folder, load_dataset, locations
-from pipeline.data.manifest import FILE_NAME
+from pipeline.data import KNOWN, Dataset, dataset_folder, load_dataset, locations
+from pipeline.data.manifest import FILE_NAME, Shard
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.process import Runtime
 from pipeline.distributed.slurm import job_seconds_left

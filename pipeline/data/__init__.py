@@ -1,23 +1,34 @@
-"""The real images: datasets on disk, and the two sources that training reads them through."""
+"""The real images: datasets on disk, and the two sources that training reads them through.
+
+Importing this costs no torch: what reads images is imported where it is called.
+"""
 
 from __future__ import annotations
 
 from math import prod
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING
 
-import torch
-
-from pipeline.config import DataConfig
-from pipeline.data.manifest import FILE_NAME, DataError, Dataset, Shard, load_dataset
-from pipeline.data.prepare import prepare_mnist
-from pipeline.data.resident import ResidentSource
+from pipeline.config import Config, DataConfig
+from pipeline.data.manifest import FILE_NAME, DataError, Dataset, load_dataset
 from pipeline.data.source import Batch, Source
-from pipeline.data.streaming import StreamingSource
+from pipeline.errors import UserError
 
-__all__ = ["Batch", "DataError", "Dataset", "Shard", "Source", "load_dataset", "open_dataset", "open_source"]
+if TYPE_CHECKING:
+    import torch
 
-KNOWN = {"mnist": prepare_mnist}
-"""Datasets that are prepared on first use under data.root."""
+    from pipeline.distributed.collectives import Ranks
+
+__all__ = ["Batch", "DataError", "Dataset", "Source", "check_source", "load_dataset", "open_dataset", "open_source"]
+
+KNOWN = {"mnist": "pipeline.data.prepare.mnist:prepare_mnist"}
+"""Datasets that are prepared on first use, each with the function that writes it under a root."""
+
+
+def dataset_folder(config: DataConfig) -> str | Path:
+    """The folder or URL of the dataset that the configuration names, whether it is there or not."""
+    return Path(config.root) / config.dataset if config.dataset in KNOWN else config.dataset
 
 
 def open_dataset(config: DataConfig) -> Dataset:
@@ -27,7 +38,7 @@ def open_dataset(config: DataConfig) -> Dataset:
     """
     folder = dataset_folder(config)
     if config.dataset in KNOWN and not (Path(folder) / FILE_NAME).exists():
-        KNOWN[config.dataset](Path(config.root))
+        resolve_name(KNOWN[config.dataset])(Path(config.root))
     return load_dataset(folder, allow_shell_urls=config.allow_shell_urls)
 
 
@@ -39,36 +50,44 @@ def source_kind(config: DataConfig, dataset: Dataset) -> str:
     return "resident" if num_bytes <= config.resident_limit_mib * 2**20 else "streaming"
 
 
-def dataset_folder(config: DataConfig) -> str | Path:
-    """The folder or URL of the dataset that the configuration names, whether it is there or not."""
-    return Path(config.root) / config.dataset if config.dataset in KNOWN else config.dataset
+def check_source(config: Config, dataset: Dataset | None, world_size: int) -> None:
+    """Raises UserError when the batch cannot be shared among the ranks, or streamed among lanes and workers.
+
+    Reads nothing. Without a dataset (one that will be prepared on first use) only the ranks are looked at.
+    """
+    batch_size, lanes, workers = config.training.batch_size, config.data.lanes, config.data.workers
+    if batch_size % world_size:
+        raise UserError(
+            f"training.batch_size {batch_size} cannot be shared among {world_size} processes: "
+            "choose a batch size that the number of processes divides"
+        )
+    if dataset is None or source_kind(config.data, dataset) == "resident":
+        return
+    if batch_size % lanes:
+        raise UserError(f"data.lanes {lanes} does not divide training.batch_size {batch_size}: choose a divisor of it")
+    streams = world_size * max(workers, 1)
+    if lanes % streams:
+        raise UserError(
+            f"data.lanes {lanes} cannot be shared evenly among {world_size} processes with data.workers {workers}: "
+            f"choose a multiple of {streams} that divides training.batch_size {batch_size}"
+        )
+    if (num_images := dataset.num_images("train")) < lanes:
+        raise UserError(f"data.lanes {lanes} is more than the {num_images} images of dataset {dataset.name}")
 
 
-def open_source(
-    config: DataConfig,
-    dataset: Dataset,
-    *,
-    batch_size: int,
-    seed: int,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-) -> Source:
+def open_source(config: Config, dataset: Dataset, ranks: Ranks, device: torch.device) -> Source:
     """The train split as the configuration asks for it; `auto` is resident when the decoded split fits its limit.
 
-    Raises UserError when the batch cannot be shared among the ranks, lanes or workers.
+    Raises UserError as `check_source` does, and DataError when a resident split has a damaged shard.
     """
-    if source_kind(config, dataset) == "resident":
-        return ResidentSource(
-            dataset, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, device=device
-        )
+    from pipeline.data.resident import ResidentSource
+    from pipeline.data.streaming import StreamingSource
+
+    check_source(config, dataset, ranks.world_size)
+    batch_size, seed = config.training.batch_size, config.training.seed
+    if source_kind(config.data, dataset) == "resident":
+        return ResidentSource(dataset, batch_size=batch_size, seed=seed, ranks=ranks, device=device)
+    lanes, workers = config.data.lanes, config.data.workers
     return StreamingSource(
-        dataset,
-        lanes=config.lanes,
-        workers=config.workers,
-        batch_size=batch_size,
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-        device=device,
+        dataset, lanes=lanes, workers=workers, batch_size=batch_size, seed=seed, ranks=ranks, device=device
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -16,11 +16,16 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from pipeline.data.manifest import DataError, Dataset
-from pipeline.data.shards import Images, Labels
+
+Images = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
+ImageShape = tuple[int, int, int]
 
 IMAGE_FILE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"}
 GREY_MODES = {"1", "L", "LA"}
 COLOUR_MODES = {"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
+BROKEN_IMAGE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What PIL raises for content that is not an image, or not all of one."""
 
 
 class Split(NamedTuple):
@@ -33,6 +38,39 @@ class Split(NamedTuple):
     """Indices [n] -> uint8 [n, C, H, W]."""
 
 
+def file_shape(file: Path | BinaryIO, name: str, *, decode: bool = False) -> ImageShape:
+    """The shape of an encoded image, of which only the header is read unless `decode`. Raises DataError."""
+    try:
+        with Image.open(file) as image:
+            if image.mode not in GREY_MODES | COLOUR_MODES:
+                raise DataError(f"{name} has pixels of mode {image.mode}: convert it to 8-bit grey or RGB")
+            if decode:
+                image.load()
+            return 3 if image.mode in COLOUR_MODES else 1, image.height, image.width
+    except BROKEN_IMAGE as error:
+        raise DataError(f"{name} is damaged or not an image: {error}") from None
+
+
+def common_shape(found: Iterable[tuple[str, ImageShape, bool]], *, check_size: bool = True) -> ImageShape:
+    """The one shape of images, each given with its name and whether it is encoded: then grey may be read as colour.
+
+    Raises DataError naming the first that is not like those before it.
+    """
+    common: ImageShape | None = None
+    for name, (channels, height, width), encoded in found:
+        before = common or (channels, height, width)
+        if not encoded and channels != before[0]:
+            raise DataError(f"{name} has images of {channels} channels, those before it have {before[0]}")
+        if check_size and (height, width) != before[1:]:
+            raise DataError(
+                f"{name} is {height} x {width}, those before it are {before[1]} x {before[2]}: "
+                "all images must have one size (of a folder, --size N makes it so)"
+            )
+        common = (max(channels, before[0]), height, width)
+    assert common is not None
+    return common
+
+
 def open_images(path: Path, dataset: Dataset) -> Split:
     """A folder of image files or an `.npz` file, to be compared with a dataset.
 
@@ -41,14 +79,12 @@ def open_images(path: Path, dataset: Dataset) -> Split:
     """
     if path.is_dir():
         files, class_names, folders = list_images(path)
-        scanner = Scanner(check_size=True)
-        for file in files:
-            scanner.add(file, str(file))
+        _, height, width = common_shape((str(file), file_shape(file, str(file)), True) for file in files)
         labels = None
         if class_names and set(class_names) <= set(dataset.class_names):
             labels = np.array([dataset.class_names.index(name) for name in class_names], np.int64)[folders]
-        shape = (dataset.image_shape[0], *scanner.image_shape[1:])
-        found = Split(len(files), labels, partial(read_images, files, shape, False))
+        shape = (dataset.image_shape[0], height, width)
+        found = Split(len(files), labels, partial(read_images, files, shape))
     else:
         images, labels = load_npz(path)
         shape = images.shape[1:]
@@ -65,47 +101,6 @@ def open_images(path: Path, dataset: Dataset) -> Split:
             f"{' x '.join(map(str, dataset.image_shape))}"
         )
     return found
-
-
-class Scanner:
-    """Finds the one shape that a set of images has."""
-
-    def __init__(self, *, check_size: bool) -> None:
-        self._check_size = check_size
-        self._size: tuple[int, int] | None = None
-        self._channels = 1
-
-    def add(self, file: Path | BinaryIO, name: str, *, decode: bool = False) -> None:
-        """An encoded image; only its header is read unless `decode`."""
-        try:
-            with Image.open(file) as image:
-                if image.mode not in GREY_MODES | COLOUR_MODES:
-                    raise DataError(f"{name} has pixels of mode {image.mode}: convert it to 8-bit grey or RGB")
-                self._add(3 if image.mode in COLOUR_MODES else 1, image.height, image.width, name)
-                if decode:
-                    image.load()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"{name} is damaged or not an image: {error}") from None
-
-    def add_blocks(self, images: Images, name: str) -> None:
-        _, channels, height, width = images.shape
-        if self._size is not None and channels != self._channels:
-            raise DataError(f"{name} has images of {channels} channels, those before it have {self._channels}")
-        self._add(channels, height, width, name)
-
-    def _add(self, channels: int, height: int, width: int, name: str) -> None:
-        if self._check_size and self._size not in (None, (height, width)):
-            raise DataError(
-                f"{name} is {height} x {width}, those before it are {' x '.join(map(str, self._size or ()))}: "
-                "all images must have one size (of a folder, --size N makes it so)"
-            )
-        self._size = (height, width)
-        self._channels = max(self._channels, channels)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        assert self._size is not None
-        return self._channels, *self._size
 
 
 def list_images(folder: Path) -> tuple[list[Path], list[str], Labels]:
@@ -131,24 +126,35 @@ def list_images(folder: Path) -> tuple[list[Path], list[str], Labels]:
 
 
 def read_images(
-    files: Sequence[Path], image_shape: tuple[int, int, int], resize: bool, indices: npt.NDArray[np.int64]
+    files: Sequence[Path], image_shape: ImageShape, indices: npt.NDArray[np.int64], *, resize: bool = False
 ) -> Images:
-    channels, height, width = image_shape
-    images = np.empty((len(indices), height, width, channels), np.uint8)
+    """uint8 [n, C, H, W] of the files at `indices` [n]. Raises DataError naming the file."""
+    images = np.empty((len(indices), *image_shape), np.uint8)
     for row, index in enumerate(indices):
         try:
-            with Image.open(files[index]) as file:
-                image = file.convert("L" if channels == 1 else "RGB")
-        except (OSError, ValueError, SyntaxError) as error:
+            images[row] = decode_image(files[index], image_shape, resize=resize)
+        except BROKEN_IMAGE as error:
             raise DataError(f"{files[index]} is damaged: {error}") from None
-        if resize:
-            image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-        images[row] = np.asarray(image).reshape(height, width, channels)
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    return images
+
+
+def decode_image(file: Path | BinaryIO, image_shape: ImageShape, *, resize: bool = False) -> Images:
+    """uint8 [C, H, W], grey when C is 1 and RGB when C is 3; `resize` crops the centre to the proportions first.
+
+    Raises what BROKEN_IMAGE lists, and ValueError for another size without `resize`.
+    """
+    channels, height, width = image_shape
+    with Image.open(file) as image:
+        if not resize and image.size != (width, height):
+            raise ValueError(f"an image is {image.size[1]} x {image.size[0]}, not {height} x {width}")
+        pixels = image.convert("L" if channels == 1 else "RGB")
+    if resize:
+        pixels = ImageOps.fit(pixels, (width, height), Image.Resampling.LANCZOS)
+    return np.asarray(pixels).reshape(height, width, channels).transpose(2, 0, 1)
 
 
 def load_npz(path: Path) -> tuple[Images, Labels | None]:
-    """Images as uint8 [N, C, H, W]."""
+    """Images uint8 [N, C, H, W] and labels int64 [N]. Raises DataError naming the file."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             arrays = {key: content[key] for key in content.files if key in ("images", "labels")}
@@ -157,7 +163,7 @@ def load_npz(path: Path) -> tuple[Images, Labels | None]:
         raise DataError(f"{path} cannot be read as an .npz file without pickled objects: {error}") from None
     if "images" not in arrays:
         raise DataError(f"{path} has no array `images`: it holds {keys or 'nothing'}")
-    images = arrays["images"]
+    images, labels = arrays["images"], arrays.get("labels")
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.size == 0:
         raise DataError(
             f"{path}: images is {images.dtype} {images.shape}, not uint8 [N, H, W], [N, H, W, C] or [N, C, H, W]"
@@ -168,9 +174,8 @@ def load_npz(path: Path) -> tuple[Images, Labels | None]:
         raise DataError(f"{path}: which axis of images {images.shape} is the channels (1 or 3 of them) is not clear")
     elif images.shape[3] in (1, 3):
         images = images.transpose(0, 3, 1, 2)
-    labels = arrays.get("labels")
-    if labels is not None:
-        if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
-            raise DataError(f"{path}: labels is {labels.dtype} {labels.shape}, not {len(images)} integers")
-        labels = labels.astype(np.int64)
-    return images, labels
+    if labels is None:
+        return images, None
+    if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
+        raise DataError(f"{path}: labels is {labels.dtype} {labels.shape}, not {len(images)} integers")
+    return images, labels.astype(np.int64)

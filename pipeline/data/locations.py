@@ -2,7 +2,7 @@
 
 webdataset opens every remote scheme by starting a program: a shell for `pipe:`, curl for `http:` and `sftp:`, gsutil
 for `gs:`, and so on. Paths, `file:`, `http:` and `https:` are opened here inside the process instead; all the others
-are refused unless the user allows them.
+are refused unless the user allows them. webdataset imports torch, so it is imported where such a URL is met.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
-
-from webdataset.gopen import gopen, gopen_schemes
 
 from pipeline.errors import UserError
 
@@ -34,6 +32,8 @@ def check_allowed(location: str, allow_shell_urls: bool) -> None:
     kind = scheme(location)
     if kind in ("", "file", "http", "https"):
         return
+    from webdataset.gopen import gopen_schemes
+
     if kind not in gopen_schemes:
         raise UserError(f"{location}: nothing here opens {kind}: URLs; use a path or an http(s): URL")
     if not allow_shell_urls:
@@ -61,6 +61,8 @@ def read_bytes(location: str) -> bytes:
         return Path(urllib.request.url2pathname(urllib.parse.urlparse(location).path)).read_bytes()
     if kind in ("http", "https"):
         return _download(location)
+    from webdataset.gopen import gopen
+
     with gopen(location) as stream:
         content: bytes = stream.read()
     return content

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_type_hints
 
 from pipeline.data import locations
 from pipeline.errors import UserError
@@ -118,29 +118,35 @@ def load_dataset(folder_or_url: str | Path, *, allow_shell_urls: bool = False) -
 
 
 def _parse(manifest: object, folder: Path, base_url: str, location: str) -> Dataset:
+    def check(value: object, kind: type[T], what: str) -> T:
+        """A value of exactly this type (a truth value is no integer); integers are positive."""
+        if type(value) is not kind:
+            raise DataError(f"{location}: {what} is {value!r}, not of type {kind.__name__}")
+        if isinstance(value, int) and value < 1:
+            raise DataError(f"{location}: {what} is {value!r}, not a positive integer")
+        return value
+
     def get(mapping: object, key: str, kind: type[T], where: str = "") -> T:
         if not isinstance(mapping, dict):
             raise DataError(f"{location}: {where or 'its content'} is not an object: prepare the dataset again")
         if key not in mapping:
             raise DataError(f"{location}: {where}{key} is missing: prepare the dataset again")
-        value = mapping[key]
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise DataError(f"{location}: {where}{key} is {value!r}, not of type {kind.__name__}")
-        return value
+        return check(mapping[key], kind, f"{where}{key}")
 
-    def positive(value: object, what: str) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise DataError(f"{location}: {what} is {value!r}, not a positive integer")
-        return value
+    def get_shard(entry: object, where: str) -> Shard:
+        shard = Shard(**{key: get(entry, key, kind, where) for key, kind in get_type_hints(Shard).items()})
+        if not re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
+            raise DataError(f"{location}: {where}sha256 is {shard.sha256!r}, not 64 hexadecimal digits")
+        return shard
 
     version = get(manifest, "version", int)
     if get(manifest, "format", str) != "image-shards" or version != VERSION:
         raise DataError(
             f"{location} is of version {version} (this program reads version {VERSION}): prepare the dataset again"
         )
-    shape = [positive(size, "image_shape") for size in get(manifest, "image_shape", list)]
+    shape = tuple(check(size, int, "image_shape") for size in get(manifest, "image_shape", list))
     if len(shape) != 3:
-        raise DataError(f"{location}: image_shape is {shape}, not [channels, height, width]")
+        raise DataError(f"{location}: image_shape is {list(shape)}, not [channels, height, width]")
     class_names = get(manifest, "class_names", list)
     if not all(isinstance(name, str) for name in class_names):
         raise DataError(f"{location}: class_names is {class_names!r}, not a list of texts")
@@ -148,21 +154,7 @@ def _parse(manifest: object, folder: Path, base_url: str, location: str) -> Data
     for split, entries in get(manifest, "splits", dict).items():
         if not isinstance(entries, list) or not entries:
             raise DataError(f"{location}: splits.{split} lists no shard")
-        shards = []
-        for index, entry in enumerate(entries):
-            where = f"splits.{split}[{index}]."
-            shard = Shard(
-                name=get(entry, "name", str, where),
-                num_images=positive(get(entry, "num_images", int, where), f"{where}num_images"),
-                num_bytes=positive(get(entry, "num_bytes", int, where), f"{where}num_bytes"),
-                sha256=get(entry, "sha256", str, where),
-            )
-            if not re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
-                raise DataError(f"{location}: {where}sha256 is {shard.sha256!r}, not 64 hexadecimal digits")
-            shards.append(shard)
-        splits[split] = tuple(shards)
+        splits[split] = tuple(get_shard(entry, f"splits.{split}[{index}].") for index, entry in enumerate(entries))
     if "train" not in splits:
         raise DataError(f"{location}: splits.train is missing: prepare the dataset again")
-    channels, height, width = shape
-    name = get(manifest, "name", str)
-    return Dataset(folder, name, (channels, height, width), tuple(class_names), splits, base_url)
+    return Dataset(folder, get(manifest, "name", str), shape, tuple(class_names), splits, base_url)

@@ -9,13 +9,15 @@ import torch
 from pipeline.data.manifest import Dataset
 from pipeline.data.shards import decode, read_shard
 from pipeline.data.source import Batch
-from pipeline.rng import data_indices, rank_slice
+from pipeline.distributed.collectives import Ranks
+from pipeline.rng import data_indices
 
 
-def load_split(dataset: Dataset, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+def load_split(dataset: Dataset, split: str, *, mirrored: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """All images of a split in shard order: uint8 [N, C, H, W] and labels int64 [N] (0 when unlabelled).
 
-    Raises DataError naming the first shard that is not exactly what the manifest says.
+    `mirrored` reverses both axes of each image. Raises DataError naming the first shard that is not exactly what the
+    manifest says.
     """
     num_images = dataset.num_images(split)
     images = torch.empty(num_images, *dataset.image_shape, dtype=torch.uint8)
@@ -24,7 +26,8 @@ def load_split(dataset: Dataset, split: str) -> tuple[torch.Tensor, torch.Tensor
     for shard in dataset.shards(split):
         samples = read_shard(dataset, shard)
         stop = start + len(samples)
-        images[start:stop] = torch.from_numpy(decode(samples.images, dataset.image_shape, dataset.locate(shard)))
+        stored = decode(samples.images, dataset.image_shape, dataset.locate(shard))
+        images.numpy()[start:stop] = stored[..., ::-1, ::-1] if mirrored else stored
         if samples.labels is not None:
             labels[start:stop] = torch.from_numpy(samples.labels)
         start = stop
@@ -50,13 +53,9 @@ def load_images(dataset: Dataset, split: str, indices: torch.Tensor) -> torch.Te
 class ResidentSource:
     """Batch k of the train split is `rng.data_indices(seed, k, ...)`: uniform with replacement."""
 
-    def __init__(
-        self, dataset: Dataset, *, batch_size: int, seed: int, rank: int, world_size: int, device: torch.device
-    ) -> None:
-        self._rows = rank_slice(batch_size, rank, world_size)
-        self._batch_size = batch_size
-        self._seed = seed
-        images, labels = load_split(dataset, "train")
+    def __init__(self, dataset: Dataset, *, batch_size: int, seed: int, ranks: Ranks, device: torch.device) -> None:
+        self._batch_size, self._seed, self._rows = batch_size, seed, ranks.rows(batch_size)
+        images, labels = load_split(dataset, "train", mirrored=True)
         self._images, self._labels = images.to(device), labels.to(device)
 
     def batches(self, first: int) -> Iterator[Batch]:

@@ -19,17 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from webdataset import TarWriter
 from webdataset.tariterators import group_by_keys
 
 from pipeline.data import locations
+from pipeline.data.images import BROKEN_IMAGE, Images, ImageShape, Labels, decode_image
 from pipeline.data.manifest import DataError, Dataset, Shard
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
-
-Images = npt.NDArray[np.uint8]
-Labels = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,10 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Images | list[memoryview]:
+        """The images of these rows, as far as they are decoded."""
+        return self.images[rows] if isinstance(self.images, np.ndarray) else [self.images[row] for row in rows]
 
 
 def write_shard(path: Path, blocks: Iterable[tuple[Images, Labels | None]]) -> Shard:
@@ -92,66 +93,52 @@ def read_shard(dataset: Dataset, shard: Shard, *, verify: bool = True) -> Sample
 
 def parse_shard(content: bytes, location: str) -> Samples:
     """The samples in the tar bytes of any shard. Raises DataError naming `location`."""
-    images: list[Images] = []
+    blocks: list[Images] = []
     encoded: list[memoryview] = []
     labels: list[Labels] = []
-    num_unlabelled = 0
     try:
         for sample in group_by_keys(_members(content, location)):
-            key = sample["__key__"]
+            key, count, label = sample["__key__"], 1, None
             suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in sample), None)
-            label = None
             if "images.npy" in sample:
                 block = _load(sample["images.npy"])
                 if block.dtype != np.uint8 or block.ndim != 4:
                     raise ValueError(f"{key}.images.npy is {block.dtype} {block.shape}, not uint8 [n, C, H, W]")
-                images.append(block.view(np.uint8))
-                num = len(block)
-                if "labels.npy" in sample:
-                    label = _load(sample["labels.npy"])
+                blocks.append(block.view(np.uint8))
+                count = len(block)
+                label = _load(sample["labels.npy"]) if "labels.npy" in sample else None
             elif suffix is not None:
                 encoded.append(sample[suffix])
-                num = 1
-                if "cls" in sample:
-                    label = np.array([int(sample["cls"])])
+                label = np.array([int(sample["cls"])]) if "cls" in sample else None
             else:
                 raise ValueError(f"{key} has no image ({', '.join(IMAGE_SUFFIXES)} or images.npy)")
-            if label is None:
-                num_unlabelled += num
-            elif label.dtype.kind not in "iu" or label.shape != (num,):
-                raise ValueError(f"the labels of {key} are {label.dtype} {label.shape}, not {num} integers")
-            else:
+            if label is not None:
+                if label.dtype.kind not in "iu" or label.shape != (count,):
+                    raise ValueError(f"the labels of {key} are {label.dtype} {label.shape}, not {count} integers")
                 labels.append(label.astype(np.int64, copy=False))
-        if images and encoded:
+        if blocks and encoded:
             raise ValueError("it mixes blocks and single images")
-        if labels and num_unlabelled:
-            raise ValueError(f"{num_unlabelled} of its images have no label")
-        if not images and not encoded:
+        if not blocks and not encoded:
             raise ValueError("it holds no image")
-        return Samples(np.concatenate(images) if images else encoded, np.concatenate(labels) if labels else None)
+        samples = Samples(np.concatenate(blocks) if blocks else encoded, np.concatenate(labels) if labels else None)
+        if samples.labels is not None and len(samples.labels) < len(samples):
+            raise ValueError(f"{len(samples) - len(samples.labels)} of its images have no label")
+        return samples
     except (ValueError, EOFError, OSError, zlib.error, tarfile.TarError) as error:
         raise _damaged(location, str(error.args[0] if error.args else error)) from None
 
 
-def decode(images: Images | Sequence[memoryview], image_shape: tuple[int, int, int], location: str) -> Images:
+def decode(images: Images | Sequence[memoryview], image_shape: ImageShape, location: str) -> Images:
     """Images of `Samples` -> uint8 [n, C, H, W]; encoded ones become grey when C is 1 and RGB when C is 3.
 
     Raises DataError naming `location` for an image that does not decode or has another size.
     """
     if isinstance(images, np.ndarray):
         return images
-    channels, height, width = image_shape
-    result = np.empty((len(images), height, width, channels), np.uint8)
-    for index, content in enumerate(images):
-        try:
-            with Image.open(io.BytesIO(content)) as image:
-                if image.size != (width, height):
-                    raise ValueError(f"an image is {image.size[1]} x {image.size[0]}, not {height} x {width}")
-                pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise _damaged(location, str(error)) from None
-        result[index] = pixels.reshape(height, width, channels)
-    return np.ascontiguousarray(result.transpose(0, 3, 1, 2))
+    try:
+        return np.stack([decode_image(io.BytesIO(content), image_shape) for content in images])
+    except BROKEN_IMAGE as error:
+        raise _damaged(location, str(error)) from None
 
 
 def _members(content: bytes, location: str) -> Iterator[dict[str, object]]:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import torch
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """This rank's rows of a global batch, on the source's device."""
+    """This rank's rows of a global batch, on the source's device.
 
-    images: torch.Tensor
-    """uint8 [b, C, H, W]."""
-    labels: torch.Tensor
+    The images are mirrored in both axes, as the networks see them: Keras's asymmetric 'same' padding is torch's
+    symmetric one on mirrored images. A source mirrors each image once, when it is loaded; `load_split` and
+    `load_images`, which serve evaluation and pictures, give images as they are stored.
+    """
+
+    images: Tensor
+    """uint8 [b, C, H, W], mirrored in H and W."""
+    labels: Tensor
     """int64 [b]; all 0 when unlabelled."""
 
 

@@ -68,17 +68,15 @@ def evaluate_images(
     dataset.shards(reference)
     images = _checked(images, dataset.image_shape)
     other = next((split for split in ("train", "test") if split != reference and split in dataset.splits), None)
-    real = [
-        [
-            real_features(dataset, split, extractor, ranks, interrupted) if split else None
-            for split in (reference, other)
-        ]
-        for extractor in extractors
-    ]
+
+    def real(split: str | None, extractor: FeatureExtractor) -> RealFeatures | None:
+        return real_features(dataset, split, extractor, ranks, interrupted) if split else None
+
+    sides = [(real(reference, extractor), real(other, extractor)) for extractor in extractors]
     batch_size = -(-batch_size // FORWARD_SIZE) * FORWARD_SIZE
     found = extract_features(images, extractors, batch_size, "evaluation", ranks, interrupted)
     results: dict[str, Scores] = {}
-    for index, (extractor, (target, floor)) in enumerate(zip(extractors, real, strict=True)):
+    for index, (extractor, (target, floor)) in enumerate(zip(extractors, sides, strict=True)):
         with interruptible(ranks, interrupted) as poll:
             if found is not None and target is not None:  # the main rank
                 features, logits = found[index]

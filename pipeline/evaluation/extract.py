@@ -19,7 +19,6 @@ from pipeline.evaluation.features import FeatureExtractor
 from pipeline.progress import bar
 
 ALONE = Ranks()
-"""One process, and no others."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,6 @@ class ImageSet:
 
     @classmethod
     def of_tensor(cls, images: Tensor, labels: Tensor | None = None) -> ImageSet:
-        """Images in memory, uint8 [N, C, H, W]."""
         return cls(len(images), lambda start, stop: images[start:stop], labels)
 
 
@@ -44,10 +42,8 @@ def never() -> bool:
 
 @contextmanager
 def interruptible(ranks: Ranks, interrupted: Callable[[], bool]) -> Iterator[Callable[[], None]]:
-    """Yields a function to call now and then inside: it leaves the block when `interrupted()`.
-
-    Raises Preempted on every rank, once all of them have left the block, when any was interrupted in it.
-    """
+    """Yields a function to call now and then inside, which leaves the block when `interrupted()`. Once all ranks have
+    left it, each raises Preempted if any was interrupted."""
 
     def poll() -> None:
         if interrupted():
@@ -84,16 +80,16 @@ def extract_features(
     """
     share = ranks.share(images.num_images, batch_size)
     parts = [[(torch.empty(0, space.num_features), torch.empty(0, space.num_classes))] for space in extractors]
-    shown = bar(total=len(share), desc=title, unit=" images", leave=False, disable=not ranks.is_main)
-    with interruptible(ranks, interrupted) as poll, shown as progress:
-        for start in range(share.start, share.stop, batch_size):
+    progress = bar(total=len(share), desc=title, unit=" images", leave=False, disable=not ranks.is_main)
+    with interruptible(ranks, interrupted) as poll, progress:
+        for start in share[::batch_size]:
             poll()
             batch = images.render(start, min(start + batch_size, share.stop))
-            for extractor, found in zip(extractors, parts, strict=True):
-                found.append(extractor(batch))
+            for extractor, extracted in zip(extractors, parts, strict=True):
+                extracted.append(extractor(batch))
             progress.update(len(batch))
-    gathered = ranks.gather_on_main([_joined(found) for found in parts])
-    return None if gathered is None else [_joined(found) for found in zip(*gathered, strict=True)]
+    gathered = ranks.gather_on_main([_joined(extracted) for extracted in parts])
+    return None if gathered is None else [_joined(shares) for shares in zip(*gathered, strict=True)]
 
 
 def _joined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -29,11 +29,18 @@ FORMAT = "1"
 
 @dataclass(frozen=True)
 class RealFeatures:
-    """Features float32 [N, d] and logits float32 [N, k] of a real split in its order, and the features' moments."""
+    """Of a real split in its order, as the file keeps them."""
 
     features: Tensor
+    """float32 [N, d]."""
     logits: Tensor
-    moments: Moments
+    """float32 [N, k]."""
+    mean: Tensor
+    covariance: Tensor
+
+    @property
+    def moments(self) -> Moments:
+        return Moments(self.mean, self.covariance, len(self.features))
 
 
 def real_features(
@@ -50,21 +57,19 @@ def real_features(
     or not at all, and its content is the same. Raises Preempted when `interrupted` says so on any rank.
     """
     key = hashlib.sha256(f"{FORMAT}:{dataset.fingerprint}:{split}:{extractor.fingerprint}".encode()).hexdigest()
-    # A dataset behind a URL has no folder to write to.
-    path = (
-        None if dataset.base_url else dataset.folder / "features" / f"{extractor.name}-{split}-{key[:16]}.safetensors"
-    )
-    kept = _read(path, key) if ranks.is_main and path is not None else None
+    path = dataset.folder / "features" / f"{extractor.name}-{split}-{key[:16]}.safetensors"
+    keep = not dataset.base_url  # a dataset behind a URL has no folder to write to
+    kept = _read(path, key) if keep and ranks.is_main else None
     if ranks.broadcast(kept is not None):
         return kept
-    images = ImageSet.of_tensor(load_split(dataset, split)[0])
+    images, _ = load_split(dataset, split)
     title = f"{extractor.name} features of {split}"
-    found = extract_features(images, [extractor], FORWARD_SIZE, title, ranks, interrupted)
+    found = extract_features(ImageSet.of_tensor(images), [extractor], FORWARD_SIZE, title, ranks, interrupted)
     if found is None:
         return None
-    features, logits = found[0]
-    real = RealFeatures(features, logits, moments(features))
-    if path is not None:
+    computed = moments(found[0][0])
+    real = RealFeatures(*found[0], computed.mean, computed.covariance)
+    if keep:
         _write(path, key, real)
     return real
 
@@ -79,24 +84,17 @@ def _read(path: Path, key: str) -> RealFeatures | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         if metadata.get("key") != key or metadata.get("sha256") != _digest(tensors):
             raise ValueError("its checksum does not match")
-        real = Moments(tensors["mean"], tensors["covariance"], len(tensors["features"]))
-        return RealFeatures(tensors["features"], tensors["logits"], real)
+        return RealFeatures(**tensors)
     except (SafetensorError, OSError, ValueError) as error:
         logger.warning("%s is damaged (%s): computing it again", path, error)
         return None
 
 
 def _write(path: Path, key: str, real: RealFeatures) -> None:
-    """Whole or not at all; that it can't be written is said in one line."""
-    tensors = {
-        "features": real.features,
-        "logits": real.logits,
-        "mean": real.moments.mean,
-        "covariance": real.moments.covariance,
-    }
+    """Whole or not at all; when it can't be written, that is said in one line."""
     try:
         with replacing(path) as temporary:
-            save_file(tensors, temporary, {"key": key, "sha256": _digest(tensors)})
+            save_file(vars(real), temporary, {"key": key, "sha256": _digest(vars(real))})
             temporary.chmod(0o644)  # safetensors makes it readable by its owner alone
     except (OSError, SafetensorError) as error:
         logger.warning("cannot keep the real features in %s (%s): going on without", path.parent, error)

@@ -15,7 +15,6 @@ from pipeline.data.manifest import Dataset
 from pipeline.data.resident import load_images
 from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluate import SHOWN_IMAGES, evaluate_images
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.features import find_weights, load_features
 from pipeline.export.images import render_range, save_grid
@@ -33,15 +32,16 @@ class Scorer:
     """
 
     def __init__(self, config: EvaluationConfig, dataset: Dataset, runtime: Runtime, seed: int) -> None:
-        self._config, self._dataset, self._runtime, self._seed = config, dataset, runtime, seed
-        weights = runtime.ranks.on_main(lambda: find_weights(config.features, config.inception_weights))
-        self.extractors = [
-            load_features(name, runtime.device, dataset.image_shape, weights) for name in config.features
-        ]
+        self.config, self.dataset, self.runtime, self._seed = config, dataset, runtime, seed
+        weights = None
+        if "inception" in config.features:
+            weights = runtime.ranks.on_main(lambda: find_weights(config.inception_weights))
+        shape = dataset.image_shape
+        self.extractors = [load_features(name, runtime.device, shape, weights) for name in config.features]
 
     def score_generator(self, generator: Generator, path: Path, facts: dict[str, Any]) -> dict[str, Any]:
         """Scores evaluation images 0, ..., num_images - 1 of the generator, in eval mode: see `score`."""
-        count = self._config.num_images
+        count = self.config.num_images
         labels = evaluation_labels(0, count, generator.num_classes) if generator.num_classes else None
         return self.score(ImageSet(count, partial(render_range, generator, self._seed), labels), path, facts)
 
@@ -57,32 +57,35 @@ class Scorer:
             Preempted: a signal came.
             OSError: on the main process, the scores could not be written.
         """
-        config, ranks = self._config, self._runtime.ranks
+        # It imports torch-fidelity and with it torchvision, which would double the time until a training starts.
+        from pipeline.evaluation.evaluate import evaluate_images
+
+        config, ranks = self.config, self.runtime.ranks
         facts = facts | {"num_images": images.num_images, "reference": config.reference, "seed": self._seed}
         kept = ranks.on_main(lambda: _kept_scores(path, facts))
         scores = evaluate_images(
             images,
-            self._dataset,
+            self.dataset,
             self.extractors,
             reference=config.reference,
             batch_size=config.batch_size,
             seed=self._seed,
             ranks=ranks,
-            interrupted=self._runtime.stop.known,
+            interrupted=self.runtime.stop.known,
         )
         result = facts | {"features": kept | scores}
         if ranks.is_main:
             write_text(path, json.dumps(result, indent=1))
-            self._draw_neighbours(scores, images.render(0, min(SHOWN_IMAGES, images.num_images)), path)
+            nearest: Any = scores[self.extractors[0].name].get("nearest_training_images")
+            if nearest is not None:
+                self._draw_neighbours(images, torch.tensor(nearest["indices"]), neighbours(path))
         return result
 
-    def _draw_neighbours(self, scores: dict[str, Any], images: Tensor, path: Path) -> None:
-        found = scores[self.extractors[0].name].get("nearest_training_images")
-        if found is not None:
-            indices = torch.tensor(found["indices"])
-            nearest = load_images(self._dataset, "train", indices.flatten())
-            rows = torch.cat([images.unsqueeze(1), nearest.view(*indices.shape, *images.shape[1:])], dim=1)
-            save_grid(rows.flatten(0, 1), neighbours(path), columns=rows.shape[1])
+    def _draw_neighbours(self, images: ImageSet, indices: Tensor, path: Path) -> None:
+        shown = images.render(0, len(indices))
+        nearest = load_images(self.dataset, "train", indices.flatten())
+        rows = torch.cat([shown.unsqueeze(1), nearest.view(*indices.shape, *shown.shape[1:])], dim=1)
+        save_grid(rows.flatten(0, 1), path, columns=rows.shape[1])
 
 
 def _kept_scores(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -91,13 +94,10 @@ def _kept_scores(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
         return {}
     try:
         before = json.loads(path.read_text())
-        differences = [
-            f"{key} is {before.get(key)} there and {value} here"
-            for key, value in facts.items()
-            if before.get(key) != value
-        ]
-        if not differences:
+        differing = [key for key in facts if before.get(key) != facts[key]]
+        if not differing:
             return dict(before["features"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is damaged ({error}): delete it") from None
-    raise UserError(f"{path}: holds other scores ({'; '.join(differences)}): name another file with --out")
+    differences = "; ".join(f"{key} is {before.get(key)} there and {facts[key]} here" for key in differing)
+    raise UserError(f"{path}: holds other scores ({differences}): name another file with --out")

@@ -1,8 +1,7 @@
 """Scores of images by their features: pure functions of tensors gathered in image order.
 
 Formulae come from torch-fidelity where those serve; none of them touches the global random state. Moments and distances
-are float64. torch-fidelity is imported where it is used: it brings torchvision with all its models, which would double
-the time until a training starts.
+are float64. Importing this imports torch-fidelity and with it torchvision: only what scores does.
 """
 
 from __future__ import annotations
@@ -13,6 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
 from pipeline.rng import seeded
 
@@ -48,8 +50,6 @@ def frechet_distance(ours: Moments, theirs: Moments) -> float:
 
     Its expectation falls as the number of images grows, so compare only scores of equally many images.
     """
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-
     statistics = [{"mu": m.mean.numpy(), "sigma": m.covariance.numpy()} for m in (ours, theirs)]
     return float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
 
@@ -59,16 +59,12 @@ def frechet_interval(
 ) -> tuple[float, float] | None:
     """95 % confidence interval of the FID of images with these features [n, d] against a fixed reference.
 
-    Delete-a-group jackknife: the images are dealt at random into 20 groups, the FID is taken 20 times with one group
-    left out, and the spread of the 20 gives the standard error. A bootstrap would not do: resampling with replacement
-    repeats images, which adds a bias of the size of FID's own and centres the interval beside the score; leaving out
-    5 % changes the bias by 5 %, the same for all groups, and the spread does not see it. The interval is therefore for
-    the mean score of as many other images of the same source, not for the limit of infinitely many. It costs 20
-    distances, since the moments of the rest follow from those of the whole by subtraction. Near the floor it errs on
-    the wide side (1,000 digits against digits: 1.35 times the deviation of repeated samples; a bootstrap's centre is
-    75 % above the score there).
-
-    Returns None with fewer than two images a group.
+    Delete-a-group jackknife: the images are dealt at random into 20 groups, and the spread of the 20 FIDs with one
+    group left out gives the standard error. A bootstrap repeats images, which adds a bias of the size of FID's own and
+    centres the interval beside the score (75 % above it for 1,000 digits against digits); here the bias is the same in
+    all 20. The interval is thus for the mean score of as many other images of the same source, not for infinitely many.
+    It costs 20 distances, as the moments of the rest follow from those of the whole by subtraction. Near the floor it
+    errs on the wide side (1.35 times the deviation of repeated samples). None with fewer than two images a group.
     """
     if len(features) < 2 * JACKKNIFE_GROUPS:
         return None
@@ -93,8 +89,6 @@ def inception_score(logits: Tensor, seed: int) -> tuple[float, float]:
 
     Logits [n, k]; with n < 10 as many splits as images.
     """
-    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
-
     result = isc_features_to_metric(logits, splits=min(10, len(logits)), shuffle=True, rng_seed=seed)
     return result[KEY_METRIC_ISC_MEAN], result[KEY_METRIC_ISC_STD]
 
@@ -106,12 +100,9 @@ def kernel_distance(fake: Tensor, real: Tensor, seed: int) -> tuple[float, float
     Features [m, d] and [n, d]. In float32 as torch-fidelity has it: on the `mnist` features that moves the mean by
     1e-6 at a deviation of 0.5, and takes two thirds of float64's time.
     """
-    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-
     size = min(KID_SUBSET_SIZE, len(fake), len(real))
-    result = kid_features_to_metric(
-        fake, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=seed, verbose=False
-    )
+    settings = {"kid_subsets": KID_SUBSETS, "kid_subset_size": size, "rng_seed": seed, "verbose": False}
+    result = kid_features_to_metric(fake, real, **settings)
     return result[KEY_METRIC_KID_MEAN], result[KEY_METRIC_KID_STD]
 
 
@@ -149,11 +140,9 @@ def nearest_neighbours(features: Tensor, training: Tensor, count: int) -> tuple[
 
     Returns indices int64 [m, count] and Euclidean distances float64 [m, count].
     """
-    found = [
-        distances.topk(count, largest=False)
-        for _, distances in _squared_distances(features.double(), training.double())
-    ]
-    return torch.cat([part.indices for part in found]), torch.cat([part.values for part in found]).sqrt()
+    blocks = _squared_distances(features.double(), training.double())
+    nearest = [distances.topk(count, largest=False) for _, distances in blocks]
+    return torch.cat([part.indices for part in nearest]), torch.cat([part.values for part in nearest]).sqrt()
 
 
 def class_shares(classes: Tensor, num_classes: int) -> Tensor:

@@ -10,11 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config import Config
-from pipeline.data import Dataset, open_dataset
+from pipeline.data import Dataset
 from pipeline.data.images import open_images
 from pipeline.data.resident import load_split
-from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.scorer import Scorer
@@ -29,41 +27,35 @@ TARGET = (
 )
 
 
-def score_target(
-    target: Path, config: Config, runtime: Runtime, steps: list[int | None] | None, out: Path | None
-) -> None:
+def score_target(target: Path, scorer: Scorer, steps: list[int | None] | None, out: Path | None) -> None:
     """Scores `target`, which is a TARGET, into `out` (by default into the run, or beside the target) and tells them.
 
     Args:
-        steps: of a run the checkpoints to score, None for the newest intact one. Without a list all of them, and those
-            that are damaged are told and left out.
+        steps: the checkpoints of a run to score; None is the newest intact one. Without a list it is all of them, and
+            those that are damaged are told and left out.
 
     Raises:
         UserError: it is no TARGET or damaged, it does not suit the dataset, or `out` holds scores of other images.
         Preempted: a signal came.
     """
-    dataset = runtime.ranks.on_main(lambda: open_dataset(config.data))
-    scorer = Scorer(config.evaluation, dataset, runtime, config.training.seed)
-    facts = {"images": str(target)}
+    facts, runtime = {"images": str(target)}, scorer.runtime
     if RunFolder(target).checkpoints.is_dir():
-        _score_run(RunFolder(target), config, runtime, scorer, steps, out)
+        _score_run(RunFolder(target), scorer, steps, out)
     elif target.suffix in EXPORT_SUFFIXES:
-        generator = load_generator(target, config.evaluation.weights).to(runtime.device)
+        generator = load_generator(target, scorer.config.weights).to(runtime.device)
         path = out or target.with_suffix(".evaluation.json")
         runtime.say(f"{path}: {_summary(scorer.score_generator(generator, path, facts))}")
     else:
         path = out or target.with_name(f"{target.name}.evaluation.json")
-        runtime.say(f"{path}: {_summary(scorer.score(_open_images(target, dataset), path, facts))}")
+        runtime.say(f"{path}: {_summary(scorer.score(_open_images(target, scorer.dataset), path, facts))}")
 
 
-def _score_run(
-    run: RunFolder, config: Config, runtime: Runtime, scorer: Scorer, steps: list[int | None] | None, out: Path | None
-) -> None:
-    weights, ranks = config.evaluation.weights, runtime.ranks
-    chosen = steps or [step_of(folder) for folder in ranks.on_main(lambda: committed(run))]
-    for step in chosen:
+def _score_run(run: RunFolder, scorer: Scorer, steps: list[int | None] | None, out: Path | None) -> None:
+    weights, runtime = scorer.config.weights, scorer.runtime
+    found = runtime.ranks.on_main(lambda: committed(run))
+    for step in steps or map(step_of, found):
         try:
-            checkpoint = ranks.on_main(partial(find, run, step))
+            checkpoint = runtime.ranks.on_main(partial(find, run, step))
         except CheckpointError as error:
             if steps:
                 raise
@@ -74,7 +66,7 @@ def _score_run(
         result = scorer.score_generator(generator, out or run.scores(checkpoint.step), facts)
         runtime.say(f"step {checkpoint.step}: {_summary(result)}")
     if out is None:
-        runtime.say(f"report: {ranks.on_main(lambda: write_report(run.path))}")
+        runtime.say(f"report: {runtime.ranks.on_main(lambda: write_report(run.path))}")
 
 
 def _open_images(target: Path, dataset: Dataset) -> ImageSet:

@@ -1,9 +1,4 @@
-"""Trains the digit classifier behind the `mnist` features and writes its weights into the package.
-
-    python -m pipeline.evaluation.train_classifier [--dataset FOLDER] [--output FILE] [--seed N]
-
-Takes about five minutes on two cores. Another seed gives another feature space: scores are comparable only within one.
-"""
+"""The command that makes the `mnist` features: `python -m pipeline.evaluation.train_classifier [--seed N] ...`."""
 
 from __future__ import annotations
 
@@ -71,7 +66,9 @@ def accuracy(network: MnistClassifier, images: Tensor, labels: Tensor) -> float:
 
 
 def write_classifier(dataset: str = "mnist", output: Path = MNIST_WEIGHTS, seed: int = 0) -> int:
-    """Trains the digit classifier behind the `mnist` features and writes its weights.
+    """Trains the digit classifier behind the `mnist` features and writes its weights into the package.
+
+    Takes about five minutes on two cores. Another seed gives another feature space: scores compare only within one.
 
     Args:
         dataset: mnist, or the folder of a prepared copy of it.
@@ -93,8 +90,7 @@ def write_classifier(dataset: str = "mnist", output: Path = MNIST_WEIGHTS, seed:
         "test_accuracy": f"{result:.4f}",
         "torch": torch.__version__,
     }
-    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    save_file(tensors, output, metadata)
+    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, output, metadata)
     output.chmod(0o644)  # safetensors makes it readable by its owner alone
     print(f"test accuracy {result:.2%}: {output}")
     return 0

@@ -25,6 +25,6 @@ def build_step(config: Config, objective: Objective, state: TrainingState, runti
     critic, generator = (runtime.wrap(each, data_parallel=count == 1) for each in (state.critic, state.generator))
     step = Step(training, objective, state, critic, generator, fakes)
     if count > 1:
-        step = MicroBatchStep(training, objective, state, critic, generator, count=count, ranks=ranks)
-        step.autocast = runtime.autocast
+        whole = training, objective, state, critic, generator
+        step = MicroBatchStep(*whole, count=count, ranks=ranks, autocast=runtime.autocast)
     return CapturedStep(step, state, runtime) if config.runtime.cuda_graph else step

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pipeline.data import DataError, Dataset, Shard
+from pipeline.data import DataError, Dataset
+from pipeline.data.manifest import Shard
 from pipeline.data.resident import load_split
 from pipeline.data.shards import decode, parse_shard, read_shard, write_shard
 from tests.data.numbered import image_numbers, numbered_dataset, numbered_images

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
-from pipeline.config import DataConfig
-from pipeline.data import Dataset, Source, open_dataset, open_source
+from pipeline.config import Config, DataConfig, TrainingConfig
+from pipeline.data import Dataset, Source, check_source, open_dataset, open_source
 from pipeline.data.resident import ResidentSource, load_split
 from pipeline.data.streaming import StreamingSource
+from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
 from pipeline.rng import data_indices
 from tests.data.numbered import numbered_dataset
@@ -22,8 +25,11 @@ CPU = torch.device("cpu")
 def source_of(
     dataset: Dataset, *, batch_size: int = 64, seed: int = 0, rank: int = 0, world_size: int = 1, **data: object
 ) -> Source:
-    config = DataConfig(**data)  # type: ignore[arg-type]
-    return open_source(config, dataset, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, device=CPU)
+    config = Config(
+        data=DataConfig(**data),  # type: ignore[arg-type]
+        training=TrainingConfig(batch_size=batch_size, seed=seed),
+    )
+    return open_source(config, dataset, Ranks(rank, world_size), CPU)
 
 
 def test_mnist_is_what_it_is_known_to_be(mnist_dataset: Dataset) -> None:
@@ -68,7 +74,7 @@ def test_resident_batches_are_the_drawn_indices(mnist_dataset: Dataset, world_si
         for number in range(first, first + 3):
             parts = [next(stream) for stream in streams]
             indices = data_indices(3, number, 64, 60_000)
-            assert torch.equal(torch.cat([part.images for part in parts]), images[indices])
+            assert torch.equal(torch.cat([part.images for part in parts]), images[indices].flip(2, 3))
             assert torch.equal(torch.cat([part.labels for part in parts]), labels[indices])
 
 
@@ -89,7 +95,7 @@ def test_streamed_mnist_is_mnist(mnist_dataset: Dataset) -> None:
     stream = source_of(mnist_dataset, batch_size=96, source="streaming", lanes=8, workers=1).batches(625)
     batches = list(islice(stream, 625))  # the second epoch: 60,000 = 625 x 96, and 8 divides it evenly
     images, labels = load_split(mnist_dataset, "train")
-    found = torch.cat([batch.images for batch in batches])
+    found = torch.cat([batch.images for batch in batches]).flip(2, 3)
     assert torch.equal(torch.cat([batch.labels for batch in batches]).bincount(), labels.bincount())
     assert sorted(map(bytes, found.numpy())) == sorted(map(bytes, images.numpy()))
 
@@ -104,7 +110,23 @@ def test_auto_chooses_by_decoded_size(tmp_path: Path) -> None:
     assert isinstance(source_of(large, resident_limit_mib=1, source="resident"), ResidentSource)
 
 
+@pytest.mark.parametrize("module", ["pipeline.data", "pipeline.data.manifest"])
+def test_a_manifest_is_read_without_torch(module: str) -> None:
+    heavy = "{'torch', 'torchvision', 'webdataset', 'numpy'} & set(sys.modules)"
+    result = subprocess.run([sys.executable, "-c", f"import sys, {module}; print({heavy})"], capture_output=True)
+    assert (result.stdout, result.stderr) == (b"set()\n", b"")
+
+
+def test_sources_need_no_torchvision() -> None:
+    modules = "pipeline.data.prepare, pipeline.data.resident, pipeline.data.streaming"
+    code = f"import sys, {modules}; print('torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).stdout == b"False\n"
+
+
 def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"batch_size 64 .* 3 processes"):
+        check_source(Config(), None, 3)
+    check_source(Config(), None, 4)
     dataset = numbered_dataset(tmp_path, [100])
     with pytest.raises(UserError, match=r"batch_size 64 .* 3 processes"):
         source_of(dataset, world_size=3)

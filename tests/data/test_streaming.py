@@ -14,18 +14,22 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from pipeline.data.prepare import index_shards
 from webdataset import TarWriter
 
-from pipeline.data import DataError, Dataset, Shard, streaming
+from pipeline.config import Config, DataConfig, TrainingConfig
+from pipeline.data import DataError, Dataset, check_source, open_source, streaming
+from pipeline.data.manifest import Shard
+from pipeline.data.prepare import index_shards
 from pipeline.data.shards import Samples, read_shard
 from pipeline.data.streaming import StreamingSource, pieces
+from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
 from tests.data.numbered import image_numbers, numbered_dataset
 
@@ -50,10 +54,14 @@ def make_source(
         workers=workers,
         batch_size=batch_size,
         seed=seed,
-        rank=rank,
-        world_size=world_size,
+        ranks=Ranks(rank, world_size),
         device=CPU,
     )
+
+
+def stored_numbers(images: torch.Tensor) -> npt.NDArray[np.int64]:
+    """Which samples the images of a batch are, whose sources mirror them."""
+    return image_numbers(images.flip(2, 3).numpy())
 
 
 def numbers(source: StreamingSource, first: int, count: int) -> torch.Tensor:
@@ -63,7 +71,7 @@ def numbers(source: StreamingSource, first: int, count: int) -> torch.Tensor:
     for images, labels in islice(stream, count):
         assert images.dtype == torch.uint8
         assert labels.dtype == torch.int64
-        number = torch.from_numpy(image_numbers(images.numpy()))
+        number = torch.from_numpy(stored_numbers(images))
         assert torch.equal(labels, number % 10)
         rows.append(number)
     stream.close()  # type: ignore[attr-defined]
@@ -219,11 +227,20 @@ def test_a_resumed_lane_reads_from_its_own_shard_on(tmp_path: Path, monkeypatch:
     ],
 )
 def test_lanes_that_cannot_be_shared_are_refused(tmp_path: Path, settings: dict[str, int], words: list[str]) -> None:
-    dataset = numbered_dataset(tmp_path, [20])
-    with pytest.raises(UserError) as caught:
-        make_source(dataset, **settings)
-    for word in words:
-        assert word in str(caught.value)
+    # A manifest is enough to tell: nothing of these 20 MiB exists, and `auto` streams them.
+    shard = Shard("train-0.tar", 20, 1, "0" * 64)
+    dataset = Dataset(tmp_path, "numbers", (1, 1024, 1024), (), {"train": (shard,)})
+    config = Config(
+        data=DataConfig(lanes=settings["lanes"], workers=settings.get("workers", 0), resident_limit_mib=1),
+        training=TrainingConfig(batch_size=24),
+    )
+    ranks = Ranks(0, settings.get("world_size", 1))
+    refusals = lambda: check_source(config, dataset, ranks.world_size), lambda: open_source(config, dataset, ranks, CPU)
+    for refusal in refusals:
+        with pytest.raises(UserError) as caught:
+            refusal()
+        for word in words:
+            assert word in str(caught.value)
 
 
 def damage(path: Path, kind: str) -> None:
@@ -248,9 +265,7 @@ def test_a_damaged_shard_is_named_before_its_images_are_used(tmp_path: Path, wor
     source = make_source(dataset, workers=workers)
     seen: list[int] = []
     with pytest.raises(DataError, match=r"train-3\.tar") as caught:
-        seen.extend(
-            number for batch in islice(source.batches(0), 200) for number in image_numbers(batch.images.numpy())
-        )
+        seen.extend(number for batch in islice(source.batches(0), 200) for number in stored_numbers(batch.images))
     assert "\n" not in str(caught.value)
     assert not set(seen) & set(range(900, 1200))
     assert len(seen) < 1800
@@ -267,13 +282,11 @@ def test_single_image_shards_stream(tmp_path: Path) -> None:
     dataset = index_shards(tmp_path / "data", "photos", {"train": [str(tmp_path / "s{0..3}.tar")]})
     assert (dataset.image_shape, dataset.num_classes, dataset.num_images("train")) == ((3, 3, 5), 37, 37)
     for workers in (0, 1):
-        source = StreamingSource(
-            dataset, lanes=1, workers=workers, batch_size=37, seed=4, rank=0, world_size=1, device=CPU
-        )
+        source = make_source(dataset, lanes=1, workers=workers, batch_size=37, seed=4)
         stream = source.batches(0)
         for images, labels in islice(stream, 3):
             assert labels.sort().values.tolist() == list(range(37))
-            assert np.array_equal(images.numpy(), colours[labels.numpy()].transpose(0, 3, 1, 2))
+            assert np.array_equal(images.flip(2, 3).numpy(), colours[labels.numpy()].transpose(0, 3, 1, 2))
         stream.close()  # type: ignore[attr-defined]
 
 
@@ -306,7 +319,7 @@ def test_workers_survive_signals_to_all_processes(tmp_path: Path) -> None:
     # SIGTERM comes from the launcher or Slurm, not from the parent, whose word alone counts.
     subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
     rows += islice(stream, 499)
-    found = np.stack([image_numbers(images.numpy()) for images, _ in rows])
+    found = np.stack([stored_numbers(images) for images, _ in rows])
     assert np.array_equal(found, expected.numpy())
     assert worker.is_running()
     stream.close()  # type: ignore[attr-defined]
@@ -317,7 +330,8 @@ PROGRAM = """
 import sys, torch
 from pipeline.data import load_dataset
 from pipeline.data.streaming import StreamingSource
-source = StreamingSource(load_dataset(sys.argv[1]), lanes=4, workers=2, batch_size=24, seed=0, rank=0, world_size=1,
+from pipeline.distributed.collectives import Ranks
+source = StreamingSource(load_dataset(sys.argv[1]), lanes=4, workers=2, batch_size=24, seed=0, ranks=Ranks(),
                          device=torch.device("cpu"))
 stream = source.batches(0)
 next(stream)

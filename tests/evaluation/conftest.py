@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pipeline.data.prepare import prepare_npz
 
 from pipeline.data import Dataset, load_dataset
+from pipeline.data.prepare import prepare_npz
 from pipeline.data.resident import load_split
-from pipeline.evaluation import FeatureExtractor, load_features
+from pipeline.evaluation.features import FeatureExtractor, load_features
 
 
 @pytest.fixture(scope="session")

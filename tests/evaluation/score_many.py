@@ -19,7 +19,9 @@ from pipeline.config import NetworkConfig
 from pipeline.data import load_dataset
 from pipeline.data.resident import load_split
 from pipeline.distributed.collectives import Ranks
-from pipeline.evaluation import ImageSet, evaluate_images, load_features
+from pipeline.evaluation.evaluate import evaluate_images
+from pipeline.evaluation.extract import ImageSet
+from pipeline.evaluation.features import load_features
 from pipeline.models.networks import Generator, initialise
 from pipeline.rng import evaluation_latents, seeded
 

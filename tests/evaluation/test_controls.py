@@ -13,7 +13,9 @@ from torchvision.transforms.functional import gaussian_blur
 
 from pipeline.data import Dataset
 from pipeline.data.resident import load_split
-from pipeline.evaluation import FeatureExtractor, ImageSet, evaluate_images
+from pipeline.evaluation.evaluate import evaluate_images
+from pipeline.evaluation.extract import ImageSet
+from pipeline.evaluation.features import FeatureExtractor
 
 NUM_IMAGES = 2000
 Score = Callable[[Tensor], dict[str, Any]]

@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline.data.prepare import prepare_npz
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.data import Dataset
+from pipeline.data.prepare import prepare_npz
 from pipeline.data.resident import load_split
+from pipeline.distributed.collectives import Ranks
 from pipeline.errors import Preempted, UserError
-from pipeline.evaluation import FeatureExtractor, ImageSet, evaluate_images
+from pipeline.evaluation.evaluate import evaluate_images
+from pipeline.evaluation.extract import ImageSet, interruptible, never
+from pipeline.evaluation.features import FeatureExtractor
 from tests.jobs import ROOT, TIMEOUT_SECONDS, environment
 
 NUM_IMAGES = 1001
@@ -173,3 +176,22 @@ def test_an_interrupted_evaluation_ends_without_a_score(digits: Dataset, extract
     with pytest.raises(Preempted, match="start it again"):
         evaluate_images(ImageSet(610, render), digits, [extractor], batch_size=100, interrupted=lambda: len(done) == 2)
     assert done == [100, 100]
+
+
+def test_a_rank_stops_with_another_that_was_interrupted() -> None:
+    class WithOneInterrupted(Ranks):
+        def any(self, flag: bool) -> bool:
+            return True
+
+    done = []
+
+    def work() -> None:
+        with interruptible(WithOneInterrupted(), never) as poll:
+            poll()
+            done.append("its share")
+
+    with pytest.raises(Preempted):
+        work()
+    assert done == ["its share"]
+    with interruptible(Ranks(), never) as poll:
+        poll()

@@ -15,8 +15,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from pipeline.data import Dataset
 from pipeline.data.resident import load_split
 from pipeline.errors import UserError
-from pipeline.evaluation import FeatureExtractor, load_features
-from pipeline.evaluation.features import inception, mnist
+from pipeline.evaluation.features import FeatureExtractor, inception, load_features, mnist
 from pipeline.evaluation.features.mnist import MNIST_WEIGHTS
 from tests.trap import Trap
 

@@ -14,7 +14,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from pipeline.baseline import fidelity_scores
 from pipeline.data import Dataset
 from pipeline.data.resident import load_split
-from pipeline.evaluation import FeatureExtractor, load_features, scores
+from pipeline.evaluation import scores
+from pipeline.evaluation.features import FeatureExtractor, load_features
 
 CPU = torch.device("cpu")
 SEED = 5

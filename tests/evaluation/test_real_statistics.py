@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data import Dataset
-from pipeline.evaluation import FeatureExtractor
+from pipeline.evaluation.features import FeatureExtractor
 from pipeline.evaluation.real_statistics import RealFeatures, real_features
 from tests.jobs import ROOT, TIMEOUT_SECONDS, environment
 from tests.trap import Trap
@@ -146,7 +146,7 @@ def test_concurrent_runs_leave_one_whole_file(digits: Dataset, counting: Countin
     script = """
 import sys, torch
 from pipeline.data import load_dataset
-from pipeline.evaluation import load_features
+from pipeline.evaluation.features import load_features
 from pipeline.evaluation.real_statistics import real_features, _read, _write
 dataset = load_dataset(sys.argv[1])
 extractor = load_features("mnist", torch.device("cpu"), dataset.image_shape, None)

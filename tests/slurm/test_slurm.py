@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from pipeline.data.prepare import prepare_npz
 
+from pipeline.data.prepare import ShardSizes, prepare_npz
 from pipeline.storage.checkpoint import newest_intact
 from tests.jobs import ROOT, TINY, final_state, launch
 from tests.slurm.cluster import Cluster, until, why_impossible
@@ -91,7 +91,7 @@ def project(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Proje
     images = random.integers(0, 256, (600, 28, 28), dtype=np.uint8)
     np.savez(folder / "images.npz", images=images, labels=np.arange(600) % 10)
     files = {split: folder / "images.npz" for split in ("train", "test")}
-    dataset = prepare_npz(folder, "random", files, images_per_block=50, images_per_shard=200)
+    dataset = prepare_npz(folder, "random", files, ShardSizes(50, 200))
     settings = ("--data.dataset", str(dataset.folder), "--run.root", str(folder / "runs"))
     return Project(folder, cluster, (*TINY, "--evaluation.num_images", "100", *settings))
 

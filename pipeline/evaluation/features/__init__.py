@@ -1,39 +1,23 @@
-"""Feature spaces that images are scored in. Another one is a file in this folder and a line in LOADERS."""
+"""Feature spaces that images are scored in. Another one is a file in this folder and a line in SPACES."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from pipeline.errors import UserError
 from pipeline.evaluation.features.base import FORWARD_SIZE, FeatureExtractor
-from pipeline.evaluation.features.inception import (
-    InceptionFeatures,
-    default_inception_weights,
-    find_inception_weights,
-)
+from pipeline.evaluation.features.inception import InceptionFeatures, default_inception_weights, find_weights
 from pipeline.evaluation.features.mnist import MnistFeatures
 
 __all__ = ["FORWARD_SIZE", "FeatureExtractor", "default_inception_weights", "find_weights", "load_features"]
 
-Loader = Callable[[torch.device, tuple[int, int, int], str | Path | None], FeatureExtractor]
-"""The arguments of `load_features` behind the name."""
-
-LOADERS: dict[str, Loader] = {
-    "mnist": lambda device, shape, _: MnistFeatures(device, shape),
-    "inception": lambda device, shape, given: InceptionFeatures(device, shape, find_inception_weights(given)),
+SPACES: dict[str, Callable[[torch.device, tuple[int, int, int], str | Path | None], FeatureExtractor]] = {
+    "mnist": lambda device, image_shape, _: MnistFeatures(device, image_shape),
+    "inception": InceptionFeatures,
 }
-
-
-def find_weights(names: Iterable[str], inception_weights: str | Path | None) -> Path | None:
-    """The Inception v3 weight file where one of the feature spaces needs it: the path given, else a download.
-
-    Raises:
-        UserError: there is no such file, or it can't be downloaded.
-    """
-    return find_inception_weights(inception_weights) if InceptionFeatures.name in names else None
 
 
 def load_features(
@@ -44,6 +28,6 @@ def load_features(
     Raises:
         UserError: unknown name, images that it cannot score, or weights that are missing or damaged.
     """
-    if name not in LOADERS:
-        raise UserError(f"evaluation.features holds {name!r}: choose from {', '.join(LOADERS)}")
-    return LOADERS[name](device, image_shape, inception_weights)
+    if name not in SPACES:
+        raise UserError(f"evaluation.features holds {name!r}: choose from {', '.join(SPACES)}")
+    return SPACES[name](device, image_shape, inception_weights)

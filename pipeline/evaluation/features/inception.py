@@ -13,10 +13,9 @@ from pipeline.errors import UserError
 from pipeline.evaluation.features.base import FeatureExtractor
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-"""torch-fidelity's own. The name ends in the first digits of the SHA-256."""
-
+"""torch-fidelity's own weights. The name ends in the first digits of their SHA-256."""
 BAD_WEIGHTS = (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, KeyError, ValueError)
-"""What loading raises for a file that holds something else."""
+"""What torch raises for a file that holds something else."""
 
 
 class InceptionFeatures(FeatureExtractor):
@@ -26,10 +25,13 @@ class InceptionFeatures(FeatureExtractor):
     num_features = 2048
     num_classes = 1008
 
-    def __init__(self, device: torch.device, image_shape: tuple[int, int, int], path: Path) -> None:
+    def __init__(
+        self, device: torch.device, image_shape: tuple[int, int, int], inception_weights: str | Path | None
+    ) -> None:
         # It imports torchvision with all its models, which takes longer than importing torch.
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+        path = find_weights(inception_weights)
         if image_shape[0] not in (1, 3):
             raise UserError(f"the 'inception' features need images of 1 or 3 channels, not {image_shape[0]}")
         content = path.read_bytes()
@@ -57,24 +59,23 @@ def default_inception_weights() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(URL).name
 
 
-def find_inception_weights(given: str | Path | None) -> Path:
-    """The weight file: the one given, else torch-fidelity's own, fetched (and checked by its hash) when missing.
+def find_weights(inception_weights: str | Path | None) -> Path:
+    """The weight file given, or torch-fidelity's own, which is fetched (and checked by its hash) when it is missing.
 
     Raises:
         UserError: there is no such file, or it can't be downloaded.
     """
-    if given is not None:
-        if not Path(given).is_file():
-            raise UserError(f"evaluation.inception_weights is {given}: no such file")
-        return Path(given)
-    path = default_inception_weights()
-    if not path.is_file():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL, str(path), hash_prefix=path.stem.split("-")[-1])
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"cannot download the Inception v3 weights ({error}): put {URL} at {path}, "
-                "or set evaluation.inception_weights to its path"
-            ) from error
+    path = default_inception_weights() if inception_weights is None else Path(inception_weights)
+    if path.is_file():
+        return path
+    if inception_weights is not None:
+        raise UserError(f"evaluation.inception_weights is {inception_weights}: no such file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(URL, str(path), hash_prefix=path.stem.split("-")[-1])
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"cannot download the Inception v3 weights ({error}): put {URL} at {path}, "
+            "or set evaluation.inception_weights to its path"
+        ) from error
     return path

@@ -21,13 +21,15 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from PIL import Image
-from pipeline.data.prepare import MNIST_SHA256, index_shards, prepare_folder, prepare_mnist, prepare_npz
 from torchvision.datasets import MNIST
 
 from pipeline import prepare
 from pipeline.config import DataConfig
 from pipeline.data import DataError, Dataset, load_dataset, open_dataset
+from pipeline.data.prepare import index_shards, mnist, prepare_folder, prepare_mnist, prepare_npz
+from pipeline.data.prepare.mnist import MNIST_SHA256
 from pipeline.data.resident import load_split
+from pipeline.distributed.launcher import run_program
 from pipeline.errors import UserError
 from tests.data.numbered import image_numbers, numbered_dataset, numbered_images
 
@@ -45,7 +47,13 @@ def command(*arguments: object, mirror: str | None = None) -> list[str]:
     if mirror is None:
         return [sys.executable, str(SCRIPT), *map(str, arguments)]
     code = "import sys; from torchvision.datasets import MNIST; MNIST.mirrors = [sys.argv.pop(1)]"
-    return [sys.executable, "-c", f"{code}; from pipeline.prepare import main; main()", mirror, *map(str, arguments)]
+    return [
+        sys.executable,
+        "-c",
+        f"{code}; from pipeline.prepare import main, run_program; run_program(main)",
+        mirror,
+        *map(str, arguments),
+    ]
 
 
 def run(*arguments: object) -> Result:
@@ -55,7 +63,7 @@ def run(*arguments: object) -> Result:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
         patch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
         try:
-            prepare.main()
+            run_program(prepare.main)
         except SystemExit as ending:
             returncode = int(str(ending.code))
     return Result(returncode, stdout.getvalue(), stderr.getvalue())
@@ -265,6 +273,21 @@ def test_a_damaged_download_is_refused_and_only_it_is_fetched_again(
     mirror.failing.clear()
     result = run("mnist", "--root", tmp_path)
     assert result.returncode == 0, result.stderr
+    assert mirror.requests == ["t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"]
+
+
+def test_a_silent_mirror_is_given_up_and_what_arrived_is_kept(
+    mirror: Mirror, tmp_path: Path, no_npm: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mnist, "DOWNLOAD_TIMEOUT_SECONDS", 0.3)
+    mirror.failing["t10k-images-idx3-ubyte.gz"] = "stalled"
+    result = run("mnist", "--root", tmp_path)
+    assert result.returncode == 2
+    assert f"({mirror.url}: timed out; npm" in result.stderr.splitlines()[-1]
+    mirror.let_go.set()
+    mirror.requests.clear()
+    mirror.failing.clear()
+    assert run("mnist", "--root", tmp_path).returncode == 0
     assert mirror.requests == ["t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"]
 
 

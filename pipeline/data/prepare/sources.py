@@ -1,0 +1,124 @@
+"""Other people's images as datasets: folders, .npz files, and WebDataset shards, which stay where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from braceexpand import braceexpand
+
+from pipeline.data import locations
+from pipeline.data.images import ImageShape, Labels, Split, common_shape, file_shape, list_images, load_npz, read_images
+from pipeline.data.manifest import DataError, Dataset, Shard
+from pipeline.data.prepare.commit import DEFAULT_SIZES, ShardSizes, commit, preparing, write_shards
+from pipeline.data.shards import parse_shard
+from pipeline.progress import bar
+
+
+def prepare_folder(
+    root: Path, name: str, paths: dict[str, Path], sizes: ShardSizes = DEFAULT_SIZES, *, size: int | None = None
+) -> Dataset:
+    """Image files as `root`/`name`, shuffled once (a folder is sorted by class, a shard must not be).
+
+    `paths` gives a folder for "train" and maybe "test"; its subfolders are the classes, without any the images are
+    unlabelled. All grey: C = 1; otherwise RGB. `size` crops the centre square and resizes it. Raises DataError naming
+    the file for images that do not decode or, without `size`, differ in size.
+    """
+    listings = {split: list_images(path) for split, path in paths.items()}
+    class_names = listings["train"][1]
+    for split, (_, names, _) in listings.items():
+        if names != class_names:
+            raise DataError(f"{paths[split]} has the classes {names}, {paths['train']} has {class_names}")
+    every = bar(iterable=[file for files, _, _ in listings.values() for file in files], desc="checking", unit="image")
+    found = common_shape(((str(file), file_shape(file, str(file)), True) for file in every), check_size=size is None)
+    shape = (found[0], size or found[1], size or found[2])
+    splits = {}
+    for split, (files, _, labels) in listings.items():
+        read = partial(read_images, files, shape, resize=size is not None)
+        splits[split] = Split(len(files), labels if class_names else None, read)
+    return _write(root, name, shape, class_names, splits, sizes)
+
+
+def prepare_npz(root: Path, name: str, paths: dict[str, Path], sizes: ShardSizes = DEFAULT_SIZES) -> Dataset:
+    """`.npz` files for "train" and maybe "test" as `root`/`name`, shuffled once.
+
+    Each holds `images` uint8 [N, H, W], [N, H, W, C] or [N, C, H, W] with C 1 or 3 and maybe `labels`, integers [N].
+    Raises DataError naming the file.
+    """
+    arrays = {split: load_npz(path) for split, path in paths.items()}
+    shape = common_shape((str(paths[split]), arrays[split][0].shape[1:], False) for split in paths)
+    class_names = _numbered_classes([(str(paths[split]), arrays[split][1]) for split in paths], "files")
+    splits = {split: Split(len(images), labels, images.__getitem__) for split, (images, labels) in arrays.items()}
+    return _write(root, name, shape, class_names, splits, sizes)
+
+
+def index_shards(
+    root: Path, name: str, patterns: dict[str, Sequence[str]], *, allow_shell_urls: bool = False
+) -> Dataset:
+    """Existing WebDataset shards as `root`/`name`, which holds a manifest alone: they stay where they are.
+
+    `patterns` gives, for "train" and maybe "test", folders, files or URLs with * and {000..123}. Every image is decoded
+    once, so that training never meets a damaged one. Raises DataError naming the shard.
+    """
+    locations_of = {split: list(_expand(items)) for split, items in patterns.items()}
+    for location in (location for found in locations_of.values() for location in found):
+        locations.check_allowed(location, allow_shell_urls)
+    labels: list[tuple[str, Labels | None]] = []
+    splits: dict[str, tuple[Shard, ...]] = {split: () for split in patterns}
+
+    def index() -> Iterator[tuple[str, ImageShape, bool]]:
+        for split, found in locations_of.items():
+            for location in bar(iterable=found, desc=f"indexing {split}", unit="shard"):
+                content = locations.read_bytes(location)
+                samples = parse_shard(content, location)
+                labels.append((location, samples.labels))
+                splits[split] += (Shard(location, len(samples), len(content), sha256(content).hexdigest()),)
+                if isinstance(samples.images, np.ndarray):
+                    yield location, samples.images.shape[1:], False
+                    continue
+                image_name = f"an image of {location}"
+                for encoded in samples.images:
+                    yield image_name, file_shape(BytesIO(encoded), image_name, decode=True), True
+
+    with preparing(root, name) as temporary:
+        shape = common_shape(index())
+        return commit(Dataset(root / name, name, shape, _numbered_classes(labels, "shards"), splits), temporary)
+
+
+def _write(
+    root: Path, name: str, shape: ImageShape, class_names: Iterable[str], splits: dict[str, Split], sizes: ShardSizes
+) -> Dataset:
+    with preparing(root, name) as temporary:
+        shards = write_shards(temporary, splits, sizes, shuffle=True)
+        return commit(Dataset(root / name, name, shape, tuple(class_names), shards), temporary)
+
+
+def _numbered_classes(found: Sequence[tuple[str, Labels | None]], what: str) -> tuple[str, ...]:
+    """Class names 0, 1, ... up to the highest label of several files, which go by these names."""
+    for name, labels in found:
+        if labels is not None and labels.min() < 0:
+            raise DataError(f"{name} has the label {labels.min()}: labels count from 0")
+    highest = [int(labels.max()) for _, labels in found if labels is not None]
+    if highest and len(highest) < len(found):
+        raise DataError(f"some of the {what} have labels and others have none")
+    return tuple(map(str, range(max(highest, default=-1) + 1)))
+
+
+def _expand(patterns: Iterable[str]) -> Iterator[str]:
+    """URLs and absolute paths of the shards that the patterns name."""
+    for pattern in patterns:
+        # The braces of a pipe: belong to its shell.
+        for item in [pattern] if locations.scheme(pattern) == "pipe" else braceexpand(pattern):
+            if locations.scheme(item):
+                yield item
+                continue
+            path = Path(item).absolute()
+            inside = [path / "*.tar*", path / "*.tgz"] if path.is_dir() else [path]
+            paths = sorted(found for each in inside for found in Path(each.anchor).glob(str(each)[len(each.anchor) :]))
+            if not paths:
+                raise DataError(f"{item} names no shard")
+            yield from map(str, paths)
