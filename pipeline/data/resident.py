@@ -7,16 +7,16 @@ from collections.abc import Iterator
 import torch
 
 from pipeline.data.manifest import Dataset
-from pipeline.data.shards import decode, read_shard
+from pipeline.data.shards import decode, mirrored, read_shard
 from pipeline.data.source import Batch
 from pipeline.distributed.collectives import Ranks
 from pipeline.rng import data_indices
 
 
-def load_split(dataset: Dataset, split: str, *, mirrored: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def load_split(dataset: Dataset, split: str, *, mirror: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """All images of a split in shard order: uint8 [N, C, H, W] and labels int64 [N] (0 when unlabelled).
 
-    `mirrored` reverses both axes of each image. Raises DataError naming the first shard that is not exactly what the
+    `mirror` reverses both axes of each image. Raises DataError naming the first shard that is not exactly what the
     manifest says.
     """
     num_images = dataset.num_images(split)
@@ -27,7 +27,7 @@ def load_split(dataset: Dataset, split: str, *, mirrored: bool = False) -> tuple
         samples = read_shard(dataset, shard)
         stop = start + len(samples)
         stored = decode(samples.images, dataset.image_shape, dataset.locate(shard))
-        images.numpy()[start:stop] = stored[..., ::-1, ::-1] if mirrored else stored
+        images[start:stop] = torch.from_numpy(mirrored(stored) if mirror else stored)
         if samples.labels is not None:
             labels[start:stop] = torch.from_numpy(samples.labels)
         start = stop
@@ -55,7 +55,7 @@ class ResidentSource:
 
     def __init__(self, dataset: Dataset, *, batch_size: int, seed: int, ranks: Ranks, device: torch.device) -> None:
         self._batch_size, self._seed, self._rows = batch_size, seed, ranks.rows(batch_size)
-        images, labels = load_split(dataset, "train", mirrored=True)
+        images, labels = load_split(dataset, "train", mirror=True)
         self._images, self._labels = images.to(device), labels.to(device)
 
     def batches(self, first: int) -> Iterator[Batch]:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from webdataset import TarWriter
 from webdataset.tariterators import group_by_keys
 
@@ -41,10 +42,6 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.images)
-
-    def take(self, rows: npt.NDArray[np.int64]) -> Images | list[memoryview]:
-        """The images of these rows, as far as they are decoded."""
-        return self.images[rows] if isinstance(self.images, np.ndarray) else [self.images[row] for row in rows]
 
 
 def write_shard(path: Path, blocks: Iterable[tuple[Images, Labels | None]]) -> Shard:
@@ -139,6 +136,11 @@ def decode(images: Images | Sequence[memoryview], image_shape: ImageShape, locat
         return np.stack([decode_image(io.BytesIO(content), image_shape) for content in images])
     except BROKEN_IMAGE as error:
         raise _damaged(location, str(error)) from None
+
+
+def mirrored(images: Images) -> Images:
+    """Images [n, C, H, W] with H and W reversed, a copy: torch's flip takes a sixth of numpy's time."""
+    return torch.from_numpy(images).flip(2, 3).numpy()
 
 
 def _members(content: bytes, location: str) -> Iterator[dict[str, object]]:

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipeline.data.images import Images, Labels
 from pipeline.data.manifest import Dataset
-from pipeline.data.shards import decode, read_shard
+from pipeline.data.shards import decode, mirrored, read_shard
 from pipeline.data.source import Batch
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
@@ -161,12 +161,17 @@ class _Lanes(IterableDataset[Chunk | UserError]):
             while len(rows):
                 taken, rows = rows[: count - filled], rows[count - filled :]
                 to = slice(filled, filled + len(taken))
-                images[to] = decode(samples.take(taken), dataset.image_shape, dataset.locate(shard))[..., ::-1, ::-1]
+                if isinstance(samples.images, np.ndarray):
+                    np.take(samples.images, taken, axis=0, out=images[to], mode="clip")  # unlike "raise" without a copy
+                else:
+                    encoded = [samples.images[row] for row in taken]
+                    images[to] = decode(encoded, dataset.image_shape, dataset.locate(shard))
+                    del encoded
                 if samples.labels is not None:
                     labels[to] = samples.labels[taken]
                 filled = to.stop % count
                 if not filled:
-                    yield images, labels
+                    yield mirrored(images), labels
             del samples  # before the next shard is read, so that only one is held
 
 

@@ -20,7 +20,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from pipeline.data import DataError, Dataset
 from pipeline.data.manifest import Shard
 from pipeline.data.resident import load_split
-from pipeline.data.shards import decode, parse_shard, read_shard, write_shard
+from pipeline.data.shards import decode, mirrored, parse_shard, read_shard, write_shard
 from tests.data.numbered import image_numbers, numbered_dataset, numbered_images
 from tests.trap import Trap
 
@@ -189,6 +189,12 @@ def test_a_shard_that_the_manifest_belies_is_refused(tmp_path: Path) -> None:
     unlabelled = tar({"a.images.npy": npy(numbered_images(0, 3))})
     with pytest.raises(DataError, match="has no labels"):
         load_split(dataset_of(tmp_path, unlabelled, 3), "train")
+
+
+def test_mirrored_images_are_reversed_in_both_axes() -> None:
+    images = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3)
+    assert mirrored(images)[0].tolist() == [[[5, 4, 3], [2, 1, 0]], [[11, 10, 9], [8, 7, 6]]]
+    assert np.array_equal(mirrored(mirrored(images)), images)
 
 
 def encoded(mode: str, size: tuple[int, int], format: str = "PNG") -> memoryview:

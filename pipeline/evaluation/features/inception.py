@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 from pathlib import Path
 
 import torch
@@ -14,8 +13,6 @@ from pipeline.evaluation.features.base import FeatureExtractor
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 """torch-fidelity's own weights. The name ends in the first digits of their SHA-256."""
-BAD_WEIGHTS = (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, KeyError, ValueError)
-"""What torch raises for a file that holds something else."""
 
 
 class InceptionFeatures(FeatureExtractor):
@@ -42,7 +39,7 @@ class InceptionFeatures(FeatureExtractor):
             self.network = FeatureExtractorInceptionV3(
                 self.name, ["2048", "logits_unbiased"], feature_extractor_weights_path=io.BytesIO(content)
             )
-        except BAD_WEIGHTS as error:
+        except Exception as error:  # bytes of any kind have made the unpickler raise nearly every type there is
             raise UserError(
                 f"evaluation.inception_weights {path} is not torch-fidelity's Inception v3 ({type(error).__name__}): "
                 f"get {URL}"
