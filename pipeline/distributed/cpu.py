@@ -13,8 +13,8 @@ from pipeline.distributed.launcher import told
 
 def use_cpu(cores: list[int], threads: int | None) -> None:
     """Settles this process on its share of `cores`, the machine's; `threads` None: one a core of the share."""
-    # Saturated pixels have gradients below float32's normal range, each of which costs a CPU some 100 cycles: a fifth of
-    # the quickstart's later steps. Threads inherit this from the one that makes them.
+    # Saturated pixels have gradients below float32's normal range, each of which costs a CPU some 100 cycles: a fifth
+    # of the quickstart's later steps. Threads inherit this from the one that makes them.
     torch.set_flush_denormal(True)
     torch.set_num_threads(threads or max(1, len(cores) // told("LOCAL_WORLD_SIZE", 1)))
     bind_to_share(cores)

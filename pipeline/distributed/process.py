@@ -145,7 +145,7 @@ class Runtime:
 
 @contextlib.contextmanager
 def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Queues what follows behind the current stream's work, and the current stream's later work behind it; None: nothing."""
+    """Queues what follows behind the current stream's work, and what that does later behind this; None: nothing."""
     if stream is None:
         yield
         return

@@ -25,8 +25,8 @@ class JobComment:
     def set(self, text: str, *, last: bool = False) -> None:
         """Nobody waits for it or hears of its failure: a site may forbid it.
 
-        A text that comes sooner than COMMENT_SECONDS after another, or while that is still on its way, is dropped unless
-        it is the `last`.
+        A text that comes sooner than COMMENT_SECONDS after another, or while that is still on its way, is dropped
+        unless it is the `last`.
         """
         job, now = job_id(), time.monotonic()
         if job is None:

@@ -1,9 +1,9 @@
 """Generator and critic of the reference notebook, from stock layers: forward passes only.
 
-Keras's 'same' padding is asymmetric where a stride of 2 does not divide the size, and its transposed convolution crops one
-row before and two after. On images mirrored in both axes that is torch's own symmetric padding. So the networks live
-mirrored: real images are mirrored once when they are loaded, generated ones once when they are rendered, and weights are
-stored mirrored (`mirror`). Keras flattens to height, width, channels; so do these.
+Keras's 'same' padding is asymmetric where a stride of 2 does not divide the size, and its transposed convolution crops
+one row before and two after. On images mirrored in both axes that is torch's own symmetric padding. So the networks live
+mirrored: real images are mirrored once when they are loaded, generated ones once when they are rendered, and weights
+are stored mirrored (`mirror`). Keras flattens to height, width, channels; so do these.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ class Generator(nn.Module):
 
 
 class Critic(nn.Module):
-    """Mirrored images (n, C, H, W), pixels in [0, 1] -> scores (n,), unbounded, and class logits (n, num_classes) or None.
+    """Mirrored images (n, C, H, W), pixels in [0, 1] -> scores (n,), unbounded, and class logits (n, num_classes) or
+    None.
 
     The WGAN paper's critic, called discriminator in the papers of the other objectives.
     At 28 x 28 x 1, width 1 and no classes it has 1,080,577 parameters.
@@ -132,7 +133,7 @@ def critic_base(image_shape: Sequence[int]) -> tuple[int, int]:
 
 @torch.no_grad()
 def initialise(network: Generator | Critic, random: torch.Generator) -> None:
-    """Keras's defaults: Glorot-uniform weights (Glorot & Bengio 2010, eq. 16), drawn in Keras's orientation, zero biases."""
+    """Keras's defaults: Glorot-uniform weights (Glorot & Bengio 2010, eq. 16) and zero biases, in its orientation."""
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             nn.init.xavier_uniform_(module.weight, generator=random)
