@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from pipeline.baseline import fidelity_scores
+from pipeline.benchmarking.fidelity import fidelity_scores
 from pipeline.data import Dataset
 from pipeline.data.resident import load_split
 from pipeline.evaluation import scores

@@ -1,0 +1,1 @@
+"""What `pipeline/benchmark.py` measures, and what it is measured against."""

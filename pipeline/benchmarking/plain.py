@@ -1,0 +1,147 @@
+"""What the pipeline's speed is measured against: the same training step, written plainly.
+
+Keras's orientation and paddings, by torch's own layers in its default memory layout; real and fake images pass the
+critic one after the other; parameters are clamped one by one; losses are read back after every update; optimisers and
+DDP with their defaults. It computes the same numbers to rounding (a test compares them; several ranks do not share
+batch norm's statistics), so the two differ in speed alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.config import NetworkConfig, OptimizerConfig
+from pipeline.data import open_source
+from pipeline.models.networks import CRITIC_STRIDES, GENERATOR_STRIDES, KERNEL, LEAK, Critic, Generator, mirror_state
+from pipeline.models.objectives import ScoreLoss, class_loss, gradient_penalty
+from pipeline.training.inputs import InputStream
+from pipeline.training.trainer import Trainer
+
+
+class PlainGenerator(Generator):
+    """As a direct port has it: transposed convolutions whatever the stride, on images the right way round."""
+
+    def __init__(self, config: NetworkConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__(config, image_shape, num_classes)
+        for index, stride in enumerate(GENERATOR_STRIDES):
+            layer = self.convolutions[index]
+            assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
+            padding = 1 if stride == 2 else 2
+            layer = nn.ConvTranspose2d(layer.in_channels, layer.out_channels, KERNEL, stride, padding)
+            self.convolutions[index] = layer
+
+    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        images = self.first_maps(latents, labels).contiguous()
+        for norm, convolution, stride in zip(self.norms, self.convolutions, GENERATOR_STRIDES, strict=True):
+            images = convolution(F.relu(norm(images)))
+            if stride == 2:
+                images = images[..., :-1, :-1]
+        return torch.sigmoid(images)
+
+
+def same_padding(size: int, stride: int) -> tuple[int, int]:
+    """Rows that Keras's 'same' puts before and after an axis of `size`; the odd one goes after."""
+    total = max((math.ceil(size / stride) - 1) * stride + KERNEL - size, 0)
+    return total // 2, total - total // 2
+
+
+class PlainCritic(Critic):
+    """As a direct port has it: padded by hand, on images the right way round."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        for layer, stride in zip(self.convolutions, CRITIC_STRIDES, strict=True):
+            assert isinstance(layer, nn.Conv2d)
+            images = F.leaky_relu(images, LEAK)
+            sides = [side for size in (images.shape[3], images.shape[2]) for side in same_padding(size, stride)]
+            images = F.conv2d(F.pad(images, sides), layer.weight, layer.bias, stride)
+        features = images.permute(0, 2, 3, 1).flatten(1)
+        logits = None if self.classes is None else self.classes(features)
+        return self.score(features).squeeze(1), logits
+
+
+def plain_state(network: Generator | Critic) -> dict[str, Tensor]:
+    """The state dict of the plain network that computes the same."""
+    tensors = mirror_state(network, network.state_dict())
+    if isinstance(network, Generator):
+        for index, stride in enumerate(GENERATOR_STRIDES):
+            if stride == 1:  # a convolution there: the transposed one has its kernel the other way round
+                name = f"convolutions.{index}.weight"
+                tensors[name] = tensors[name].flip(2, 3).transpose(0, 1)
+    return tensors
+
+
+class PlainTrainer:
+    """Takes the steps that a trainer would take from its present weights and step, with new optimisers, on networks and
+    inputs of its own."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._config, self._objective, runtime = trainer.config, trainer.objective, trainer.runtime
+        # Only the step is its own: the inputs are a function of it.
+        self._state = state = dataclasses.replace(trainer.state)
+        source = open_source(trainer.config, trainer.dataset, runtime.ranks, runtime.device)
+        self.inputs = InputStream(trainer.config, state, source, runtime.ranks)
+        shapes = trainer.config.network, trainer.dataset.image_shape, state.generator.num_classes
+        generator, self._bare_critic = PlainGenerator(*shapes), PlainCritic(*shapes)
+        for network, original in ((generator, state.generator), (self._bare_critic, state.critic)):
+            network.to(runtime.device, state.generator.dense.weight.dtype).load_state_dict(plain_state(original))
+        self.generator: nn.Module = generator
+        self.critic: nn.Module = self._bare_critic
+        if runtime.ranks.world_size > 1:
+            self.generator, self.critic = map(DistributedDataParallel, (self.generator, self.critic))
+        self._generator_optimizer = _optimizer(trainer.config.training.generator_optimizer, self.generator)
+        self._critic_optimizer = _optimizer(trainer.config.training.critic_optimizer, self.critic)
+
+    def take_step(self) -> tuple[float, float]:
+        """Returns this rank's critic loss (mean of both halves over the iterations) and generator loss."""
+        training, inputs, losses = self._config.training, self.inputs.take(), []
+        for index in range(training.n_critic):
+            # Flipping the bytes of a batch takes no time that could be measured.
+            real = inputs.real[index].flip(2, 3).to(inputs.critic_latents.dtype) / 255
+            latents, labels = inputs.critic_latents[index], inputs.critic_labels[index]
+            with torch.no_grad():
+                self.generator.train(training.critic_fakes == "batch")
+                fake = self.generator(latents, labels)
+            self._critic_optimizer.param_groups[0]["lr"] = float(inputs.critic_rates[index])
+            real_loss = self._critic_loss(real, inputs.real_labels[index], self._objective.real_loss)
+            if training.critic_updates == "separate":
+                _update(self._critic_optimizer, real_loss)
+            fake_loss = self._critic_loss(fake, labels, self._objective.fake_loss)
+            loss = self._objective.joint_weight * (real_loss + fake_loss)
+            if inputs.mix is not None and training.gradient_penalty is not None:
+                mix = inputs.mix[index].view(-1, 1, 1, 1)
+                between = (mix * real + (1 - mix) * fake).requires_grad_()
+                loss = loss + training.gradient_penalty * gradient_penalty(self.critic(between)[0], between)
+            _update(self._critic_optimizer, fake_loss if training.critic_updates == "separate" else loss)
+            if training.clip_value is not None:
+                for parameter in self.critic.parameters():
+                    parameter.data.clamp_(-training.clip_value, training.clip_value)
+            losses.append((real_loss.item() + fake_loss.item()) / 2)
+        self.generator.train()
+        self._generator_optimizer.param_groups[0]["lr"] = float(inputs.generator_rates[0])
+        scores, logits = self._bare_critic(self.generator(inputs.generator_latents, inputs.generator_labels))
+        generator_loss = self._objective.generator_loss(scores) + class_loss(logits, inputs.generator_labels)
+        _update(self._generator_optimizer, generator_loss)
+        self._state.step += 1
+        return sum(losses) / len(losses), generator_loss.item()
+
+    def _critic_loss(self, images: Tensor, labels: Tensor, loss_of: ScoreLoss) -> Tensor:
+        scores, logits = self.critic(images)
+        return loss_of(scores) + class_loss(logits, labels)
+
+
+def _update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad()
+    torch.autograd.backward(loss)
+    optimizer.step()
+
+
+def _optimizer(config: OptimizerConfig, network: nn.Module) -> torch.optim.Optimizer:
+    if config.algorithm == "adam":
+        return torch.optim.Adam(network.parameters(), config.learning_rate, config.betas, config.epsilon)
+    return torch.optim.RMSprop(network.parameters(), config.learning_rate, config.rho, config.epsilon)

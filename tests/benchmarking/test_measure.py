@@ -1,0 +1,87 @@
+"""The figures of the benchmark."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from pipeline.benchmarking import measure
+from pipeline.config import Config, NetworkConfig, TrainingConfig
+from pipeline.data import Dataset
+from pipeline.distributed.process import Runtime
+from pipeline.training.trainer import Trainer
+from tests.jobs import ROOT, launch
+
+SMALL = [
+    *("--network.width", "0.25", "--training.n_critic", "1", "--evaluation.num_images", "501"),
+    *("--training.generator_optimizer.learning_rate", "1e-3", "--runtime.device", "cpu", "--runtime.threads", "1"),
+]
+
+
+def test_works_are_timed_in_turn_and_the_warm_up_does_not_count(runtime: Runtime) -> None:
+    done: list[str] = []
+    works = {name: partial(done.append, name) for name in ("one", "other")}
+    seconds = measure.time_in_turn(works, 2, runtime, warm_up=3)
+    assert done == ["one", "other"] * 5
+    assert {name: len(values) for name, values in seconds.items()} == {"one": 2, "other": 2}
+
+
+def test_a_ratio_is_the_median_of_pairs() -> None:
+    assert measure.ratio([2.0, 30.0, 3.0], [1.0, 10.0, 2.0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("width", "last_forms"),
+    [
+        (0.05, {"generator.2": "pairs", "generator.3": "pairs", "critic.3": "pairs"}),
+        (0.8, {"generator.3": "taps", "critic.3": "rows"}),
+    ],
+)
+def test_every_form_in_use_is_in_the_table(
+    width: float, last_forms: dict[str, str], config: Config, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "KERNEL_SECONDS", 0.0)
+    small = TrainingConfig(batch_size=8, n_critic=1)
+    trainer = Trainer(replace(config, network=NetworkConfig(width=width), training=small), runtime)
+    table = measure.measure_kernels(trainer)
+    transposed = dict.fromkeys(("generator.0", "generator.1"), "convolution")
+    found = {row["layer"].replace(".convolutions", ""): row["form"].split("_")[-1] for row in table}
+    assert found == transposed | last_forms
+    assert trainer.state.step == 1
+    assert not any(layer._forward_pre_hooks for layer in trainer.state.generator.modules())
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_benchmark_measures_what_it_says(world_size: int, mnist_dataset: Dataset, tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    settings = ["--steps", "10", "--json", str(figures), "--data.root", str(mnist_dataset.folder.parent)]
+    result = launch(ROOT / "pipeline/benchmark.py", [*SMALL, *settings], world_size)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(figures.read_text())
+    assert found == json.loads(result.stdout), "what is printed"
+    kernels = found.pop("kernels")
+    zero = {"all_reduce_share"} if world_size == 1 else set()
+    numbers = {name: value for name, value in found.items() if not isinstance(value, str) and name not in zero}
+    assert all(math.isfinite(value) and value > 0 for value in numbers.values()), found
+    compared = (
+        {"scoring_speedup_over_torch_fidelity"} if world_size == 1 else {"all_reduce_share", "speed_over_one_rank"}
+    )
+    for key in {"share_of_ceiling", "speedup_over_eager"} | compared:
+        assert 0 < found[key] < 100, key
+    assert found["achieved_gflops"] == pytest.approx(found["gflop_per_step"] / found["step_seconds_median"])
+    assert found["share_of_ceiling"] == pytest.approx(found["achieved_gflops"] / found["ceiling_gflops"])
+    assert found["world_size"] == world_size
+    assert found["step_seconds_min"] <= found["step_seconds_median"] <= found["step_seconds_max"]
+    assert found["images_per_second"] == pytest.approx(64 / found["step_seconds_median"])
+    assert found["data_wait_share"] < 1
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+    assert [row["layer"] for row in kernels] == [f"generator.convolutions.{index}" for index in range(4)]
+    assert [row["form"] for row in kernels] == ["transposed_convolution"] * 2 + ["convolution_on_pairs"] * 2
+    assert all(
+        0 < row["seconds"] < 60 and 0 < row["stock_seconds"] < 60 and 0 < row["speedup"] < 100 for row in kernels
+    )

@@ -1,0 +1,44 @@
+"""The plain port must be the same training, or its speed says nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import pytest
+import torch
+
+from pipeline.benchmarking.plain import PlainTrainer, plain_state, same_padding
+from pipeline.config import Config, OptimizerConfig, TrainingConfig
+from pipeline.distributed.process import Runtime
+from pipeline.training.trainer import Trainer
+
+FALLING = OptimizerConfig(decay=0.1)
+TRAINING = {
+    "wgan": TrainingConfig(),
+    "wgan_gp": TrainingConfig(objective="wgan_gp", gradient_penalty=10.0, clip_value=None),
+    "acgan": TrainingConfig(objective="acgan", clip_value=None, critic_optimizer=OptimizerConfig(algorithm="adam")),
+    "separate": TrainingConfig(critic_updates="separate", critic_optimizer=FALLING, generator_optimizer=FALLING),
+}
+
+
+@pytest.mark.parametrize(("size", "before", "after"), [(28, 1, 2), (14, 1, 2), (7, 2, 2)])
+def test_same_padding_with_stride_two_is_asymmetric(size: int, before: int, after: int) -> None:
+    assert same_padding(size, stride=2) == (before, after)
+
+
+@pytest.mark.parametrize("fakes", ["batch", "moving"])
+@pytest.mark.parametrize("training", TRAINING.values(), ids=TRAINING)
+def test_the_plain_port_takes_the_same_steps(
+    training: TrainingConfig, fakes: Literal["batch", "moving"], config: Config, runtime: Runtime
+) -> None:
+    trainer = Trainer(replace(config, training=replace(training, critic_fakes=fakes)), runtime)
+    plain = PlainTrainer(trainer)
+    for _ in range(4):
+        trainer.log.begin()
+        trainer.take_step()
+        real_loss, fake_loss, generator_loss = trainer.log.losses()[0].tolist()
+        ours = ((real_loss + fake_loss) / 2, generator_loss)
+        assert plain.take_step() == pytest.approx(ours, rel=1e-9)
+    for plain_network, network in ((plain.generator, trainer.state.generator), (plain.critic, trainer.state.critic)):
+        torch.testing.assert_close(plain_network.state_dict(), plain_state(network), rtol=0, atol=1e-9)
