@@ -12,20 +12,12 @@ from pipeline.storage.run_folder import RunFolder
 
 
 def show(run: Path) -> None:
-    """Prints step, size, world size that wrote it, and whether the manifest can be read.
-
-    Args:
-        run: The run's folder.
-    """
+    """Prints step, size, world size that wrote it, and whether the manifest can be read."""
     _print_each(run, every_byte=False)
 
 
 def verify(run: Path) -> int:
-    """Reads every byte of every checkpoint; the exit code is 2 if any is damaged.
-
-    Args:
-        run: The run's folder.
-    """
+    """Reads every byte of every checkpoint; the exit code is 2 if any is damaged."""
     return 0 if _print_each(run, every_byte=True) else EXIT_USER_ERROR
 
 
