@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,10 +11,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.config import Config
 from pipeline.distributed.stopping import STOP_SIGNALS
 from pipeline.storage.checkpoint import find
 
@@ -26,6 +29,14 @@ TINY = [
     *("--runtime.threads", "1", "--runtime.timeout_seconds", "60"),
 ]
 """Settings under which a step takes milliseconds."""
+
+
+def changed(config: Config, **sections: dict[str, Any]) -> Config:
+    """`config` with some settings of some sections replaced: `changed(config, training={"steps": 20})`."""
+    return dataclasses.replace(
+        config,
+        **{name: dataclasses.replace(getattr(config, name), **settings) for name, settings in sections.items()},
+    )
 
 
 def launch_command(
