@@ -1,32 +1,46 @@
-"""Jobs to interrupt: real launchers, real ranks, and runs that take a while."""
+"""Jobs to interrupt, and runs that take a while."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import torch
 
+from pipeline.config import Config
 from pipeline.storage.checkpoint import find
-from tests.jobs import ROOT, TINY, environment, launch_command
+from tests.jobs import ROOT, environment, flags, launch_command, tiny_config
+from tests.ranks import Job
 
 STEPS = 400
 LIMIT_SECONDS = 120
 
 
+Running = Job | subprocess.Popen[bytes]
+
+
 @contextmanager
-def job(
-    arguments: Sequence[str], num_processes: int, log: Path, *launcher_options: str
+def job(config: Config, num_processes: int, log: Path) -> Iterator[Job]:
+    """Forked ranks that train, all of them gone at the end."""
+    with Job(
+        ROOT / "pipeline/train.py", flags(config), num_processes, stdout=log, stderr=log, environment=environment()
+    ) as running:
+        yield running
+
+
+@contextmanager
+def launched(
+    config: Config, num_processes: int, log: Path, *launcher_options: str
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A launcher and its ranks, all of them gone at the end."""
+    """The launcher and the ranks that it started to train, all of them gone at the end."""
     with log.open("ab") as output:
         process = subprocess.Popen(
-            launch_command(ROOT / "pipeline/train.py", arguments, num_processes, *launcher_options),
+            launch_command(ROOT / "pipeline/train.py", flags(config), num_processes, *launcher_options),
             cwd=ROOT,
             env=environment(),
             stderr=output,
@@ -40,8 +54,11 @@ def job(
             process.wait()
 
 
-def ranks(launcher: int) -> list[psutil.Process]:
-    children = psutil.Process(launcher).children(recursive=True)
+def ranks(running: Running) -> list[psutil.Process]:
+    """In the order of their ranks; those of a launcher as soon as they are there."""
+    if isinstance(running, Job):
+        return running.ranks
+    children = psutil.Process(running.pid).children(recursive=True)
     found = [child for child in children if any(part.endswith("train.py") for part in child.cmdline())]
     return sorted(found, key=lambda child: int(child.environ().get("RANK", 0)))
 
@@ -68,20 +85,21 @@ def last_step(run: Path) -> int:
         return 0
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for_step(run: Path, step: int, running: Running, log: Path) -> None:
     deadline = time.monotonic() + LIMIT_SECONDS
     while last_step(run) < step:
-        assert process.poll() is None, log.read_text()[-3000:]
+        assert running.poll() is None, log.read_text()[-3000:]
         assert time.monotonic() < deadline, log.read_text()[-3000:]
         time.sleep(0.01)
 
 
-def tiny_run(dataset: Path, root: Path, name: str, *more: str) -> list[str]:
-    return [
-        *TINY,
-        *("--data.dataset", str(dataset), "--run.root", str(root), "--run.name", name),
-        *("--training.steps", str(STEPS), "--training.n_critic", "2", "--run.checkpoint_every", "5", *more),
-    ]
+def interruptible(dataset: Path, root: Path, name: str) -> Config:
+    """A run of STEPS short steps with a checkpoint every five."""
+    return tiny_config(
+        run={"name": name, "root": str(root), "checkpoint_every": 5},
+        data={"dataset": str(dataset)},
+        training={"steps": STEPS, "n_critic": 2},
+    )
 
 
 def assert_same_end(one: Path, other: Path) -> None:

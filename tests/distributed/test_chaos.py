@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.storage.checkpoint import committed, newest_intact
-from tests.distributed.interrupting import assert_same_end, job, kill_tree, last_step, ranks, tiny_run, wait_for_step
-from tests.jobs import ROOT, launch
+from tests.distributed.interrupting import assert_same_end, interruptible, job, kill_tree, last_step, wait_for_step
+from tests.jobs import ROOT, flags, launch
+
+TRAIN = ROOT / "pipeline/train.py"
 
 
 @pytest.mark.parametrize(("num_processes", "kills"), [(1, 14), (2, 12), (4, 6)])
@@ -19,9 +21,9 @@ def test_chaos(num_processes: int, kills: int, tiny_dataset: Path, tmp_path: Pat
     """32 SIGKILLs in all, at random moments, of random ranks or the whole tree; between them files rot."""
     chance = random.Random(num_processes)
     whole, torn, log = tmp_path / "whole", tmp_path / "torn", tmp_path / "log"
-    arguments = tiny_run(tiny_dataset, tmp_path, torn.name)
+    config = interruptible(tiny_dataset, tmp_path, torn.name)
     for _ in range(kills):
-        with job(arguments, num_processes, log) as process:
+        with job(config, num_processes, log) as process:
             # Some kills come while the ranks start or load, most while they train or save.
             if chance.random() < 0.8:
                 resumed = newest_intact(torn / "checkpoints")[0]
@@ -29,9 +31,8 @@ def test_chaos(num_processes: int, kills: int, tiny_dataset: Path, tmp_path: Pat
                 target = max(resumed_step + chance.randint(1, 15), last_step(torn) + 1)
                 wait_for_step(torn, target, process, log)
             time.sleep(chance.random() * 0.1)
-            victims = ranks(process.pid)
-            if victims and chance.random() < 0.5:
-                chance.choice(victims).kill()
+            if chance.random() < 0.5:
+                chance.choice(process.ranks).kill()
                 code = process.wait(timeout=60)
                 assert code != 0
             else:
@@ -39,9 +40,9 @@ def test_chaos(num_processes: int, kills: int, tiny_dataset: Path, tmp_path: Pat
         folders = committed(torn / "checkpoints")
         if len(folders) > 1 and chance.random() < 0.5:
             rot(folders[-1], chance)
-    result = launch(ROOT / "pipeline/train.py", arguments, num_processes)
+    result = launch(TRAIN, flags(config), num_processes)
     assert result.returncode == 0, result.stderr[-3000:]
-    reference = launch(ROOT / "pipeline/train.py", tiny_run(tiny_dataset, tmp_path, whole.name), num_processes)
+    reference = launch(TRAIN, flags(interruptible(tiny_dataset, tmp_path, whole.name)), num_processes)
     assert reference.returncode == 0, reference.stderr[-3000:]
     assert_same_end(whole, torn)
 

@@ -1,4 +1,5 @@
-"""Signals, kills and rot: what a shared cluster does to a run. Real launchers, real signals."""
+"""Signals, kills and rot: what a shared cluster does to a run. Real processes and signals; the real launcher where it
+has a part in it."""
 
 from __future__ import annotations
 
@@ -15,18 +16,26 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.config import OptimizerConfig
+from pipeline.errors import EXIT_PREEMPTED
 from pipeline.storage.checkpoint import find, newest_intact
 from tests.distributed.interrupting import (
     LIMIT_SECONDS,
     STEPS,
+    Running,
     assert_same_end,
+    interruptible,
     job,
     last_step,
+    launched,
     ranks,
-    tiny_run,
     wait_for_step,
 )
-from tests.jobs import ROOT, launch
+from tests.jobs import ROOT, changed, flags, launch
+from tests.ranks import Job
+
+TRAIN = ROOT / "pipeline/train.py"
+ENDLESS = {"steps": 100_000}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -35,11 +44,11 @@ def test_a_signal_to_any_rank_stops_all_after_a_save(
     number: signal.Signals, num_processes: int, tiny_dataset: Path, tmp_path: Path
 ) -> None:
     run, log = tmp_path / "signalled", tmp_path / "log"
-    arguments = tiny_run(tiny_dataset, tmp_path, run.name, "--training.steps", "100000")
-    with job(arguments, num_processes, log) as process:
+    config = changed(interruptible(tiny_dataset, tmp_path, run.name), training=ENDLESS)
+    with job(config, num_processes, log) as process:
         wait_for_step(run, 20, process, log)
-        ranks(process.pid)[-1].send_signal(number)
-        assert process.wait(timeout=30) != 0
+        process.ranks[-1].send_signal(number)
+        assert process.wait(timeout=30) == EXIT_PREEMPTED
     text = log.read_text()
     stopped = re.search(r"stopped after step (\d+), which is saved", text)
     assert stopped is not None, text
@@ -51,14 +60,14 @@ def test_a_signal_to_any_rank_stops_all_after_a_save(
 def test_a_stopped_run_goes_on_and_ends_as_if_nothing_had_been(tiny_dataset: Path, tmp_path: Path) -> None:
     """SIGTERM to the launcher, which forwards it to both ranks."""
     whole, stopped, log = tmp_path / "whole", tmp_path / "stopped", tmp_path / "log"
-    assert launch(ROOT / "pipeline/train.py", tiny_run(tiny_dataset, tmp_path, whole.name), 2).returncode == 0
-    arguments = tiny_run(tiny_dataset, tmp_path, stopped.name)
-    with job(arguments, 2, log) as process:
+    assert launch(TRAIN, flags(interruptible(tiny_dataset, tmp_path, whole.name)), 2).returncode == 0
+    config = interruptible(tiny_dataset, tmp_path, stopped.name)
+    with launched(config, 2, log) as process:
         wait_for_step(stopped, 30, process, log)
         process.terminate()
         process.wait(timeout=30)
     assert 30 <= find(stopped).step < STEPS
-    result = launch(ROOT / "pipeline/train.py", arguments, 2)
+    result = launch(TRAIN, flags(config), 2)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "going on from" in result.stderr
     assert_same_end(whole, stopped)
@@ -69,9 +78,10 @@ def test_a_stopped_run_goes_on_and_ends_as_if_nothing_had_been(tiny_dataset: Pat
 def test_a_stop_before_the_first_step_or_during_a_save_is_as_good_as_any(tiny_dataset: Path, tmp_path: Path) -> None:
     """The moment is when a file shows it: the lock is taken before the first step, a `.tmp` is a save under way."""
     run, log = tmp_path / "stopped", tmp_path / "log"
-    arguments = tiny_run(tiny_dataset, tmp_path, run.name, "--training.steps", "100000", "--run.checkpoint_every", "1")
+    config = interruptible(tiny_dataset, tmp_path, run.name)
+    config = changed(config, training=ENDLESS, run={"checkpoint_every": 1})
     for sign in (".lock", "checkpoints/step-*.tmp"):
-        with job(arguments, 2, log) as process:
+        with job(config, 2, log) as process:
             deadline = time.monotonic() + LIMIT_SECONDS
             while not list(run.glob(sign)):
                 assert process.poll() is None, log.read_text()[-3000:]
@@ -88,9 +98,9 @@ def test_a_second_interrupt_stops_at_once_even_a_rank_that_waits_for_another(
     tiny_dataset: Path, tmp_path: Path
 ) -> None:
     run, log = tmp_path / "stuck", tmp_path / "log"
-    with job(tiny_run(tiny_dataset, tmp_path, run.name, "--training.steps", "100000"), 2, log) as process:
+    with job(changed(interruptible(tiny_dataset, tmp_path, run.name), training=ENDLESS), 2, log) as process:
         wait_for_step(run, 5, process, log)
-        victim, asleep = ranks(process.pid)
+        victim, asleep = process.ranks
         asleep.suspend()
         time.sleep(1)  # the victim is in a collective now, and there its Python handler never runs
         victim.send_signal(signal.SIGINT)
@@ -106,11 +116,11 @@ def test_a_second_interrupt_stops_at_once_even_a_rank_that_waits_for_another(
 def test_the_launcher_restarts_a_run_that_lost_a_rank(tiny_dataset: Path, tmp_path: Path) -> None:
     """`--max_restarts 2`: each rank is killed once, and nobody starts anything by hand."""
     whole, torn, log = tmp_path / "whole", tmp_path / "torn", tmp_path / "log"
-    assert launch(ROOT / "pipeline/train.py", tiny_run(tiny_dataset, tmp_path, whole.name), 2).returncode == 0
-    with job(tiny_run(tiny_dataset, tmp_path, torn.name), 2, log, "--max_restarts", "2") as process:
+    assert launch(TRAIN, flags(interruptible(tiny_dataset, tmp_path, whole.name)), 2).returncode == 0
+    with launched(interruptible(tiny_dataset, tmp_path, torn.name), 2, log, "--max_restarts", "2") as process:
         for rank in (0, 1):
             wait_for_step(torn, last_step(torn) + 20, process, log)
-            ranks(process.pid)[rank].kill()
+            ranks(process)[rank].kill()
             wait_for_text(log, f"(going on from[^$]*){{{rank + 1}}}", process)
         assert process.wait(timeout=LIMIT_SECONDS) == 0, log.read_text()[-3000:]
     assert_same_end(whole, torn)
@@ -118,20 +128,20 @@ def test_the_launcher_restarts_a_run_that_lost_a_rank(tiny_dataset: Path, tmp_pa
 
 def test_a_second_launch_on_the_same_run_is_refused(tiny_dataset: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "busy", tmp_path / "log"
-    arguments = tiny_run(tiny_dataset, tmp_path, run.name, "--training.steps", "100000")
-    with job(arguments, 1, log) as process:
+    config = changed(interruptible(tiny_dataset, tmp_path, run.name), training=ENDLESS)
+    with job(config, 1, log) as process:
         wait_for_step(run, 5, process, log)
-        second = launch(ROOT / "pipeline/train.py", arguments)
+        second = launch(TRAIN, flags(config))
         assert process.poll() is None
     assert second.returncode != 0
     assert re.search(r"error: .*busy: is being written by process \d+ on ", second.stderr)
 
 
 def test_a_changed_hyper_parameter_is_refused_with_a_diff(tiny_dataset: Path, tmp_path: Path) -> None:
-    arguments = tiny_run(tiny_dataset, tmp_path, "changed", "--training.steps", "3")
-    assert launch(ROOT / "pipeline/train.py", arguments).returncode == 0
+    config = changed(interruptible(tiny_dataset, tmp_path, "changed"), training={"steps": 3})
+    assert launch(TRAIN, flags(config)).returncode == 0
     before = {path: path.read_bytes() for path in (tmp_path / "changed").rglob("*") if path.is_file()}
-    result = launch(ROOT / "pipeline/train.py", [*arguments, "--training.clip_value", "0.02"])
+    result = launch(TRAIN, flags(changed(config, training={"clip_value": 0.02})))
     assert result.returncode != 0
     assert "holds a run with other settings (training.clip_value is 0.01 there and 0.02 here)" in result.stderr
     assert before == {path: path.read_bytes() for path in (tmp_path / "changed").rglob("*") if path.is_file()}
@@ -141,11 +151,10 @@ def test_divergence_stops_all_ranks_with_the_step_and_keeps_the_last_good_checkp
     tiny_dataset: Path, tmp_path: Path
 ) -> None:
     """Without clipping, a learning rate of 1e30 overflows float32 in a few steps."""
-    mad = [
-        *("--training.objective", "lsgan", "--training.clip_value", "null", "--run.checkpoint_every", "1"),
-        *("--training.critic_optimizer.learning_rate", "1e12"),
-    ]
-    result = launch(ROOT / "pipeline/train.py", tiny_run(tiny_dataset, tmp_path, "mad", *mad), 2)
+    config = interruptible(tiny_dataset, tmp_path, "mad")
+    critic_optimizer = OptimizerConfig(learning_rate=1e12)
+    mad = {"objective": "lsgan", "clip_value": None, "critic_optimizer": critic_optimizer}
+    result = launch(TRAIN, flags(changed(config, training=mad, run={"checkpoint_every": 1})), 2)
     assert result.returncode != 0
     assert re.search(r"error: step \d+: (the loss is not finite|must not be saved)", result.stderr), result.stderr
     checkpoint, damaged = newest_intact(tmp_path / "mad/checkpoints")
@@ -162,15 +171,15 @@ def test_a_damaged_shard_stops_the_job_and_is_named_by_the_rank_that_met_it(tiny
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    streaming = ["--data.source", "streaming", "--data.workers", "0"]
-    result = launch(ROOT / "pipeline/train.py", tiny_run(dataset, tmp_path, "damaged", *streaming), 2)
+    config = changed(interruptible(dataset, tmp_path, "damaged"), data={"source": "streaming", "workers": 0})
+    result = launch(TRAIN, flags(config), 2)
     assert result.returncode != 0
     assert re.search(rf"\[rank \d\] error: .*{shard.name}", result.stderr), result.stderr[-3000:]
 
 
 def test_replicas_that_drift_apart_are_never_committed(tiny_dataset: Path, tmp_path: Path) -> None:
-    arguments = tiny_run(tiny_dataset, tmp_path, "drift", "--run.checkpoint_every", "2")
-    result = launch(ROOT / "tests/distributed/drift.py", arguments, 2)
+    config = changed(interruptible(tiny_dataset, tmp_path, "drift"), run={"checkpoint_every": 2})
+    result = launch(ROOT / "tests/distributed/drift.py", flags(config), 2)
     assert result.returncode != 0
     # Both ranks step by the same averaged gradient, so what differs is the weight itself and what follows from it.
     assert re.search(r"error: step \d+: must not be saved, .* differs between rank 0 and rank\(s\) 1", result.stderr)
@@ -180,10 +189,10 @@ def test_replicas_that_drift_apart_are_never_committed(tiny_dataset: Path, tmp_p
 
 def test_the_loss_of_a_rank_ends_the_others_and_is_named(tiny_dataset: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "lost", tmp_path / "log"
-    arguments = tiny_run(tiny_dataset, tmp_path, run.name, "--training.steps", "100000")
-    with job(arguments, 2, log) as process:
+    config = changed(interruptible(tiny_dataset, tmp_path, run.name), training=ENDLESS)
+    with launched(config, 2, log) as process:
         wait_for_step(run, 20, process, log)
-        victims = ranks(process.pid)
+        victims = ranks(process)
         victims[1].kill()
         assert process.wait(timeout=LIMIT_SECONDS) != 0
         assert not any(victim.is_running() for victim in victims)
@@ -213,20 +222,19 @@ def fill(disk: Path) -> Path:
             return junk
 
 
-def wait_for_text(log: Path, pattern: str, process: subprocess.Popen[bytes]) -> None:
+def wait_for_text(log: Path, pattern: str, running: Running) -> None:
     deadline = time.monotonic() + LIMIT_SECONDS
     while not re.search(pattern, log.read_text()):
-        assert process.poll() is None, log.read_text()[-3000:]
+        assert running.poll() is None, log.read_text()[-3000:]
         assert time.monotonic() < deadline, log.read_text()[-3000:]
         time.sleep(0.01)
 
 
 @contextmanager
-def job_on(disk: Path, dataset: Path, log: Path, max_save_failures: int) -> Iterator[subprocess.Popen[bytes]]:
+def job_on(disk: Path, dataset: Path, log: Path, max_save_failures: int) -> Iterator[Job]:
     """An endless job of two ranks that has committed checkpoints on the disk, and logs to TensorBoard there too."""
-    endless = ["--training.steps", "100000", "--run.keep_last", "2", "--run.trackers", "[tensorboard]"]
-    arguments = tiny_run(dataset, disk, "full", *endless, "--run.max_save_failures", str(max_save_failures))
-    with job(arguments, 2, log) as process:
+    full = {"keep_last": 2, "trackers": ["tensorboard"], "max_save_failures": max_save_failures}
+    with job(changed(interruptible(dataset, disk, "full"), training=ENDLESS, run=full), 2, log) as process:
         wait_for_step(disk / "full", 20, process, log)
         yield process
 

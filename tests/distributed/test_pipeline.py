@@ -1,4 +1,4 @@
-"""The main job end to end on real MNIST, as the README runs it."""
+"""The main job end to end on real MNIST: trained as the README does, and what comes after."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import math
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,25 +14,30 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.config import Config, OptimizerConfig
 from pipeline.data import Dataset
 from pipeline.data.resident import load_split
 from pipeline.export.generator_file import load_export
 from pipeline.storage.checkpoint import find
-from tests.distributed.interrupting import job, ranks
-from tests.jobs import ROOT, environment, launch
+from tests.distributed.interrupting import job
+from tests.jobs import ROOT, changed, flags, launch, launch_as_users_do
 
-SMALL = [
-    *("--network.width", "0.25", "--training.n_critic", "1", "--training.steps", "20", "--run.log_every", "5"),
-    *("--run.sample_every", "10", "--run.checkpoint_every", "10", "--evaluation.num_images", "501"),
-    *("--training.generator_optimizer.learning_rate", "1e-3", "--runtime.device", "cpu", "--runtime.threads", "1"),
-]
+SMALL = changed(
+    Config(),
+    run={"name": "small", "log_every": 5, "sample_every": 10, "checkpoint_every": 10},
+    network={"width": 0.25},
+    training={"n_critic": 1, "steps": 20, "generator_optimizer": OptimizerConfig(learning_rate=1e-3)},
+    evaluation={"num_images": 501},
+    runtime={"device": "cpu", "threads": 1},
+)
+TRAIN, EVALUATE = (ROOT / "pipeline" / name for name in ("train.py", "evaluate.py"))
 
 
 @pytest.fixture(scope="module")
 def run(mnist_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("runs")
-    place = ["--run.root", str(root), "--run.name", "small", "--data.root", str(mnist_dataset.folder.parent)]
-    result = launch(ROOT / "pipeline/train.py", [*SMALL, *place], 2)
+    config = changed(SMALL, run={"root": str(root)}, data={"root": str(mnist_dataset.folder.parent)})
+    result = launch_as_users_do(TRAIN, flags(config), 2)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Warning" not in result.stderr
     assert f"report: {root / 'small/report.html'}" in result.stderr
@@ -67,7 +71,7 @@ def test_the_evaluation_has_the_designs_form(run: Path) -> None:
 
 def test_evaluating_again_gives_the_same_scores_for_another_number_of_ranks(run: Path) -> None:
     before = json.loads((run / "evaluation/step-00000020.json").read_text())
-    result = launch(ROOT / "pipeline/evaluate.py", [str(run), "--all", "--evaluation.batch_size", "97"])
+    result = launch(EVALUATE, [str(run), "--all", "--evaluation.batch_size", "97"])
     assert result.returncode == 0, result.stderr[-3000:]
     after = json.loads((run / "evaluation/step-00000020.json").read_text())
     for key, value in before["features"]["mnist"].items():
@@ -80,16 +84,21 @@ def test_a_signal_during_an_evaluation_stops_the_job_with_the_step_saved(
     mnist_dataset: Dataset, tmp_path: Path
 ) -> None:
     run, log = tmp_path / "evaluating", tmp_path / "log"
-    place = ["--run.root", str(tmp_path), "--run.name", run.name, "--data.root", str(mnist_dataset.folder.parent)]
-    large = ["--evaluation.num_images", "1000000", "--training.steps", "3", "--run.log_every", "1"]
-    with job([*SMALL, *place, *large], 2, log) as process:
+    config = changed(
+        SMALL,
+        run={"root": str(tmp_path), "name": run.name, "log_every": 1},
+        data={"root": str(mnist_dataset.folder.parent)},
+        training={"steps": 3},
+        evaluation={"num_images": 1_000_000},
+    )
+    with job(config, 2, log) as process:
         deadline = time.monotonic() + 120
         while not find_step(run, 3):
             assert process.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < deadline
             time.sleep(0.1)
         time.sleep(2)
-        ranks(process.pid)[1].send_signal(signal.SIGTERM)
+        process.ranks[1].send_signal(signal.SIGTERM)
         process.wait(timeout=60)
     assert "stopped after step 3, which is saved" in log.read_text()
     assert not (run / "evaluation/step-00000003.json").exists()
@@ -108,8 +117,7 @@ class Evaluate:
         self.folder = folder
 
     def run(self, target: object, *more: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "pipeline/evaluate.py"), str(target), *self.place, *more]
-        return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+        return launch(EVALUATE, [str(target), *self.place, *more])
 
     def scores(self, target: object, *more: str) -> dict[str, Any]:
         out = self.folder / f"scores-{len(list(self.folder.iterdir()))}.json"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tests.jobs import ROOT, TIMEOUT_SECONDS, TINY, environment, final_state, launch
+from tests.jobs import ROOT, TIMEOUT_SECONDS, environment, final_state, flags, launch, tiny_config
 
 
 def launch_on_two(arguments: list[str]) -> None:
@@ -47,8 +47,9 @@ def test_two_launchers_train_as_one_and_one_goes_on_from_them(tiny_dataset: Path
     of two floats does not depend on its order."""
 
     def arguments(name: str, steps: int) -> list[str]:
-        place = ["--data.dataset", str(tiny_dataset), "--run.root", str(tmp_path), "--run.name", name]
-        return [*TINY, *place, "--training.steps", str(steps), "--training.n_critic", "2"]
+        place = {"root": str(tmp_path), "name": name}
+        training = {"steps": steps, "n_critic": 2}
+        return flags(tiny_config(run=place, data={"dataset": str(tiny_dataset)}, training=training))
 
     launch_on_two(arguments("spread", 10))
     manifest = json.loads((tmp_path / "spread/checkpoints/step-00000010/manifest.json").read_text())

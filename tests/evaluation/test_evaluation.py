@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from pipeline.errors import Preempted, UserError
 from pipeline.evaluation.evaluate import evaluate_images
 from pipeline.evaluation.extract import ImageSet, interruptible, never
 from pipeline.evaluation.features import FeatureExtractor
-from tests.jobs import ROOT, TIMEOUT_SECONDS, environment
+from tests.jobs import ROOT, launch
 
 NUM_IMAGES = 1001
 BATCH_SIZES = (7, 64, 1000)
@@ -30,11 +28,8 @@ BATCH_SIZES = (7, 64, 1000)
 
 def score_many(folder: Path, output: Path, num_processes: int) -> list[list[dict[str, Any]]]:
     """For each rank, what it was given for each batch size."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    script = [str(ROOT / "tests/evaluation/score_many.py"), str(folder), str(output)]
-    command = [sys.executable, *(launcher if num_processes > 1 else []), *script, *map(str, (NUM_IMAGES, *BATCH_SIZES))]
-    environ = environment() | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    arguments = [str(folder), str(output), *map(str, (NUM_IMAGES, *BATCH_SIZES))]
+    result = launch(ROOT / "tests/evaluation/score_many.py", arguments, num_processes)
     assert result.returncode == 0, result.stderr[-4000:]
     return [json.loads(Path(f"{output}.{rank}").read_text()) for rank in range(num_processes)]
 

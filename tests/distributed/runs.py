@@ -1,0 +1,145 @@
+"""The training runs of several processes that test_trajectory.py compares, in one table."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.config import Config, OptimizerConfig
+from pipeline.storage.checkpoint import find
+from tests.jobs import changed, tiny_config, train_many
+
+STEPS = 20
+Settings = dict[str, dict[str, Any]]
+"""Section -> setting -> value, for `changed`."""
+
+ADAM = OptimizerConfig(algorithm="adam")
+VARIANTS: dict[str, Settings] = {
+    "wgan": {},
+    "wgan_gp": {"training": {"objective": "wgan_gp", "gradient_penalty": 10.0, "clip_value": None}},
+    "lsgan": {"training": {"objective": "lsgan", "clip_value": None}},
+    "gan": {"training": {"objective": "gan", "clip_value": None}},
+    "acgan": {"training": {"objective": "acgan", "clip_value": None}},
+    "separate": {"training": {"critic_updates": "separate", "critic_fakes": "moving"}},
+    "adam": {"training": {"critic_optimizer": ADAM, "generator_optimizer": ADAM}},
+}
+SOURCES: dict[str, Settings] = {
+    "resident": {"data": {"source": "resident"}},
+    "streaming": {"data": {"source": "streaming", "lanes": 8, "workers": 1}},
+}
+EXACT: Settings = {"runtime": {"precision": "float64"}}
+EXACT_PARTS: Settings = {"runtime": {"precision": "float64", "accumulation": 4}}
+BF16: Settings = {"runtime": {"precision": "bf16"}}
+BF16_PARTS: Settings = {"runtime": {"precision": "bf16", "accumulation": 4}}
+STOPS = (1, 7, 12)
+"""Mid-epoch and right after a checkpoint alike."""
+ELASTIC = [(4, 2), (2, 4), (4, 1)]
+"""Numbers of ranks before and after a stop at step 9."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, in a folder of its name."""
+
+    jobs: tuple[tuple[int, int], ...]
+    """(number of ranks, last step) of the jobs that train it one after the other."""
+    settings: tuple[Settings, ...] = field(default=())
+    """Applied one after the other."""
+
+    def config(self, base: Config, name: str, last_step: int) -> Config:
+        for settings in self.settings:
+            base = changed(base, **settings)
+        return changed(base, run={"name": name}, training={"steps": last_step})
+
+
+def whole(world_size: int, *settings: Settings) -> Run:
+    return Run(((world_size, STEPS),), settings)
+
+
+RUNS: dict[str, Run] = {
+    # The same trajectory at any number of ranks
+    **{f"{name}-{w}": whole(w, chosen, EXACT) for name, chosen in (VARIANTS | SOURCES).items() for w in (1, 2, 4)},
+    **{f"{name}-parts-{w}": whole(w, chosen, EXACT_PARTS) for name, chosen in VARIANTS.items() for w in (1, 2)},
+    # A wide clip keeps this small critic's scores well above their rounding error.
+    **{f"wgan-float32-{w}": whole(w, {"training": {"clip_value": 0.3}}) for w in (1, 2, 4)},
+    **{f"lsgan-float32-{w}": whole(w, VARIANTS["lsgan"]) for w in (1, 2, 4)},
+    # Stopped and gone on
+    **{
+        f"whole-{source}-{w}": whole(w, chosen, {"run": {"checkpoint_every": 4}})
+        for source, chosen in SOURCES.items()
+        for w in (1, 2)
+    },
+    **{
+        f"resumed-{source}-{w}-{stop}": Run(((w, stop), (w, STEPS)), (chosen, {"run": {"checkpoint_every": 4}}))
+        for source, chosen in SOURCES.items()
+        for w in (1, 2)
+        for stop in STOPS
+    },
+    **{
+        f"elastic-{source}-{before}-{after}": Run(((before, 9), (after, STEPS)), (chosen, EXACT))
+        for source, chosen in SOURCES.items()
+        for before, after in ELASTIC
+    },
+    "whole-48": whole(4, EXACT, {"training": {"batch_size": 48}}),
+    "three": Run(((4, 9), (3, STEPS)), (EXACT, {"training": {"batch_size": 48}})),
+    # Fewer digits
+    **{f"lsgan-bf16-whole-{w}": whole(w, VARIANTS["lsgan"], BF16) for w in (1, 2)},
+    **{f"lsgan-bf16-resumed-{w}": Run(((w, 7), (w, STEPS)), (VARIANTS["lsgan"], BF16)) for w in (1, 2)},
+    **{f"lsgan-bf16-parts-{w}": whole(w, VARIANTS["lsgan"], BF16_PARTS) for w in (1, 2)},
+    "plain": whole(2, VARIANTS["gan"]),
+    "compressed": whole(2, VARIANTS["gan"], {"runtime": {"compress_gradients": True}}),
+}
+
+
+class Trained:
+    """All of RUNS, trained; what they left."""
+
+    def __init__(self, dataset: Path, root: Path) -> None:
+        self.root = root
+        base = tiny_config(run={"root": str(root)}, data={"dataset": str(dataset)})
+        left = {
+            name: [(Kind.of(run.config(base, name, last), w), run.config(base, name, last)) for w, last in run.jobs]
+            for name, run in RUNS.items()
+        }
+        while any(left.values()):
+            [(kind, _)] = Counter(jobs[0][0] for jobs in left.values() if jobs).most_common(1)
+            configs = []
+            for name, jobs in left.items():
+                now = [config for _, config in takewhile(lambda job: job[0] == kind, jobs)]  # noqa: B023
+                left[name] = jobs[len(now) :]
+                configs += now
+            train_many(configs, kind.world_size)
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        """Every tensor of the last checkpoint."""
+        return find(self.root / name, STEPS).tensors()
+
+    def losses(self, name: str) -> Tensor:
+        return losses(self.root / name)
+
+
+def losses(folder: Path) -> Tensor:
+    """(STEPS, 2): the critic's and the generator's of a run."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    return torch.tensor([[row["critic_loss"], row["generator_loss"]] for row in rows])
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What runs must have in common to be trained by the same processes."""
+
+    world_size: int
+    bf16: bool
+    compress_gradients: bool
+
+    @classmethod
+    def of(cls, config: Config, world_size: int) -> Kind:
+        return cls(world_size, config.runtime.precision == "bf16", config.runtime.compress_gradients)
