@@ -20,6 +20,7 @@ from torch import Tensor
 from pipeline.config import Config, flatten
 from pipeline.distributed.stopping import STOP_SIGNALS
 from pipeline.storage.checkpoint import find
+from pipeline.storage.run_folder import RunFolder
 from tests.ranks import ROOT as ROOT
 from tests.ranks import Job
 
@@ -111,7 +112,7 @@ def train_many(configs: Sequence[Config], num_processes: int) -> None:
 
 
 def final_state(run: Path, step: int) -> dict[str, Tensor]:
-    return find(run, step).tensors()
+    return find(RunFolder(run), step).tensors()
 
 
 @contextmanager

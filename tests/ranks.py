@@ -72,9 +72,6 @@ class Job:
             program: a script's path, or a module's name for what `python -m` would run.
             stdout, stderr: files to append to; they may be the same.
         """
-        self._connection, theirs = socket.socketpair()
-        with theirs:
-            socket.send_fds(_server(), [b"+"], [theirs.fileno()])
         request = {
             "program": str(program),
             "arguments": list(arguments),
@@ -84,11 +81,16 @@ class Job:
             "folder": str(folder),
             "environment": dict(os.environ if environment is None else environment),
         }
-        self._connection.sendall(json.dumps(request).encode() + b"\n")
+        self._connection, theirs = socket.socketpair()
         self._answers = self._connection.makefile("r")
-        answer = self._answers.readline()
-        assert answer, "the server of ranks has died: its standard error says why"
-        started = json.loads(answer)
+        try:
+            with theirs:
+                socket.send_fds(_server(), [b"+"], [theirs.fileno()])
+            self._connection.sendall(json.dumps(request).encode() + b"\n")
+            started = json.loads(self._answers.readline())
+        except (OSError, ValueError):
+            self._close()
+            raise RuntimeError("the server of ranks has died: its standard error says why") from None
         self.pid: int = started["launcher"]
         self.ranks = [psutil.Process(pid) for pid in started["ranks"]]
         """In the order of their ranks."""
@@ -126,6 +128,9 @@ class Job:
         """Whatever is left of it is killed, and gone when this returns."""
         self._connection.shutdown(socket.SHUT_WR)
         self.wait()
+        self._close()
+
+    def _close(self) -> None:
         self._answers.close()
         self._connection.close()
 
@@ -159,7 +164,8 @@ def serve(control: socket.socket) -> None:
     """Forks a launcher for each connection that comes through `control`, until that is closed."""
     modules = [module.name for module in pkgutil.walk_packages([str(ROOT / "pipeline")], "pipeline.")]
     for name in (*LIBRARIES, *(module for module in modules if not module.endswith("__main__"))):
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # whoever runs it will hear of it
+            importlib.import_module(name)
     threads = list(Path("/proc/self/task").iterdir())
     assert len(threads) == 1, "a fork copies the calling thread alone, and the locks that others hold stay locked"
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody here waits for a launcher

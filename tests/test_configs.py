@@ -27,6 +27,7 @@ from pipeline.evaluation.scores import frechet_distance, moments
 from pipeline.export.images import render_range
 from pipeline.models.networks import Generator
 from pipeline.models.objectives import OBJECTIVES
+from pipeline.storage.run_folder import RunFolder
 from pipeline.training.trainer import Trainer
 from tests.jobs import ROOT, changed, process_kept
 
@@ -165,7 +166,7 @@ def first_losses(config: Config, runtime: Runtime) -> Tensor:
     """(2, 2): the critic's and the generator's of two steps."""
     config = changed(config, training={"steps": 2})
     Trainer(config, runtime).run()
-    lines = map(json.loads, (config.folder / "metrics.jsonl").read_text().splitlines())
+    lines = map(json.loads, RunFolder(config.folder).metrics.read_text().splitlines())
     return torch.tensor([[line["critic_loss"], line["generator_loss"]] for line in lines])
 
 

@@ -17,7 +17,7 @@ def main(folder: str) -> None:
     runtime = Runtime(RuntimeConfig(device="cpu"))
     subnormals = int((torch.full((2**20,), 1e-38) / 10).count_nonzero())
     found = {"cores": sorted(os.sched_getaffinity(0)), "threads": torch.get_num_threads(), "subnormals": subnormals}
-    Path(folder, f"{runtime.rank}.json").write_text(json.dumps(found))
+    Path(folder, f"{runtime.ranks.rank}.json").write_text(json.dumps(found))
     runtime.close()
 
 

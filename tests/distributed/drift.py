@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 
 import torch
 
 from pipeline.config import make_parser, parse
-from pipeline.data import Batch
 from pipeline.distributed.launcher import run_program
 from pipeline.distributed.process import Runtime
 from pipeline.training.trainer import Trainer
 
 
 class Drifting(Trainer):
-    def train_step(self, batches: Iterator[Batch]) -> None:
-        super().train_step(batches)
-        if self.runtime.rank == 1 and self.state.step == 3:
+    def take_step(self) -> None:
+        super().take_step()
+        if self.runtime.ranks.rank == 1 and self.state.step == 3:
             with torch.no_grad():
                 self.state.generator.dense.bias[0] += 1e-6
 

@@ -13,8 +13,8 @@ import psutil
 import torch
 
 from pipeline.config import Config
-from pipeline.storage.checkpoint import find
-from tests.jobs import ROOT, environment, flags, launch_command, tiny_config
+from pipeline.storage.run_folder import RunFolder
+from tests.jobs import ROOT, environment, final_state, flags, launch_command, tiny_config
 from tests.ranks import Job
 
 STEPS = 400
@@ -77,7 +77,7 @@ def kill_tree(pid: int) -> None:
 
 
 def last_step(run: Path) -> int:
-    path = run / "metrics.jsonl"
+    path = RunFolder(run).metrics
     lines = path.read_text().splitlines() if path.exists() else []
     try:
         return int(json.loads(lines[-1])["step"]) if lines else 0
@@ -103,7 +103,7 @@ def interruptible(dataset: Path, root: Path, name: str) -> Config:
 
 
 def assert_same_end(one: Path, other: Path) -> None:
-    left, right = find(one, STEPS).tensors(), find(other, STEPS).tensors()
+    left, right = final_state(one, STEPS), final_state(other, STEPS)
     assert left.keys() == right.keys()
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
     assert last_step(one) == last_step(other) == STEPS

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Config, OptimizerConfig
-from pipeline.storage.checkpoint import find
+from pipeline.storage.checkpoint import Checkpoint, find
+from pipeline.storage.run_folder import RunFolder
 from tests.jobs import changed, tiny_config, train_many
 
 STEPS = 20
@@ -119,7 +120,10 @@ class Trained:
 
     def weights(self, name: str) -> dict[str, Tensor]:
         """Every tensor of the last checkpoint."""
-        return find(self.root / name, STEPS).tensors()
+        return self.checkpoint(name, STEPS).tensors()
+
+    def checkpoint(self, name: str, step: int) -> Checkpoint:
+        return find(RunFolder(self.root / name), step)
 
     def losses(self, name: str) -> Tensor:
         return losses(self.root / name)
@@ -127,7 +131,7 @@ class Trained:
 
 def losses(folder: Path) -> Tensor:
     """(STEPS, 2): the critic's and the generator's of a run."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in RunFolder(folder).metrics.read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     return torch.tensor([[row["critic_loss"], row["generator_loss"]] for row in rows])
 

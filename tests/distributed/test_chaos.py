@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.storage.checkpoint import committed, newest_intact
+from pipeline.storage.run_folder import RunFolder
 from tests.distributed.interrupting import assert_same_end, interruptible, job, kill_tree, last_step, wait_for_step
 from tests.jobs import ROOT, flags, launch
 
@@ -26,7 +27,7 @@ def test_chaos(num_processes: int, kills: int, tiny_dataset: Path, tmp_path: Pat
         with job(config, num_processes, log) as process:
             # Some kills come while the ranks start or load, most while they train or save.
             if chance.random() < 0.8:
-                resumed = newest_intact(torn / "checkpoints")[0]
+                resumed = newest_intact(RunFolder(torn))[0]
                 resumed_step = resumed.step if resumed else 0
                 target = max(resumed_step + chance.randint(1, 15), last_step(torn) + 1)
                 wait_for_step(torn, target, process, log)
@@ -37,7 +38,7 @@ def test_chaos(num_processes: int, kills: int, tiny_dataset: Path, tmp_path: Pat
                 assert code != 0
             else:
                 kill_tree(process.pid)
-        folders = committed(torn / "checkpoints")
+        folders = committed(RunFolder(torn))
         if len(folders) > 1 and chance.random() < 0.5:
             rot(folders[-1], chance)
     result = launch(TRAIN, flags(config), num_processes)

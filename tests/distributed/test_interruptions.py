@@ -19,6 +19,7 @@ import pytest
 from pipeline.config import OptimizerConfig
 from pipeline.errors import EXIT_PREEMPTED
 from pipeline.storage.checkpoint import find, newest_intact
+from pipeline.storage.run_folder import RunFolder
 from tests.distributed.interrupting import (
     LIMIT_SECONDS,
     STEPS,
@@ -52,7 +53,7 @@ def test_a_signal_to_any_rank_stops_all_after_a_save(
     text = log.read_text()
     stopped = re.search(r"stopped after step (\d+), which is saved", text)
     assert stopped is not None, text
-    checkpoint = find(run)
+    checkpoint = find(RunFolder(run))
     assert checkpoint.step == int(stopped[1]) >= 20
     assert "Traceback" not in text.split("stopped after step")[0]
 
@@ -66,7 +67,7 @@ def test_a_stopped_run_goes_on_and_ends_as_if_nothing_had_been(tiny_dataset: Pat
         wait_for_step(stopped, 30, process, log)
         process.terminate()
         process.wait(timeout=30)
-    assert 30 <= find(stopped).step < STEPS
+    assert 30 <= find(RunFolder(stopped)).step < STEPS
     result = launch(TRAIN, flags(config), 2)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "going on from" in result.stderr
@@ -90,7 +91,7 @@ def test_a_stop_before_the_first_step_or_during_a_save_is_as_good_as_any(tiny_da
             assert process.wait(timeout=30) != 0
         stopped = re.findall(r"stopped after step (\d+), which is saved", log.read_text())
         assert stopped, log.read_text()[-3000:]
-        assert find(run).step == int(stopped[-1])
+        assert find(RunFolder(run)).step == int(stopped[-1])
         assert not list(run.glob("checkpoints/*.tmp"))
 
 
@@ -157,7 +158,7 @@ def test_divergence_stops_all_ranks_with_the_step_and_keeps_the_last_good_checkp
     result = launch(TRAIN, flags(changed(config, training=mad, run={"checkpoint_every": 1})), 2)
     assert result.returncode != 0
     assert re.search(r"error: step \d+: (the loss is not finite|must not be saved)", result.stderr), result.stderr
-    checkpoint, damaged = newest_intact(tmp_path / "mad/checkpoints")
+    checkpoint, damaged = newest_intact(RunFolder(tmp_path / "mad"))
     assert damaged == []
     if checkpoint is not None:
         assert all(tensor.isfinite().all() for tensor in checkpoint.tensors().values())
@@ -197,7 +198,7 @@ def test_the_loss_of_a_rank_ends_the_others_and_is_named(tiny_dataset: Path, tmp
         assert process.wait(timeout=LIMIT_SECONDS) != 0
         assert not any(victim.is_running() for victim in victims)
     assert re.search(r"rank\s+: 1 .*\n\s+exitcode\s+: -9", log.read_text()), log.read_text()[-3000:]
-    assert newest_intact(run / "checkpoints")[0] is not None
+    assert newest_intact(RunFolder(run))[0] is not None
 
 
 @pytest.fixture
@@ -246,12 +247,12 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(
     with job_on(small_disk, tiny_dataset, log, 1000000) as process:
         junk = fill(small_disk)
         wait_for_text(log, r"checkpoint failed \(2 in a row, 1000000 tolerated\): .*No space left", process)
-        intact, damaged = newest_intact(run / "checkpoints")
+        intact, damaged = newest_intact(RunFolder(run))
         assert intact is not None
         assert damaged == []
         junk.unlink()
         deadline = time.monotonic() + LIMIT_SECONDS
-        while (now := newest_intact(run / "checkpoints")[0]) is None or now.step <= intact.step:
+        while (now := newest_intact(RunFolder(run))[0]) is None or now.step <= intact.step:
             assert process.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -264,7 +265,7 @@ def test_a_disk_that_stays_full_stops_the_run_after_the_tolerated_failures(
     with job_on(small_disk, tiny_dataset, log, 2) as process:
         fill(small_disk)
         assert process.wait(timeout=60) != 0
-    intact, damaged = newest_intact(run / "checkpoints")
+    intact, damaged = newest_intact(RunFolder(run))
     assert intact is not None
     assert damaged == []
     failure = re.search(

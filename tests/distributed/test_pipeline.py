@@ -19,6 +19,7 @@ from pipeline.data import Dataset
 from pipeline.data.resident import load_split
 from pipeline.export.generator_file import load_export
 from pipeline.storage.checkpoint import find
+from pipeline.storage.run_folder import RunFolder
 from tests.distributed.interrupting import job
 from tests.jobs import ROOT, changed, flags, launch, launch_as_users_do
 
@@ -55,7 +56,7 @@ def test_a_run_leaves_everything_that_the_readme_lists(run: Path) -> None:
     with Image.open(run / "samples/00020.png") as grid:
         assert grid.size == (244, 244)
     exported = load_export(run / "export/generator.safetensors").state_dict()
-    saved = find(run, 20).tensors()
+    saved = find(RunFolder(run), 20).tensors()
     assert all((saved[f"ema.{name}"] == tensor).all() for name, tensor in exported.items())
 
 
@@ -93,7 +94,7 @@ def test_a_signal_during_an_evaluation_stops_the_job_with_the_step_saved(
     )
     with job(config, 2, log) as process:
         deadline = time.monotonic() + 120
-        while not find_step(run, 3):
+        while not RunFolder(run).checkpoint(3).exists():
             assert process.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < deadline
             time.sleep(0.1)
@@ -102,10 +103,6 @@ def test_a_signal_during_an_evaluation_stops_the_job_with_the_step_saved(
         process.wait(timeout=60)
     assert "stopped after step 3, which is saved" in log.read_text()
     assert not (run / "evaluation/step-00000003.json").exists()
-
-
-def find_step(run: Path, step: int) -> bool:
-    return (run / "checkpoints" / f"step-{step:08d}").exists()
 
 
 class Evaluate:

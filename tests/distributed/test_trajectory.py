@@ -15,10 +15,20 @@ from hypothesis import strategies as st
 from pipeline.config import Config, RuntimeConfig
 from pipeline.distributed.process import Runtime
 from pipeline.models.objectives import OBJECTIVES
-from pipeline.storage.checkpoint import find
+from pipeline.storage.run_folder import RunFolder
 from pipeline.training.trainer import Trainer
 from tests.distributed.runs import ELASTIC, SOURCES, STEPS, STOPS, VARIANTS, Trained, losses
-from tests.jobs import ROOT, changed, environment, flags, launch, launch_as_users_do, process_kept, tiny_config
+from tests.jobs import (
+    ROOT,
+    changed,
+    environment,
+    final_state,
+    flags,
+    launch,
+    launch_as_users_do,
+    process_kept,
+    tiny_config,
+)
 
 HINGE = """
 from torch.nn import functional as F
@@ -110,9 +120,9 @@ def test_a_run_may_stop_after_any_step(stop: int, source: str, cadence: int, bas
     def train(name: str, steps: int, every: int = 1000) -> dict[str, torch.Tensor]:
         config = changed(base, **SOURCES[source])
         config = changed(config, run={"name": name, "checkpoint_every": every}, training={"steps": steps})
-        if not (config.folder / "checkpoints" / f"step-{steps:08d}").exists():
+        if not RunFolder(config.folder).checkpoint(steps).exists():
             Trainer(config, runtime).run()
-        return find(config.folder, steps).tensors()
+        return final_state(config.folder, steps)
 
     whole = train(f"any-whole-{source}", STEPS)
     train(f"any-{source}-{stop}-{cadence}", stop, cadence)
@@ -133,7 +143,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(trained: Trained,
 def test_a_run_goes_on_with_another_number_of_ranks(trained: Trained, before: int, after: int, source: str) -> None:
     name = f"elastic-{source}-{before}-{after}"
     for step, ranks in ((9, before), (STEPS, after)):
-        assert find(trained.root / name, step).world_size == ranks
+        assert trained.checkpoint(name, step).world_size == ranks
     assert_close(trained.weights(f"{source}-1"), trained.weights(name), 1e-9)
 
 
@@ -142,7 +152,7 @@ def test_a_run_goes_on_with_three_ranks(trained: Trained) -> None:
 
 
 def test_replicas_hold_the_clip_and_share_the_work(trained: Trained) -> None:
-    checkpoint = find(trained.root / "wgan-4", STEPS)
+    checkpoint = trained.checkpoint("wgan-4", STEPS)
     critic = {name: value for name, value in checkpoint.tensors().items() if name.startswith("critic.")}
     assert max(value.abs().max().item() for value in critic.values()) == 0.01
     assert len(checkpoint.files) == 4, "every rank writes a shard"
