@@ -10,8 +10,6 @@ from hashlib import blake2b
 
 import torch
 
-from pipeline.errors import UserError
-
 EVALUATION_BLOCK = 256
 """Evaluation latents drawn at once; changing it changes every evaluation image."""
 
@@ -24,20 +22,6 @@ def seeded(seed: int, purpose: str, *counters: int) -> torch.Generator:
     """
     digest = blake2b(repr((int(seed), purpose, *map(int, counters))).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-
-
-def rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
-    """The rows of a global batch that belong to `rank`.
-
-    Raises UserError when `world_size` does not divide `batch_size`.
-    """
-    if batch_size % world_size:
-        raise UserError(
-            f"training.batch_size {batch_size} cannot be shared among {world_size} processes: "
-            "choose a batch size that the number of processes divides"
-        )
-    share = batch_size // world_size
-    return slice(rank * share, (rank + 1) * share)
 
 
 def critic_latents(

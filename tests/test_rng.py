@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline import rng
-from pipeline.errors import UserError
+from pipeline.distributed.collectives import Ranks
 from pipeline.rng import seeded
 
 WHOLE = slice(None)
@@ -77,15 +77,13 @@ def test_the_global_rng_is_left_alone() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
 def test_ranks_share_one_global_batch(world_size: int) -> None:
     for seed in range(3):
-        parts = [
-            rng.critic_latents(seed, 9, 1, 12, 5, rng.rank_slice(12, rank, world_size)) for rank in range(world_size)
-        ]
+        parts = [rng.critic_latents(seed, 9, 1, 12, 5, Ranks(rank, world_size).rows(12)) for rank in range(world_size)]
         assert torch.equal(torch.cat(parts), rng.critic_latents(seed, 9, 1, 12, 5, WHOLE))
 
 
 def test_a_world_size_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(UserError, match=r"batch_size 64 .* 3 processes"):
-        rng.rank_slice(64, 0, 3)
+    with pytest.raises(AssertionError, match="64 rows among 3 ranks"):  # checks refuse it long before
+        Ranks(0, 3).rows(64)
 
 
 def test_latents_are_uniform_in_minus_one_to_one() -> None:

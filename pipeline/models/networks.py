@@ -1,9 +1,9 @@
 """Generator and critic of the reference notebook, from stock layers: forward passes only.
 
 Keras's 'same' padding is asymmetric where a stride of 2 does not divide the size, and its transposed convolution crops
-one row before and two after. On images mirrored in both axes that is torch's own symmetric padding. So the networks live
-mirrored: real images are mirrored once when they are loaded, generated ones once when they are rendered, and weights
-are stored mirrored (`mirror`). Keras flattens to height, width, channels; so do these.
+one row before and two after. On images mirrored in both axes that is torch's own symmetric padding. So the networks
+live mirrored: real images are mirrored once when they are loaded, generated ones once when they are rendered, and
+weights are stored mirrored (`mirror`). Keras flattens to height, width, channels; so do these.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import yaml
 
 from pipeline.data.prepare import ShardSizes, prepare_npz
 from pipeline.storage.checkpoint import newest_intact
+from pipeline.storage.run_folder import RunFolder
 from tests.jobs import ROOT, TINY, final_state, launch
 from tests.slurm.cluster import Cluster, until, why_impossible
 
@@ -138,7 +139,7 @@ def chain(project: Project) -> Chain:
     project.wait_for_step(run, 3, train)
     project.cluster.run("scancel", "--batch", "--signal=USR1", train)
     until(lambda: project.job(train)["Restarts"] == "1", "the requeue", JOB_SECONDS, lambda: project.log(train))
-    assert newest_intact(run / "checkpoints")[0] is not None
+    assert newest_intact(RunFolder(run))[0] is not None
     assert project.wait_for_end(train, evaluate, report) == ["COMPLETED"] * 3, project.log(train) + project.log(
         evaluate
     )
@@ -186,7 +187,7 @@ def test_a_run_whose_node_died_is_intact_and_a_requeue_finishes_it(
     project.wait_for_step(run, 10, number)
     cluster.kill_node("node2")
     until(lambda: project.job(number)["Restarts"] == "1", "the requeue", JOB_SECONDS, lambda: project.log(number))
-    checkpoint, damaged = newest_intact(run / "checkpoints")
+    checkpoint, damaged = newest_intact(RunFolder(run))
     assert checkpoint is not None
     assert damaged == []
     assert checkpoint.step < STEPS

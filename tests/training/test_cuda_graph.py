@@ -3,45 +3,49 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from pipeline.config import RuntimeConfig, make_parser, parse
+from pipeline.config import RuntimeConfig
 from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
-from pipeline.training.step import CapturedStep, Step
+from pipeline.training.cuda_graph import CapturedStep
 from pipeline.training.trainer import Trainer
-from tests.jobs import TINY, process_kept
+from tests.jobs import process_kept, tiny_config
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "wgan": {"critic_updates": "separate", "critic_fakes": "moving"},
+    "wgan_gp": {"gradient_penalty": 10.0, "clip_value": None},
+    "acgan": {"clip_value": None},
+}
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("objective", ["wgan", "wgan_gp", "acgan"])
+@pytest.mark.parametrize("objective", SETTINGS)
 def test_a_captured_step_walks_the_same_trajectory(
     objective: str, device: str, tiny_dataset: Path, tmp_path: Path
 ) -> None:
-    chosen = {
-        "wgan": ["--training.critic_updates", "separate", "--training.critic_fakes", "moving"],
-        "wgan_gp": ["--training.gradient_penalty", "10", "--training.clip_value", "null"],
-        "acgan": ["--training.clip_value", "null", "--training.critic_optimizer.decay", "0.1"],
-    }[objective]
-    place = ["--data.dataset", str(tiny_dataset), "--run.root", str(tmp_path), "--training.objective", objective]
-    graph = ["--runtime.cuda_graph", "true"] if device == "cuda" else []
-    found = []
+    found: list[tuple[Tensor, dict[str, Tensor]]] = []
     with process_kept():
         for captured in (False, True):
-            arguments = [*TINY, *place, *chosen, "--runtime.device", device, *(graph if captured else [])]
-            config, _ = parse(make_parser("test"), arguments)
-            trainer = Trainer(config, Runtime(config.runtime))
-            if captured and isinstance(trainer._step, Step):
-                trainer._step = CapturedStep(trainer._step)
-            batches = trainer.source.batches(0)
+            config = tiny_config(
+                data={"dataset": str(tiny_dataset)},
+                run={"root": str(tmp_path)},
+                training={"objective": objective, **SETTINGS[objective]},
+                runtime={"device": device, "cuda_graph": captured and device == "cuda"},
+            )
+            runtime = Runtime(config.runtime)
+            trainer = Trainer(config, runtime)
+            if captured and not isinstance(trainer.step, CapturedStep):
+                trainer.step = CapturedStep(trainer.step, trainer.state, runtime)
             for _ in range(5):
-                trainer.train_step(batches)
-                trainer.state.step += 1
-            found.append((trainer.interval.losses(), trainer.state.tensors()))
+                trainer.take_step()
+            found.append((trainer.log.losses(), trainer.state.tensors()))
+            runtime.close()
     (losses, tensors), (captured_losses, captured_tensors) = found
     torch.testing.assert_close(captured_losses, losses, rtol=1e-4, atol=1e-6)
     for name, tensor in tensors.items():
