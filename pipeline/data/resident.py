@@ -62,6 +62,8 @@ class ResidentSource:
         number = first
         while True:
             rows = data_indices(self._seed, number, self._batch_size, len(self._images))[self._rows]
+            if self._images.is_cuda:
+                rows = rows.pin_memory()  # or the copy would be staged
             rows = rows.to(self._images.device, non_blocking=True)
             yield Batch(self._images[rows], self._labels[rows])
             number += 1

@@ -60,6 +60,8 @@ class InputStream:
         self._config, self._state, self._source = config, state, source
         self._rows = ranks.rows(config.training.batch_size)
         self._weight = state.generator.dense.weight
+        share = self._rows.stop - self._rows.start
+        self._no_labels = torch.zeros(share, dtype=torch.int64, device=self._weight.device)
         self._batches: Iterator[Batch] = iter(())
         self._next_batch = -1
         self.wait_seconds = 0.0
@@ -114,8 +116,10 @@ class InputStream:
         return self._to_device(rows).to(self._weight.dtype)
 
     def _draw_labels(self, draw: Callable[..., Tensor], *counters: int) -> Tensor:
-        """This rank's rows of a global draw of classes, on the device; all 0 without classes."""
-        training, num_classes = self._config.training, self._state.generator.num_classes or 1
+        """This rank's rows of a global draw of classes, on the device; without classes nobody reads them: all 0."""
+        training, num_classes = self._config.training, self._state.generator.num_classes
+        if not num_classes:
+            return self._no_labels
         return self._to_device(draw(training.seed, *counters, training.batch_size, num_classes, self._rows))
 
     def _to_device(self, values: Tensor) -> Tensor:
@@ -125,7 +129,7 @@ class InputStream:
 
     def _rates(self, values: list[float]) -> list[float] | Tensor:
         """A graph reads them from the device's memory."""
-        return torch.tensor(values, device=self._weight.device) if self._config.runtime.cuda_graph else values
+        return self._to_device(torch.tensor(values)) if self._config.runtime.cuda_graph else values
 
 
 def learning_rate(config: OptimizerConfig, update: int) -> float:

@@ -78,6 +78,24 @@ def test_images_are_never_rescaled(extractor: FeatureExtractor) -> None:
         extractor(torch.zeros(2, 1, 28, 28))
 
 
+def test_features_are_never_computed_in_tensor_float_32(
+    extractor: FeatureExtractor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in cuDNN's convolutions nor in cuBLAS's products, whatever the training runs in."""
+    seen: list[tuple[bool, bool]] = []
+    forward = extractor._forward
+
+    def recording(part: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        return forward(part)
+
+    monkeypatch.setattr(extractor, "_forward", recording)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    extractor(torch.zeros(3, 1, 28, 28, dtype=torch.uint8))
+    assert seen == [(False, False)]
+    assert torch.backends.cuda.matmul.allow_tf32
+
+
 def test_an_unknown_feature_space_is_refused() -> None:
     with pytest.raises(UserError, match=r"'fashion'.*mnist, inception"):
         load_features("fashion", CPU, (1, 28, 28), None)

@@ -43,9 +43,14 @@ class FeatureExtractor(ABC):
         """
         if images.dtype != torch.uint8:
             raise TypeError(f"images are {images.dtype}, expected torch.uint8 in 0..255")
-        # Not TensorFloat-32: it would move the scores in their third digit against a CPU's.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            outputs = [self._forward(part.to(self.device)) for part in torch.split(images, FORWARD_SIZE)]
+        # Not TensorFloat-32, of cuDNN or cuBLAS: it would move the scores in their third digit against a CPU's.
+        matmul = torch.backends.cuda.matmul
+        before, matmul.allow_tf32 = matmul.allow_tf32, False
+        try:
+            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+                outputs = [self._forward(part.to(self.device)) for part in torch.split(images, FORWARD_SIZE)]
+        finally:
+            matmul.allow_tf32 = before
         features, logits = (torch.cat(tensors).cpu() for tensors in zip(*outputs, strict=True))
         return features, logits
 
