@@ -90,10 +90,14 @@ def test_features_are_never_computed_in_tensor_float_32(
         return forward(part)
 
     monkeypatch.setattr(extractor, "_forward", recording)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    extractor(torch.zeros(3, 1, 28, 28, dtype=torch.uint8))
-    assert seen == [(False, False)]
-    assert torch.backends.cuda.matmul.allow_tf32
+    matmul = torch.backends.cuda.matmul
+    try:
+        matmul.allow_tf32 = True
+        extractor(torch.zeros(3, 1, 28, 28, dtype=torch.uint8))
+        assert seen == [(False, False)]
+        assert matmul.allow_tf32, "given back"
+    finally:
+        matmul.allow_tf32 = False
 
 
 def test_an_unknown_feature_space_is_refused() -> None:
