@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,6 @@ from torch.nn import functional as F
 KERNEL, HALF = 5, 2
 CPU_LANES = 16
 """float32 numbers of a vector register."""
-LARGE_KERNEL = 2**18
-"""Numbers of a kernel that a CPU's cache does not hold beside its images."""
 PAIR_TAPS = 1 + 2 * torch.arange(3).view(3, 1, 1) + torch.arange(2).view(2, 1) - torch.arange(2)
 """(3, 2, 2): which tap of a kernel's row (with a zero at either end) connects pixel p of the input pair m - 1 pairs
 away with pixel q of an output pair."""
@@ -40,14 +38,7 @@ def faster_form(layer: nn.Module) -> Callable[..., Tensor] | None:
             return convolution_by_taps
         if layer.out_channels < CPU_LANES:
             return convolution_on_pairs
-        if layer.weight.numel() >= LARGE_KERNEL:
-            return convolution_by_rows
     return None
-
-
-def _on_plain_cpu(images: Tensor) -> bool:
-    """Without autocast, under which operands have different types and torch's own functions choose."""
-    return images.is_cpu and not torch.is_autocast_enabled("cpu")
 
 
 def convolution_by_taps(layer: nn.Conv2d, images: Tensor) -> Tensor:
@@ -80,83 +71,11 @@ def convolution_on_pairs(layer: nn.Conv2d, images: Tensor) -> Tensor:
     return outputs.permute(0, 3, 1, 2)
 
 
-def convolution_by_rows(layer: nn.Conv2d, images: Tensor) -> Tensor:
-    """As matrix products of parts of the operands.
-
-    For images of 4 x 4 and a kernel larger than the cache that takes half of the time of a CPU's own convolution, which
-    multiplies the padding too.
-    """
-    if not _on_plain_cpu(images):
-        return F.conv2d(images, layer.weight, layer.bias, padding=HALF)
-    outputs: Tensor = _ConvolutionByRows.apply(images, layer.weight, layer.bias)
-    return outputs
-
-
-class _ConvolutionByRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(images, weight)
-        n, _, h, w = images.shape
-        inputs, kernel = _rows(images), _kernel_rows(weight)
-        outputs = bias.repeat(h * n, w)
-        for into, taps, out in _products(images.shape, len(weight)):
-            outputs[out].addmm_(inputs[into], kernel[taps].T)
-        return outputs.view(h, n, w, -1).permute(1, 3, 0, 2)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        images, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the caller wants to differentiate once more, as a gradient penalty does
-            rest = [len(weight)], [1, 1], [HALF] * 2, [1, 1], False, [0, 0], 1, ctx.needs_input_grad
-            gradients: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(upstream, images, weight, *rest)
-            return gradients
-        n, _, h, w = images.shape
-        inputs, kernel, above = _rows(images), _kernel_rows(weight), _rows(upstream)
-        _, wants_kernel, wants_bias = ctx.needs_input_grad
-        for_inputs, for_kernel = torch.zeros_like(inputs), torch.zeros_like(kernel) if wants_kernel else None
-        for into, taps, out in _products(images.shape, len(weight)):
-            for_inputs[into].addmm_(above[out], kernel[taps])
-            if for_kernel is not None:
-                for_kernel[taps].addmm_(above[out].T, inputs[into])
-        for_images = for_inputs.view(h, n, w, -1).permute(1, 3, 0, 2).contiguous(memory_format=torch.channels_last)
-        for_weight = None
-        if for_kernel is not None:
-            for_weight = for_kernel.view(len(weight), KERNEL, KERNEL, -1).permute(0, 3, 1, 2)
-        return for_images, for_weight, upstream.sum((0, 2, 3)) if wants_bias else None
-
-
-def _rows(images: Tensor) -> Tensor:
-    """(n, c, h, w) -> (h * n, w * c): row 0 of all images, then row 1 of all, ..."""
-    n, c, h, w = images.shape
-    return images.permute(2, 0, 3, 1).reshape(h * n, w * c)
-
-
-def _kernel_rows(weight: Tensor) -> Tensor:
-    """(out, in, KERNEL, KERNEL) -> (out, KERNEL, KERNEL * in), a view of channels-last memory."""
-    return weight.permute(0, 2, 3, 1).flatten(2)
-
-
-def _products(
-    shape: Sequence[int], out_channels: int
-) -> Iterator[tuple[tuple[slice, slice], Any, tuple[slice, slice]]]:
-    """For every column of outputs and every row of the kernel: which `_rows` of the inputs times which part of
-    `_kernel_rows` add to which `_rows` of the outputs."""
-    n, in_channels, height, width = shape
-    for column in range(width):
-        first, last = max(0, HALF - column), min(KERNEL, HALF - column + width)
-        into_columns = slice((column - HALF + first) * in_channels, (column - HALF + last) * in_channels)
-        out_columns = slice(column * out_channels, (column + 1) * out_channels)
-        for row in range(KERNEL):
-            top, bottom = max(0, HALF - row), min(height, HALF - row + height)
-            into = slice((top + row - HALF) * n, (bottom + row - HALF) * n), into_columns
-            taps = slice(None), row, slice(first * in_channels, last * in_channels)
-            yield into, taps, (slice(top * n, bottom * n), out_columns)
-
-
 def transposed_convolution(layer: nn.ConvTranspose2d, images: Tensor) -> Tensor:
     """With the gradient of its kernel taken as that of the convolution in the other direction: two thirds of the time
     that torch's own takes."""
-    if torch.is_grad_enabled() and _on_plain_cpu(images):
+    # Under autocast the operands have different types, and torch's own functions choose.
+    if torch.is_grad_enabled() and images.is_cpu and not torch.is_autocast_enabled("cpu"):
         outputs: Tensor = _TransposedConvolution.apply(images, layer.weight, layer.bias)
         return outputs
     return F.conv_transpose2d(images, layer.weight, layer.bias, stride=2, padding=HALF, output_padding=1)

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import NetworkConfig
-from pipeline.models import cpu_kernels
 from pipeline.models.cpu_kernels import (
-    convolution_by_rows,
     convolution_by_taps,
     convolution_on_pairs,
     faster_form,
@@ -79,7 +77,6 @@ def everything(layer: nn.Module, images: Tensor, trained: bool) -> list[Tensor]:
 FORMS: list[tuple[Callable[..., Tensor], Callable[[], nn.Module]]] = [
     (convolution_by_taps, lambda: nn.Conv2d(30, 1, 5, padding=2)),
     (convolution_on_pairs, lambda: nn.Conv2d(3, 2, 5, padding=2)),
-    (convolution_by_rows, lambda: nn.Conv2d(3, 20, 5, padding=2)),
 ]
 
 
@@ -91,10 +88,8 @@ def test_each_form_of_a_convolution_is_the_stock_layer(
     build: Callable[[], nn.Module],
     trained: bool,
     shape: tuple[int, int],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     random = torch.Generator().manual_seed(sum(shape))
-    monkeypatch.setattr(cpu_kernels, "LARGE_KERNEL", 0)
     layer = build().double().to(memory_format=torch.channels_last)
     channels = layer.get_parameter("weight").shape[1]
     images = torch.randn(6, channels, *shape, dtype=torch.float64, generator=random, requires_grad=True)
@@ -126,7 +121,7 @@ def test_the_reference_networks_get_each_form_and_keep_their_state() -> None:
     before = {**generator.state_dict(), **critic.state_dict()}
     forms = [faster_form(layer) for network in (generator, critic) for layer in network.modules()]
     found = [form for form in forms if form is not None]
-    assert found == [transposed_convolution] * 2 + [convolution_by_taps, convolution_by_rows]
+    assert found == [transposed_convolution] * 2 + [convolution_by_taps]
     for network in (generator, critic):
         use_cpu_kernels(network)
     after = {**generator.state_dict(), **critic.state_dict()}
