@@ -23,7 +23,7 @@ Settings = dict[str, dict[str, Any]]
 
 ADAM = OptimizerConfig(algorithm="adam")
 VARIANTS: dict[str, Settings] = {
-    "wgan": {},
+    "wgan": {"training": {"n_critic": 5}},
     "wgan_gp": {"training": {"objective": "wgan_gp", "gradient_penalty": 10.0, "clip_value": None}},
     "lsgan": {"training": {"objective": "lsgan", "clip_value": None}},
     "gan": {"training": {"objective": "gan", "clip_value": None}},
@@ -104,7 +104,7 @@ class Trained:
 
     def __init__(self, dataset: Path, root: Path) -> None:
         self.root = root
-        base = tiny_config(run={"root": str(root)}, data={"dataset": str(dataset)})
+        base = tiny_config(run={"root": str(root)}, data={"dataset": str(dataset)}, training={"n_critic": 2})
         left = {
             name: [(Kind.of(run.config(base, name, last), w), run.config(base, name, last)) for w, last in run.jobs]
             for name, run in RUNS.items()
