@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,14 +65,17 @@ def environment() -> dict[str, str]:
 
 
 def launch(
-    program: str | Path, arguments: Sequence[str], num_processes: int = 1, folder: Path = ROOT
+    program: str | Path,
+    arguments: Sequence[str],
+    num_processes: int = 1,
+    folder: Path = ROOT,
+    variables: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a script, or a module by its name, on forked ranks."""
+    """Runs a script, or a module by its name, on forked ranks; `variables` are added to the environment."""
     with tempfile.TemporaryDirectory() as name:
         stdout, stderr = Path(name, "stdout"), Path(name, "stderr")
-        job = Job(
-            program, arguments, num_processes, stdout=stdout, stderr=stderr, folder=folder, environment=environment()
-        )
+        output = {"stdout": stdout, "stderr": stderr}
+        job = Job(program, arguments, num_processes, **output, folder=folder, variables=variables)
         with job:
             code = job.wait(TIMEOUT_SECONDS)
         return subprocess.CompletedProcess([str(program), *arguments], code, stdout.read_text(), stderr.read_text())

@@ -64,13 +64,14 @@ class Job:
         stdout: Path,
         stderr: Path,
         folder: Path = ROOT,
-        environment: Mapping[str, str] | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         """Starts it.
 
         Args:
             program: a script's path, or a module's name for what `python -m` would run.
             stdout, stderr: files to append to; they may be the same.
+            variables: added to this process's environment.
         """
         request = {
             "program": str(program),
@@ -79,7 +80,7 @@ class Job:
             "stdout": str(stdout),
             "stderr": str(stderr),
             "folder": str(folder),
-            "environment": dict(os.environ if environment is None else environment),
+            "environment": os.environ | {"OMP_NUM_THREADS": "1"} | dict(variables or {}),
         }
         self._connection, theirs = socket.socketpair()
         self._answers = self._connection.makefile("r")
@@ -266,6 +267,7 @@ def run(request: dict[str, Any], place: dict[str, str]) -> NoReturn:
         if is_script:
             runpy.run_path(program, run_name="__main__")
         else:
+            sys.modules.pop(program, None)  # or runpy would warn of two copies
             runpy.run_module(program, run_name="__main__", alter_sys=True)
     except SystemExit as ended:
         if isinstance(ended.code, str):

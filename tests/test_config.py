@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +7,7 @@ import yaml
 
 from pipeline.config import Config, DataConfig, RunConfig, TrainingConfig, flatten, make_parser, parse, to_yaml
 from pipeline.errors import UserError
-
-ROOT = Path(__file__).parents[1]
+from tests.jobs import ROOT, launch
 
 
 def from_arguments(*arguments: str) -> Config:
@@ -92,8 +89,7 @@ def test_unknown_keys_and_wrong_types_are_refused_by_name(
 def test_the_program_refuses_bad_input_in_one_line_and_touches_nothing(
     arguments: list[str], message: str, tmp_path: Path
 ) -> None:
-    command = [sys.executable, str(ROOT / "pipeline/train.py"), *arguments]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    result = launch(ROOT / "pipeline/train.py", arguments, folder=tmp_path)
     assert result.returncode == 2
     last = [line for line in result.stderr.splitlines() if line][-1]
     assert "Traceback" not in result.stderr

@@ -3,7 +3,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from pipeline.errors import UserError
 from pipeline.storage.checkpoint import CheckpointWriter
 from pipeline.storage.run_folder import RunFolder
 from pipeline.training.state import build_state
-from tests.jobs import ROOT, TINY, environment, launch
+from tests.jobs import ROOT, TINY, launch
 
 DOCTOR = ROOT / "pipeline/doctor.py"
 
@@ -106,28 +105,16 @@ def test_everything_that_is_wrong_is_told_at_once(tiny_dataset: Path, mounted: P
 
 
 def test_ranks_that_cannot_reach_each_other_are_told_what_to_set(tiny_dataset: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(DOCTOR), *settings(tiny_dataset, tmp_path)]
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     # The launcher's place is taken by this environment: the interface fails before the second rank is missed.
-    result = subprocess.run(
-        [*command, "--runtime.timeout_seconds", "5"],
-        env=environment() | rendezvous | {"RANK": "0", "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "nowhere0"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    alone = rendezvous | {"RANK": "0", "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "nowhere0"}
+    result = launch(DOCTOR, [*settings(tiny_dataset, tmp_path), "--runtime.timeout_seconds", "5"], variables=alone)
     assert result.returncode == 2, result.stderr
     assert re.fullmatch(r"error +ranks: they can't talk to each other \(.+\); name the interface .+\n", result.stdout)
 
 
 def test_errors_end_with_exit_code_2(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, str(DOCTOR), *settings(tmp_path / "nowhere", tmp_path)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    result = launch(DOCTOR, settings(tmp_path / "nowhere", tmp_path))
     assert result.returncode == 2, result.stderr
     assert f"error    data.dataset: {tmp_path}/nowhere/dataset.json does not exist: prepare" in result.stdout
     assert not list(tmp_path.iterdir())

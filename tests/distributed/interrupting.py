@@ -27,9 +27,7 @@ Running = Job | subprocess.Popen[bytes]
 @contextmanager
 def job(config: Config, num_processes: int, log: Path) -> Iterator[Job]:
     """Forked ranks that train, all of them gone at the end."""
-    with Job(
-        ROOT / "pipeline/train.py", flags(config), num_processes, stdout=log, stderr=log, environment=environment()
-    ) as running:
+    with Job(ROOT / "pipeline/train.py", flags(config), num_processes, stdout=log, stderr=log) as running:
         yield running
 
 

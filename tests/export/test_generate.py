@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,11 @@ from PIL import Image
 
 from pipeline.export.generator_file import load_export
 from pipeline.export.images import render_range
-from tests.jobs import ROOT
+from tests.jobs import ROOT, launch
 
 
 def generate(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "pipeline/generate.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return launch(ROOT / "pipeline/generate.py", list(map(str, arguments)))
 
 
 def pixels(path: Path) -> NDArray[np.uint8]:

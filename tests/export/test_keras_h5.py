@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +19,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.export.generator_file import load_generator
 from pipeline.export.keras_h5 import load_keras
-from tests.jobs import ROOT
+from tests.jobs import ROOT, launch
 from tests.keras_reference import keras_generator
 
 
@@ -588,11 +586,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_the_program_draws_from_a_keras_file(tmp_path: Path) -> None:
     path = write(tmp_path / "acgan_mnist.h5", keras(classes=10))
-    command = [sys.executable, str(ROOT / "pipeline/generate.py"), "-g", str(path), "--out", str(tmp_path / "grid.png")]
-    assert subprocess.run(command, capture_output=True, text=True, timeout=120).returncode == 0
+    generate = ROOT / "pipeline/generate.py"
+    assert launch(generate, ["-g", str(path), "--out", str(tmp_path / "grid.png")]).returncode == 0
     path.write_text("hello")
-    command[-1] = str(tmp_path / "another.png")
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = launch(generate, ["-g", str(path), "--out", str(tmp_path / "another.png")])
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: {path}: not a generator of the reference's Keras notebooks (")
     assert len(result.stderr.splitlines()) == 1

@@ -18,7 +18,7 @@ from pipeline.export.onnx import save_onnx
 from pipeline.models.networks import Generator
 from pipeline.rng import evaluation_labels, evaluation_latents
 from tests.export.generators import random_generator
-from tests.jobs import ROOT, environment
+from tests.jobs import ROOT, launch
 
 
 def assert_onnx_is(path: Path, generator: Generator) -> None:
@@ -61,8 +61,7 @@ def test_a_float64_generator_becomes_float32(tmp_path: Path) -> None:
 
 
 def export(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipeline.export", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    return launch("pipeline.export", list(map(str, arguments)))
 
 
 def test_the_program_converts_and_never_overwrites(tmp_path: Path) -> None:

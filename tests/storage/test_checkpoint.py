@@ -33,7 +33,7 @@ from pipeline.storage.checkpoint import (
     sweep,
 )
 from pipeline.storage.run_folder import RunFolder
-from tests.jobs import ROOT
+from tests.jobs import ROOT, launch
 from tests.trap import Trap
 
 
@@ -320,9 +320,7 @@ def test_a_lost_folder_is_an_error_that_passes(tmp_path: Path) -> None:
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline.checkpoint", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120
-    )
+    return launch("pipeline.checkpoint", arguments)
 
 
 def test_the_command_lists_verifies_and_consolidates(tmp_path: Path) -> None:
