@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
-# Installs with the development extras, then: formatter check, linter, type checker, tests. Arguments go to pytest.
+# Installs with the development extras, then: formatter check, linter, type checker, tests. With --fast only the tests
+# that take seconds. Further arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+selection=()
+if [ "${1:-}" = --fast ]; then
+  selection=(-m "not slow and not slurm")
+  shift
+fi
 python=${PYTHON:-python3}
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 .venv/bin/python -m pip install --quiet -e '.[dev]'
@@ -9,4 +15,5 @@ export OMP_NUM_THREADS=1  # the tests run side by side
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy
-.venv/bin/pytest -n "${TEST_PROCESSES:-auto}" --dist loadfile --no-loadscope-reorder "$@"
+# One more than there are cores: tests of Slurm, signals and the launcher wait for much of their time.
+.venv/bin/pytest -n "${TEST_PROCESSES:-$(($(nproc) + 1))}" --dist loadfile --no-loadscope-reorder "${selection[@]}" "$@"

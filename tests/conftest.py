@@ -11,6 +11,22 @@ from pipeline.data import Dataset
 from pipeline.data.prepare import ShardSizes, prepare_mnist, prepare_npz
 
 REPOSITORY = Path(__file__).parent.parent
+LONGEST_FIRST = (
+    *("slurm/test_slurm.py", "distributed/test_trajectory.py", "distributed/test_interruptions.py"),
+    *("distributed/test_chaos.py", "distributed/test_pipeline.py", "distributed/test_two_launchers.py"),
+    *(
+        "benchmarking/test_measure.py",
+        "test_configs.py",
+        "evaluation/test_controls.py",
+        "evaluation/test_evaluation.py",
+    ),
+)
+"""A test process takes a whole file, the first that is left: the long ones must not be among the last."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {REPOSITORY / "tests" / name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")

@@ -194,6 +194,7 @@ def test_the_first_steps_in_float32_are_those_of_float64(
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.slow
 @EACH_CONFIG
 def test_generated_images_come_closer_to_the_real_ones(
     name: str, runtime: Runtime, strokes: Strokes, tmp_path: Path

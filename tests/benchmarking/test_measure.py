@@ -56,6 +56,7 @@ def test_every_form_in_use_is_in_the_table(
     assert not any(layer._forward_pre_hooks for layer in trainer.state.generator.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_benchmark_measures_what_it_says(world_size: int, mnist_dataset: Dataset, tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"

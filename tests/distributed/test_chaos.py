@@ -15,6 +15,7 @@ from tests.distributed.interrupting import assert_same_end, interruptible, job, 
 from tests.jobs import ROOT, flags, launch
 
 TRAIN = ROOT / "pipeline/train.py"
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("num_processes", "kills"), [(1, 14), (2, 12), (4, 6)])

@@ -58,6 +58,7 @@ def test_a_signal_to_any_rank_stops_all_after_a_save(
     assert "Traceback" not in text.split("stopped after step")[0]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_ends_as_if_nothing_had_been(tiny_dataset: Path, tmp_path: Path) -> None:
     """SIGTERM to the launcher, which forwards it to both ranks."""
     whole, stopped, log = tmp_path / "whole", tmp_path / "stopped", tmp_path / "log"
@@ -114,6 +115,7 @@ def test_a_second_interrupt_stops_at_once_even_a_rank_that_waits_for_another(
         assert not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.slow
 def test_the_launcher_restarts_a_run_that_lost_a_rank(tiny_dataset: Path, tmp_path: Path) -> None:
     """`--max_restarts 2`: each rank is killed once, and nobody starts anything by hand."""
     whole, torn, log = tmp_path / "whole", tmp_path / "torn", tmp_path / "log"
@@ -188,6 +190,7 @@ def test_replicas_that_drift_apart_are_never_committed(tiny_dataset: Path, tmp_p
     assert [path.name for path in (tmp_path / "drift/checkpoints").iterdir()] == ["step-00000002"]
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_rank_ends_the_others_and_is_named(tiny_dataset: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "lost", tmp_path / "log"
     config = changed(interruptible(tiny_dataset, tmp_path, run.name), training=ENDLESS)

@@ -31,6 +31,7 @@ SMALL = changed(
     evaluation={"num_images": 501},
     runtime={"device": "cpu", "threads": 1},
 )
+pytestmark = pytest.mark.slow
 TRAIN, EVALUATE = (ROOT / "pipeline" / name for name in ("train.py", "evaluate.py"))
 
 

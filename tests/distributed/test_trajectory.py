@@ -38,6 +38,7 @@ number = 3
 """
 
 TRAIN = ROOT / "pipeline/train.py"
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="session")

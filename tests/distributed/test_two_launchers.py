@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.jobs import ROOT, TIMEOUT_SECONDS, environment, final_state, flags, launch, tiny_config
@@ -42,6 +43,7 @@ def launch_on_two(arguments: list[str]) -> None:
     assert [launcher.returncode for launcher in launchers] == [0, 0], "".join(errors)[-4000:]
 
 
+@pytest.mark.slow
 def test_two_launchers_train_as_one_and_one_goes_on_from_them(tiny_dataset: Path, tmp_path: Path) -> None:
     """Bit for bit at the same world size: however the ranks are spread, and across a stop. Four ranks, because the sum
     of two floats does not depend on its order."""

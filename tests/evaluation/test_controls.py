@@ -17,6 +17,7 @@ from pipeline.evaluation.evaluate import evaluate_images
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.features import FeatureExtractor
 
+pytestmark = pytest.mark.slow
 NUM_IMAGES = 2000
 Score = Callable[[Tensor], dict[str, Any]]
 

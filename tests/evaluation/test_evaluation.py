@@ -57,6 +57,7 @@ def leaves(scores: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield prefix + key, value
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_world_size_or_batch_size(
     jobs: dict[int, tuple[Path, list[list[dict[str, Any]]]]],
 ) -> None:
@@ -76,6 +77,7 @@ def test_scores_do_not_depend_on_world_size_or_batch_size(
                     assert found[name] == wanted, (num_processes, batch_size, name)
 
 
+@pytest.mark.slow
 def test_every_image_is_rendered_once_and_in_whole_blocks(
     jobs: dict[int, tuple[Path, list[list[dict[str, Any]]]]],
 ) -> None:
@@ -88,6 +90,7 @@ def test_every_image_is_rendered_once_and_in_whole_blocks(
     assert [len(rank[2]["calls"]) for rank in jobs[4][1]].count(0) == 2
 
 
+@pytest.mark.slow
 def test_real_features_do_not_depend_on_the_world_size(
     jobs: dict[int, tuple[Path, list[list[dict[str, Any]]]]],
 ) -> None:

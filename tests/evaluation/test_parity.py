@@ -77,6 +77,7 @@ def random_inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_inception_features(random_inception: Path, mnist_dataset: Dataset) -> None:
     images, _ = load_split(mnist_dataset, "test")
     fake, real = images[:12] // 2, images[20:34]

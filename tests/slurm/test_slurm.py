@@ -22,6 +22,7 @@ from pipeline.storage.run_folder import RunFolder
 from tests.jobs import ROOT, TINY, final_state, launch
 from tests.slurm.cluster import Cluster, until, why_impossible
 
+pytestmark = pytest.mark.slurm
 STEPS = 60
 """Each with a checkpoint, so that no machine is through before a signal arrives."""
 JOB_SECONDS = 400
