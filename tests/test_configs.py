@@ -201,6 +201,8 @@ def test_generated_images_come_closer_to_the_real_ones(
 ) -> None:
     config = read(name, strokes, tmp_path)
     learned = [learn(shortened(name, config, seed), runtime, strokes) for seed in SEEDS]
+    # Of 20 perturbed runs each the worst ended at 0.36 (lsgan, on AVX2), the others between 0.15 and 0.33.
     assert median(run.distance for run in learned) < 0.5, learned
     if OBJECTIVES[config.training.objective].classifies:
+        # 0.84 in the worst of 40 perturbed runs; 0.25 by chance.
         assert median(run.class_accuracy for run in learned) > 0.6, learned
