@@ -7,13 +7,13 @@ from pipeline.config import make_parser, parse
 from pipeline.data import open_dataset
 from pipeline.distributed.launcher import run_program
 from pipeline.distributed.process import Runtime
-from pipeline.errors import EXIT_PREEMPTED, Preempted, UserError
+from pipeline.errors import UserError
 from pipeline.evaluation.scorer import Scorer
 from pipeline.evaluation.targets import TARGET, score_target
 from pipeline.storage.run_folder import RunFolder
 
 
-def main() -> int:
+def main() -> None:
     parser = make_parser("Score images. A run is evaluated with its own configuration, overrides apply.")
     parser.add_argument("target", type=Path, help=TARGET)
     parser.add_argument("--step", type=int | None, help="the checkpoint to score; the newest intact one by default")
@@ -30,12 +30,8 @@ def main() -> int:
         dataset = runtime.ranks.on_main(lambda: open_dataset(config.data))
         scorer = Scorer(config.evaluation, dataset, runtime, config.training.seed)
         score_target(run.path, scorer, None if arguments.all else [arguments.step], arguments.out)
-    except Preempted as stop:
-        runtime.say(str(stop))
-        return EXIT_PREEMPTED
     finally:
         runtime.close()
-    return 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-KERNEL, HALF = 5, 2
+from pipeline.models.networks import KERNEL
+
+HALF = KERNEL // 2
 CPU_LANES = 16
 """float32 numbers of a vector register."""
 PAIR_TAPS = 1 + 2 * torch.arange(3).view(3, 1, 1) + torch.arange(2).view(2, 1) - torch.arange(2)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
-from pipeline.models.networks import mirror
+from pipeline.models.networks import critic_base, mirror
 from pipeline.storage.files import fsync
 from pipeline.storage.run_folder import RunFolder, step_of
 
@@ -98,9 +98,9 @@ class Checkpoint:
         return self._mirrored(tensors) if self.format == 1 else tensors
 
     def _mirrored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        _, height, width = self.progress["generator"]["image_shape"]
-        generator, critic = (height // 4, width // 4), (math.ceil(height / 8), math.ceil(width / 8))
-        bases = {"generator": generator, "ema": generator, "critic": critic}
+        shape = self.progress["generator"]["image_shape"]
+        generator = (shape[1] // 4, shape[2] // 4)
+        bases = {"generator": generator, "ema": generator, "critic": critic_base(shape)}
         for name, tensor in tensors.items():
             role, _, own_name = name.partition(".")
             if base := bases.get(role.removesuffix("_optimizer")):
