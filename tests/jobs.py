@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import tempfile
+from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,7 +111,7 @@ def launch_as_users_do(
 
 def train_many(configs: Sequence[Config], num_processes: int) -> None:
     """Trains the runs one after the other in one job, which has the first one's precision and process settings."""
-    runs = json.dumps([flags(config) for config in configs])
+    runs = b64encode(pickle.dumps(list(configs))).decode()  # to parse as many command lines would take seconds
     result = launch(ROOT / "tests/distributed/train_many.py", [runs], num_processes)
     assert result.returncode == 0, result.stderr[-4000:]
 

@@ -41,8 +41,8 @@ LIBRARIES = (
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "jinja2", "h5py"),
 )
 """What the pipeline imports where it is needed; a name that is missing here costs time and nothing else."""
-GRACE_SECONDS = 30
-"""Between SIGTERM and SIGKILL to the ranks that are left when one has failed; the launcher's own number."""
+GRACE_SECONDS = 10
+"""Between SIGTERM and SIGKILL to the ranks that are left when one has failed; the launcher gives them 30."""
 WATCH_SECONDS = 1.0
 """Between two looks whether the process that asked is still there."""
 PORTS = range(10_000, 32_000)

@@ -17,7 +17,7 @@ from pipeline.storage.run_folder import RunFolder
 from tests.jobs import ROOT, environment, final_state, flags, launch_command, tiny_config
 from tests.ranks import Job
 
-STEPS = 400
+STEPS = 150
 LIMIT_SECONDS = 120
 
 
@@ -91,17 +91,17 @@ def wait_for_step(run: Path, step: int, running: Running, log: Path) -> None:
         time.sleep(0.01)
 
 
-def interruptible(dataset: Path, root: Path, name: str) -> Config:
-    """A run of STEPS short steps with a checkpoint every five."""
+def interruptible(dataset: Path, root: Path, name: str, steps: int = STEPS) -> Config:
+    """A run of short steps with a checkpoint every five."""
     return tiny_config(
         run={"name": name, "root": str(root), "checkpoint_every": 5},
         data={"dataset": str(dataset)},
-        training={"steps": STEPS, "n_critic": 2},
+        training={"steps": steps, "n_critic": 2},
     )
 
 
-def assert_same_end(one: Path, other: Path) -> None:
-    left, right = final_state(one, STEPS), final_state(other, STEPS)
+def assert_same_end(one: Path, other: Path, steps: int = STEPS) -> None:
+    left, right = final_state(one, steps), final_state(other, steps)
     assert left.keys() == right.keys()
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
-    assert last_step(one) == last_step(other) == STEPS
+    assert last_step(one) == last_step(other) == steps

@@ -17,7 +17,7 @@ from pipeline.storage.checkpoint import Checkpoint, find
 from pipeline.storage.run_folder import RunFolder
 from tests.jobs import changed, tiny_config, train_many
 
-STEPS = 20
+STEPS = 14
 Settings = dict[str, dict[str, Any]]
 """Section -> setting -> value, for `changed`."""
 

@@ -18,12 +18,12 @@ TRAIN = ROOT / "pipeline/train.py"
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("num_processes", "kills"), [(1, 14), (2, 12), (4, 6)])
-def test_chaos(num_processes: int, kills: int, tiny_dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("num_processes", "kills", "steps"), [(1, 14, 350), (2, 12, 300), (4, 6, 150)])
+def test_chaos(num_processes: int, kills: int, steps: int, tiny_dataset: Path, tmp_path: Path) -> None:
     """32 SIGKILLs in all, at random moments, of random ranks or the whole tree; between them files rot."""
     chance = random.Random(num_processes)
     whole, torn, log = tmp_path / "whole", tmp_path / "torn", tmp_path / "log"
-    config = interruptible(tiny_dataset, tmp_path, torn.name)
+    config = interruptible(tiny_dataset, tmp_path, torn.name, steps)
     for _ in range(kills):
         with job(config, num_processes, log) as process:
             # Some kills come while the ranks start or load, most while they train or save.
@@ -32,7 +32,9 @@ def test_chaos(num_processes: int, kills: int, tiny_dataset: Path, tmp_path: Pat
                 resumed_step = resumed.step if resumed else 0
                 target = max(resumed_step + chance.randint(1, 15), last_step(torn) + 1)
                 wait_for_step(torn, target, process, log)
-            time.sleep(chance.random() * 0.1)
+                time.sleep(chance.random() * 0.02)
+            else:
+                time.sleep(chance.random() * 0.5)
             if chance.random() < 0.5:
                 chance.choice(process.ranks).kill()
                 code = process.wait(timeout=60)
@@ -44,9 +46,9 @@ def test_chaos(num_processes: int, kills: int, tiny_dataset: Path, tmp_path: Pat
             rot(folders[-1], chance)
     result = launch(TRAIN, flags(config), num_processes)
     assert result.returncode == 0, result.stderr[-3000:]
-    reference = launch(TRAIN, flags(interruptible(tiny_dataset, tmp_path, whole.name)), num_processes)
+    reference = launch(TRAIN, flags(interruptible(tiny_dataset, tmp_path, whole.name, steps)), num_processes)
     assert reference.returncode == 0, reference.stderr[-3000:]
-    assert_same_end(whole, torn)
+    assert_same_end(whole, torn, steps)
 
 
 def rot(checkpoint: Path, chance: random.Random) -> None:

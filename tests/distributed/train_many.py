@@ -1,22 +1,23 @@
-"""Trains several runs one after the other in one job: `train_many.py '[["--run.name", "a", ...], ...]'`.
+"""Trains several runs one after the other in one job: `train_many.py CONFIGS`, a pickled list in base 64.
 
 A job of processes takes seconds to start, so the tests share one among runs that need the same number of ranks.
 """
 
 from __future__ import annotations
 
-import json
+import pickle
 import sys
+from base64 import b64decode
 from unittest.mock import patch
 
-from pipeline.config import make_parser, parse
+from pipeline.config import Config
 from pipeline.distributed.launcher import run_program
 from pipeline.distributed.process import Runtime
 from pipeline.training.trainer import Trainer
 
 
 def main() -> int:
-    configs = [parse(make_parser("test"), arguments)[0] for arguments in json.loads(sys.argv[1])]
+    configs: list[Config] = pickle.loads(b64decode(sys.argv[1]))
     runtime = Runtime(configs[0].runtime)
     with patch("pipeline.reporting.page.write_report"):  # it takes as long as the run, and nobody looks at it
         for config in configs:
