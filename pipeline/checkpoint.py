@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from pipeline.distributed.launcher import run_program
 from pipeline.errors import EXIT_USER_ERROR, UserError
 from pipeline.storage.checkpoint import CheckpointError, committed, find, read_checkpoint
+from pipeline.storage.files import replacing
 from pipeline.storage.run_folder import RunFolder
 
 
@@ -32,7 +33,8 @@ def consolidate(run: Path, out: Path, step: int | None = None) -> None:
     checkpoint = find(RunFolder(run), step)
     if out.exists():
         raise UserError(f"{out}: exists already, name another file")
-    save_file(checkpoint.tensors(), out, metadata={"step": str(checkpoint.step), "orientation": "mirrored"})
+    with replacing(out) as temporary:
+        save_file(checkpoint.tensors(), temporary, {"step": str(checkpoint.step), "orientation": "mirrored"})
     print(out)
 
 

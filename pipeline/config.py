@@ -24,6 +24,9 @@ from pipeline.errors import UserError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+YAML_BYTES, YAML_VALUES = 2**20, 10_000
+"""Largest file of settings. Values are counted with every alias written out: a few lines can stand for gigabytes."""
+
 
 def knob(
     default: Any,
@@ -82,7 +85,7 @@ class DataConfig:
     lanes: int = knob(8, low=1)
     """Independent streams that make up a streamed batch; world size x max(workers, 1) divides it, it divides the
     batch size. Part of the trajectory."""
-    workers: int = knob(1, low=0, free=True)
+    workers: int = knob(1, low=0, high=256, free=True)
     """DataLoader worker processes per rank of the streaming source."""
     allow_shell_urls: bool = knob(False, free=True)
     """Let shard URLs run shell commands (pipe:, and webdataset's other schemes that start a process)."""
@@ -92,9 +95,9 @@ class DataConfig:
 class NetworkConfig:
     """The two networks."""
 
-    latent_dim: int = knob(100, low=1)
+    latent_dim: int = knob(100, low=1, high=2**20)
     """Length of a latent; its entries are uniform in [-1, 1]."""
-    width: float = knob(1.0, above=0.0)
+    width: float = knob(1.0, above=0.0, high=100.0)
     """Multiplier of every hidden channel count (1.0: the reference's networks)."""
 
 
@@ -104,7 +107,7 @@ class OptimizerConfig:
 
     algorithm: Literal["rmsprop", "adam"] = knob("rmsprop")
     """Update rule."""
-    learning_rate: float = knob(5e-5, above=0.0)
+    learning_rate: float = knob(5e-5, above=0.0, high=1e3)
     """Step size at step 0."""
     decay: float = knob(0.0, low=0.0)
     """Inverse-time decay per update u: learning_rate / (1 + decay * u)."""
@@ -126,9 +129,9 @@ class TrainingConfig:
     """Generator updates to train for."""
     seed: int = knob(0, low=0)
     """Every random number of the run is a function of this seed, its purpose and the step."""
-    batch_size: int = knob(64, low=1)
+    batch_size: int = knob(64, low=1, high=2**20)
     """Real images of a critic batch over all ranks together; the world size divides it."""
-    n_critic: int = knob(5, low=1)
+    n_critic: int = knob(5, low=1, high=10_000)
     """Critic iterations a step."""
     clip_value: float | None = knob(0.01, above=0.0)
     """Every critic parameter is clipped to [-clip_value, clip_value] after its update; null: no clipping."""
@@ -184,7 +187,7 @@ class RuntimeConfig:
     """Capture a step once and replay it; CUDA only, not with fp16."""
     compress_gradients: bool = knob(False)
     """All-reduce gradients as bfloat16: half the bytes, three digits."""
-    threads: int | None = knob(None, low=1, free=True)
+    threads: int | None = knob(None, low=1, high=1024, free=True)
     """Threads of one rank on a CPU; null: this machine's cores shared among its ranks."""
     timeout_seconds: int = knob(600, low=1, free=True)
     """Longest wait for another rank before a rank gives up."""
@@ -208,6 +211,8 @@ class Config:
             raise UserError(
                 f"run.name is {self.run.name!r}: use letters, digits, '.', '_' and '-'; the folder above it is run.root"
             )
+        if not self.evaluation.features:
+            raise UserError("evaluation.features is empty: name one, or set evaluation.every to null for no scores")
         for name in ("critic_optimizer", "generator_optimizer"):
             betas = getattr(self.training, name).betas
             if not all(0 <= beta < 1 for beta in betas):
@@ -275,8 +280,65 @@ def parse(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> tup
     Raises:
         UserError: naming the key, the value and the fix.
     """
-    namespace = parser.instantiate(parser.parse_args(arguments))
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    namespace = parser.instantiate(parser.parse_args(_files_first(given)))
     return Config(**{item.name: namespace[item.name] for item in dataclasses.fields(Config)}), namespace
+
+
+def _files_first(arguments: list[str]) -> list[str]:
+    """`--config FILE` before everything else: a file replaces all that was given before it. Each file is checked."""
+    files, rest = [], list[str]()
+    following = iter(arguments)
+    for argument in following:
+        name, _, value = argument.partition("=")
+        if name == "--config" and (value := value or next(following, "")):
+            read_yaml(Path(value))
+            files += ["--config", value]
+        else:
+            rest.append(argument)
+    return files + rest
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key given twice, of which YAML would have the last count alone."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file.
+
+    Raises:
+        UserError: it can't be read, is no mapping, or is more than a file of settings ever is.
+    """
+    try:
+        content = path.read_bytes()
+        if len(content) > YAML_BYTES:
+            raise ValueError(f"its {len(content):,} bytes are no settings")
+        settings = yaml.load(content.decode(), _StrictLoader)
+        seen = [settings]
+        for count, value in enumerate(seen):  # which grows under way
+            if count == YAML_VALUES:
+                raise ValueError(f"it stands for more than {YAML_VALUES:,} values")
+            seen += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror})") from None
+    except yaml.MarkedYAMLError as error:
+        place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{place}: {error.problem}; write SECTION: and below it KEY: VALUE") from None
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: is no YAML file of settings ({str(error).splitlines()[0]})") from None
+    if not isinstance(settings, dict):
+        raise UserError(
+            f"{path}: holds no settings, but {type(settings).__name__}; write SECTION: and below it KEY: VALUE"
+        )
+    return settings
 
 
 def to_yaml(config: Config) -> str:

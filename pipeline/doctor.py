@@ -12,7 +12,7 @@ from typing import Literal
 
 from pipeline.config import make_parser, parse
 from pipeline.distributed.launcher import run_program
-from pipeline.errors import EXIT_USER_ERROR
+from pipeline.errors import EXIT_USER_ERROR, LocalError
 
 PATIENCE_SECONDS = 60
 """Longest wait for another rank."""
@@ -32,7 +32,7 @@ def main() -> int:
     try:
         runtime = Runtime(dataclasses.replace(config.runtime, timeout_seconds=patience))
         communication = findings_of_all(runtime.ranks, "ranks", lambda: check_ranks(runtime))
-    except RuntimeError as error:
+    except (RuntimeError, LocalError) as error:
         fix = "name the interface that the nodes share (NETWORK_INTERFACE in launch/slurm/site.sh)"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         print(Finding("error", "ranks", f"they can't talk to each other ({reason}); {fix}"), flush=True)

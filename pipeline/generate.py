@@ -26,6 +26,8 @@ def main() -> int:
     out: Path = arguments.out or Path("generated" if count else "generated.png")
     if count is not None and (count < 1 or arguments.interpolate):
         raise UserError(f"--count is {count}: give a positive number, and not together with --interpolate")
+    if count is None and out.suffix != ".png":
+        raise UserError(f"--out is {out}: a picture is written as PNG, name it .png")
     if out.exists():
         raise UserError(f"{out}: exists already, choose another --out")
     generator = load_generator(arguments.generator, arguments.weights)

@@ -5,7 +5,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import Config, DataConfig, RunConfig, TrainingConfig, flatten, make_parser, parse, to_yaml
+from pipeline.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    RunConfig,
+    TrainingConfig,
+    flatten,
+    make_parser,
+    parse,
+    to_yaml,
+)
 from pipeline.errors import UserError
 from tests.jobs import ROOT, launch
 
@@ -45,6 +55,45 @@ def test_a_file_is_overridden_by_later_arguments() -> None:
     assert config.training.critic_optimizer.learning_rate == 2e-4
 
 
+def test_a_file_comes_before_other_arguments_wherever_it_stands() -> None:
+    """Or it would take back what was given before it, the run's name among them."""
+    path = str(ROOT / "configs/quickstart.yaml")
+    for arguments in (["--run.name", "mine", "--config", path], ["--run.name", "mine", f"--config={path}"]):
+        config = from_arguments(*arguments, "--training.steps", "7")
+        assert (config.run.name, config.training.steps, config.training.n_critic) == ("mine", 7, 2)
+
+
+def test_a_file_that_is_not_there_is_named() -> None:
+    with pytest.raises(UserError, match=r"nowhere.yaml: can't be read \(No such file or directory\)"):
+        from_arguments("--config", "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"training:\n  steps: 7\ntraining:\n  n_critic: 3\n", "line 3: training is given twice"),
+        (b"training:\n  steps: 7\n  steps: 8\n", "line 3: steps is given twice"),
+        (
+            b"a: &a [x, x]\n" + b"".join(b"%c: &%c [*%c, *%c]\n" % (i + 1, i + 1, i, i) for i in range(97, 117)),
+            "10,000 values",
+        ),
+        (b"run: &a\n  name: *a\n", "10,000 values"),
+        (b"\x00\xff\xfe", "is no YAML file of settings"),
+        (b"[" * 10_000, "is no YAML file of settings|line 1"),
+        (b"- 7\n", "holds no settings, but list"),
+        (b"", "holds no settings, but NoneType"),
+        (b"#" * 2**20 + b"\n", "its 1,048,577 bytes are no settings"),
+        (b"run: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
+    ],
+)
+def test_what_is_no_file_of_settings_is_refused_by_its_name(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as raised:
+        from_arguments("--config", str(path))
+    assert str(raised.value).startswith(str(path))
+
+
 @pytest.mark.parametrize(
     ("section", "changes", "message"),
     [
@@ -52,12 +101,14 @@ def test_a_file_is_overridden_by_later_arguments() -> None:
         ("training", {"clip_value": -0.1}, "training.clip_value is -0.1: it must be greater than 0"),
         ("training", {"ema_decay": 1.5}, "training.ema_decay is 1.5: it must be at most 1"),
         ("training", {"ema_decay": float("nan")}, "training.ema_decay is nan"),
+        ("training", {"batch_size": 10**12}, "training.batch_size is 1000000000000: it must be at most 1048576"),
+        ("evaluation", {"features": []}, "evaluation.features is empty: name one"),
         ("run", {"name": "../escape"}, "run.name is '../escape'"),
         ("data", {"source": "streaming", "lanes": 7}, "data.lanes 7 does not divide training.batch_size 64"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(section: str, changes: dict[str, object], message: str) -> None:
-    kinds = {"training": TrainingConfig, "run": RunConfig, "data": DataConfig}
+    kinds = {"training": TrainingConfig, "run": RunConfig, "data": DataConfig, "evaluation": EvaluationConfig}
     with pytest.raises(UserError, match=message):
         Config(**{section: kinds[section](**changes)})
 
@@ -68,7 +119,6 @@ def test_values_out_of_range_are_refused_by_name(section: str, changes: dict[str
         (["--training.n_critics", "3"], "--training.n_critics"),
         (["--training.n_critic", "many"], 'key "training.n_critic"'),
         (["--training.critic_updates", "both"], 'key "training.critic_updates"'),
-        (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
 def test_unknown_keys_and_wrong_types_are_refused_by_name(

@@ -13,13 +13,14 @@ from functools import reduce
 from typing import Any
 
 import torch
-import yaml
 
-from pipeline.config import Config, check_device, flatten
+from pipeline.config import Config, check_device, flatten, read_yaml
 from pipeline.data import Dataset, check_source, source_kind
+from pipeline.distributed.process import check_trackers
 from pipeline.errors import UserError
 from pipeline.models.networks import Critic, Generator
 from pipeline.models.objectives import choose
+from pipeline.storage.checkpoint import committed
 from pipeline.storage.run_folder import RunFolder
 
 
@@ -52,6 +53,10 @@ def check_runtime(plan: Plan) -> str:
     runtime = plan.config.runtime
     check_device(runtime, plan.has_cuda)
     return f"device {runtime.device}, precision {runtime.precision}"
+
+
+def check_tracker_names(plan: Plan) -> str:
+    return check_trackers(plan.config.run.trackers)
 
 
 def check_objective(plan: Plan) -> str:
@@ -89,15 +94,23 @@ def check_run_folder(plan: Plan) -> str:
     """Whether the run's folder is free, or holds this very run."""
     folder, dataset = RunFolder(plan.config.folder), plan.dataset
     names = {path.name for path in folder.path.iterdir()} if folder.path.is_dir() else set()
+    if folder.export.exists() and not folder.checkpoints.is_dir():
+        raise UserError(
+            f"{folder.path}: holds a finished run without its {folder.checkpoints.name}/: starting it again would "
+            "overwrite its results; put the checkpoints back, or use another run.name"
+        )
     if not any(name for name in names if not name.startswith(".") and name != folder.environment.name):
         return f"{folder.path} is free"
     try:
-        saved = yaml.safe_load(folder.config.read_text())
+        saved = read_yaml(folder.config)
         fingerprint = json.loads(folder.environment.read_text())["dataset_fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError):
         text = "is not empty and holds no run that can be read: use another run.name"
         raise UserError(f"{folder.path}: {text}") from None
-    if differences := _differences(saved, plan.config):
+    differences = _differences(saved, plan.config)
+    if differences and not committed(folder) and not folder.has_results():
+        return f"{folder.path} holds a run that got nowhere, whose settings are replaced"
+    if differences:
         raise UserError(
             f"{folder.path}: holds a run with other settings ({'; '.join(differences)}): "
             "give those settings, or another run.name"
@@ -125,6 +138,7 @@ def _differences(saved: Any, config: Config) -> list[str]:
 
 CHECKS: dict[str, Callable[[Plan], str]] = {
     "runtime": check_runtime,
+    "run.trackers": check_tracker_names,
     "training.objective": check_objective,
     "training": check_shares,
     "network": check_networks,

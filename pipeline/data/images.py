@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import zipfile
 import zlib
@@ -153,9 +154,24 @@ def decode_image(file: Path | BinaryIO, image_shape: ImageShape, *, resize: bool
     return np.asarray(pixels).reshape(height, width, channels).transpose(2, 0, 1)
 
 
+def _check_headers(archive: zipfile.ZipFile) -> None:
+    """Raises ValueError for an array whose header claims more than follows: numpy takes the memory first."""
+    for member in archive.infolist():
+        if member.filename in ("images.npy", "labels.npy"):
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+                held = member.file_size - file.tell()
+            if math.prod(shape) * dtype.itemsize != held:
+                raise ValueError(f"{member.filename} claims the shape {shape}, but has {held:,} bytes")
+
+
 def load_npz(path: Path) -> tuple[Images, Labels | None]:
     """Images uint8 [N, C, H, W] and labels int64 [N]. Raises DataError naming the file."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            _check_headers(archive)
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             arrays = {key: content[key] for key in content.files if key in ("images", "labels")}
             keys = ", ".join(content.files)

@@ -39,7 +39,7 @@ def check_allowed(location: str, allow_shell_urls: bool) -> None:
     if not allow_shell_urls:
         raise UserError(
             f"{location}: {kind}: URLs run a command on this machine; if you trust this dataset, "
-            "set data.allow_shell_urls to true"
+            "allow them (training: data.allow_shell_urls true; prepare.py shards: --allow_shell_urls)"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -14,6 +15,8 @@ from pipeline.errors import UserError
 
 FILE_NAME = "dataset.json"
 VERSION = 1
+MAX_VALUES = 2**26
+"""Most values of one image: a manifest that claims more is damaged."""
 
 T = TypeVar("T")
 
@@ -108,7 +111,7 @@ def load_dataset(folder_or_url: str | Path, *, allow_shell_urls: bool = False) -
         raise DataError(f"cannot read {location}: {error}") from None
     try:
         manifest = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{location} is damaged, it is not JSON ({error}): prepare the dataset again") from None
     dataset = _parse(manifest, Path(base), base if locations.scheme(base) else "", location)
     for shards in dataset.splits.values():
@@ -135,6 +138,8 @@ def _parse(manifest: object, folder: Path, base_url: str, location: str) -> Data
 
     def get_shard(entry: object, where: str) -> Shard:
         shard = Shard(**{key: get(entry, key, kind, where) for key, kind in get_type_hints(Shard).items()})
+        if not shard.name.isprintable():
+            raise DataError(f"{location}: {where}name is {shard.name!r}: it holds control characters")
         if not re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
             raise DataError(f"{location}: {where}sha256 is {shard.sha256!r}, not 64 hexadecimal digits")
         return shard
@@ -145,8 +150,10 @@ def _parse(manifest: object, folder: Path, base_url: str, location: str) -> Data
             f"{location} is of version {version} (this program reads version {VERSION}): prepare the dataset again"
         )
     shape = tuple(check(size, int, "image_shape") for size in get(manifest, "image_shape", list))
-    if len(shape) != 3:
-        raise DataError(f"{location}: image_shape is {list(shape)}, not [channels, height, width]")
+    if len(shape) != 3 or math.prod(shape) > MAX_VALUES:
+        raise DataError(
+            f"{location}: image_shape is {list(shape)}, not [channels, height, width] of at most {MAX_VALUES:,} values"
+        )
     class_names = get(manifest, "class_names", list)
     if not all(isinstance(name, str) for name in class_names):
         raise DataError(f"{location}: class_names is {class_names!r}, not a list of texts")

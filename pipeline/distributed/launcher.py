@@ -6,9 +6,12 @@ The only environment variables that the pipeline reads are named in this package
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,10 +28,20 @@ from pipeline.errors import (
     UserError,
 )
 
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl."""
+
 
 def told(name: str, default: int) -> int:
-    """A number that the launcher put into the environment (RANK, WORLD_SIZE, LOCAL_RANK, ...)."""
-    return int(os.environ.get(name, default))
+    """A number that the launcher put into the environment (RANK, WORLD_SIZE, LOCAL_RANK, ...).
+
+    Raises:
+        UserError: it is none.
+    """
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise UserError(f"the environment variable {name} is {value!r}, no number: unset it, a launcher sets its own")
+    return int(value)
 
 
 def stop_file() -> Path | None:
@@ -43,23 +56,32 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     After a stop that saved, the stop file is removed: `accelerate launch` turns every code into 1, and a batch script
     must know whether to queue the job again.
     """
-    rank, code = told("RANK", 0), 0
+    rank = code = world_size = 0
     try:
+        rank, world_size = told("RANK", 0), told("WORLD_SIZE", 1)
         code = main() or 0
     except Preempted as stop:
         _say(str(stop) if rank == 0 else "")
         code = EXIT_PREEMPTED
     except LocalError as error:
-        _say(f"{f'[rank {rank}] ' if told('WORLD_SIZE', 1) > 1 else ''}error: {error}")
+        _say(f"{f'[rank {rank}] ' if world_size > 1 else ''}error: {error}")
         code = EXIT_USER_ERROR
     except (UserError, TrainingFailed) as error:
         _say(f"error: {error}" if rank == 0 else "")
         code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = EXIT_FAILED
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _say(f"error: {error.filename}: {error.strerror}; nothing more was written")
+        code = EXIT_FAILED
     except KeyboardInterrupt:  # before a Runtime was there to take it
         code = EXIT_INTERRUPTED
     if code == EXIT_PREEMPTED and rank == 0 and (path := stop_file()) is not None:
         path.unlink(missing_ok=True)
-    if told("WORLD_SIZE", 1) > 1:
+    if world_size > 1:
         # All is done and closed. A rank that took itself apart in the ordinary way was seen to die of SIGABRT now and
         # then, of a C++ thread that outlived its owner, and the launcher ended the job as failed.
         atexit._run_exitfuncs()
@@ -74,17 +96,28 @@ def _say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def processes_asked_for() -> int:
-    """What `accelerate launch --num_processes` was given: with --cpu it starts one process whatever that says."""
+def end_with_launcher() -> None:
+    """Has the kernel send this process SIGTERM when its launcher dies: with one process `accelerate launch` hands on no
+    signal, and one that is killed leaves its ranks behind, which would train on and hold the run's lock."""
+    if _launcher():
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _launcher() -> list[str]:
+    """The command line of the parent process where it is `accelerate launch` or torchrun; otherwise empty."""
     try:
         arguments = psutil.Process().parent().cmdline()  # type: ignore[union-attr]
     except (psutil.Error, AttributeError):
-        return 1
+        return []
     # python .../accelerate launch, accelerate-launch or python -m accelerate.commands.launch
     program = " ".join(arguments[:4])
-    if "accelerate" not in program or "launch" not in program:
-        return 1
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    return arguments if "torchrun" in program or ("accelerate" in program and "launch" in program) else []
+
+
+def processes_asked_for() -> int:
+    """What `accelerate launch --num_processes` was given: with --cpu it starts one process whatever that says."""
+    arguments = [*_launcher(), ""]
+    for argument, following in pairwise(arguments):
         name, _, value = argument.replace("-", "_").partition("=")
         if name == "__num_processes":
             return int(value or following)

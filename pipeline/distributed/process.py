@@ -26,7 +26,7 @@ from pipeline.distributed.cpu import use_cpu
 from pipeline.distributed.launcher import processes_asked_for, told
 from pipeline.distributed.slurm import JobComment
 from pipeline.distributed.stopping import StopRequest
-from pipeline.errors import UserError
+from pipeline.errors import LocalError, UserError
 
 
 class Runtime:
@@ -47,6 +47,7 @@ class Runtime:
         """Of this machine, for its ranks to share on a CPU."""
         self.stop = StopRequest()
         check_device(config, torch.cuda.is_available())
+        check_trackers(trackers or [])
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()
         asked, world_size = processes_asked_for(), told("WORLD_SIZE", 1)
         if asked > 1 and asked != world_size:
@@ -158,6 +159,31 @@ def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
 def _join_process_group(backend: str, timeout: timedelta) -> None:
     """The launcher's key-value store outlives the ranks that it restarts (`--max_restarts`): without a prefix of its
     own, an attempt would read the addresses of dead ranks there."""
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    attempt = PrefixStore(f"attempt {told('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group(backend, timeout=timeout, store=attempt, rank=rank, world_size=world_size)
+    try:
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        attempt = PrefixStore(f"attempt {told('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, timeout=timeout, store=attempt, rank=rank, world_size=world_size)
+    except ValueError as error:
+        reason = str(error).rpartition(": ")[2]
+        raise UserError(f"WORLD_SIZE is {told('WORLD_SIZE', 1)}, but {reason}: start with a launcher") from None
+    except dist.DistError as error:  # its text has a page of C++ frames
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).partition("\n")[0].partition(". Exception raised from")[0]
+        raise LocalError(
+            f"the ranks did not meet at {place} within runtime.timeout_seconds {timeout.seconds} ({reason}); "
+            "the launcher's main_process_ip must name a host that every rank reaches"
+        ) from None
+
+
+def check_trackers(names: list[str]) -> str:
+    """Raises UserError for a tracker that accelerate does not know, or whose package is missing."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = set(LOGGER_TYPE_TO_CLASS)
+    available = {str(kind.value) for kind in get_available_trackers()}
+    for name in names:
+        if name not in known:
+            raise UserError(f"run.trackers holds {name!r}: choose from {', '.join(sorted(known))}")
+        if name not in available:
+            raise UserError(f"run.trackers holds {name!r}, whose package is missing: pip install {name}")
+    return ", ".join(names) or "none"

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.distributed.collectives import Ranks
-from pipeline.distributed.launcher import stop_file
+from pipeline.distributed.launcher import end_with_launcher, stop_file
 from pipeline.errors import EXIT_INTERRUPTED
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -34,6 +34,7 @@ class StopRequest:
         self._pending: tuple[Any, Tensor] | None = None
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
+        end_with_launcher()
         _exit_at_second_interrupt()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

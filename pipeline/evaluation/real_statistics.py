@@ -95,7 +95,6 @@ def _write(path: Path, key: str, real: RealFeatures) -> None:
     try:
         with replacing(path) as temporary:
             save_file(vars(real), temporary, {"key": key, "sha256": _digest(vars(real))})
-            temporary.chmod(0o644)  # safetensors makes it readable by its owner alone
     except (OSError, SafetensorError) as error:
         logger.warning("cannot keep the real features in %s (%s): going on without", path.parent, error)
 

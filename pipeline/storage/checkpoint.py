@@ -216,7 +216,7 @@ class CheckpointWriter:
         try:
             ranks.on_every_rank(lambda: self._check(staged), EXPECTED)
             self._compare_replicas(staged)
-            ranks.on_every_rank(lambda: _make_anew(temporary) if ranks.is_main else None, EXPECTED)
+            ranks.on_every_rank(lambda: self._make_anew(temporary) if ranks.is_main else None, EXPECTED)
             self._write_shards(staged, temporary)
             shares = ranks.on_every_rank(lambda: self._seal_shards(temporary), EXPECTED)
             files = {name: entry for share in shares for name, entry in share.items()}
@@ -228,6 +228,12 @@ class CheckpointWriter:
             if ranks.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+    def _make_anew(self, temporary: Path) -> None:
+        if not self._run.config.exists():
+            raise OSError(f"{self._run.path}: was moved or deleted while the run was going on")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
 
     def _check(self, staged: dict[str, Tensor]) -> None:
         for name, tensor in staged.items():
@@ -299,11 +305,6 @@ def _in_daemon_thread(work: Callable[[], None]) -> Future[None]:
 
     threading.Thread(target=run, daemon=True).start()
     return outcome
-
-
-def _make_anew(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
 
 
 def _remove(folder: Path) -> None:

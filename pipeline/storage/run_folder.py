@@ -91,6 +91,11 @@ class RunFolder:
     def newest_neighbours(self) -> Path | None:
         return _newest(self.evaluation.glob("neighbours-*.png"))
 
+    def has_results(self) -> bool:
+        """Whether the run has left anything but its settings."""
+        logged = self.metrics.exists() and self.metrics.stat().st_size > 0
+        return logged or any(folder.exists() for folder in (self.evaluation, self.samples, self.export))
+
     # -- the log of metrics --------------------------------------------------------------------------------------------
 
     def append_metrics(self, line: dict[str, Any]) -> None:
@@ -102,11 +107,11 @@ class RunFolder:
         if not self.metrics.exists():
             return
         kept = []
-        for line in self.metrics.read_text().splitlines():
+        for line in self.metrics.read_text(errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= last_step:
                     kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
         write_text(self.metrics, "".join(kept))
 

@@ -179,6 +179,8 @@ def test_what_a_checkpoint_needs_is_what_it_takes(
             parameter.grad = torch.zeros_like(parameter)
         updates.step()
     run = RunFolder(plan.config.folder)
+    run.path.mkdir()
+    run.config.touch()
     writer = CheckpointWriter(run, Ranks(), keep_last=3, keep_every=None, clip_value=None)
     for step in (1, 2):
         writer.save(state.tensors(), step, {})

@@ -71,6 +71,17 @@ def a_run_without_fingerprint(folder: RunFolder, config: Config) -> None:
     folder.environment.write_text("{}")
 
 
+def a_finished_run_without_checkpoints(folder: RunFolder, config: Config) -> None:
+    saved_run(folder, config, "")
+    folder.export.parent.mkdir()
+    folder.export.touch()
+
+
+def another_run_that_logged(folder: RunFolder, config: Config) -> None:
+    another_run(folder, config)
+    folder.append_metrics({"step": 1})
+
+
 def saved_run(folder: RunFolder, config: Config, fingerprint: str) -> None:
     folder.path.mkdir(parents=True)
     folder.config.write_text(to_yaml(config))
@@ -164,8 +175,19 @@ TABLE = {
     "a folder with another run": Bad(
         r".*: holds a run with other settings \(training.seed is 7 there and 0 here\): give those settings, or .*",
         {},
-        prepare=another_run,
+        prepare=another_run_that_logged,
         subject="run.name",
+    ),
+    "a finished run whose checkpoints are gone": Bad(
+        r".*checked: holds a finished run without its checkpoints/: .* put the checkpoints back, or use another .*",
+        {},
+        prepare=a_finished_run_without_checkpoints,
+        subject="run.name",
+    ),
+    "a tracker that nobody knows": Bad(
+        r"run.trackers holds 'nosuch': choose from .*tensorboard.*",
+        {"run": {"trackers": ["nosuch"]}},
+        subject="run.trackers",
     ),
     "a run on other images": Bad(
         r".*checked: was trained on another version of tiny: use another run.name",
@@ -222,6 +244,13 @@ def test_a_sound_run_is_refused_by_neither(world_size: int, tiny_dataset: Path, 
         if not config.folder.exists():
             saved_run(RunFolder(config.folder), config, dataset.fingerprint)
     assert any(finding.text.endswith("holds this run, which will go on") for finding in findings)
+
+
+def test_a_run_that_got_nowhere_gives_its_name_back(tiny_dataset: Path, tmp_path: Path) -> None:
+    """One that diverged before its first line: the mended settings need not look for another name."""
+    config = sound(tiny_dataset, tmp_path)
+    another_run(RunFolder(config.folder), config)
+    refuse(Plan(config, 1, load_dataset(tiny_dataset)))
 
 
 def test_what_does_not_need_the_dataset_is_refused_without_it(tiny_dataset: Path, tmp_path: Path) -> None:

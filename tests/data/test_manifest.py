@@ -73,11 +73,13 @@ def change_shard(key: str, value: object) -> Callable[[dict[str, Any]], None]:
         (change("format", "tfds"), "version 1"),
         (change("image_shape", [28, 28]), r"image_shape is \[28, 28\]"),
         (change("image_shape", [1, 28, 0]), "image_shape is 0"),
+        (change("image_shape", [1, 2**20, 2**20]), r"image_shape is \[1, 1048576, 1048576\]"),
         (change("image_shape", "1x2x2"), "image_shape is '1x2x2'"),
         (change("class_names", [1, 2]), r"class_names is \[1, 2\]"),
         (change("splits", {}), "splits.train is missing"),
         (change("splits", {"test": []}), "splits.test lists no shard"),
         (change("splits", {"train": [7]}), r"splits.train\[0\]. is not an object"),
+        (change_shard("name", "a\0b"), r"splits.train\[1\].name is 'a.x00b'"),
         (change_shard("num_images", -1), r"splits.train\[1\].num_images is -1"),
         (change_shard("num_images", True), r"splits.train\[1\].num_images is True"),
         (change_shard("num_bytes", "9"), r"splits.train\[1\].num_bytes is '9'"),
@@ -99,7 +101,7 @@ def test_what_is_wrong_in_a_manifest_is_named(
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b'{"version": 1}', b"\xff\xfe\x00", b'{"format": 1}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b'{"version": 1}', b"\xff\xfe\x00", b"[" * 10**5])
 def test_a_damaged_manifest_is_named(tmp_path: Path, content: bytes) -> None:
     dataset = numbered_dataset(tmp_path, [3])
     path = dataset.folder / "dataset.json"

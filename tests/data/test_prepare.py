@@ -11,6 +11,7 @@ import sys
 import tarfile
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from hashlib import sha256
@@ -465,6 +466,9 @@ def test_size_crops_the_centre_and_resizes(tmp_path: Path) -> None:
     save(tmp_path / "in" / "tall.png", pixels.T)
     with pytest.raises(DataError, match=r"wide\.png is 32 x 64, those before it are 64 x 32.*--size"):
         prepare_folder(tmp_path, "x", {"train": tmp_path / "in"})
+    for size in (0, 100_000):
+        with pytest.raises(DataError, match=f"--size is {size}: it must lie between 4 and 4096"):
+            prepare_folder(tmp_path, "x", {"train": tmp_path / "in"}, size=size)
     dataset = prepare_folder(tmp_path, "x", {"train": tmp_path / "in"}, size=4)
     assert dataset.image_shape == (1, 4, 4)
     assert (load_split(dataset, "train")[0].int() - 200).abs().max() <= 20  # the filter rings at the crop's edge
@@ -528,7 +532,11 @@ def test_what_is_wrong_in_an_npz_is_named(tmp_path: Path) -> None:
     fails("the channels", images=np.zeros((4, 5, 5, 5), np.uint8))
     fails("labels is int64", images=images, labels=np.arange(3))
     fails("labels is float64", images=images, labels=np.arange(4.0))
-    fails("the label -1", images=images, labels=np.arange(4) - 1)
+    fails(
+        "labels from -1 to 2, but the files show 4 classes: number them 0 to 3", images=images, labels=np.arange(4) - 1
+    )
+    fails("labels from 5 to 8, but the files show 4 classes", images=images, labels=np.arange(4) + 5)
+    fails("labels from 0 to 1099511627776, but", images=images, labels=np.array([0, 1, 2, 2**40]))
     fails("without pickled objects", images=np.array([{}, {}], dtype=object))
     np.savez(tmp_path / "in.npz", images=images, labels=np.arange(4))
     content = (tmp_path / "in.npz").read_bytes()
@@ -540,6 +548,12 @@ def test_what_is_wrong_in_an_npz_is_named(tmp_path: Path) -> None:
         (tmp_path / "in.npz").write_bytes(damaged)
         with pytest.raises(DataError, match=r"in\.npz"):
             prepare_npz(tmp_path, "x", {"train": tmp_path / "in.npz"})
+    with zipfile.ZipFile(tmp_path / "in.npz", "w") as archive:  # numpy would take a terabyte of memory for it
+        header = {"descr": "|u1", "fortran_order": False, "shape": (2**40, 5, 5)}
+        np.lib.format.write_array_header_1_0(claim := io.BytesIO(), header)
+        archive.writestr("images.npy", claim.getvalue())
+    with pytest.raises(DataError, match=r"claims the shape \(1099511627776, 5, 5\), but has 0 bytes"):
+        prepare_npz(tmp_path, "x", {"train": tmp_path / "in.npz"})
     with pytest.raises(DataError, match=r"nowhere\.npz"):
         prepare_npz(tmp_path, "x", {"train": tmp_path / "nowhere.npz"})
 
@@ -593,6 +607,9 @@ def test_what_is_wrong_in_existing_shards_is_named(tmp_path: Path) -> None:
 
     png_shard(tmp_path / "good.tar", 0, 30)
     fails(r"none\*\.tar names no shard", "none*.tar")
+    for bomb in ("{0..99999999999}.tar", "{0..999}{0..999}{0..999}.tar"):
+        with pytest.raises(UserError, match="names more than 1,000,000 shards"):
+            index_shards(tmp_path / "data", "x", {"train": [f"http://127.0.0.1:1/{bomb}"]})
     content = (tmp_path / "good.tar").read_bytes()
     for name, damaged in (
         ("cut", content[: 512 * 8]),

@@ -115,6 +115,27 @@ def test_a_second_interrupt_stops_at_once_even_a_rank_that_waits_for_another(
         assert not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.parametrize(("num_processes", "number"), [(1, signal.SIGTERM), (1, signal.SIGKILL), (2, signal.SIGKILL)])
+def test_no_rank_outlives_its_launcher(
+    num_processes: int, number: signal.Signals, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    """With one process the launcher hands on no signal; killed it hands on none at all. The ranks save and end."""
+    run, log = tmp_path / "orphaned", tmp_path / "log"
+    with launched(
+        changed(interruptible(tiny_dataset, tmp_path, run.name), training=ENDLESS), num_processes, log
+    ) as process:
+        wait_for_step(run, 5, process, log)
+        orphans = ranks(process)
+        process.send_signal(number)
+        process.wait()
+        _, alive = psutil.wait_procs(orphans, timeout=30)
+        assert not alive
+    stopped = re.search(r"stopped after step (\d+), which is saved", log.read_text())
+    assert stopped is not None, log.read_text()
+    assert find(RunFolder(run)).step == int(stopped[1]) >= 5
+    assert not (run / ".lock").exists()
+
+
 @pytest.mark.slow
 def test_the_launcher_restarts_a_run_that_lost_a_rank(tiny_dataset: Path, tmp_path: Path) -> None:
     """`--max_restarts 2`: each rank is killed once, and nobody starts anything by hand."""

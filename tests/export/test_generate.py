@@ -67,6 +67,22 @@ def test_a_class_that_is_not_there_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_picture_is_named_for_what_it_holds(export: Path, tmp_path: Path) -> None:
+    result = generate("-g", export, "--out", tmp_path / "grid.jpg")
+    expected = f"error: --out is {tmp_path / 'grid.jpg'}: a picture is written as PNG, name it .png\n"
+    assert (result.returncode, result.stderr) == (2, expected)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_written_is_one_line(export: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for options in ((), ("--count", "3")):
+        result = generate("-g", export, *options, "--out", tmp_path / "file" / "out.png")
+        assert result.returncode == 3
+        assert result.stderr.startswith(f"error: {tmp_path / 'file'}")
+        assert len(result.stderr.splitlines()) == 1
+
+
 def test_the_program_tells_a_bad_file_in_one_line(tmp_path: Path) -> None:
     result = generate("-g", tmp_path / "nothing.safetensors", "--out", tmp_path / "out.png")
     assert result.returncode == 2

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import pickle
+import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -50,7 +52,13 @@ def random_state(seed: int, scale: float = 0.01) -> dict[str, Tensor]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
-    return RunFolder(tmp_path / "run")
+    return made(tmp_path / "run")
+
+
+def made(path: Path) -> RunFolder:
+    path.mkdir(exist_ok=True)
+    (path / "config.yaml").touch()
+    return RunFolder(path)
 
 
 def writer(run: RunFolder, keep_last: int = 3, keep_every: int | None = None) -> CheckpointWriter:
@@ -122,7 +130,7 @@ DAMAGE: dict[str, Callable[[Path, int], object]] = {
 def test_any_damage_is_found_and_the_checkpoint_before_is_used(
     kind: str, position: int, of_manifest: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    run = RunFolder(tmp_path_factory.mktemp("damage"))
+    run = made(tmp_path_factory.mktemp("damage"))
     save_steps(run, 1, 2)
     newest = committed(run)[-1]
     victim = newest / "manifest.json" if of_manifest else next(newest.glob("*.safetensors"))
@@ -280,7 +288,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(small_disk: Path) -> None:
-    run = RunFolder(small_disk)
+    run = made(small_disk)
     out = writer(run, keep_last=9)
     failures = 0
     for step in range(1, 8):
@@ -314,9 +322,22 @@ def test_a_lost_folder_is_an_error_that_passes(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="gone"):
         out.finish()
     folder.unlink()
+    made(folder)
     out.save(random_state(2), 2, {})
     out.finish()
     assert out.committed_step == 2
+
+
+def test_a_run_that_is_deleted_while_it_goes_on_is_not_begun_again_in_its_place(run: RunFolder) -> None:
+    out = writer(run)
+    out.save(random_state(1), 1, {})
+    out.finish()
+    shutil.rmtree(run.path)
+    run.samples.mkdir(parents=True)  # by the next grid
+    out.save(random_state(2), 2, {})
+    with pytest.raises(OSError, match="was moved or deleted while the run was going on"):
+        out.finish()
+    assert not run.checkpoints.exists()
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -324,7 +345,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_lists_verifies_and_consolidates(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
+    run = made(tmp_path)
     save_steps(run, 1, 2, 3)
     flip(next(run.checkpoint(2).glob("*.safetensors")), 5000)
     listed = command("list", str(tmp_path))
@@ -341,6 +362,8 @@ def test_the_command_lists_verifies_and_consolidates(tmp_path: Path) -> None:
     }
     with safe_open(one, "pt") as file:
         assert file.metadata() == {"step": "3", "orientation": "mirrored"}
+    os.umask(before := os.umask(0))
+    assert stat.S_IMODE(one.stat().st_mode) == 0o666 & ~before, "a group on a cluster reads it"
     refused = command("consolidate", str(tmp_path), str(one))
     assert refused.returncode == 2
     assert refused.stderr.strip() == f"error: {one}: exists already, name another file"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from hashlib import sha256
@@ -18,6 +19,11 @@ from pipeline.data.prepare.commit import DEFAULT_SIZES, ShardSizes, commit, prep
 from pipeline.data.shards import parse_shard
 from pipeline.progress import bar
 
+MAX_SIZE = 4096
+"""Largest side that images are resized to."""
+MAX_SHARDS = 1_000_000
+"""Most shards that a pattern in braces may name."""
+
 
 def prepare_folder(
     root: Path, name: str, paths: dict[str, Path], sizes: ShardSizes = DEFAULT_SIZES, *, size: int | None = None
@@ -28,6 +34,8 @@ def prepare_folder(
     unlabelled. All grey: C = 1; otherwise RGB. `size` crops the centre square and resizes it. Raises DataError naming
     the file for images that do not decode or, without `size`, differ in size.
     """
+    if size is not None and not 4 <= size <= MAX_SIZE:
+        raise DataError(f"--size is {size}: it must lie between 4 and {MAX_SIZE}")
     listings = {split: list_images(path) for split, path in paths.items()}
     class_names = listings["train"][1]
     for split, (_, names, _) in listings.items():
@@ -98,21 +106,44 @@ def _write(
 
 
 def _numbered_classes(found: Sequence[tuple[str, Labels | None]], what: str) -> tuple[str, ...]:
-    """Class names 0, 1, ... up to the highest label of several files, which go by these names."""
-    for name, labels in found:
-        if labels is not None and labels.min() < 0:
-            raise DataError(f"{name} has the label {labels.min()}: labels count from 0")
-    highest = [int(labels.max()) for _, labels in found if labels is not None]
-    if highest and len(highest) < len(found):
-        raise DataError(f"some of the {what} have labels and others have none")
-    return tuple(map(str, range(max(highest, default=-1) + 1)))
+    """Class names 0, 1, ... up to the highest label of several files, which go by these names.
+
+    Raises DataError unless all have labels or none has, and the labels are all of 0, 1, ..., K - 1: a gap is a class
+    that no image shows.
+    """
+    present = [np.unique(labels) for _, labels in found if labels is not None]
+    if len(present) < len(found):
+        if present:
+            raise DataError(f"some of the {what} have labels and others have none")
+        return ()
+    classes = np.unique(np.concatenate(present))
+    if classes[0] != 0 or classes[-1] != len(classes) - 1:
+        name, labels = next((name, seen) for (name, _), seen in zip(found, present, strict=True) if classes[-1] in seen)
+        raise DataError(
+            f"{name} has labels from {labels[0]} to {labels[-1]}, but the {what} show {len(classes)} classes: "
+            f"number them 0 to {len(classes) - 1}"
+        )
+    return tuple(map(str, range(len(classes))))
+
+
+def _without_braces(pattern: str) -> Iterator[str]:
+    # A range is a list in memory before its first item is had; several multiply as they are walked.
+    ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)
+    items = () if any(abs(int(last) - int(first)) >= MAX_SHARDS for first, last in ranges) else braceexpand(pattern)
+    count = 0
+    for count, item in enumerate(items, 1):
+        if count > MAX_SHARDS:
+            break
+        yield item
+    if not 0 < count <= MAX_SHARDS:
+        raise DataError(f"{pattern} names more than {MAX_SHARDS:,} shards")
 
 
 def _expand(patterns: Iterable[str]) -> Iterator[str]:
     """URLs and absolute paths of the shards that the patterns name."""
     for pattern in patterns:
         # The braces of a pipe: belong to its shell.
-        for item in [pattern] if locations.scheme(pattern) == "pipe" else braceexpand(pattern):
+        for item in [pattern] if locations.scheme(pattern) == "pipe" else _without_braces(pattern):
             if locations.scheme(item):
                 yield item
                 continue

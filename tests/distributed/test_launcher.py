@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import pytest
+
+from tests.jobs import ROOT, flags, launch, tiny_config
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"WORLD_SIZE": "many"}, "the environment variable WORLD_SIZE is 'many', no number"),
+        ({"RANK": "-1"}, "the environment variable RANK is '-1', no number"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but environment variable RANK expected, but not set"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+            "[rank 1] error: the ranks did not meet at 127.0.0.1:1 within runtime.timeout_seconds 1",
+        ),
+    ],
+)
+def test_what_no_launcher_says_is_one_line(variables: dict[str, str], line: str) -> None:
+    config = tiny_config(runtime={"timeout_seconds": 1})
+    result = launch(ROOT / "pipeline/train.py", flags(config), variables=variables)
+    assert result.returncode == 2
+    assert line in result.stderr.splitlines()[-1]  # torch's own log may stand above it
+    assert "Traceback" not in result.stderr
