@@ -292,7 +292,7 @@ def _files_first(arguments: list[str]) -> list[str]:
     for argument in following:
         name, _, value = argument.partition("=")
         if name == "--config" and (value := value or next(following, "")):
-            read_yaml(Path(value))
+            _check_sections(Path(value), read_yaml(Path(value)), Config())
             files += ["--config", value]
         else:
             rest.append(argument)
@@ -339,6 +339,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path}: holds no settings, but {type(settings).__name__}; write SECTION: and below it KEY: VALUE"
         )
     return settings
+
+
+def _check_sections(path: Path, given: dict[str, Any], config: Any, prefix: str = "") -> None:
+    """Raises UserError for a section of settings that is a single value, or nothing."""
+    for name, section in vars(config).items():
+        if dataclasses.is_dataclass(section) and name in given:
+            if not isinstance(given[name], dict):
+                raise UserError(f"{path}: {prefix}{name} is {given[name]!r}: write its keys below it, or leave it out")
+            _check_sections(path, given[name], section, f"{prefix}{name}.")
 
 
 def to_yaml(config: Config) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +26,8 @@ ImageShape = tuple[int, int, int]
 IMAGE_FILE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"}
 GREY_MODES = {"1", "L", "LA"}
 COLOUR_MODES = {"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
+BROKEN_HEADER = (SyntaxError, tokenize.TokenError)
+"""What numpy raises besides ValueError for the header of an array, which is a Python literal."""
 BROKEN_IMAGE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 """What PIL raises for content that is not an image, or not all of one."""
 
@@ -175,7 +178,7 @@ def load_npz(path: Path) -> tuple[Images, Labels | None]:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             arrays = {key: content[key] for key in content.files if key in ("images", "labels")}
             keys = ", ".join(content.files)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, TypeError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, TypeError, *BROKEN_HEADER) as error:
         raise DataError(f"{path} cannot be read as an .npz file without pickled objects: {error}") from None
     if "images" not in arrays:
         raise DataError(f"{path} has no array `images`: it holds {keys or 'nothing'}")

@@ -24,7 +24,7 @@ from webdataset import TarWriter
 from webdataset.tariterators import group_by_keys
 
 from pipeline.data import locations
-from pipeline.data.images import BROKEN_IMAGE, Images, ImageShape, Labels, decode_image
+from pipeline.data.images import BROKEN_HEADER, BROKEN_IMAGE, Images, ImageShape, Labels, decode_image
 from pipeline.data.manifest import DataError, Dataset, Shard
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
@@ -121,7 +121,7 @@ def parse_shard(content: bytes, location: str) -> Samples:
         if samples.labels is not None and len(samples.labels) < len(samples):
             raise ValueError(f"{len(samples) - len(samples.labels)} of its images have no label")
         return samples
-    except (ValueError, EOFError, OSError, zlib.error, tarfile.TarError) as error:
+    except (ValueError, EOFError, OSError, zlib.error, tarfile.TarError, *BROKEN_HEADER) as error:
         raise _damaged(location, str(error.args[0] if error.args else error)) from None
 
 
