@@ -128,7 +128,9 @@ def lock(folder: Path) -> Path:
 
 
 def read_lock(path: Path) -> object:
-    return RunLock(RunFolder(path.parent)).release()
+    held = RunLock(RunFolder(path.parent))
+    held.release()
+    return held
 
 
 READERS = {

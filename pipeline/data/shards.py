@@ -27,6 +27,8 @@ from pipeline.data import locations
 from pipeline.data.images import BROKEN_HEADER, BROKEN_IMAGE, Images, ImageShape, Labels, decode_image
 from pipeline.data.manifest import DataError, Dataset, Shard
 
+UNPACKED_BYTES = 2**30
+"""A compressed shard may unpack to this much, or to ten times its size: more is a bomb."""
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 
 
@@ -146,7 +148,11 @@ def mirrored(images: Images) -> Images:
 def _members(content: bytes, location: str) -> Iterator[dict[str, object]]:
     # webdataset's own reader copies through a 10 kB stream buffer; seeking in memory, members are views of the file.
     if content.startswith(b"\x1f\x8b"):
-        content = gzip.decompress(content)
+        limit = max(UNPACKED_BYTES, 10 * len(content))
+        with gzip.open(io.BytesIO(content)) as file:
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise ValueError(f"it unpacks to more than {limit:,} bytes")
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
         for member in archive:
             if member.isreg():

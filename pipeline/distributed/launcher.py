@@ -92,8 +92,10 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
 
 
 def _say(line: str) -> None:
+    """Control characters, as a file's name may hold them, are written out: a terminal would obey them."""
     if line:
-        print(line, file=sys.stderr, flush=True)
+        shown = (each if each.isprintable() or each == "\n" else f"\\x{ord(each):02x}" for each in line)
+        print("".join(shown), file=sys.stderr, flush=True)
 
 
 def end_with_launcher() -> None:

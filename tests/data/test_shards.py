@@ -130,6 +130,28 @@ def test_no_cut_or_overwritten_header_of_a_tar_is_read_as_a_shorter_one() -> Non
             parse_shard(content[:start] + b"\x07" * 512 + content[start + 512 :], "x")
 
 
+def test_a_gzip_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.data.shards.UNPACKED_BYTES", 10**6)
+    bomb = gzip.compress(tar({"0.images.npy": npy(np.zeros((1, 1, 2000, 2000), np.uint8))}))
+    assert len(bomb) < 10_000
+    with pytest.raises(DataError, match="it unpacks to more than 1,000,000 bytes"):
+        parse_shard(bomb, "bomb")
+
+
+def test_a_member_that_climbs_or_links_is_never_followed(tmp_path: Path) -> None:
+    """Shards are read where they are: nothing is unpacked, so a name is only a key, and a link holds no data."""
+    trap = tmp_path / "trap"
+    content = tar({f"../{trap}/0.images.npy": npy(numbered_images(0, 3))})
+    assert len(parse_shard(content, "climbing")) == 3
+    with tarfile.open(fileobj=(buffer := io.BytesIO()), mode="w") as archive:
+        link = tarfile.TarInfo("0.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    with pytest.raises(DataError, match="it holds no image"):
+        parse_shard(buffer.getvalue(), "linked")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["images.npy", "labels.npy", "pyd", "pickle", "png", "cls"])
 def test_a_pickle_is_refused_and_not_executed(tmp_path: Path, name: str) -> None:
     trap = tmp_path / "trap"

@@ -83,6 +83,11 @@ def test_what_cannot_be_written_is_one_line(export: Path, tmp_path: Path) -> Non
         assert len(result.stderr.splitlines()) == 1
 
 
+def test_a_name_that_a_terminal_would_obey_is_written_out(tmp_path: Path) -> None:
+    result = generate("-g", tmp_path / "\x1b[2Jgone.safetensors", "--out", tmp_path / "out.png")
+    assert result.stderr.startswith(f"error: {tmp_path}/\\x1b[2Jgone.safetensors: no such file")
+
+
 def test_the_program_tells_a_bad_file_in_one_line(tmp_path: Path) -> None:
     result = generate("-g", tmp_path / "nothing.safetensors", "--out", tmp_path / "out.png")
     assert result.returncode == 2
