@@ -14,20 +14,24 @@ from pipeline.export.onnx import save_onnx
 
 
 def convert(source: Path, out: Path, weights: Literal["ema", "raw"] = "ema") -> int:
-    """Writes a generator as a safetensors export or as ONNX.
+    """Writes a generator as a safetensors export, as ONNX, or as the Keras notebooks' whole-model .h5.
 
     Args:
         source: An export, a Keras notebook's .h5, a checkpoint or a run's folder.
-        out: The .safetensors or .onnx file to write; it must not exist.
+        out: The .safetensors, .onnx or .h5 file to write; it must not exist.
         weights: Which weights of a checkpoint.
     """
-    if out.suffix not in {".safetensors", ".onnx"}:
-        raise UserError(f"{out}: unknown kind of file, name it .safetensors or .onnx")
+    if out.suffix not in {".safetensors", ".onnx", ".h5"}:
+        raise UserError(f"{out}: unknown kind of file, name it .safetensors, .onnx or .h5")
     if out.exists():
         raise UserError(f"{out}: exists already, name another file")
     generator = load_generator(source, weights)
     if out.suffix == ".onnx":
         save_onnx(generator, out)
+    elif out.suffix == ".h5":
+        from pipeline.export.keras_save import save_keras  # h5py is for these files alone
+
+        save_keras(generator, out)
     else:
         save_export(generator, out, {"source": source.name})
     print(out)

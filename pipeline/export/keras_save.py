@@ -1,0 +1,88 @@
+"""Writes a generator as the reference's Keras notebooks do, `generator.save("FILE.h5")`: their `-g FILE` and Keras's
+`load_model` read it. The layout is that of `keras_h5.py`, which reads it back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from torch import nn
+
+from pipeline.export.keras_h5 import KERNEL_AXES, LAYERS, MODULES
+from pipeline.models.networks import KERNEL, Generator, mirror
+from pipeline.storage.files import replacing
+
+KERAS_VERSION = "2.2.4"
+"""The layout's; later versions of Keras read it."""
+
+
+def save_keras(generator: Generator, path: Path) -> None:
+    """Writes the whole model, float32, atomically. Its inputs are latents (n, latent_dim) and, with classes, one-hot
+    classes (n, num_classes); its output is images (n, H, W, C), pixels in [0, 1], not mirrored."""
+    layers = list(_layers(generator))
+    inputs = [name for kind, name, _ in layers if kind == "InputLayer"]
+    described, sources = list[dict[str, Any]](), inputs
+    for kind, name, settings in layers:
+        nodes = [] if kind == "InputLayer" else [[[source, 0, 0, {}] for source in sources]]
+        config = {"name": name, "dtype": "float32", **settings}
+        described.append({"class_name": kind, "name": name, "config": config, "inbound_nodes": nodes})
+        sources = sources if kind == "InputLayer" else [name]
+    ends = {"input_layers": [[name, 0, 0] for name in inputs], "output_layers": [[name, 0, 0] for name in sources]}
+    model = {"class_name": "Model", "config": {"name": "generator", "layers": described, **ends}}
+    weighted = [name for kind, name, _ in layers if kind in {"Dense", "BatchNormalization", "Conv2DTranspose"}]
+    arrays = dict(zip(weighted, _arrays(generator), strict=True))
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        root = file.create_group("model_weights")
+        for holder in (file, root):
+            holder.attrs["keras_version"], holder.attrs["backend"] = KERAS_VERSION.encode(), b"tensorflow"
+        file.attrs["model_config"] = json.dumps(model).encode()
+        root.attrs["layer_names"] = [name.encode() for _, name, _ in layers]
+        for _, name, _ in layers:
+            group, held = root.create_group(name), arrays.get(name, {})
+            # Keras writes the names of none as an empty array of numbers.
+            group.attrs["weight_names"] = [f"{name}/{key}:0".encode() for key in held] or np.zeros(0)
+            for key, array in held.items():
+                group[f"{name}/{key}:0"] = array
+
+
+def _layers(generator: Generator) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Class, name and settings of each of Keras's layers, the inputs first."""
+    channels = [norm.num_features for norm in generator.norms] + [generator.image_shape[0]]
+    yield "InputLayer", "latents", {"batch_input_shape": [None, generator.config.latent_dim]}
+    if generator.num_classes:
+        yield "InputLayer", "classes", {"batch_input_shape": [None, generator.num_classes]}
+        yield "Concatenate", "concatenate_1", {"axis": -1}
+    numbers = dict.fromkeys((kind for kind, _ in LAYERS), 0)
+    for kind, settings in LAYERS:
+        numbers[kind] += 1
+        number = numbers[kind]
+        given = {key: value for key, value in settings.items() if value is not None}
+        if kind == "Dense":
+            given["units"] = generator.dense.out_features
+        elif kind == "Reshape":
+            given["target_shape"] = [*generator.base, channels[0]]
+        elif kind == "BatchNormalization":
+            given |= {"axis": [3], "momentum": 0.99}
+        elif kind == "Conv2DTranspose":
+            given |= {"filters": channels[number], "kernel_size": [KERNEL, KERNEL]}
+        yield kind, f"{kind.lower()}_{number}", given
+
+
+def _arrays(generator: Generator) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
+    """Keras's arrays of each layer with weights, by variable."""
+    state = generator.state_dict()
+    for path, names in MODULES:
+        module, arrays = generator.get_submodule(path), {}
+        for variable, own in names.items():
+            name = f"{path}.{own}"
+            tensor = state[name].detach().float().cpu()
+            if not isinstance(module, nn.Conv2d):  # whose kernel stands as Keras has it (keras_h5.py)
+                tensor = mirror(name, tensor, generator.base)
+            if variable == "kernel":
+                tensor = tensor.permute(*np.argsort(KERNEL_AXES[type(module)]).tolist())
+            arrays[variable] = tensor.numpy()
+        yield arrays
