@@ -76,6 +76,10 @@ class RunFolder:
     def scores(self, step: int) -> Path:
         return self.evaluation / f"{step_name(step)}.json"
 
+    def profile(self, first_step: int, last_step: int, rank: int) -> Path:
+        """A rank's trace of these steps, Chrome's format."""
+        return self.path / "profile" / f"{step_name(first_step)}-to-{last_step:08d}-rank-{rank}.json.gz"
+
     # -- what is there -------------------------------------------------------------------------------------------------
 
     def grids(self) -> list[tuple[int, Path]]:
