@@ -30,7 +30,7 @@ def profiled(
         runtime.say(f"run.profile is {run.profile}, but the run goes on from step {state.step}: no trace")
         return take_step
     on_gpu = [ProfilerActivity.CUDA] if runtime.device.type == "cuda" else []
-    profiler = profile(activities=[ProfilerActivity.CPU, *on_gpu], record_shapes=True)
+    profiler = profile(activities=[ProfilerActivity.CPU, *on_gpu], record_shapes=True, acc_events=True)
 
     def traced() -> None:
         step = state.step + 1
