@@ -11,8 +11,9 @@ def main() -> None:
     from pipeline.distributed.process import Runtime
     from pipeline.training.trainer import Trainer
 
-    record_collectives(config.folder)
-    runtime = Runtime(config.runtime, trackers=config.run.trackers, tracker_folder=RunFolder(config.folder).trackers)
+    folder = RunFolder(config.folder)
+    record_collectives(folder.collectives)
+    runtime = Runtime(config.runtime, trackers=config.run.trackers, tracker_folder=folder.trackers)
     with closing(runtime, config):
         Trainer(config, runtime).run()
 

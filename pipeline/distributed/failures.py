@@ -51,14 +51,14 @@ def closing(runtime: Runtime, config: Config) -> Iterator[None]:
             raise
 
 
-def record_collectives(folder: Path) -> None:
-    """Where NCCL's flight recorder writes its last collectives, a file a rank, when one times out.
+def record_collectives(prefix: Path) -> None:
+    """NCCL's flight recorder writes its last collectives into files of this prefix, one a rank, when one times out.
 
     To call before there is a process group. Torch records and writes by default, into a cache folder; a place that the
     environment names comes first. `torchfrtrace` compares the files and names the ranks that fell behind.
     """
     if "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in os.environ:
-        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder.absolute() / "collectives-rank-"))
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(prefix.absolute()))
 
 
 def _tell_of_lost_rank(error: Exception, runtime: Runtime) -> None:

@@ -46,6 +46,11 @@ class RunFolder:
     def export(self) -> Path:
         return self.path / "export" / "generator.safetensors"
 
+    @property
+    def collectives(self) -> Path:
+        """Before a rank's number: the last collectives of a run on GPUs that timed out, for `torchfrtrace`."""
+        return self.path / "collectives-rank-"
+
     def report(self, kind: str) -> Path:
         """`kind`: html, md or json."""
         return self.path / f"report.{kind}"
