@@ -34,11 +34,13 @@ def test_what_to_lower_is_named_when_memory_runs_out(
     assert re.match(rf"error: out of memory, \d+ bytes more were asked for, in pipeline/.*: {fix}", last), last
 
 
+@pytest.mark.slow
 def test_the_rank_that_does_not_come_is_named_once(tiny_dataset: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "stuck", tmp_path / "log"
     config = interruptible(tiny_dataset, tmp_path, run.name)
     endless = {"steps": 100_000, "batch_size": 24}
-    with job(changed(config, training=endless, runtime={"timeout_seconds": 8}), 3, log) as process:
+    # Well above what three ranks on two busy cores need for a step.
+    with job(changed(config, training=endless, runtime={"timeout_seconds": 20}), 3, log) as process:
         wait_for_step(run, 3, process, log)
         process.ranks[2].suspend()
         for rank in process.ranks[:2]:
@@ -49,7 +51,7 @@ def test_the_rank_that_does_not_come_is_named_once(tiny_dataset: Path, tmp_path:
     assert "Traceback" not in text
     named = re.findall(r"^error: pipeline/(.*)$", text, re.MULTILINE)
     assert len(named) == 1, text
-    assert "rank(s) 2 did not come within 0:00:08 (runtime.timeout_seconds)" in named[0]
+    assert "rank(s) 2 did not come within 0:00:20 (runtime.timeout_seconds)" in named[0]
 
 
 def test_a_rank_that_is_gone_ends_the_other_at_once_with_a_line(tiny_dataset: Path, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ def test_a_rank_with_a_burden_of_its_own_is_named_once_and_the_run_goes_on(
 ) -> None:
     config = tiny_config(
         data={"dataset": str(tiny_dataset)},
-        training={"steps": 8, "batch_size": 8, "n_critic": 1},
-        run={"root": str(tmp_path), "log_every": 2},
+        training={"steps": 4, "batch_size": 8, "n_critic": 1},
+        run={"root": str(tmp_path)},
     )
     result = launch(ROOT / "tests/distributed/slow_rank.py", [burden, *flags(config)], 2)
     assert result.returncode == 0, result.stderr[-3000:]
