@@ -23,18 +23,17 @@ def main() -> None:
     # Here: --help and a mistake above need no torch.
     from pipeline.benchmarking.measure import measure_data, measure_scoring, measure_training
     from pipeline.data import open_dataset
+    from pipeline.distributed.failures import closing
     from pipeline.distributed.process import Runtime
     from pipeline.storage.files import write_text
 
     runtime = Runtime(config.runtime)
-    try:
+    with closing(runtime, config):
         dataset = runtime.ranks.on_main(lambda: open_dataset(config.data))
         # One rank measures the sources: their figures are per core.
         figures = runtime.ranks.on_main(lambda: measure_data(config, dataset))
         figures |= measure_training(config, runtime, arguments.steps)
         figures |= measure_scoring(config, runtime, dataset)
-    finally:
-        runtime.close()
     if runtime.ranks.is_main:
         print(json.dumps(figures, indent=1))
         if arguments.json is not None:

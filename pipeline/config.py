@@ -68,6 +68,17 @@ class RunConfig:
     """Consecutive failed saves (full disk, lost folder) that the run tolerates before it stops."""
     trackers: list[str] = knob(["tensorboard"], free=True)
     """Accelerate trackers to log to, by name: tensorboard, wandb, trackio, ..."""
+    profile: str | None = knob(None, free=True)
+    """FROM:TO, steps to trace with torch's profiler, both included, each rank into a file of the run's folder profile/;
+    null: none."""
+
+    @property
+    def profiled_steps(self) -> tuple[int, int] | None:
+        """The first and the last step of `profile`."""
+        if self.profile is None:
+            return None
+        first, _, last = self.profile.partition(":")
+        return int(first), int(last)
 
 
 @dataclass(frozen=True)
@@ -213,6 +224,13 @@ class Config:
             )
         if not self.evaluation.features:
             raise UserError("evaluation.features is empty: name one, or set evaluation.every to null for no scores")
+        if self.run.profile is not None:
+            steps = self.run.profiled_steps if re.fullmatch(r"\d{1,9}:\d{1,9}", self.run.profile, re.ASCII) else None
+            if steps is None or not 1 <= steps[0] <= steps[1] <= self.training.steps:
+                raise UserError(
+                    f"run.profile is {self.run.profile!r}: give FROM:TO, two steps from 1 to {self.training.steps} "
+                    "(training.steps) in order"
+                )
         for name in ("critic_optimizer", "generator_optimizer"):
             betas = getattr(self.training, name).betas
             if not all(0 <= beta < 1 for beta in betas):

@@ -26,6 +26,7 @@ def main() -> int:
 
     from pipeline.checks.findings import Finding, findings_of_all  # here: `--help` and mistakes need no torch
     from pipeline.checks.machine import check_ranks, examine
+    from pipeline.distributed.failures import closing
     from pipeline.distributed.process import Runtime
 
     patience = min(config.runtime.timeout_seconds, PATIENCE_SECONDS)
@@ -38,14 +39,12 @@ def main() -> int:
         print(Finding("error", "ranks", f"they can't talk to each other ({reason}); {fix}"), flush=True)
         return EXIT_USER_ERROR
     code = 0
-    try:
+    with closing(runtime, config):
         for findings in chain([communication], examine(config, runtime.ranks, arguments.checksums == "all")):
             for finding in findings:
                 code = EXIT_USER_ERROR if finding.level == "error" else code
                 if runtime.ranks.is_main:
                     print(finding, flush=True)
-    finally:
-        runtime.close()
     return code
 
 

@@ -7,7 +7,7 @@ second SIGINT.
 
 from __future__ import annotations
 
-EXIT_USER_ERROR, EXIT_FAILED, EXIT_PREEMPTED, EXIT_INTERRUPTED = 2, 3, 75, 130
+EXIT_RANK_LOST, EXIT_USER_ERROR, EXIT_FAILED, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 3, 75, 130
 
 
 class UserError(Exception):
@@ -20,6 +20,10 @@ class LocalError(UserError):
 
 class TrainingFailed(Exception):
     """The run can't go on: it diverged, or its state can't be saved. The last good checkpoint is kept."""
+
+
+class RankLost(Exception):
+    """Another rank did not come to a collective, or its connection is lost. Whoever raises it has told."""
 
 
 class Preempted(Exception):

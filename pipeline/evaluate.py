@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipeline.config import make_parser, parse
 from pipeline.data import open_dataset
+from pipeline.distributed.failures import closing
 from pipeline.distributed.launcher import run_program
 from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
@@ -26,12 +27,10 @@ def main() -> None:
     if arguments.all and (arguments.out or arguments.step is not None):
         raise UserError("--all scores every checkpoint into the run: leave out --step and --out")
     runtime = Runtime(config.runtime)
-    try:
+    with closing(runtime, config):
         dataset = runtime.ranks.on_main(lambda: open_dataset(config.data))
         scorer = Scorer(config.evaluation, dataset, runtime, config.training.seed)
         score_target(run.path, scorer, None if arguments.all else [arguments.step], arguments.out)
-    finally:
-        runtime.close()
 
 
 if __name__ == "__main__":

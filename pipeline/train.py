@@ -7,14 +7,15 @@ from pipeline.storage.run_folder import RunFolder
 
 def main() -> None:
     config, _ = parse(make_parser("Train a GAN. The same command again goes on from the newest checkpoint."))
-    from pipeline.distributed.process import Runtime  # here: `--help` and mistakes need no torch
+    from pipeline.distributed.failures import closing, record_collectives  # here: `--help` and mistakes need no torch
+    from pipeline.distributed.process import Runtime
     from pipeline.training.trainer import Trainer
 
-    runtime = Runtime(config.runtime, trackers=config.run.trackers, tracker_folder=RunFolder(config.folder).trackers)
-    try:
+    folder = RunFolder(config.folder)
+    record_collectives(folder.collectives)
+    runtime = Runtime(config.runtime, trackers=config.run.trackers, tracker_folder=folder.trackers)
+    with closing(runtime, config):
         Trainer(config, runtime).run()
-    finally:
-        runtime.close()
 
 
 if __name__ == "__main__":

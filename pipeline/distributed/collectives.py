@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -27,19 +28,21 @@ class Ranks:
     world_size: int = 1
     host_group: dist.ProcessGroup | None = None
     """gloo, of all ranks; None in a process alone."""
+    timeout: timedelta | None = None
+    """Of the host group's collectives; None: torch's half hour."""
 
     @classmethod
-    def of_job(cls) -> Ranks:
+    def of_job(cls, timeout: timedelta | None = None) -> Ranks:
         """The ranks of the default process group, with a host group of their own; alone where there is none."""
         if not dist.is_initialized():
             return cls()
-        return cls(dist.get_rank(), dist.get_world_size()).with_own_group()
+        return cls(dist.get_rank(), dist.get_world_size(), timeout=timeout).with_own_group()
 
     def with_own_group(self) -> Ranks:
         """The same ranks with a host group of their own, for a thread that talks beside the main one."""
         if self.world_size == 1:
             return self
-        group = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo", timeout=self.timeout)
         assert isinstance(group, dist.ProcessGroup)
         return replace(self, host_group=group)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import time
+import weakref
 
 import torch
 
@@ -30,6 +32,23 @@ def bind_to_share(cores: list[int]) -> None:
     if ranks <= len(cores):
         first, last = (len(cores) * number // ranks for number in (rank, rank + 1))
         os.sched_setaffinity(0, cores[first:last])
+
+
+class ThreadClock:
+    """Of the thread that makes it: the time that it has run or waited for a core, so not that in which it slept."""
+
+    def __init__(self) -> None:
+        self._file: int | None = None
+        with contextlib.suppress(OSError):  # a kernel that keeps no such account: the time that the thread has run
+            self._file = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
+
+    def seconds(self) -> float:
+        """Since some moment; it is to be read in the same thread."""
+        if self._file is None:
+            return time.thread_time()
+        running, runnable, _ = os.pread(self._file, 64, 0).split()
+        return (int(running) + int(runnable)) / 1e9
 
 
 def _keep_freed_memory() -> None:

@@ -21,9 +21,11 @@ from pipeline.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_PREEMPTED,
+    EXIT_RANK_LOST,
     EXIT_USER_ERROR,
     LocalError,
     Preempted,
+    RankLost,
     TrainingFailed,
     UserError,
 )
@@ -69,6 +71,8 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     except (UserError, TrainingFailed) as error:
         _say(f"error: {error}" if rank == 0 else "")
         code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
+    except RankLost:
+        code = EXIT_RANK_LOST
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = EXIT_FAILED

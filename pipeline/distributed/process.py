@@ -57,8 +57,9 @@ class Runtime:
             )
         if on_cpu:
             use_cpu(self.cores, config.threads)
+        timeout = timedelta(seconds=config.timeout_seconds)
         if world_size > 1:
-            _join_process_group("gloo" if on_cpu else "nccl", timedelta(seconds=config.timeout_seconds))
+            _join_process_group("gloo" if on_cpu else "nccl", timeout)
         hook = DDPCommunicationHookType.BF16 if config.compress_gradients else DDPCommunicationHookType.NO
         self.accelerator = Accelerator(
             cpu=on_cpu,
@@ -72,7 +73,7 @@ class Runtime:
                 f"WORLD_SIZE is {world_size} but accelerate runs {self.accelerator.num_processes} process(es): "
                 "start with a file of launch/accelerate/"
             )
-        self.ranks = self.stop.ranks = Ranks.of_job()
+        self.ranks = self.stop.ranks = Ranks.of_job(timeout)
         self.device: torch.device = self.accelerator.device
         self.scaler: torch.amp.GradScaler = self.accelerator.scaler or torch.amp.GradScaler(enabled=False)
         """Of losses; disabled unless the precision is fp16."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from copy import deepcopy
 from pathlib import Path
 
@@ -28,16 +29,19 @@ def save_onnx(generator: Generator, path: Path) -> None:
     if generator.num_classes:
         inputs["labels"] = torch.zeros(2, dtype=torch.int64)
     try:
-        program = torch.onnx.export(
-            unmirrored,
-            tuple(inputs.values()),
-            input_names=list(inputs),
-            output_names=["images"],
-            # The second input's length is found equal to the first's; naming it again would warn.
-            dynamic_shapes=({0: "n"}, {0: torch.export.Dim.DYNAMIC})[: len(inputs)],
-            dynamo=True,
-            verbose=False,
-        )
+        with warnings.catch_warnings():
+            # torch 2.11 deprecates what its own exporter does.
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+            program = torch.onnx.export(
+                unmirrored,
+                tuple(inputs.values()),
+                input_names=list(inputs),
+                output_names=["images"],
+                # The second input's length is found equal to the first's; naming it again would warn.
+                dynamic_shapes=({0: "n"}, {0: torch.export.Dim.DYNAMIC})[: len(inputs)],
+                dynamo=True,
+                verbose=False,
+            )
     except ModuleNotFoundError as error:
         raise UserError(f"{path}: ONNX needs the package {error.name!r}: pip install 'gan-pipeline[onnx]'") from None
     assert program is not None  # with dynamo=True

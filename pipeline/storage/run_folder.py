@@ -46,6 +46,11 @@ class RunFolder:
     def export(self) -> Path:
         return self.path / "export" / "generator.safetensors"
 
+    @property
+    def collectives(self) -> Path:
+        """Before a rank's number: the last collectives of a run on GPUs that timed out, for `torchfrtrace`."""
+        return self.path / "collectives-rank-"
+
     def report(self, kind: str) -> Path:
         """`kind`: html, md or json."""
         return self.path / f"report.{kind}"
@@ -75,6 +80,10 @@ class RunFolder:
 
     def scores(self, step: int) -> Path:
         return self.evaluation / f"{step_name(step)}.json"
+
+    def profile(self, first_step: int, last_step: int, rank: int) -> Path:
+        """A rank's trace of these steps, Chrome's format."""
+        return self.path / "profile" / f"{step_name(first_step)}-to-{last_step:08d}-rank-{rank}.json.gz"
 
     # -- what is there -------------------------------------------------------------------------------------------------
 

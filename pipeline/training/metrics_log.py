@@ -10,6 +10,7 @@ from torch import Tensor
 from pipeline.config import TrainingConfig
 from pipeline.distributed.process import Runtime
 from pipeline.storage.run_folder import RunFolder
+from pipeline.training.rank_times import RankTimes
 from pipeline.training.state import TrainingState
 
 
@@ -20,6 +21,7 @@ class MetricsLog:
         self._training, self._state, self._runtime, self._folder = training, state, runtime, folder
         self.elapsed_seconds = self.evaluation_seconds = 0.0
         """Of the whole run, over all its launches; training alone, evaluation alone."""
+        self._rank_times = RankTimes(training, state, runtime)
         self.begin()
 
     def begin(self) -> None:
@@ -27,6 +29,7 @@ class MetricsLog:
         self._losses: list[Tensor] = []
         self._reduced: Tensor | None = None
         self._started = time.monotonic()
+        self._rank_times.begin()
 
     @property
     def has_steps(self) -> bool:
@@ -37,11 +40,13 @@ class MetricsLog:
         """A step's losses, (3,) on the device: real, fake and generator loss of this rank's images."""
         self._losses.append(losses)
         self._reduced = None
+        self._rank_times.add_step()
 
     def add_evaluation(self, seconds: float) -> None:
         """Takes the time of an evaluation out of the interval's."""
         self.evaluation_seconds += seconds
         self._started += seconds
+        self._rank_times.leave_out()
 
     def losses(self) -> Tensor:
         """(steps, 3) on the CPU: the losses of the global batches. This waits for the device."""
@@ -69,6 +74,7 @@ class MetricsLog:
             "data_wait_seconds": wait_seconds,
             "elapsed_seconds": self.elapsed_seconds,
             "evaluation_seconds": self.evaluation_seconds,
+            **self._rank_times.compare(step, len(losses), wait_seconds),
         }
         if estimates_wasserstein:
             line["wasserstein_estimate"] = -(real_loss + fake_loss)

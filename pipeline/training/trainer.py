@@ -28,6 +28,7 @@ from pipeline.storage.run_folder import RunFolder
 from pipeline.training.build import build_step
 from pipeline.training.inputs import InputStream
 from pipeline.training.metrics_log import MetricsLog
+from pipeline.training.profiler import profiled
 from pipeline.training.saving import Saver
 from pipeline.training.state import build_state
 
@@ -71,9 +72,10 @@ class Trainer:
             self._resume()
             self._sample_and_evaluate()  # what a stop right after the checkpoint left undone
             self.log.begin()
+            take_step = profiled(self.take_step, run, self.state, self.runtime, self.folder)
             with self._progress_bar() as progress:
                 while self.state.step < last_step:
-                    self.take_step()
+                    take_step()
                     progress.update()
                     if self._due(run.log_every):
                         self._check_losses()

@@ -1,0 +1,119 @@
+"""What can be said in one line of failures that a library tells in a traceback: memory ran out, a rank did not come."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from pipeline.config import Config
+from pipeline.distributed.collectives import Ranks
+from pipeline.distributed.process import Runtime
+from pipeline.errors import LocalError, RankLost
+
+ROLL_CALL_SECONDS = 5.0
+"""For ranks that wait for the same one to give up as well: their waits began within one step."""
+DUMP_SECONDS = 30.0
+"""For NCCL's watchdog to notice the time-out too, write what it has recorded, and end the process."""
+PACKAGE = Path(__file__).parents[1]
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|_ALLOC_FAILED")
+"""In CUDA's, the CPU allocator's and cuBLAS's errors."""
+
+
+@contextlib.contextmanager
+def closing(runtime: Runtime, config: Config) -> Iterator[None]:
+    """Closes the runtime at the end of a program, however that comes.
+
+    Raises:
+        LocalError: for an error that says that memory ran out: it names the settings to change.
+        RankLost: for one that says that another rank did not come to a collective or has gone, after a line that tells.
+            The runtime is not closed then: what is left of a job can't end together.
+    """
+    with contextlib.ExitStack() as end:
+        end.callback(runtime.close)
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if runtime.ranks.world_size > 1 and (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+                end.pop_all()
+                _tell_of_lost_rank(error, runtime)
+                raise RankLost from error
+            if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+                raise LocalError(_out_of_memory(error, config, runtime.ranks.world_size)) from error
+            raise
+
+
+def record_collectives(prefix: Path) -> None:
+    """NCCL's flight recorder writes its last collectives into files of this prefix, one a rank, when one times out.
+
+    To call before there is a process group. Torch records and writes by default, into a cache folder; a place that the
+    environment names comes first. `torchfrtrace` compares the files and names the ranks that fell behind.
+    """
+    if "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in os.environ:
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(prefix.absolute()))
+
+
+def _tell_of_lost_rank(error: Exception, runtime: Runtime) -> None:
+    ranks, place = runtime.ranks, _place(error)
+    line = f"[rank {ranks.rank}] error: {place}: the connection to another rank is lost; the launcher names who ended"
+    if timed_out := "timed out" in str(error).lower():
+        gave_up = _roll_call(ranks)
+        absent = ", ".join(str(rank) for rank in range(ranks.world_size) if rank not in gave_up)
+        who = f"rank(s) {absent} did not come" if absent else "ranks wait in different collectives, for each other,"
+        line = f"error: {place}: {who} within {ranks.timeout} (runtime.timeout_seconds)"
+        line = line if ranks.rank == gave_up[0] else ""
+    if line:
+        print(line, file=sys.stderr, flush=True)
+    if timed_out and runtime.device.type == "cuda":
+        time.sleep(DUMP_SECONDS)
+
+
+def _roll_call(ranks: Ranks) -> list[int]:
+    """The ranks that have given up waiting at about the same time, this one among them, in order."""
+    gave_up = [ranks.rank]
+    with contextlib.suppress(dist.DistError):  # the store's own process may be the one that is gone
+        store = dist.distributed_c10d._get_default_store()
+        store.set_timeout(timedelta(seconds=ROLL_CALL_SECONDS))
+        store.set(f"gave up {ranks.rank}", "")
+        time.sleep(ROLL_CALL_SECONDS)
+        gave_up = [rank for rank in range(ranks.world_size) if store.check([f"gave up {rank}"])]
+    return gave_up
+
+
+def _out_of_memory(error: Exception, config: Config, world_size: int) -> str:
+    training, evaluation = config.training, config.evaluation
+    files = {Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)}
+    if any(file.is_relative_to(PACKAGE / "evaluation") for file in files):
+        fix = (
+            f"lower evaluation.batch_size ({evaluation.batch_size}) or evaluation.num_images ({evaluation.num_images})"
+        )
+    elif PACKAGE / "data/resident.py" in files:
+        fix = f"set data.source to streaming (it is {config.data.source})"
+    else:
+        share = f"{training.batch_size}: {training.batch_size // world_size} images a rank"
+        fix = (
+            f"raise runtime.accumulation ({config.runtime.accumulation}), lower training.batch_size ({share}) "
+            f"or network.width ({config.network.width})"
+        )
+    asked = re.search(r"allocate (\d[\d.]* \w+)", str(error))
+    return f"out of memory{f', {asked[1]} more were asked for,' if asked else ''} in {_place(error)}: {fix}"
+
+
+def _place(error: Exception) -> str:
+    """The innermost line of the package that is not about ranks but about what they do: file, number, text."""
+    inside = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).is_relative_to(PACKAGE) and Path(frame.filename).parent != PACKAGE / "distributed"
+    ]
+    if not inside:
+        return "the beginning"
+    return f"{Path(inside[-1].filename).relative_to(PACKAGE.parent)}:{inside[-1].lineno} ({inside[-1].line})"
