@@ -118,7 +118,7 @@ class OptimizerConfig:
 
     algorithm: Literal["rmsprop", "adam"] = knob("rmsprop")
     """Update rule."""
-    learning_rate: float = knob(5e-5, above=0.0, high=1e3)
+    learning_rate: float = knob(5e-5, above=0.0, high=1e30)
     """Step size at step 0."""
     decay: float = knob(0.0, low=0.0)
     """Inverse-time decay per update u: learning_rate / (1 + decay * u)."""
