@@ -100,13 +100,14 @@ class LayerwiseStepGenerator(StepGenerator):
         groups = each(generator.first_maps, [*zip(*critics, strict=True), (latents, labels)])
         for norm, convolution in zip(generator.norms, generator.convolutions, strict=True):
             assert isinstance(norm, nn.BatchNorm2d)
-            normalised = [(images,) for images in _normalise(norm, groups, sizes)]
+            normalised = [(images,) for images in normalise(norm, groups, sizes)]
             groups = each(lambda images, layer=convolution: layer(F.relu(images)), normalised)
         *fakes, images = each(torch.sigmoid, [(images,) for images in groups])
         return torch.stack(fakes).view(count, *images.shape), images
 
 
-def _normalise(norm: nn.BatchNorm2d, groups: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+def normalise(norm: nn.BatchNorm2d, groups: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    """Groups of images, each of so many equal batches, as batch norm in training mode makes them of every batch."""
     if isinstance(norm, SyncBatchNorm):
         return norm.normalise(groups, sizes)
     assert norm.num_batches_tracked is not None
