@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from pipeline.models.networks import Generator, StepGenerator, initialise
 from pipeline.rng import seeded
 
 SIZE, BATCHES = 6, 3
-EXACT = {"rtol": 1e-11, "atol": 1e-13}
+EXACT: dict[str, Any] = {"rtol": 1e-11, "atol": 1e-13}
 
 
 @pytest.fixture(scope="module", autouse=True)
