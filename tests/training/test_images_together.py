@@ -23,7 +23,8 @@ EXACT: dict[str, Any] = {"rtol": 1e-11, "atol": 1e-13}
 
 @pytest.fixture(scope="module", autouse=True)
 def process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
