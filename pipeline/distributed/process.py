@@ -112,9 +112,8 @@ class Runtime:
             for weight in network.parameters():
                 if weight.is_contiguous():  # one channel: channels-last or not is the same memory under other strides
                     weight.register_hook(partial(_with_strides, weight.stride()))  # type: ignore[no-untyped-call]
-            if self.capture_stream is not None:
-                # It would read a captured event's time at some iterations, which breaks the capture.
-                wrapped._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # type: ignore[no-untyped-call]
+            # It would time some of its iterations, and wait for the device for it: an error within a capture.
+            wrapped._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # type: ignore[no-untyped-call]
         return wrapped
 
     def alone(self) -> Runtime:
