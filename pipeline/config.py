@@ -194,8 +194,8 @@ class RuntimeConfig:
     accumulation: int = knob(1, low=1, free=True)
     """Parts in which a rank takes its slice of a batch one after the other, so that memory holds one part; the same
     trajectory to rounding. The generator's update costs about three times as much in parts."""
-    cuda_graph: bool = knob(False, free=True)
-    """Capture a step once and replay it; CUDA only, not with fp16."""
+    cuda_graph: bool | None = knob(None, free=True)
+    """Capture a step once and replay it; CUDA only, not with fp16. null: wherever that is possible."""
     compress_gradients: bool = knob(False)
     """All-reduce gradients as bfloat16: half the bytes, three digits."""
     threads: int | None = knob(None, low=1, high=1024, free=True)
@@ -276,6 +276,12 @@ def check_device(config: RuntimeConfig, has_cuda: bool) -> None:
         raise UserError("runtime.precision is fp16, which takes a CUDA device: use bf16 or float32")
     if config.cuda_graph and (on_cpu or config.precision == "fp16"):
         raise UserError("runtime.cuda_graph is true, which takes a CUDA device and another precision than fp16")
+
+
+def captures_steps(config: RuntimeConfig, has_cuda: bool) -> bool:
+    """Whether a step is captured as a CUDA graph. fp16's loss scaling looks at gradients on the host."""
+    on_cpu = config.device == "cpu" or not has_cuda
+    return not on_cpu and config.precision != "fp16" and config.cuda_graph is not False
 
 
 def flatten(config: Config, *, free: bool = True) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def data_indices(seed: int, batch_number: int, batch_size: int, num_images: int)
 
 
 def _uniform(generator: torch.Generator, num_rows: int, num_columns: int) -> torch.Tensor:
-    return torch.rand(num_rows, num_columns, generator=generator, dtype=torch.float32).mul_(2).sub_(1)
+    return torch.empty(num_rows, num_columns, dtype=torch.float32).uniform_(-1, 1, generator=generator)
 
 
 def _classes(generator: torch.Generator, batch_size: int, num_classes: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -10,7 +11,9 @@ from pipeline.config import (
     DataConfig,
     EvaluationConfig,
     RunConfig,
+    RuntimeConfig,
     TrainingConfig,
+    captures_steps,
     flatten,
     make_parser,
     parse,
@@ -171,3 +174,21 @@ def test_the_key_that_may_change_between_launches_are_those_off_the_trajectory()
     fixed = flatten(Config(), free=False)
     assert {"training.seed", "training.batch_size", "network.width", "data.lanes", "runtime.precision"} <= fixed.keys()
     assert not {"training.steps", "run.log_every", "data.workers", "runtime.threads", "evaluation.every"} & fixed.keys()
+
+
+@pytest.mark.parametrize(
+    ("asked", "settings", "has_cuda", "captured"),
+    [
+        (None, {}, True, True),
+        (None, {}, False, False),
+        (None, {"device": "cpu"}, True, False),
+        (None, {"precision": "fp16"}, True, False),
+        (None, {"precision": "bf16", "accumulation": 2}, True, True),
+        (True, {"device": "cuda"}, True, True),
+        (False, {}, True, False),
+    ],
+)
+def test_steps_are_captured_wherever_that_is_possible(
+    asked: bool | None, settings: dict[str, Any], has_cuda: bool, captured: bool
+) -> None:
+    assert captures_steps(RuntimeConfig(cuda_graph=asked, **settings), has_cuda) == captured

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.config import NetworkConfig, OptimizerConfig
 from pipeline.data import open_source
 from pipeline.models.networks import CRITIC_STRIDES, GENERATOR_STRIDES, KERNEL, LEAK, Critic, Generator, mirror_state
-from pipeline.models.objectives import ScoreLoss, class_loss, gradient_penalty
+from pipeline.models.objectives import ScoreLoss, gradient_penalty, with_class_loss
 from pipeline.training.inputs import InputStream
 from pipeline.training.trainer import Trainer
 
@@ -85,7 +85,7 @@ class PlainTrainer:
         # Only the step is its own: the inputs are a function of it.
         self._state = state = dataclasses.replace(trainer.state)
         source = open_source(trainer.config, trainer.dataset, runtime.ranks, runtime.device)
-        self.inputs = InputStream(trainer.config, state, source, runtime.ranks)
+        self.inputs = InputStream(trainer.config, state, source, runtime.ranks, captured=False)
         shapes = trainer.config.network, trainer.dataset.image_shape, state.generator.num_classes
         generator, self._bare_critic = PlainGenerator(*shapes), PlainCritic(*shapes)
         for network, original in ((generator, state.generator), (self._bare_critic, state.critic)):
@@ -125,14 +125,14 @@ class PlainTrainer:
         self.generator.train()
         self._generator_optimizer.param_groups[0]["lr"] = float(inputs.generator_rates[0])
         scores, logits = self._bare_critic(self.generator(inputs.generator_latents, inputs.generator_labels))
-        generator_loss = self._objective.generator_loss(scores) + class_loss(logits, inputs.generator_labels)
+        generator_loss = with_class_loss(self._objective.generator_loss(scores), logits, inputs.generator_labels)
         _update(self._generator_optimizer, generator_loss)
         self._state.step += 1
         return sum(losses) / len(losses), generator_loss.item()
 
     def _critic_loss(self, images: Tensor, labels: Tensor, loss_of: ScoreLoss) -> Tensor:
         scores, logits = self.critic(images)
-        return loss_of(scores) + class_loss(logits, labels)
+        return with_class_loss(loss_of(scores), logits, labels)
 
 
 def _update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:

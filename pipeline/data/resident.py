@@ -50,6 +50,10 @@ def load_images(dataset: Dataset, split: str, indices: torch.Tensor) -> torch.Te
     return images
 
 
+DRAWN_TOGETHER = 16
+"""Batches gathered at once: on a GPU, where launching a gather takes longer than the gather."""
+
+
 class ResidentSource:
     """Batch k of the train split is `rng.data_indices(seed, k, ...)`: uniform with replacement."""
 
@@ -61,9 +65,12 @@ class ResidentSource:
     def batches(self, first: int) -> Iterator[Batch]:
         number = first
         while True:
-            rows = data_indices(self._seed, number, self._batch_size, len(self._images))[self._rows]
+            drawn = range(number, number + DRAWN_TOGETHER)
+            rows = torch.stack(
+                [data_indices(self._seed, k, self._batch_size, len(self._images))[self._rows] for k in drawn]
+            )
             if self._images.is_cuda:
                 rows = rows.pin_memory()  # or the copy would be staged
             rows = rows.to(self._images.device, non_blocking=True)
-            yield Batch(self._images[rows], self._labels[rows])
-            number += 1
+            yield from map(Batch, self._images[rows], self._labels[rows])
+            number = drawn.stop

@@ -1,12 +1,12 @@
-"""Batch norm over the ranks: statistics of the global batch on any device and backend.
+"""Batch norm over the ranks: statistics of the global batch on any device and backend; and all images of a step made
+together, which is the way to few collectives and launches.
 
 torch's own SyncBatchNorm refuses CPU tensors. Equal slices on all ranks are assumed (`Ranks.rows`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from pipeline.models.networks import Generator
+from pipeline.models.networks import StepGenerator
 
 
 class Statistics(NamedTuple):
-    """Mean and biased variance of a batch norm's input, (channels,) each, over `num_values` values of a channel."""
+    """Mean and biased variance of a batch norm's input, (channels,) or for several batches (batches, channels) each,
+    over `num_values` values of a channel."""
 
     mean: Tensor
     variance: Tensor
@@ -28,38 +29,41 @@ class Statistics(NamedTuple):
 
 @torch.no_grad()
 def update_moving_averages(norm: nn.BatchNorm2d, statistics: Statistics) -> None:
-    """What a batch norm in training mode does with its batch's statistics."""
+    """What a batch norm in training mode does with the statistics of its batches, one after the other."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     assert norm.num_batches_tracked is not None
     assert norm.momentum is not None
-    norm.num_batches_tracked.add_(1)
-    norm.running_mean.lerp_(statistics.mean, norm.momentum)
-    unbiased = statistics.variance * (statistics.num_values / (statistics.num_values - 1))
-    norm.running_var.lerp_(unbiased, norm.momentum)
+    means = statistics.mean.view(-1, norm.num_features)
+    unbiased = statistics.variance.view_as(means) * (statistics.num_values / (statistics.num_values - 1))
+    norm.num_batches_tracked.add_(len(means))
+    for moments in zip(means, unbiased, strict=True):
+        torch._foreach_lerp_([norm.running_mean, norm.running_var], moments, norm.momentum)
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
     """Images (n, c, h, w) are normalised with the statistics of all ranks' images in training mode."""
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.normalise_batches([images])[0]
+        return self.normalise([images], [1])[0] if self.training else super().forward(images)
 
-    def normalise_batches(self, batches: list[Tensor]) -> list[Tensor]:
-        """Each batch with its own statistics, all of them in one collective."""
-        if not self.training:
-            return [super(SyncBatchNorm, self).forward(images) for images in batches]
-        batches = [images.to(self.weight.dtype) for images in batches]  # autocast's are of half precision
-        statistics = zip(*_statistics_of_all_ranks(batches), strict=True)
-        return [self._normalise(images, *found) for images, found in zip(batches, statistics, strict=True)]
+    def normalise(self, groups: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """Groups of images, each of so many equal batches; every batch with its own statistics, all of them in one
+        collective."""
+        groups = [images.to(self.weight.dtype) for images in groups]  # autocast's are of half precision
+        means, variances = _statistics_of_all_ranks(groups, sizes)
+        count = groups[-1][:, 0].numel() // sizes[-1] * dist.get_world_size()
+        update_moving_averages(self, Statistics(means, variances, count))
+        inverses = torch.rsqrt(variances + self.eps)
+        parts = zip(groups, torch.split(means, list(sizes)), torch.split(inverses, list(sizes)), strict=True)
+        return [self._apply_statistics(images, mean, inverse, count) for images, mean, inverse in parts]
 
-    def _normalise(self, images: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    def _apply_statistics(self, images: Tensor, means: Tensor, inverses: Tensor, count: int) -> Tensor:
         n, c, h, w = images.shape
-        count = n * h * w * dist.get_world_size()
-        update_moving_averages(self, Statistics(mean, variance, count))
         # Channels-last images are rows of w * c numbers already: long enough for a CPU's vectors, unlike c.
-        rows = images.permute(0, 2, 3, 1).reshape(n * h, w * c)
-        rows = _Normalise.apply(rows, self.weight, self.bias, mean, torch.rsqrt(variance + self.eps), count)
+        width = 1 if images.is_cuda else w
+        rows = images.permute(0, 2, 3, 1).reshape(len(means), -1, width * c)
+        rows = _Normalise.apply(rows, self.weight, self.bias, means, inverses, count)
         normalised: Tensor = rows.view(n, h, w, c).permute(0, 3, 1, 2)
         return normalised
 
@@ -74,59 +78,113 @@ def convert_batch_norm(network: nn.Module) -> None:
                 setattr(parent, name, converted)
 
 
-@torch.no_grad()
-def make_fakes_together(
-    generator: Generator, latents: Tensor, labels: Tensor, autocast: Callable[[], AbstractContextManager[None]]
-) -> Tensor:
-    """Images (k, b, C, H, W) of k batches of latents (k, b, latent_dim), layer by layer: they share each batch norm's
-    collective, and each batch still fits into a CPU's cache. The generator's batch norms are converted."""
-    with autocast():
-        batches = [generator.first_maps(*batch) for batch in zip(latents, labels, strict=True)]
+class LayerwiseStepGenerator(StepGenerator):
+    """All images layer by layer, so that they share each batch norm's collective; its statistics are those of batches.
+
+    A GPU takes the critic's batches as one; a CPU takes one after the other, each of which fits into its cache.
+    """
+
+    def forward(
+        self, critic_latents: Tensor, critic_labels: Tensor, latents: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        generator, count = self.generator.train(), len(critic_latents)
+        num_groups = 1 if critic_latents.is_cuda else count
+        sizes = [count // num_groups] * num_groups + [1]  # in batches; the last group is the generator's own
+
+        def each(layer: Callable[..., Tensor], groups: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+            with torch.no_grad():
+                done = [layer(*group) for group in groups[:-1]]
+            return [*done, layer(*groups[-1])]
+
+        critics = critic_latents.reshape(num_groups, -1, latents.shape[1]), critic_labels.reshape(num_groups, -1)
+        groups = each(generator.first_maps, [*zip(*critics, strict=True), (latents, labels)])
         for norm, convolution in zip(generator.norms, generator.convolutions, strict=True):
-            assert isinstance(norm, SyncBatchNorm)
-            batches = [convolution(F.relu(images)) for images in norm.normalise_batches(batches)]
-        return torch.stack([torch.sigmoid(images) for images in batches]).to(latents.dtype)
+            assert isinstance(norm, nn.BatchNorm2d)
+            normalised = [(images,) for images in normalise(norm, groups, sizes)]
+            groups = each(lambda images, layer=convolution: layer(F.relu(images)), normalised)
+        *fakes, images = each(torch.sigmoid, [(images,) for images in groups])
+        return torch.stack(fakes).view(count, *images.shape), images
 
 
-def _statistics_of_all_ranks(batches: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance, (batches, channels) each, from the ranks' own (Chan et al. 1983) in one collective."""
-    own = torch.stack(
-        [torch.cat(torch.batch_norm_update_stats(images.detach(), None, None, 0.0)) for images in batches]
-    )
-    ranks = own.new_zeros(dist.get_world_size(), *own.shape)
-    ranks[dist.get_rank()] = own
+def normalise(norm: nn.BatchNorm2d, groups: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    """Groups of images, each of so many equal batches, as batch norm in training mode makes them of every batch."""
+    if isinstance(norm, SyncBatchNorm):
+        return norm.normalise(groups, sizes)
+    assert norm.num_batches_tracked is not None
+    assert norm.momentum is not None
+    norm.num_batches_tracked.add_(sum(sizes))
+    settings = norm.running_mean, norm.running_var, norm.weight, norm.bias, True, norm.momentum, norm.eps
+    normalised = []
+    for images, size in zip(groups, sizes, strict=True):
+        batches = [F.batch_norm(batch, *settings) for batch in images.chunk(size)]
+        normalised.append(torch.cat(batches) if size > 1 else batches[0])
+    return normalised
+
+
+@torch.no_grad()
+def _statistics_of_all_ranks(groups: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Means and biased variances (batches, channels) from the ranks' own (Chan et al. 1983) in one collective."""
+    own = [_statistics(images, size) for images, size in zip(groups, sizes, strict=True)]
+    packed = torch.cat([part for parts in zip(*own, strict=True) for part in parts])
+    ranks = packed.new_zeros(dist.get_world_size(), *packed.shape)
+    ranks[dist.get_rank()] = packed
     dist.all_reduce(ranks)
-    means, variances = ranks.chunk(2, dim=2)
-    mean = means.mean(0)
-    return mean, variances.mean(0) + (means - mean).square().mean(0)
+    ranks = ranks.view(len(ranks), 2, sum(sizes), -1)
+    means, variances = ranks.mean(0)
+    return means, variances.add_(ranks[:, 0].var(0, correction=0))
+
+
+def _statistics(images: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Means and biased variances, (size, channels) each, of that many batches."""
+    if size == 1:
+        mean, variance = torch.batch_norm_update_stats(images, None, None, 0.0)
+        return mean[None], variance[None]
+    variances, means = torch.var_mean(images.view(size, -1, *images.shape[1:]), (1, 3, 4), correction=0)
+    return means, variances
 
 
 class _Normalise(torch.autograd.Function):
-    """(x - mean) * inverse * weight + bias for rows (m, w * channels). `mean` and `inverse`, one by the standard
-    deviation, are those of `count` values of a channel over all ranks' rows, and the gradient knows that."""
+    """(x - mean) * inverse * weight + bias for rows (batches, m, w * channels). `means` and `inverses`, one by the
+    standard deviation, (batches, channels), are those of `count` values of a channel over all ranks' rows of a batch,
+    and the gradient, for one batch alone, knows that."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, count: int
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, means: Tensor, inverses: Tensor, count: int
     ) -> Tensor:
-        ctx.save_for_backward(rows, weight, mean, inverse)
+        ctx.save_for_backward(rows, weight, means, inverses)
         ctx.count = count
-        w, scale = rows.shape[1] // len(weight), weight * inverse
-        return torch.addcmul((bias - mean * scale).repeat(w), rows, scale.repeat(w))
+        scales = weight * inverses
+        shifts = torch.addcmul(bias, means, scales, value=-1)
+        return torch.addcmul(_along(rows, shifts), rows, _along(rows, scales))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, mean, inverse = ctx.saved_tensors
-        w = rows.shape[1] // len(weight)
-        for_bias = upstream.sum(0).view(w, -1).sum(0)
-        for_weight = ((upstream * rows).sum(0).view(w, -1).sum(0) - mean * for_bias) * inverse
-        sums = torch.stack([for_bias, for_weight])
-        dist.all_reduce(sums)
-        bias_mean, weight_mean = sums / ctx.count
+        sums = torch.stack([_by_channel(upstream, mean), _by_channel(upstream * rows, mean)])
+        for_bias, products = sums
+        for_weight = torch.addcmul(products, mean, for_bias, value=-1).mul_(inverse)
+        shares = torch.cat([for_bias, for_weight])
+        dist.all_reduce(shares)
+        bias_mean, weight_mean = (shares / ctx.count).split(len(mean))
         # scale * (upstream - mean(upstream) - normalised * mean(upstream * normalised))
         scale = weight * inverse
         slope = -scale * inverse * weight_mean
         shift = -scale * bias_mean - slope * mean
-        downstream = torch.addcmul(shift.repeat(w), rows, slope.repeat(w)).addcmul_(upstream, scale.repeat(w))
-        return downstream, for_weight, for_bias, None, None, None
+        shift, slope, scale = (_along(rows, values) for values in (shift, slope, scale))
+        downstream = torch.addcmul(shift, rows, slope).addcmul_(upstream, scale)
+        return downstream, for_weight[0], for_bias[0], None, None, None
+
+
+def _along(rows: Tensor, values: Tensor) -> Tensor:
+    """Values (batches, channels) of channels, repeated to what can be added to rows (batches, m, w * channels)."""
+    if values.shape[1] < rows.shape[2]:
+        values = values.repeat(1, rows.shape[2] // values.shape[1])
+    return values[:, None]
+
+
+def _by_channel(rows: Tensor, like: Tensor) -> Tensor:
+    """Sums (batches, channels) over rows (batches, m, w * channels)."""
+    sums = rows.sum(1)
+    return sums if sums.shape == like.shape else sums.view(len(sums), -1, like.shape[1]).sum(1)

@@ -9,18 +9,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, ProjectConfiguration
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
-from pipeline.config import RuntimeConfig, check_device
+from pipeline.config import RuntimeConfig, captures_steps, check_device
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.cpu import use_cpu
 from pipeline.distributed.launcher import processes_asked_for, told
@@ -66,7 +67,10 @@ class Runtime:
             mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
             log_with=list(trackers or []) or None,
             project_config=ProjectConfiguration(logging_dir=str(tracker_folder)) if tracker_folder else None,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook)],
+            kwargs_handlers=[
+                # A network's gradients in one collective. At 25 MiB, the default, torch makes a first bucket of 1 MiB.
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=26, comm_hook=hook)
+            ],
         )
         if self.accelerator.num_processes != world_size:
             raise UserError(
@@ -81,7 +85,8 @@ class Runtime:
         # Bit-exact resume needs the same kernels every time.
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
-        self.capture_stream = torch.cuda.Stream() if config.cuda_graph else None  # type: ignore[no-untyped-call]
+        self.captures = captures_steps(config, torch.cuda.is_available())
+        self.capture_stream = torch.cuda.Stream() if self.captures else None  # type: ignore[no-untyped-call]
         """Where steps are captured: DDP is built, warmed up and captured on one stream."""
         self.before_close = contextlib.ExitStack()
         """What has to end before the process group does: graphs that hold its collectives."""
@@ -105,9 +110,11 @@ class Runtime:
             # depends on the grouping: without this a resumed run would leave the uninterrupted one's trajectory.
             wrapped.reducer._push_all_rebuilt_params()
             wrapped.reducer._rebuild_buckets()
-            if self.capture_stream is not None:
-                # It would read a captured event's time at some iterations, which breaks the capture.
-                wrapped._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # type: ignore[no-untyped-call]
+            for weight in network.parameters():
+                if weight.is_contiguous():  # one channel: channels-last or not is the same memory under other strides
+                    weight.register_hook(partial(_with_strides, weight.stride()))  # type: ignore[no-untyped-call]
+            # It would time some of its iterations, and wait for the device for it: an error within a capture.
+            wrapped._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # type: ignore[no-untyped-call]
         return wrapped
 
     def alone(self) -> Runtime:
@@ -143,6 +150,11 @@ class Runtime:
             self.accelerator.end_training()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _with_strides(strides: tuple[int, ...], gradient: Tensor) -> Tensor:
+    """DDP copies a gradient into its bucket under the parameter's strides, and warns where they differ."""
+    return gradient.as_strided(gradient.shape, strides)
 
 
 @contextlib.contextmanager

@@ -94,6 +94,32 @@ class Generator(nn.Module):
         return maps
 
 
+class StepGenerator(nn.Module):
+    """A generator that makes all images of a training step: it does not change before its own update.
+
+    Args:
+        fakes_by_batch: in the critic's images batch norm takes the statistics of each batch, not the moving averages.
+    """
+
+    def __init__(self, generator: Generator, fakes_by_batch: bool) -> None:
+        super().__init__()
+        self.generator, self.fakes_by_batch = generator, fakes_by_batch
+
+    def forward(
+        self, critic_latents: Tensor, critic_labels: Tensor, latents: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Images (k, b, C, H, W) of the critic's k batches of latents (k, b, latent_dim), which want no gradients, and
+        (b, C, H, W) of the generator's own latents (b, latent_dim)."""
+        generator = self.generator.train(self.fakes_by_batch)
+        with torch.no_grad():
+            if critic_latents.is_cuda and not generator.training:  # a GPU takes all at once, a CPU's caches prefer few
+                fakes = generator(critic_latents.flatten(0, 1), critic_labels.flatten())
+                fakes = fakes.unflatten(0, critic_labels.shape)
+            else:
+                fakes = torch.stack([generator(*batch) for batch in zip(critic_latents, critic_labels, strict=True)])
+        return fakes, generator.train()(latents, labels)
+
+
 class Critic(nn.Module):
     """Mirrored images (n, C, H, W), pixels in [0, 1] -> scores (n,), unbounded, and class logits (n, num_classes) or
     None.
@@ -118,7 +144,9 @@ class Critic(nn.Module):
             self.classes = nn.Sequential(nn.Linear(features, 128), nn.Linear(128, num_classes))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        for convolution in self.convolutions:
+        first, *others = self.convolutions
+        images = first(images)  # the reference's activation before it leaves pixels as they are
+        for convolution in others:
             images = convolution(F.leaky_relu(images, LEAK))
         features = images.permute(0, 2, 3, 1).flatten(1)
         logits = None if self.classes is None else self.classes(features)

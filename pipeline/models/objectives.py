@@ -92,9 +92,9 @@ def gradient_penalty(scores: Tensor, images: Tensor) -> Tensor:
     return penalty
 
 
-def class_loss(logits: Tensor | None, labels: Tensor) -> Tensor | float:
-    """Cross-entropy of the class head, logits (n, num_classes) and labels int64 (n,); 0 without one."""
-    return 0.0 if logits is None else F.cross_entropy(logits, labels)
+def with_class_loss(loss: Tensor, logits: Tensor | None, labels: Tensor) -> Tensor:
+    """A loss plus the class head's cross-entropy, if there is one: logits (n, num_classes), labels int64 (n,)."""
+    return loss if logits is None else loss + F.cross_entropy(logits, labels)
 
 
 def choose(training: TrainingConfig) -> Objective:

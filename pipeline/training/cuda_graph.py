@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.distributed.process import Runtime, on_stream
+from pipeline.errors import UserError
 from pipeline.training.inputs import StepFunction, StepInputs
 from pipeline.training.state import TrainingState
 
@@ -14,7 +15,7 @@ WARM_UP_STEPS = 11
 
 
 class CapturedStep:
-    """The same step through inputs that stay where they are in memory; without a CUDA device it is run as it is.
+    """The same step on inputs that stay where they are in memory; without a CUDA device it is run as it is.
 
     The first call warms up and captures, on the runtime's stream for it; the state is put back to what it was before.
     """
@@ -29,15 +30,13 @@ class CapturedStep:
 
     def __call__(self, inputs: StepInputs) -> Tensor:
         if self._inputs is None:
-            self._inputs = StepInputs._make(value.clone() if isinstance(value, Tensor) else value for value in inputs)
+            self._inputs = inputs
             if self._stream is not None:
-                self._capture(self._inputs)
-        self._inputs = StepInputs._make(
-            mine.copy_(new) if isinstance(mine, Tensor) and isinstance(new, Tensor) else new
-            for mine, new in zip(self._inputs, inputs, strict=True)
-        )
+                self._capture(inputs)
+        pairs = zip(inputs, self._inputs, strict=True)
+        assert all(new is known for new, known in pairs if isinstance(new, Tensor)), "a graph reads where they were"
         if self._graph is None:
-            return self._step(self._inputs)
+            return self._step(inputs)
         self._graph.replay()
         return self._losses.clone()
 
@@ -50,8 +49,14 @@ class CapturedStep:
             # An optimiser that has not stepped yet has no state: it starts from zeroes.
             tensor.copy_(before[name]) if name in before else tensor.zero_()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=self._stream):
-            self._losses = self._step(inputs)
+        try:
+            with torch.cuda.graph(self._graph, stream=self._stream):
+                self._losses = self._step(inputs)
+        except torch.AcceleratorError as error:  # an objective of the user's that looks at a value on the host, say
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"the step can't be captured as a CUDA graph ({reason}): set runtime.cuda_graph to false"
+            ) from error
 
     def _reset(self) -> None:
         if self._graph is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,51 +55,78 @@ StepFunction = Callable[[StepInputs], Tensor]
 
 
 class InputStream:
-    """The inputs of one step after the other. The first is that of the state's step when it is asked for."""
+    """The inputs of one step after the other. The first is that of the state's step when it is asked for.
 
-    def __init__(self, config: Config, state: TrainingState, source: Source, ranks: Ranks) -> None:
+    They lie in the same memory at every step, where a graph finds them. On a GPU nothing here waits for it: what is
+    drawn goes there in one copy for each type of number, from pinned memory that is used again once the copy is done,
+    so any number of steps may be under way.
+
+    Args:
+        captured: steps are captured as a graph, which reads rates from the device's memory too.
+    """
+
+    def __init__(self, config: Config, state: TrainingState, source: Source, ranks: Ranks, captured: bool) -> None:
         self._config, self._state, self._source = config, state, source
         self._rows = ranks.rows(config.training.batch_size)
-        self._weight = state.generator.dense.weight
-        share = self._rows.stop - self._rows.start
-        self._no_labels = torch.zeros(share, dtype=torch.int64, device=self._weight.device)
+        weight, n_critic = state.generator.dense.weight, config.training.n_critic
+        batches = n_critic, self._rows.stop - self._rows.start
+        numbers: dict[str, tuple[int, ...]] = {
+            "critic_latents": (*batches, config.network.latent_dim),
+            "generator_latents": (batches[1], config.network.latent_dim),
+        }
+        if config.training.gradient_penalty is not None:
+            numbers["mix"] = batches
+        if captured:
+            numbers |= {"critic_rates": (n_critic,), "generator_rates": (1,), "ema_weights": (1,)}
+        self._numbers = _Packed(numbers, torch.float32, weight.device, weight.dtype)
+        classes = {"critic_labels": batches, "generator_labels": batches[1:]}
+        self._classes = _Packed(classes, torch.int64, weight.device, torch.int64)
+        self._real = torch.empty(*batches, *state.generator.image_shape, dtype=torch.uint8, device=weight.device)
+        self._real_labels = torch.zeros(batches, dtype=torch.int64, device=weight.device)
         self._batches: Iterator[Batch] = iter(())
         self._next_batch = -1
         self.wait_seconds = 0.0
         """Spent waiting for real images, since whoever reads it set it to 0."""
 
     def take(self) -> StepInputs:
-        """The inputs of the state's step.
+        """The inputs of the state's step, in the place of those before.
 
         Raises:
             LocalError: real images could not be read.
         """
-        training, step = self._config.training, self._state.step
-        batch_size, latent_dim = training.batch_size, self._config.network.latent_dim
-        indices = range(training.n_critic)
-        first = step * training.n_critic
-        images, labels = self._real_batches(first, training.n_critic)
-        mix = None
-        if training.gradient_penalty is not None:
-            mix = torch.stack([self._draw(rng.penalty_mix, step, index, batch_size) for index in indices])
-        return StepInputs(
-            images,
-            labels,
-            torch.stack([self._draw(rng.critic_latents, step, index, batch_size, latent_dim) for index in indices]),
-            torch.stack([self._draw_labels(rng.critic_labels, step, index) for index in indices]),
-            mix,
-            self._draw(rng.generator_latents, step, batch_size, latent_dim),
-            self._draw_labels(rng.generator_labels, step),
-            self._rates([learning_rate(training.critic_optimizer, first + index) for index in indices]),
-            self._rates([learning_rate(training.generator_optimizer, step)]),
-            self._rates([ema_weight(training.ema_decay, step)]),
-        )
+        training, step, num_classes = self._config.training, self._state.step, self._state.generator.num_classes
+        seed, rows, first = training.seed, self._rows, step * training.n_critic
+        latents = training.batch_size, self._config.network.latent_dim, rows
+        labels = training.batch_size, num_classes, rows
+        self._take_real(first, training.n_critic)
+        numbers, classes = self._numbers.host, self._classes.host
+        for index in range(training.n_critic):
+            numbers["critic_latents"][index] = rng.critic_latents(seed, step, index, *latents)
+            if "mix" in numbers:
+                numbers["mix"][index] = rng.penalty_mix(seed, step, index, training.batch_size, rows)
+            if num_classes:
+                classes["critic_labels"][index] = rng.critic_labels(seed, step, index, *labels)
+        numbers["generator_latents"].copy_(rng.generator_latents(seed, step, *latents))
+        if num_classes:  # else nobody reads them
+            classes["generator_labels"].copy_(rng.generator_labels(seed, step, *labels))
+            self._classes.send()
+        updates = range(first, first + training.n_critic)
+        rates = {
+            "critic_rates": [learning_rate(training.critic_optimizer, update) for update in updates],
+            "generator_rates": [learning_rate(training.generator_optimizer, step)],
+            "ema_weights": [ema_weight(training.ema_decay, step)],
+        }
+        for name in rates.keys() & numbers.keys():
+            numbers[name].copy_(torch.tensor(rates[name]))
+        self._numbers.send()
+        drawn: dict[str, Any] = {"mix": None} | rates | self._numbers.device | self._classes.device
+        return StepInputs(real=self._real, real_labels=self._real_labels, **drawn)
 
     def close(self) -> None:
         """Lets go of the source's workers and chunks."""
         self._batches, self._next_batch = iter(()), -1
 
-    def _real_batches(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+    def _take_real(self, first: int, count: int) -> None:
         started = time.monotonic()
         if first != self._next_batch:  # at the beginning, or after a resume
             self._batches = self._source.batches(first)
@@ -108,28 +136,36 @@ class InputStream:
             raise LocalError(str(error)) from None
         self._next_batch = first + count
         self.wait_seconds += time.monotonic() - started
-        return torch.stack(images), torch.stack(labels)
+        torch.stack(images, out=self._real)
+        if self._state.generator.num_classes:
+            torch.stack(labels, out=self._real_labels)
 
-    def _draw(self, draw: Callable[..., Tensor], *arguments: int) -> Tensor:
-        """This rank's rows of a global draw, on the device in the networks' dtype."""
-        rows = draw(self._config.training.seed, *arguments, self._rows)
-        return self._to_device(rows).to(self._weight.dtype)
 
-    def _draw_labels(self, draw: Callable[..., Tensor], *counters: int) -> Tensor:
-        """This rank's rows of a global draw of classes, on the device; without classes nobody reads them: all 0."""
-        training, num_classes = self._config.training, self._state.generator.num_classes
-        if not num_classes:
-            return self._no_labels
-        return self._to_device(draw(training.seed, *counters, training.batch_size, num_classes, self._rows))
+class _Packed:
+    """Named tensors side by side, on the host and on the device.
 
-    def _to_device(self, values: Tensor) -> Tensor:
-        if self._weight.is_cuda:
-            values = values.pin_memory()  # or the copy would wait for the device
-        return values.to(self._weight.device, non_blocking=True)
+    Args:
+        dtype: on the host.
+        device_dtype: on the device.
+    """
 
-    def _rates(self, values: list[float]) -> list[float] | Tensor:
-        """A graph reads them from the device's memory."""
-        return self._to_device(torch.tensor(values)) if self._config.runtime.cuda_graph else values
+    def __init__(
+        self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device, device_dtype: torch.dtype
+    ) -> None:
+        sizes = [prod(shape) for shape in shapes.values()]
+        self._host = torch.zeros(sum(sizes), dtype=dtype)
+        self._device = self._host.to(device, device_dtype)  # on a CPU the same memory
+        self.host, self.device = (
+            {name: part.view(shapes[name]) for name, part in zip(shapes, torch.split(whole, sizes), strict=True)}
+            for whole in (self._host, self._device)
+        )
+
+    def send(self) -> None:
+        """Brings the host's values to the device without waiting for it."""
+        if self._device is not self._host:
+            # Pinned, or the copy would wait for the device.
+            host = self._host.pin_memory() if self._device.is_cuda else self._host
+            self._device.copy_(host, non_blocking=True)
 
 
 def learning_rate(config: OptimizerConfig, update: int) -> float:

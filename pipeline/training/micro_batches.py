@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from pipeline.distributed.batch_norm import Statistics, update_moving_averages
 from pipeline.distributed.collectives import Ranks
 from pipeline.models.networks import Generator
-from pipeline.models.objectives import class_loss
-from pipeline.training.inputs import Images
+from pipeline.models.objectives import with_class_loss
+from pipeline.training.inputs import Images, StepInputs
 from pipeline.training.state import clip_
 from pipeline.training.step import Step
 
@@ -33,12 +33,16 @@ class MicroBatchStep(Step):
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext
     """The arithmetic of a generator's forward pass, which is taken apart here."""
 
-    def __post_init__(self) -> None:
-        self.make_fakes = self._make_fakes
-
     def _slices(self, num_images: int) -> list[slice]:
         size = num_images // self.count
         return [slice(start, start + size) for start in range(0, num_images, size)]
+
+    def make_images(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+        """Images for the critic's updates, and the generator's latents: its images are made in its update."""
+        self.state.generator.train(self.training.critic_fakes == "batch")
+        fakes = self._make_fakes(self.state.generator, inputs.critic_latents, inputs.critic_labels)
+        self.state.generator.train()
+        return fakes, inputs.generator_latents
 
     def update_critic(self, real: Images, fake: Images, mix: Tensor | None) -> Tensor:
         optimizer, slices = self.state.critic_optimizer, self._slices(len(real.labels))
@@ -57,7 +61,7 @@ class MicroBatchStep(Step):
                 optimizer.zero_grad()
                 for rows, found in zip(slices, losses, strict=True):
                     scores, logits = self.critic((real, fake)[side].pixels[rows])
-                    loss = loss_of(scores) + class_loss(logits, (real, fake)[side].labels[rows])
+                    loss = with_class_loss(loss_of(scores), logits, (real, fake)[side].labels[rows])
                     self._backward(loss)
                     found[side] = loss.detach()
                 self._finish(optimizer)
@@ -81,7 +85,7 @@ class MicroBatchStep(Step):
         losses = []
         for rows in slices:
             scores, logits = critic(self._generate(generator, latents[rows], labels[rows], statistics))
-            loss = self.objective.generator_loss(scores) + class_loss(logits, labels[rows])
+            loss = with_class_loss(self.objective.generator_loss(scores), logits, labels[rows])
             self._backward(loss)
             losses.append(loss.detach())
         for depth in reversed(range(len(statistics))):

@@ -82,8 +82,13 @@ class TrainingState:
         """Moves the average towards the generator, batch-norm moving statistics included."""
         ours, theirs = self.ema.state_dict().values(), self.generator.state_dict().values()
         pairs = [(mine, other) for mine, other in zip(ours, theirs, strict=True) if mine.is_floating_point()]
-        weights = [weight] * len(pairs) if isinstance(weight, Tensor) else weight
-        torch._foreach_lerp_([mine for mine, _ in pairs], [other for _, other in pairs], weights)
+        averages, values = [mine for mine, _ in pairs], [other for _, other in pairs]
+        if isinstance(weight, Tensor):  # a lerp by a tensor would be one launch for each of them
+            distances = torch._foreach_sub(values, averages)
+            torch._foreach_mul_(distances, weight)
+            torch._foreach_add_(averages, distances)
+        else:
+            torch._foreach_lerp_(averages, values, weight)
 
 
 @torch.no_grad()
@@ -101,8 +106,10 @@ def build_state(
     num_classes: int,
     device: torch.device,
     scaler: torch.amp.GradScaler,
+    capturable: bool = False,
 ) -> TrainingState:
-    """The state at step 0, a function of the seed alone. `num_classes` is 0 without a class head."""
+    """The state at step 0, a function of the seed alone. `num_classes` is 0 without a class head; `capturable`: steps
+    can be part of a CUDA graph."""
     dtype = torch.float64 if config.runtime.precision == "float64" else torch.float32
     seed = config.training.seed
     generator, ema = (Generator(config.network, image_shape, num_classes) for _ in range(2))
@@ -120,19 +127,19 @@ def build_state(
         generator,
         critic,
         ema,
-        build_optimizer(config.training.generator_optimizer, generator, config.runtime.cuda_graph),
-        build_optimizer(config.training.critic_optimizer, critic, config.runtime.cuda_graph),
+        build_optimizer(config.training.generator_optimizer, generator, capturable),
+        build_optimizer(config.training.critic_optimizer, critic, capturable),
         scaler,
     )
 
 
 def build_optimizer(config: OptimizerConfig, network: nn.Module, capturable: bool = False) -> torch.optim.Optimizer:
     """`capturable`: steps can be part of a CUDA graph."""
-    common: dict[str, Any] = {"lr": config.learning_rate, "eps": config.epsilon, "foreach": True}
-    common["capturable"] = capturable
+    common: dict[str, Any] = {"lr": config.learning_rate, "eps": config.epsilon, "capturable": capturable}
     if config.algorithm == "adam":
-        return torch.optim.Adam(network.parameters(), betas=config.betas, **common)
-    return torch.optim.RMSprop(network.parameters(), alpha=config.rho, **common)
+        fused = next(network.parameters()).is_cuda
+        return torch.optim.Adam(network.parameters(), betas=config.betas, fused=fused, foreach=not fused, **common)
+    return torch.optim.RMSprop(network.parameters(), alpha=config.rho, foreach=True, **common)
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -7,26 +7,15 @@ depends on the step's number but through `StepInputs`, so that on CUDA a step ca
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config import TrainingConfig
-from pipeline.models.networks import Generator
-from pipeline.models.objectives import Objective, class_loss, gradient_penalty
+from pipeline.models.objectives import Objective, gradient_penalty, with_class_loss
 from pipeline.training.inputs import Images, StepInputs
 from pipeline.training.state import TrainingState, clip_
-
-
-@torch.no_grad()
-def make_fakes(generator: Generator, latents: Tensor, labels: Tensor) -> Tensor:
-    """Images (k, b, C, H, W) of k batches of latents (k, b, latent_dim), each with batch-norm statistics of its own."""
-    if latents.is_cuda and not generator.training:  # no statistics: a GPU takes all at once, a CPU's caches prefer few
-        images: Tensor = generator(latents.flatten(0, 1), labels.flatten())
-        return images.view(*labels.shape, *images.shape[1:])
-    return torch.stack([generator(*batch) for batch in zip(latents, labels, strict=True)])
 
 
 @dataclass
@@ -37,25 +26,31 @@ class Step:
     objective: Objective
     state: TrainingState
     critic: nn.Module
-    """The state's own, maybe wrapped for data parallelism; so is the generator."""
+    """The state's own, maybe wrapped for data parallelism."""
     generator: nn.Module
-    make_fakes: Callable[[Generator, Tensor, Tensor], Tensor] = make_fakes
+    """A `StepGenerator` of the state's own, maybe wrapped."""
 
     def __call__(self, inputs: StepInputs) -> Tensor:
         """Returns (3,) detached: real and fake loss, means over the critic's updates, and the generator's loss."""
         state, losses = self.state, []
-        state.generator.train(self.training.critic_fakes == "batch")
-        fakes = self.make_fakes(state.generator, inputs.critic_latents, inputs.critic_labels)
+        fakes, images = self.make_images(inputs)
+        pixels = inputs.real.to(fakes.dtype) / 255
         for index in range(self.training.n_critic):
-            real = Images(inputs.real[index].to(fakes.dtype) / 255, inputs.real_labels[index])
+            real = Images(pixels[index], inputs.real_labels[index])
             fake = Images(fakes[index], inputs.critic_labels[index])
             state.critic_optimizer.param_groups[0]["lr"] = inputs.critic_rates[index]
             losses.append(self.update_critic(real, fake, None if inputs.mix is None else inputs.mix[index]))
-        state.generator.train()
         state.generator_optimizer.param_groups[0]["lr"] = inputs.generator_rates[0]
-        generator_loss = self.update_generator(inputs.generator_latents, inputs.generator_labels)
+        generator_loss = self.update_generator(images, inputs.generator_labels)
         state.update_ema(inputs.ema_weights[0])
         return torch.cat([torch.stack(losses).mean(0), generator_loss.view(1)])
+
+    def make_images(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+        """Images (k, b, C, H, W) for the critic's updates, detached, and (b, C, H, W) for the generator's own: it does
+        not change before that."""
+        latents = inputs.critic_latents, inputs.critic_labels, inputs.generator_latents, inputs.generator_labels
+        fakes, images = self.generator(*latents)
+        return fakes, images
 
     def update_critic(self, real: Images, fake: Images, mix: Tensor | None) -> Tensor:
         """One update on both losses together (Algorithm 1) or one on each in turn (the notebook), then the clip.
@@ -73,7 +68,7 @@ class Step:
             separate = []
             for images, loss_of in ((real, self.objective.real_loss), (fake, self.objective.fake_loss)):
                 scores, logits = self.critic(images.pixels)
-                loss = loss_of(scores) + class_loss(logits, images.labels)
+                loss = with_class_loss(loss_of(scores), logits, images.labels)
                 optimizer.zero_grad()
                 torch.autograd.backward(scaler.scale(loss))
                 scaler.step(optimizer)
@@ -93,22 +88,24 @@ class Step:
         scores, logits = self.critic(torch.cat(batch))
         real_scores, fake_scores, *between_scores = scores.chunk(len(batch))
         real_logits, fake_logits = (None, None) if logits is None else logits.chunk(len(batch))[:2]
-        real_loss = self.objective.real_loss(real_scores) + class_loss(real_logits, real.labels)
-        fake_loss = self.objective.fake_loss(fake_scores) + class_loss(fake_logits, fake.labels)
-        loss = self.objective.joint_weight * (real_loss + fake_loss)
+        real_loss = with_class_loss(self.objective.real_loss(real_scores), real_logits, real.labels)
+        fake_loss = with_class_loss(self.objective.fake_loss(fake_scores), fake_logits, fake.labels)
+        loss = real_loss + fake_loss
+        if self.objective.joint_weight != 1:
+            loss = self.objective.joint_weight * loss
         if self.training.gradient_penalty is not None:
             loss = loss + self.training.gradient_penalty * gradient_penalty(between_scores[0], batch[2])
         return loss, torch.stack([real_loss.detach(), fake_loss.detach()])
 
-    def update_generator(self, latents: Tensor, labels: Tensor) -> Tensor:
+    def update_generator(self, images: Tensor, labels: Tensor) -> Tensor:
         """One update through the frozen critic, unwrapped: it wants no gradients, so nothing is to be all-reduced.
 
         Returns (), the detached loss before the update.
         """
         critic, optimizer, scaler = self.state.critic, self.state.generator_optimizer, self.state.scaler
         critic.requires_grad_(False)
-        scores, logits = critic(self.generator(latents, labels))
-        loss = self.objective.generator_loss(scores) + class_loss(logits, labels)
+        scores, logits = critic(images)
+        loss = with_class_loss(self.objective.generator_loss(scores), logits, labels)
         optimizer.zero_grad()
         torch.autograd.backward(scaler.scale(loss))
         scaler.step(optimizer)

@@ -48,8 +48,11 @@ class Trainer:
         ranks.on_main(lambda: refuse(Plan(config, ranks.world_size, self.dataset)))
         self.objective = choose(training)
         num_classes = self.dataset.num_classes if self.objective.classifies else 0
-        self.state = build_state(config, self.dataset.image_shape, num_classes, runtime.device, runtime.scaler)
-        self.inputs = InputStream(config, self.state, open_source(config, self.dataset, ranks, runtime.device), ranks)
+        self.state = build_state(
+            config, self.dataset.image_shape, num_classes, runtime.device, runtime.scaler, runtime.captures
+        )
+        source = open_source(config, self.dataset, ranks, runtime.device)
+        self.inputs = InputStream(config, self.state, source, ranks, runtime.captures)
         self.step = build_step(config, self.objective, self.state, runtime)
         self.log = MetricsLog(training, self.state, runtime, self.folder)
         self.scorer = (

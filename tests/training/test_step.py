@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.config import NetworkConfig, OptimizerConfig, TrainingConfig
 from pipeline.errors import UserError
-from pipeline.models.networks import Critic, Generator, initialise
+from pipeline.models.networks import Critic, Generator, StepGenerator, initialise
 from pipeline.models.objectives import OBJECTIVES, choose, gradient_penalty
 from pipeline.rng import seeded
 from pipeline.training.inputs import Images, StepInputs
@@ -119,7 +119,8 @@ def step_of(
         scaler or torch.amp.GradScaler(enabled=False),
     )
     settings = TrainingConfig(**({"objective": objective, "clip_value": None} | training))
-    return Step(settings, OBJECTIVES[objective], state, critic, generator)
+    images = StepGenerator(cast(Generator, generator), settings.critic_fakes == "batch")
+    return Step(settings, OBJECTIVES[objective], state, critic, images)
 
 
 def rmsprop(network: nn.Module) -> torch.optim.Optimizer:
@@ -155,6 +156,24 @@ def test_every_parameter_is_clipped_after_the_update(order: str, seed: int) -> N
     assert largest == torch.tensor(0.01).item()
 
 
+@pytest.mark.parametrize("weight", [0.25, 0.9, torch.tensor(0.25), torch.tensor(0.9)])
+def test_the_average_moves_towards_the_generator(weight: float | Tensor) -> None:
+    """mean + weight (value - mean), moving statistics included and the counter of batches not."""
+    config = NetworkConfig(latent_dim=2, width=0.05)
+    generator, average = Generator(config, (1, 4, 4)).double(), Generator(config, (1, 4, 4)).double()
+    for number, network in enumerate((generator, average)):
+        for norm in network.norms:
+            norm.get_buffer("running_mean").fill_(3.0 + number)
+            norm.get_buffer("num_batches_tracked").fill_(7 + number)
+    before = copy.deepcopy(average.state_dict())
+    step = step_of(Line(0.1, 0.0), generator=generator)
+    step.state.ema = average
+    step.state.update_ema(weight)
+    for name, value in generator.state_dict().items():
+        expected = before[name] + float(weight) * (value - before[name]) if value.is_floating_point() else before[name]
+        torch.testing.assert_close(average.state_dict()[name], expected, rtol=1e-7, atol=1e-9)
+
+
 def test_clipping_leaves_what_is_inside_alone() -> None:
     line = Line(0.004, -0.7)
     clip_(line, 0.01)
@@ -185,7 +204,9 @@ def test_the_generator_step_moves_the_generator_alone(name: str) -> None:
     generator, critic = Generator(config, (1, 8, 8), num_classes), Critic(config, (1, 8, 8), num_classes)
     before = [[value.clone() for value in network.parameters()] for network in (generator, critic)]
     labels = torch.tensor([0, 1, 2, 0])
-    step_of(critic, name, generator=generator).update_generator(torch.rand(4, 4), labels)
+    step = step_of(critic, name, generator=generator)
+    _, images = step.generator(torch.rand(1, 4, 4), labels[None], torch.rand(4, 4), labels)
+    step.update_generator(images, labels)
     changed = [
         any(not torch.equal(old, new) for old, new in zip(old_values, network.parameters(), strict=True))
         for old_values, network in zip(before, (generator, critic), strict=True)

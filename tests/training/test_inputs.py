@@ -1,0 +1,121 @@
+"""What a step takes: the draws that rng.py documents, packed or not, and always in the same memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline import rng
+from pipeline.config import Config, OptimizerConfig
+from pipeline.data.source import Batch
+from pipeline.distributed.collectives import Ranks
+from pipeline.training.inputs import InputStream, StepInputs, ema_weight, learning_rate
+from pipeline.training.state import TrainingState, build_state
+from tests.jobs import tiny_config
+
+SHAPE = (1, 8, 8)
+RATES = OptimizerConfig(learning_rate=0.25, decay=0.5)
+
+
+class Numbered:
+    """Batch k holds nothing but k, and its labels too."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def batches(self, first: int) -> Iterator[Batch]:
+        while True:
+            yield Batch(
+                torch.full((self._size, *SHAPE), first % 256, dtype=torch.uint8), torch.full((self._size,), first)
+            )
+            first += 1
+
+
+def config_of(seed: int, precision: str = "float32") -> Config:
+    return tiny_config(
+        training={
+            "objective": "wgan_gp",
+            "gradient_penalty": 10.0,
+            "clip_value": None,
+            "seed": seed,
+            "batch_size": 12,
+            "n_critic": 3,
+            "critic_optimizer": RATES,
+            "generator_optimizer": RATES,
+        },
+        runtime={"precision": precision},
+    )
+
+
+def stream_of(config: Config, num_classes: int, ranks: Ranks, captured: bool) -> tuple[TrainingState, InputStream]:
+    state = build_state(config, SHAPE, num_classes, torch.device("cpu"), torch.amp.GradScaler(enabled=False))
+    source = Numbered(config.training.batch_size // ranks.world_size)
+    return state, InputStream(config, state, source, ranks, captured)
+
+
+def drawn_one_by_one(config: Config, step: int, num_classes: int, rows: slice) -> dict[str, Tensor]:
+    seed, size, indices = config.training.seed, config.training.batch_size, range(config.training.n_critic)
+    dim = config.network.latent_dim
+    found = {
+        "critic_latents": torch.stack([rng.critic_latents(seed, step, i, size, dim, rows) for i in indices]),
+        "mix": torch.stack([rng.penalty_mix(seed, step, i, size, rows) for i in indices]),
+        "generator_latents": rng.generator_latents(seed, step, size, dim, rows),
+        "critic_labels": torch.zeros(len(indices), rows.stop - rows.start, dtype=torch.int64),
+        "generator_labels": torch.zeros(rows.stop - rows.start, dtype=torch.int64),
+    }
+    if num_classes:
+        labels = [rng.critic_labels(seed, step, i, size, num_classes, rows) for i in indices]
+        found["critic_labels"] = torch.stack(labels)
+        found["generator_labels"] = rng.generator_labels(seed, step, size, num_classes, rows)
+    return found
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("num_classes", [0, 10])
+@pytest.mark.parametrize(("seed", "rank", "world_size"), [(0, 0, 1), (1, 0, 2), (2, 1, 2), (3, 3, 4)])
+def test_inputs_are_this_ranks_rows_of_the_draws(
+    seed: int, rank: int, world_size: int, num_classes: int, precision: str
+) -> None:
+    config, ranks = config_of(seed, precision), Ranks(rank, world_size)
+    state, stream = stream_of(config, num_classes, ranks, captured=False)
+    for step in (0, 1, 1000, 7):  # a resume may go anywhere
+        state.step = step
+        inputs = stream.take()
+        for name, expected in drawn_one_by_one(config, step, num_classes, ranks.rows(12)).items():
+            found = getattr(inputs, name)
+            assert torch.equal(found, expected.to(found.dtype)), (name, step)
+            assert found.dtype == (torch.int64 if "labels" in name else getattr(torch, precision))
+        assert inputs.real[:, 0, 0, 0, 0].tolist() == [(3 * step + index) % 256 for index in range(3)]
+        assert inputs.real_labels[:, -1].tolist() == (
+            [3 * step, 3 * step + 1, 3 * step + 2] if num_classes else [0] * 3
+        )
+        assert inputs.critic_rates == [learning_rate(RATES, 3 * step + index) for index in range(3)]
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_inputs_stay_where_they_are_in_memory(captured: bool) -> None:
+    """Which is where a graph reads them; it reads rates there too."""
+    config = config_of(0)
+    state, stream = stream_of(config, 10, Ranks(), captured)
+
+    def addresses(inputs: StepInputs) -> dict[str, int]:
+        return {key: value.data_ptr() for key, value in inputs._asdict().items() if isinstance(value, Tensor)}
+
+    first = addresses(stream.take())
+    state.step = 5
+    inputs = stream.take()
+    assert addresses(inputs) == first
+    assert len(set(first.values())) == len(first) == (10 if captured else 7)
+    assert list(inputs.critic_rates) == pytest.approx([learning_rate(RATES, 15 + index) for index in range(3)])
+    assert list(inputs.generator_rates) == pytest.approx([learning_rate(RATES, 5)])
+    assert list(inputs.ema_weights) == pytest.approx([ema_weight(config.training.ema_decay, 5)])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_latents_are_twice_a_uniform_number_less_one(seed: int) -> None:
+    """How they were drawn first: runs of then go on."""
+    uniform = torch.rand(12, 100, generator=rng.seeded(seed, "generator latents", 4))
+    assert torch.equal(rng.generator_latents(seed, 4, 12, 100, slice(3, 9)), uniform.mul(2).sub(1)[3:9])
