@@ -90,12 +90,12 @@ def _roll_call(ranks: Ranks) -> list[int]:
 
 def _out_of_memory(error: Exception, config: Config, world_size: int) -> str:
     training, evaluation = config.training, config.evaluation
-    files = {Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)}
-    if any(file.is_relative_to(PACKAGE / "evaluation") for file in files):
+    frames = {(Path(frame.filename), frame.name) for frame in traceback.extract_tb(error.__traceback__)}
+    if any(file.is_relative_to(PACKAGE / "evaluation") for file, _ in frames):
         fix = (
             f"lower evaluation.batch_size ({evaluation.batch_size}) or evaluation.num_images ({evaluation.num_images})"
         )
-    elif PACKAGE / "data/resident.py" in files:
+    elif (PACKAGE / "data/resident.py", "__init__") in frames:  # the split; its batches are the batch size's
         fix = f"set data.source to streaming (it is {config.data.source})"
     else:
         share = f"{training.batch_size}: {training.batch_size // world_size} images a rank"
