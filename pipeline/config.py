@@ -111,6 +111,15 @@ class OptimizerConfig:
     """Step size at step 0."""
     decay: float = knob(0.0, low=0.0)
     """Inverse-time decay per update u: learning_rate / (1 + decay * u)."""
+    warm_up: int = knob(0, low=0)
+    """Updates w over which the rate rises: a factor of min(1, (u + 1) / w) (Goyal et al. 2017, 1706.02677, 2.2)."""
+    annealing: Literal["linear", "cosine"] | None = knob(None)
+    """A factor that falls from 1 to annealing_floor over annealing_updates and stays there: along a straight line or
+    half a cosine (Loshchilov & Hutter 2017, 1608.03983, eq. 5); null: none."""
+    annealing_updates: int = knob(40_000, low=1)
+    """Of this optimiser: n_critic times as many for the critic."""
+    annealing_floor: float = knob(0.0, low=0.0, high=1.0)
+    """Last value of the factor."""
     rho: float = knob(0.9, low=0.0, high=1.0)
     """RMSprop's decay of the squared-gradient average (Keras's 0.9, torch's default is 0.99)."""
     betas: tuple[float, float] = knob((0.0, 0.9))
@@ -149,6 +158,9 @@ class TrainingConfig:
     """Optimiser of the generator."""
     ema_decay: float = knob(0.999, low=0.0, high=1.0)
     """Decay per step of the generator's exponential moving average; its warm-up is (1 + t) / (10 + t)."""
+    ema_half_life: float | None = knob(None, above=0.0)
+    """In the place of ema_decay: images, batch_size a step, over which half of the moving average is renewed; in its
+    warm-up at most 0.05 of the images so far (Karras et al. 2020, 2006.06676: ema_kimg and ema_rampup of its code)."""
 
 
 @dataclass(frozen=True)

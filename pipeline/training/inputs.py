@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline import rng
-from pipeline.config import Config, OptimizerConfig
+from pipeline.config import Config, OptimizerConfig, TrainingConfig
 from pipeline.data.source import Batch, Source
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import LocalError, UserError
@@ -48,6 +49,9 @@ class StepInputs(NamedTuple):
     ema_weights: Sequence[float] | Tensor
     """(1,), how far the average moves towards the generator."""
 
+
+EMA_RAMP = 0.05
+"""Longest half-life of the moving average, as a share of the images so far (Karras et al. 2020, 2006.06676)."""
 
 StepFunction = Callable[[StepInputs], Tensor]
 """Takes one step; returns (3,) detached: real, fake and generator loss of this rank's images."""
@@ -91,7 +95,7 @@ class InputStream:
             self._draw_labels(rng.generator_labels, step),
             self._rates([learning_rate(training.critic_optimizer, first + index) for index in indices]),
             self._rates([learning_rate(training.generator_optimizer, step)]),
-            self._rates([ema_weight(training.ema_decay, step)]),
+            self._rates([ema_weight(training, step)]),
         )
 
     def close(self) -> None:
@@ -133,11 +137,21 @@ class InputStream:
 
 
 def learning_rate(config: OptimizerConfig, update: int) -> float:
-    """Inverse-time decay, as Keras has it."""
-    return config.learning_rate / (1 + config.decay * update)
+    """Of an optimiser's update, counted from 0: inverse-time decay, as Keras has it, times warm-up and annealing."""
+    rate = config.learning_rate / (1 + config.decay * update)
+    if update < config.warm_up:
+        rate *= (update + 1) / config.warm_up
+    if config.annealing is not None:
+        progress = min(1.0, update / config.annealing_updates)
+        height = 1 - progress if config.annealing == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        rate *= config.annealing_floor + (1 - config.annealing_floor) * height
+    return rate
 
 
-def ema_weight(decay: float, step: int) -> float:
-    """How far the average moves at a step: 1 - decay, and more at first, when decay is (1 + step) / (10 + step), so
-    that early images are not those of the initial weights."""
-    return 1 - min(decay, (1 + step) / (10 + step))
+def ema_weight(training: TrainingConfig, step: int) -> float:
+    """How far the average moves at a step: 1 - decay, and more at first, so that early images are not those of the
+    initial weights: decay is then (1 + step) / (10 + step), or that of a half-life of a share of the images so far."""
+    if training.ema_half_life is None:
+        return 1 - min(training.ema_decay, (1 + step) / (10 + step))
+    half_life = min(training.ema_half_life, EMA_RAMP * step * training.batch_size)
+    return 1 - 0.5 ** (training.batch_size / half_life) if step else 1.0

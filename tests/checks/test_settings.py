@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+import yaml
 
 from pipeline.checks.machine import examine
 from pipeline.checks.settings import Plan, refuse
@@ -257,3 +258,17 @@ def test_what_does_not_need_the_dataset_is_refused_without_it(tiny_dataset: Path
     config = sound(tiny_dataset, tmp_path)
     with pytest.raises(UserError, match=r"training\.batch_size 64 cannot be shared among 3"):
         refuse(Plan(config, 3))
+
+
+def test_a_run_from_before_a_setting_had_its_default(tiny_dataset: Path, tmp_path: Path) -> None:
+    config, dataset = sound(tiny_dataset, tmp_path), load_dataset(tiny_dataset)
+    folder = RunFolder(config.folder)
+    saved_run(folder, config, dataset.fingerprint)
+    saved = yaml.safe_load(folder.config.read_text())
+    del saved["training"]["critic_optimizer"]["warm_up"]
+    folder.config.write_text(yaml.safe_dump(saved))
+    refuse(Plan(config, 1, dataset))
+    warmed = replace(config.training.critic_optimizer, warm_up=9)
+    changed = replace(config, training=replace(config.training, critic_optimizer=warmed))
+    with pytest.raises(UserError, match=r"training.critic_optimizer.warm_up is 0 there and 9 here"):
+        refuse(Plan(changed, 1, dataset))
