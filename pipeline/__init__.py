@@ -1,8 +1,5 @@
 """A GAN training pipeline; README.md has the table of its folders."""
 
-import os
+from pipeline.distributed.launcher import let_threads_sleep
 
-# OpenMP's threads spin while they wait for one another, by default so long that beside another busy process they keep
-# each other from the core that they wait for. GNU's OpenMP reads this once, when torch loads it; a user's own wins.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+let_threads_sleep()  # before torch is imported, whatever of the pipeline is

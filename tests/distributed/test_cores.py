@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.distributed.launcher import SPIN_TURNS
 from tests.jobs import ROOT, launch
 
 CORES = sorted(os.sched_getaffinity(0))
@@ -42,7 +43,7 @@ def test_a_single_process_has_them_all_and_no_thread_keeps_subnormal_numbers(tmp
 
 @pytest.mark.parametrize(
     ("variables", "turns"),
-    [({}, "1000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
+    [({}, SPIN_TURNS), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
 )
 def test_threads_spin_for_a_short_while_unless_the_user_says_otherwise(variables: dict[str, str], turns: str) -> None:
     """By what OpenMP itself prints when a program that imports torch at once has loaded it."""
