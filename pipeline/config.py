@@ -146,6 +146,9 @@ class TrainingConfig:
     """Every critic parameter is clipped to [-clip_value, clip_value] after its update; null: no clipping."""
     gradient_penalty: float | None = knob(None, above=0.0)
     """Weight of the gradient penalty (WGAN-GP's 10); null: none."""
+    r1_penalty: float | None = knob(None, above=0.0)
+    """Twice the weight of the critic's squared slope at real images (Mescheder et al. 2018, 1801.04406, eq. 9: gamma,
+    10 there); with any objective; null: none."""
     critic_updates: Literal["joint", "separate"] = knob("joint")
     """joint: one update on the sum of the real and fake losses (Algorithm 1). separate: one on each in turn
     (the notebook)."""

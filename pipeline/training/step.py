@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.config import TrainingConfig
 from pipeline.models.networks import Generator
-from pipeline.models.objectives import Objective, class_loss, gradient_penalty
+from pipeline.models.objectives import Objective, class_loss, gradient_penalty, r1_penalty
 from pipeline.training.inputs import Images, StepInputs
 from pipeline.training.state import TrainingState, clip_
 
@@ -87,7 +87,8 @@ class Step:
         """The critic's loss (), and (2,) detached: its real and its fake part. `mix` (n,) in [0, 1] is where between
         fake and real a gradient penalty is taken."""
         # One forward pass for everything: twice the batch for the matrix units, half the launches and all-reduces.
-        batch = [real.pixels, fake.pixels]
+        r1_weight = self.training.r1_penalty
+        batch = [real.pixels if r1_weight is None else real.pixels.requires_grad_(), fake.pixels]
         if mix is not None:
             batch.append(torch.lerp(fake.pixels, real.pixels, mix.view(-1, 1, 1, 1)).requires_grad_())
         scores, logits = self.critic(torch.cat(batch))
@@ -98,6 +99,8 @@ class Step:
         loss = self.objective.joint_weight * (real_loss + fake_loss)
         if self.training.gradient_penalty is not None:
             loss = loss + self.training.gradient_penalty * gradient_penalty(between_scores[0], batch[2])
+        if r1_weight is not None:
+            loss = loss + r1_weight / 2 * r1_penalty(real_scores, batch[0])
         return loss, torch.stack([real_loss.detach(), fake_loss.detach()])
 
     def update_generator(self, latents: Tensor, labels: Tensor) -> Tensor:

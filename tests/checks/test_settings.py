@@ -126,6 +126,11 @@ TABLE = {
         {"training": {"objective": "wgan_gp", "gradient_penalty": 10.0, "critic_updates": "separate", **FREE}},
         subject="training.objective",
     ),
+    "R1 in separate updates": Bad(
+        r"training.critic_updates is separate: a gradient penalty needs joint updates",
+        {"training": {"r1_penalty": 10.0, "critic_updates": "separate"}},
+        subject="training.objective",
+    ),
     "classes without labels": Bad(
         r"training.objective is acgan, but tiny has no labels",
         {"training": {"objective": "acgan", **FREE}},
