@@ -269,8 +269,10 @@ def test_a_run_from_before_a_setting_had_its_default(tiny_dataset: Path, tmp_pat
     config, dataset = sound(tiny_dataset, tmp_path), load_dataset(tiny_dataset)
     folder = RunFolder(config.folder)
     saved_run(folder, config, dataset.fingerprint)
+    folder.append_metrics({"step": 1})
     saved = yaml.safe_load(folder.config.read_text())
-    del saved["training"]["critic_optimizer"]["warm_up"]
+    for key in ("warm_up", "betas"):
+        del saved["training"]["critic_optimizer"][key]
     folder.config.write_text(yaml.safe_dump(saved))
     refuse(Plan(config, 1, dataset))
     warmed = replace(config.training.critic_optimizer, warm_up=9)
