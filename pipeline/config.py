@@ -122,6 +122,15 @@ class OptimizerConfig:
     """Step size at step 0."""
     decay: float = knob(0.0, low=0.0)
     """Inverse-time decay per update u: learning_rate / (1 + decay * u)."""
+    warm_up: int = knob(0, low=0)
+    """Updates w over which the rate rises: a factor of min(1, (u + 1) / w) (Goyal et al. 2017, 1706.02677, 2.2)."""
+    annealing: Literal["linear", "cosine"] | None = knob(None)
+    """A factor that falls from 1 to annealing_floor over annealing_updates and stays there: along a straight line or
+    half a cosine (Loshchilov & Hutter 2017, 1608.03983, eq. 5); null: none."""
+    annealing_updates: int = knob(40_000, low=1)
+    """Of this optimiser: n_critic times as many for the critic."""
+    annealing_floor: float = knob(0.0, low=0.0, high=1.0)
+    """Last value of the factor."""
     rho: float = knob(0.9, low=0.0, high=1.0)
     """RMSprop's decay of the squared-gradient average (Keras's 0.9, torch's default is 0.99)."""
     betas: tuple[float, float] = knob((0.0, 0.9))
@@ -148,6 +157,9 @@ class TrainingConfig:
     """Every critic parameter is clipped to [-clip_value, clip_value] after its update; null: no clipping."""
     gradient_penalty: float | None = knob(None, above=0.0)
     """Weight of the gradient penalty (WGAN-GP's 10); null: none."""
+    r1_penalty: float | None = knob(None, above=0.0)
+    """Twice the weight of the critic's squared slope at real images (Mescheder et al. 2018, 1801.04406, eq. 9: gamma,
+    10 there); with any objective; null: none."""
     critic_updates: Literal["joint", "separate"] = knob("joint")
     """joint: one update on the sum of the real and fake losses (Algorithm 1). separate: one on each in turn
     (the notebook)."""
@@ -160,6 +172,9 @@ class TrainingConfig:
     """Optimiser of the generator."""
     ema_decay: float = knob(0.999, low=0.0, high=1.0)
     """Decay per step of the generator's exponential moving average; its warm-up is (1 + t) / (10 + t)."""
+    ema_half_life: float | None = knob(None, above=0.0)
+    """In the place of ema_decay: images, batch_size a step, over which half of the moving average is renewed; in its
+    warm-up at most 0.05 of the images so far (Karras et al. 2020, 2006.06676: ema_kimg and ema_rampup of its code)."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def test_a_file_comes_before_other_arguments_wherever_it_stands() -> None:
     path = str(ROOT / "configs/quickstart.yaml")
     for arguments in (["--run.name", "mine", "--config", path], ["--run.name", "mine", f"--config={path}"]):
         config = from_arguments(*arguments, "--training.steps", "7")
-        assert (config.run.name, config.training.steps, config.training.n_critic) == ("mine", 7, 2)
+        assert (config.run.name, config.training.steps, config.training.n_critic) == ("mine", 7, 1)
 
 
 def test_a_file_that_is_not_there_is_named() -> None:

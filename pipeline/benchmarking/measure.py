@@ -10,9 +10,12 @@ import io
 import math
 import os
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sized
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from statistics import median
@@ -46,6 +49,8 @@ ROUNDS, SCORING_ROUNDS, EVALUATION_ROUNDS, KERNEL_ROUNDS = 7, 3, 3, 5
 DATA_BATCHES = 600
 """Batches of a round; at 64 images each a little more than half an epoch of MNIST."""
 WARM_UP_STEPS, SAVE_EVERY = 3, 10
+NEIGHBOUR_STEPS = 5
+"""Of a round, alone and beside another process."""
 MATMUL_SIZE = 2048
 EVALUATION_IMAGES = 500
 KERNEL_SECONDS = 1.0
@@ -148,6 +153,7 @@ def measure_training(config: Config, runtime: Runtime, steps: int) -> dict[str, 
             "evaluation_images_per_second": _evaluation_rate(trainer),
         }
         if runtime.device.type == "cpu":
+            figures["slowdown_beside_one_process"] = measure_neighbour(trainer)
             figures["kernels"] = measure_kernels(trainer)
         trainer.inputs.close()
         plain.inputs.close()
@@ -223,6 +229,35 @@ def _evaluation_rate(trainer: Trainer) -> float | None:
     works = {"evaluation": lambda: extractor(render_range(generator, 0, 0, EVALUATION_IMAGES))}
     seconds = time_in_turn(works, EVALUATION_ROUNDS, trainer.runtime)["evaluation"]
     return trainer.runtime.ranks.world_size * EVALUATION_IMAGES / median(seconds)
+
+
+def measure_neighbour(trainer: Trainer) -> float:
+    """How many times as long steps take beside another process of this machine that never waits."""
+    runtime = trainer.runtime
+
+    def alone() -> None:
+        for _ in range(NEIGHBOUR_STEPS):
+            _take_step(trainer)
+
+    def beside() -> None:
+        with _busy_process(runtime.cores) if runtime.ranks.is_main else nullcontext():
+            alone()
+
+    seconds = time_in_turn({"beside": beside, "alone": alone}, ROUNDS, runtime)
+    return runtime.ranks.on_main(lambda: ratio(seconds["beside"], seconds["alone"]))
+
+
+@contextmanager
+def _busy_process(cores: list[int]) -> Iterator[None]:
+    """One that may run on any of the cores, in a session of its own as another user's is: Linux shares cores out by
+    session. It ends with this one."""
+    program = f"import os; os.sched_setaffinity(0, {cores})\nwhile os.getppid() == {os.getpid()}: pass"
+    process = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def measure_kernels(trainer: Trainer) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.config import NetworkConfig, OptimizerConfig
 from pipeline.data import open_source
 from pipeline.models.networks import CRITIC_STRIDES, GENERATOR_STRIDES, KERNEL, LEAK, Critic, Generator, mirror_state
-from pipeline.models.objectives import ScoreLoss, gradient_penalty, with_class_loss
+from pipeline.models.objectives import ScoreLoss, gradient_penalty, r1_penalty, with_class_loss
 from pipeline.training.inputs import InputStream
 from pipeline.training.trainer import Trainer
 
@@ -117,6 +117,9 @@ class PlainTrainer:
                 mix = inputs.mix[index].view(-1, 1, 1, 1)
                 between = (mix * real + (1 - mix) * fake).requires_grad_()
                 loss = loss + training.gradient_penalty * gradient_penalty(self.critic(between)[0], between)
+            if training.r1_penalty is not None:
+                leaf = real.requires_grad_()
+                loss = loss + training.r1_penalty / 2 * r1_penalty(self.critic(leaf)[0], leaf)
             _update(self._critic_optimizer, fake_loss if training.critic_updates == "separate" else loss)
             if training.clip_value is not None:
                 for parameter in self.critic.parameters():

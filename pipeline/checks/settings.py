@@ -121,14 +121,18 @@ def check_run_folder(plan: Plan) -> str:
 
 
 def _differences(saved: Any, config: Config) -> list[str]:
-    """Of the settings that may not change between two launches."""
+    """Of the settings that may not change between two launches. One that is younger than the saved run had its default
+    there."""
+    given, defaults = (
+        {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(each, free=False).items()}
+        for each in (config, Config())
+    )
 
     def saved_value(key: str) -> Any:
-        return reduce(lambda at, part: at.get(part) if isinstance(at, dict) else None, key.split("."), saved)
+        return reduce(
+            lambda at, part: at.get(part, defaults[key]) if isinstance(at, dict) else at, key.split("."), saved
+        )
 
-    given = {
-        key: list(value) if isinstance(value, tuple) else value for key, value in flatten(config, free=False).items()
-    }
     return [
         f"{key} is {before} there and {value} here"
         for key, value in given.items()

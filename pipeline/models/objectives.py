@@ -92,6 +92,17 @@ def gradient_penalty(scores: Tensor, images: Tensor) -> Tensor:
     return penalty
 
 
+def r1_penalty(scores: Tensor, images: Tensor) -> Tensor:
+    """mean(||d score / d image||_2^2), the penalty of Mescheder et al. 2018, eq. 9, without its weight gamma / 2.
+
+    Args:
+        scores: (n,) critic scores of real images, still attached to their graph.
+        images: (n, C, H, W) those images, a leaf that requires grad.
+    """
+    (gradients,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
+    return gradients.square().flatten(1).sum(1).mean()
+
+
 def with_class_loss(loss: Tensor, logits: Tensor | None, labels: Tensor) -> Tensor:
     """A loss plus the class head's cross-entropy, if there is one: logits (n, num_classes), labels int64 (n,)."""
     return loss if logits is None else loss + F.cross_entropy(logits, labels)
@@ -115,7 +126,7 @@ def choose(training: TrainingConfig) -> Objective:
             raise UserError(f"training.{key} is null: the objective {name} needs a number")
         if not wanted and value is not None:
             raise UserError(f"training.{key} is {value}: the objective {name} does not use it, set it to null")
-    if objective.penalises and training.critic_updates == "separate":
+    if (objective.penalises or training.r1_penalty is not None) and training.critic_updates == "separate":
         raise UserError("training.critic_updates is separate: a gradient penalty needs joint updates")
     return objective
 

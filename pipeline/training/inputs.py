@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipeline import rng
-from pipeline.config import Config, OptimizerConfig
+from pipeline.config import Config, OptimizerConfig, TrainingConfig
 from pipeline.data.source import Batch, Source
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import LocalError, UserError
@@ -49,6 +49,9 @@ class StepInputs(NamedTuple):
     ema_weights: Sequence[float] | Tensor
     """(1,), how far the average moves towards the generator."""
 
+
+EMA_RAMP = 0.05
+"""Longest half-life of the moving average, as a share of the images so far (Karras et al. 2020, 2006.06676)."""
 
 StepFunction = Callable[[StepInputs], Tensor]
 """Takes one step; returns (3,) detached: real, fake and generator loss of this rank's images."""
@@ -114,7 +117,7 @@ class InputStream:
         rates = {
             "critic_rates": [learning_rate(training.critic_optimizer, update) for update in updates],
             "generator_rates": [learning_rate(training.generator_optimizer, step)],
-            "ema_weights": [ema_weight(training.ema_decay, step)],
+            "ema_weights": [ema_weight(training, step)],
         }
         for name in rates.keys() & numbers.keys():
             numbers[name].copy_(torch.tensor(rates[name]))
@@ -152,7 +155,7 @@ class _Packed:
     def __init__(
         self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device, device_dtype: torch.dtype
     ) -> None:
-        sizes = [prod(shape) for shape in shapes.values()]
+        sizes = [math.prod(shape) for shape in shapes.values()]
         self._host = torch.zeros(sum(sizes), dtype=dtype)
         self._device = self._host.to(device, device_dtype)  # on a CPU the same memory
         self.host, self.device = (
@@ -169,11 +172,21 @@ class _Packed:
 
 
 def learning_rate(config: OptimizerConfig, update: int) -> float:
-    """Inverse-time decay, as Keras has it."""
-    return config.learning_rate / (1 + config.decay * update)
+    """Of an optimiser's update, counted from 0: inverse-time decay, as Keras has it, times warm-up and annealing."""
+    rate = config.learning_rate / (1 + config.decay * update)
+    if update < config.warm_up:
+        rate *= (update + 1) / config.warm_up
+    if config.annealing is not None:
+        progress = min(1.0, update / config.annealing_updates)
+        height = 1 - progress if config.annealing == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        rate *= config.annealing_floor + (1 - config.annealing_floor) * height
+    return rate
 
 
-def ema_weight(decay: float, step: int) -> float:
-    """How far the average moves at a step: 1 - decay, and more at first, when decay is (1 + step) / (10 + step), so
-    that early images are not those of the initial weights."""
-    return 1 - min(decay, (1 + step) / (10 + step))
+def ema_weight(training: TrainingConfig, step: int) -> float:
+    """How far the average moves at a step: 1 - decay, and more at first, so that early images are not those of the
+    initial weights: decay is then (1 + step) / (10 + step), or that of a half-life of a share of the images so far."""
+    if training.ema_half_life is None:
+        return 1 - min(training.ema_decay, (1 + step) / (10 + step))
+    half_life = min(training.ema_half_life, EMA_RAMP * step * training.batch_size)
+    return 1 - 0.5 ** (training.batch_size / half_life) if step else 1.0

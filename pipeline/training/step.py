@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import TrainingConfig
-from pipeline.models.objectives import Objective, gradient_penalty, with_class_loss
+from pipeline.models.objectives import Objective, gradient_penalty, r1_penalty, with_class_loss
 from pipeline.training.inputs import Images, StepInputs
 from pipeline.training.state import TrainingState, clip_
 
@@ -82,7 +82,8 @@ class Step:
         """The critic's loss (), and (2,) detached: its real and its fake part. `mix` (n,) in [0, 1] is where between
         fake and real a gradient penalty is taken."""
         # One forward pass for everything: twice the batch for the matrix units, half the launches and all-reduces.
-        batch = [real.pixels, fake.pixels]
+        r1_weight = self.training.r1_penalty
+        batch = [real.pixels if r1_weight is None else real.pixels.requires_grad_(), fake.pixels]
         if mix is not None:
             batch.append(torch.lerp(fake.pixels, real.pixels, mix.view(-1, 1, 1, 1)).requires_grad_())
         scores, logits = self.critic(torch.cat(batch))
@@ -95,6 +96,8 @@ class Step:
             loss = self.objective.joint_weight * loss
         if self.training.gradient_penalty is not None:
             loss = loss + self.training.gradient_penalty * gradient_penalty(between_scores[0], batch[2])
+        if r1_weight is not None:
+            loss = loss + r1_weight / 2 * r1_penalty(real_scores, batch[0])
         return loss, torch.stack([real_loss.detach(), fake_loss.detach()])
 
     def update_generator(self, images: Tensor, labels: Tensor) -> Tensor:

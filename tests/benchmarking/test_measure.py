@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.benchmarking import measure
@@ -54,6 +55,23 @@ def test_every_form_in_use_is_in_the_table(
     assert found == transposed | last_forms
     assert trainer.state.step == 1
     assert not any(layer._forward_pre_hooks for layer in trainer.state.generator.modules())
+
+
+def test_the_neighbour_is_there_in_every_second_round_and_gone_afterwards(
+    config: Config, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def take_step(trainer: Trainer) -> None:
+        trainer.take_step()
+        seen.append([child.status() for child in psutil.Process().children() if "getppid" in "".join(child.cmdline())])
+
+    monkeypatch.setattr(measure, "_take_step", take_step)
+    assert measure.measure_neighbour(Trainer(config, runtime)) > 0
+    rounds = [seen[first : first + measure.NEIGHBOUR_STEPS] for first in range(0, len(seen), measure.NEIGHBOUR_STEPS)]
+    assert len(rounds) == 2 * (1 + measure.ROUNDS)
+    assert [len(rounds[index][-1]) for index in range(len(rounds))] == [1, 0] * (1 + measure.ROUNDS)
+    assert not any(any(alone) for alone in rounds[1::2])
 
 
 @pytest.mark.slow

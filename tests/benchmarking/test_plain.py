@@ -17,6 +17,7 @@ FALLING = OptimizerConfig(decay=0.1)
 TRAINING = {
     "wgan": TrainingConfig(),
     "wgan_gp": TrainingConfig(objective="wgan_gp", gradient_penalty=10.0, clip_value=None),
+    "r1": TrainingConfig(objective="gan", r1_penalty=10.0, clip_value=None),
     "acgan": TrainingConfig(objective="acgan", clip_value=None, critic_optimizer=OptimizerConfig(algorithm="adam")),
     "separate": TrainingConfig(critic_updates="separate", critic_optimizer=FALLING, generator_optimizer=FALLING),
 }

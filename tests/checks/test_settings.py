@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+import yaml
 
 from pipeline.checks.machine import examine
 from pipeline.checks.settings import Plan, refuse
@@ -123,6 +124,11 @@ TABLE = {
     "a penalty in separate updates": Bad(
         r"training.critic_updates is separate: a gradient penalty needs joint updates",
         {"training": {"objective": "wgan_gp", "gradient_penalty": 10.0, "critic_updates": "separate", **FREE}},
+        subject="training.objective",
+    ),
+    "R1 in separate updates": Bad(
+        r"training.critic_updates is separate: a gradient penalty needs joint updates",
+        {"training": {"r1_penalty": 10.0, "critic_updates": "separate"}},
         subject="training.objective",
     ),
     "classes without labels": Bad(
@@ -257,3 +263,19 @@ def test_what_does_not_need_the_dataset_is_refused_without_it(tiny_dataset: Path
     config = sound(tiny_dataset, tmp_path)
     with pytest.raises(UserError, match=r"training\.batch_size 64 cannot be shared among 3"):
         refuse(Plan(config, 3))
+
+
+def test_a_run_from_before_a_setting_had_its_default(tiny_dataset: Path, tmp_path: Path) -> None:
+    config, dataset = sound(tiny_dataset, tmp_path), load_dataset(tiny_dataset)
+    folder = RunFolder(config.folder)
+    saved_run(folder, config, dataset.fingerprint)
+    folder.append_metrics({"step": 1})
+    saved = yaml.safe_load(folder.config.read_text())
+    for key in ("warm_up", "betas"):
+        del saved["training"]["critic_optimizer"][key]
+    folder.config.write_text(yaml.safe_dump(saved))
+    refuse(Plan(config, 1, dataset))
+    warmed = replace(config.training.critic_optimizer, warm_up=9)
+    changed = replace(config, training=replace(config.training, critic_optimizer=warmed))
+    with pytest.raises(UserError, match=r"training.critic_optimizer.warm_up is 0 there and 9 here"):
+        refuse(Plan(changed, 1, dataset))

@@ -27,6 +27,7 @@ VARIANTS: dict[str, Settings] = {
     "wgan_gp": {"training": {"objective": "wgan_gp", "gradient_penalty": 10.0, "clip_value": None}},
     "lsgan": {"training": {"objective": "lsgan", "clip_value": None}},
     "gan": {"training": {"objective": "gan", "clip_value": None}},
+    "r1": {"training": {"objective": "gan", "r1_penalty": 10.0, "clip_value": None}},
     "acgan": {"training": {"objective": "acgan", "clip_value": None}},
     "separate": {"training": {"critic_updates": "separate", "critic_fakes": "moving"}},
     "adam": {"training": {"critic_optimizer": ADAM, "generator_optimizer": ADAM}},

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.distributed.launcher import SPIN_TURNS
 from tests.jobs import ROOT, launch
 
 CORES = sorted(os.sched_getaffinity(0))
@@ -36,3 +39,21 @@ def test_more_ranks_than_cores_share_all_of_them(tmp_path: Path) -> None:
 
 def test_a_single_process_has_them_all_and_no_thread_keeps_subnormal_numbers(tmp_path: Path) -> None:
     assert shares(tmp_path, 1) == [{"cores": CORES, "threads": len(CORES), "subnormals": 0}]
+
+
+@pytest.mark.parametrize(
+    ("variables", "turns"),
+    [({}, SPIN_TURNS), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
+)
+def test_threads_spin_for_a_short_while_unless_the_user_says_otherwise(variables: dict[str, str], turns: str) -> None:
+    """By what OpenMP itself prints when a program that imports torch at once has loaded it."""
+    unset = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "pipeline/evaluate.py"), "--help"],
+        env=unset | {"PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "VERBOSE"} | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"GOMP_SPINCOUNT = '{turns}'" in result.stderr

@@ -95,6 +95,13 @@ class Line(nn.Module):
         return self.w * images.flatten(1).sum(1) + self.b, None
 
 
+class Square(Line):
+    """score = w x^2 / 2 + b, which has the slope w x."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, None]:
+        return self.w * images.flatten(1).square().sum(1) / 2 + self.b, None
+
+
 def batch(*pixels: float) -> Images:
     return Images(torch.tensor(pixels).view(-1, 1, 1, 1), torch.zeros(len(pixels), dtype=torch.int64))
 
@@ -182,18 +189,25 @@ def test_clipping_leaves_what_is_inside_alone() -> None:
 
 
 def test_the_gradient_penalty_is_taken_between_real_and_fake() -> None:
-    """score = w x^2 / 2 has the slope w x: at x = mix real + (1 - mix) fake the penalty is (|w x| - 1)^2."""
-
-    class Square(Line):
-        def forward(self, images: Tensor) -> tuple[Tensor, None]:
-            return self.w * images.flatten(1).square().sum(1) / 2 + 0 * self.b, None
-
+    """At x = mix real + (1 - mix) fake the penalty is (|w x| - 1)^2, w x being the slope."""
     critic = Square(2.0, 0.0)
     optimizer = torch.optim.SGD(critic.parameters(), lr=1.0)
     step = step_of(critic, "wgan_gp", optimizer=optimizer, gradient_penalty=10.0)
     step.update_critic(batch(0.8), batch(0.4), torch.tensor([0.25]))
     x = 0.25 * 0.8 + 0.75 * 0.4
     slope = -(0.8**2) / 2 + 0.4**2 / 2 + 10 * 2 * (2 * x - 1) * x
+    assert critic.w.item() == pytest.approx(2.0 - slope, rel=1e-5)
+
+
+def test_the_r1_penalty_is_taken_at_the_real_images() -> None:
+    """It is gamma / 2 times the mean of (w x)^2, whose derivative by w is gamma w x^2; lsgan's losses have the others:
+    (s - 1) x^2 / 2 at real scores s, s x^2 / 2 at fake ones, averaged over both."""
+    critic = Square(2.0, 0.5)
+    step = step_of(critic, "lsgan", optimizer=torch.optim.SGD(critic.parameters(), lr=1.0), r1_penalty=3.0)
+    step.update_critic(batch(0.8, 0.2), batch(0.4, 0.4), None)
+    real, fake = (0.64, 0.04), 0.16
+    slope = sum((x + 0.5 - 1) * x / 2 for x in real) / 2 + (fake + 0.5) * fake / 2
+    slope += 3.0 * 2.0 * sum(real) / 2
     assert critic.w.item() == pytest.approx(2.0 - slope, rel=1e-5)
 
 

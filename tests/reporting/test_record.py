@@ -1,0 +1,65 @@
+"""The seconds until a run was good enough, and the script that measures them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.data import Dataset
+from pipeline.reporting.read import read_run
+from pipeline.reporting.record import main, seconds_to_fid
+from tests.jobs import ROOT
+from tests.reporting.made_runs import make_run
+
+
+@pytest.mark.parametrize(("target", "seconds"), [(136.0, 300.0), (67.8, 600.0), (67.7, 900.0), (45.1, math.inf)])
+def test_seconds_end_with_the_first_evaluation_at_the_target(target: float, seconds: float, tmp_path: Path) -> None:
+    """The made run's FIDs are 135.6, 67.8 and 45.2 after 1,000, 2,000 and 3,000 steps of 0.3 seconds."""
+    assert seconds_to_fid(read_run(make_run(tmp_path / "run")), target) == seconds
+
+
+def test_a_step_that_was_not_logged_counts_up_to_the_next_one_that_was(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(line for line in lines if json.loads(line)["step"] % 2000))
+    assert seconds_to_fid(read_run(run), 70) == pytest.approx(0.3 * 2050)
+
+
+def test_median_and_worst_are_a_line_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [str(make_run(tmp_path / f"seed-{seed}", fid)) for seed, fid in enumerate((30.0, 60.0, 45.0))]
+    assert main(["60", *runs]) == 0
+    *each, line = capsys.readouterr().out.splitlines()
+    assert each == [f"{runs[0]}: 600.0 s", f"{runs[1]}: 900.0 s", f"{runs[2]}: 900.0 s"]
+    assert line.endswith("| 3f7c2a9 | None | 900.0 s | 900.0 s | 3 |  |")
+    assert main(["45.5", *runs]) == 3, "one never got there"
+    assert capsys.readouterr().out.splitlines()[-1].endswith("| 900.0 s | never | 3 |  |")
+
+
+@pytest.mark.slow
+def test_the_script_trains_each_seed_and_measures_it(mnist_dataset: Dataset, tmp_path: Path) -> None:
+    small = {
+        **{"run.root": tmp_path, "run.trackers": "[]", "run.log_every": 1, "data.root": mnist_dataset.folder.parent},
+        **{"network.width": 0.05, "training.steps": 2, "training.batch_size": 8, "training.n_critic": 1},
+        **{"evaluation.every": 1, "evaluation.num_images": 50},
+    }
+    arguments = [text for key, value in small.items() for text in (f"--{key}", str(value))]
+    result = subprocess.run(
+        [ROOT / "launch/speedrun.sh", "configs/wgan.yaml", "3,5", "1e9", "--", *arguments],
+        env=os.environ | {"PYTHON_BIN": str(Path(sys.executable).parent), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    *each, line = result.stdout.splitlines()
+    logs = [tmp_path / f"seed-{seed}" / "metrics.jsonl" for seed in (3, 5)]
+    first = [json.loads(log.read_text().splitlines()[0]) for log in logs]
+    assert each == [f"{log.parent}: {line['elapsed_seconds']:.1f} s" for log, line in zip(logs, first, strict=True)]
+    assert line.count("|") == 8
+    assert [read_run(log.parent).config["training.seed"] for log in logs] == [3, 5]
