@@ -118,7 +118,7 @@ class PlainTrainer:
                 between = (mix * real + (1 - mix) * fake).requires_grad_()
                 loss = loss + training.gradient_penalty * gradient_penalty(self.critic(between)[0], between)
             if training.r1_penalty is not None:
-                leaf = real.requires_grad_()
+                leaf = real.clamp(min=1e-30).requires_grad_()  # at 0 the activation's slope is that of no pixel
                 loss = loss + training.r1_penalty / 2 * r1_penalty(self.critic(leaf)[0], leaf)
             _update(self._critic_optimizer, fake_loss if training.critic_updates == "separate" else loss)
             if training.clip_value is not None:
