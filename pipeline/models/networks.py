@@ -145,7 +145,7 @@ class Critic(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         first, *others = self.convolutions
-        images = first(images)  # the reference's activation before it leaves pixels, which are not negative, as they are
+        images = first(images)  # the activation before it leaves pixels as they are: none is negative
         for convolution in others:
             images = convolution(F.leaky_relu(images, LEAK))
         features = images.permute(0, 2, 3, 1).flatten(1)
