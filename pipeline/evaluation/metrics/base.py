@@ -96,6 +96,8 @@ class SampleMetric(FeatureMetric):
         if indices is None:
             rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
             indices = (int(seen) + torch.arange(len(rows))) * world_size + rank
+        if len(indices) != len(rows):
+            raise ValueError(f"{type(self).__name__} got {len(indices)} indices of {len(rows)} rows")
         chosen = sampling_order(indices) <= getattr(self, f"{prefix}bound").to(indices.device)
         getattr(self, f"{prefix}rows").append(rows.detach()[chosen.to(rows.device)].to(self.device, torch.float32))
         getattr(self, f"{prefix}indices").append(indices[chosen].to(self.device))
