@@ -18,12 +18,12 @@ from statistics import median
 import numpy as np
 import pytest
 import torch
-from pipeline.evaluation.metrics.frechet import Moments, frechet_distance
 from torch import Tensor
 
 from pipeline.config import Config, OptimizerConfig, RuntimeConfig, make_parser, parse
 from pipeline.data.prepare import prepare_npz
 from pipeline.distributed.process import Runtime
+from pipeline.evaluation.metrics.frechet import Moments, frechet_distance
 from pipeline.export.images import render_range
 from pipeline.models.networks import Generator
 from pipeline.models.objectives import OBJECTIVES
