@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from pipeline.distributed.collectives import Ranks
 from pipeline.rng import sampling_order
 
 State = dict[str, Tensor]
@@ -94,8 +94,8 @@ class SampleMetric(FeatureMetric):
         prefix = _prefix(real)
         seen = getattr(self, f"{prefix}seen")
         if indices is None:
-            rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-            indices = (int(seen) + torch.arange(len(rows))) * world_size + rank
+            ranks = Ranks.silent()
+            indices = (int(seen) + torch.arange(len(rows))) * ranks.world_size + ranks.rank
         if len(indices) != len(rows):
             raise ValueError(f"{type(self).__name__} got {len(indices)} indices of {len(rows)} rows")
         chosen = sampling_order(indices) <= getattr(self, f"{prefix}bound").to(indices.device)
