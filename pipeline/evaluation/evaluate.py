@@ -24,7 +24,7 @@ from pipeline.evaluation.metrics import ClassScores, FrechetDistance, InceptionS
 from pipeline.evaluation.metrics.base import FeatureMetric, Poll, SampleMetric
 from pipeline.evaluation.metrics.frechet import FrechetReference, Moments, frechet_interval
 from pipeline.evaluation.metrics.manifold import NEIGHBOURS, nearest_neighbours
-from pipeline.evaluation.real_statistics import RealStatistics, real_statistics, sync
+from pipeline.evaluation.real_statistics import RealStatistics, real_statistics
 
 SHOWN_IMAGES = 8
 """Images whose nearest training images are told."""
@@ -82,7 +82,8 @@ def evaluate_images(
     extract_features(images, takers, batch_size, "evaluation", ranks, interrupted)
     results: dict[str, Scores] = {}
     for space, (target, floor) in zip(spaces, sides, strict=True):
-        sync(space.metrics.values(), ranks)
+        for metric in space.metrics.values():
+            metric.merge(ranks)
         shown = ranks.gather_on_main(space.shown)
         with interruptible(ranks, interrupted) as poll:
             if shown is not None and target is not None:  # the main rank
@@ -127,7 +128,7 @@ class _Space:
 
     def __init__(self, extractor: FeatureExtractor, dataset: Dataset, seed: int) -> None:
         self.extractor, self.seed, self.class_names = extractor, seed, dataset.class_names
-        width, alone = extractor.num_features, {"sync_on_compute": False}  # see `sync`
+        width, alone = extractor.num_features, {"sync_on_compute": False}  # see `merge`
         self.fid, self.kid = FrechetDistance(width, **alone), KernelDistance(width, seed=seed, **alone)
         self.metrics: dict[str, FeatureMetric] = {
             "fid": self.fid,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,7 +77,8 @@ def real_statistics(
 
     title = f"{extractor.name} features of {split}"
     extract_features(ImageSet.of_split(dataset, split), [(extractor, take)], BATCH_SIZE, title, ranks, interrupted)
-    sync(metrics.values(), ranks)
+    for metric in metrics.values():
+        metric.merge(ranks)
     if not ranks.is_main:
         return None
     real = RealStatistics(**{"classes": {}} | {name: metric.side(real=True) for name, metric in metrics.items()})
@@ -114,12 +115,6 @@ def _write(path: Path, key: str, real: RealStatistics) -> None:
             save_file(tensors, temporary, {"key": key, "sha256": _digest(tensors)})
     except (OSError, SafetensorError) as error:
         logger.warning("cannot keep the real statistics in %s (%s): going on without", path.parent, error)
-
-
-def sync(metrics: Iterable[FeatureMetric], ranks: Ranks) -> None:
-    """Gives every rank the states of all. `compute` would do it too, if it had not `sync_on_compute=False`."""
-    for metric in metrics:
-        metric.sync(should_sync=ranks.world_size > 1, process_group=ranks.host_group)
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

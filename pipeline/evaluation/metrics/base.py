@@ -43,6 +43,14 @@ class FeatureMetric(Metric):
         self.poll: Poll = never_ends
         """Called in the midst of a `compute` that takes seconds; whoever wants to end one puts its own here."""
 
+    def merge(self, ranks: Ranks) -> None:
+        """Every rank has the states of all from here on, and computes without asking (`sync_on_compute=False`).
+
+        torchmetrics' own `sync` takes them back after one `compute`.
+        """
+        self.sync(should_sync=ranks.world_size > 1, process_group=ranks.host_group)
+        self._is_synced, self._cache = False, None
+
     def side(self, *, real: bool) -> State:
         """What updates with this `real` have left, to be kept and given to `load_side`."""
         prefix = _prefix(real)
