@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
+import numpy as np
 import torch
 
 EVALUATION_BLOCK = 256
@@ -78,6 +79,18 @@ def penalty_mix(seed: int, step: int, critic_index: int, batch_size: int, rows: 
 def data_indices(seed: int, batch_number: int, batch_size: int, num_images: int) -> torch.Tensor:
     """Real images of a global critic batch: int64 [batch_size], uniform with replacement as the reference draws."""
     return torch.randint(num_images, (batch_size,), generator=seeded(seed, "data indices", batch_number))
+
+
+def sampling_order(indices: torch.Tensor) -> torch.Tensor:
+    """Places of images in a fixed random order, to keep the first so many of any set: int64 [n] -> int64 [n].
+
+    A bijection (the finaliser of splitmix64, Steele et al. 2014), so no two indices share a place. It takes no seed:
+    the images that stand for a real split are the same in every evaluation.
+    """
+    mixed = indices.cpu().numpy().astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return torch.from_numpy((mixed ^ (mixed >> np.uint64(31))).view(np.int64)).to(indices.device)
 
 
 def _uniform(generator: torch.Generator, num_rows: int, num_columns: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from pipeline.config import Config, OptimizerConfig, RuntimeConfig, make_parser, parse
 from pipeline.data.prepare import prepare_npz
 from pipeline.distributed.process import Runtime
-from pipeline.evaluation.scores import frechet_distance, moments
+from pipeline.evaluation.metrics.frechet import Moments, frechet_distance
 from pipeline.export.images import render_range
 from pipeline.models.networks import Generator
 from pipeline.models.objectives import OBJECTIVES
@@ -148,16 +148,16 @@ class Learned:
 
 
 def learn(config: Config, runtime: Runtime, strokes: Strokes) -> Learned:
-    real = moments(strokes.pixels)
+    real = Moments.of_features(strokes.pixels)
     trainer = Trainer(config, runtime)
     generator = trainer.state.ema
-    before = frechet_distance(moments(drawn(generator)), real)
+    before = frechet_distance(Moments.of_features(drawn(generator)), real)
     trainer.run()
     images = drawn(generator)
     means = torch.stack([strokes.pixels[strokes.labels == label].mean(0) for label in range(CLASSES)])
     shown = torch.cdist(images, means).argmin(1)
     return Learned(
-        distance=frechet_distance(moments(images), real) / before,
+        distance=frechet_distance(Moments.of_features(images), real) / before,
         class_accuracy=(shown == torch.arange(len(images)) % CLASSES).double().mean().item(),
     )
 

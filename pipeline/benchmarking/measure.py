@@ -39,7 +39,8 @@ from pipeline.distributed.process import Runtime
 from pipeline.evaluation.evaluate import evaluate_images
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.features import load_features
-from pipeline.evaluation.scores import KID_SUBSET_SIZE, NEIGHBOURS
+from pipeline.evaluation.metrics.kernel import KID_SUBSET_SIZE
+from pipeline.evaluation.metrics.manifold import NEIGHBOURS
 from pipeline.export.images import render_range
 from pipeline.models.cpu_kernels import faster_form
 from pipeline.storage.provenance import device_name

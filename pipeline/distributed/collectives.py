@@ -34,9 +34,12 @@ class Ranks:
     @classmethod
     def of_job(cls, timeout: timedelta | None = None) -> Ranks:
         """The ranks of the default process group, with a host group of their own; alone where there is none."""
-        if not dist.is_initialized():
-            return cls()
-        return cls(dist.get_rank(), dist.get_world_size(), timeout=timeout).with_own_group()
+        return replace(cls.silent(), timeout=timeout).with_own_group()
+
+    @classmethod
+    def silent(cls) -> Ranks:
+        """The same without a group to talk in: for who only asks which share is its own."""
+        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
 
     def with_own_group(self) -> Ranks:
         """The same ranks with a host group of their own, for a thread that talks beside the main one."""

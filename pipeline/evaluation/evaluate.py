@@ -1,27 +1,30 @@
-"""Scores of N images, computed by all ranks together and equal for any number of them (see extract.py).
+"""Scores of N images, computed by all ranks together and equal for any number of them.
 
-The main rank scores the gathered features in float64.
+Each rank adds its share of the images to the metrics; the main rank computes the scores from the states of all. What
+takes features themselves (metrics/base.py's samples) has the same ones in the same order, so its scores are equal in
+every bit; FID and what else comes of sums differs by their rounding (1e-12).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
+from torchmetrics import MetricCollection
 
 from pipeline.data.manifest import Dataset
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
-from pipeline.evaluation import scores
 from pipeline.evaluation.extract import ALONE, ImageSet, extract_features, interruptible, never
 from pipeline.evaluation.features import FORWARD_SIZE, FeatureExtractor
-from pipeline.evaluation.real_statistics import RealFeatures, real_features
-from pipeline.rng import seeded
-
-MANIFOLD_IMAGES = 10_000
-"""Most images of either side in precision, recall, density and coverage, whose cost grows with their product."""
+from pipeline.evaluation.metrics import ClassScores, FrechetDistance, InceptionScore, KernelDistance, ManifoldScores
+from pipeline.evaluation.metrics.base import FeatureMetric, Poll, SampleMetric
+from pipeline.evaluation.metrics.frechet import FrechetReference, Moments, frechet_interval
+from pipeline.evaluation.metrics.manifold import NEIGHBOURS, nearest_neighbours
+from pipeline.evaluation.real_statistics import RealStatistics, real_statistics
 
 SHOWN_IMAGES = 8
 """Images whose nearest training images are told."""
@@ -69,30 +72,32 @@ def evaluate_images(
     images = _checked(images, dataset.image_shape)
     other = next((split for split in ("train", "test") if split != reference and split in dataset.splits), None)
 
-    def real(split: str | None, extractor: FeatureExtractor) -> RealFeatures | None:
-        return real_features(dataset, split, extractor, ranks, interrupted) if split else None
+    def real(split: str | None, extractor: FeatureExtractor) -> RealStatistics | None:
+        return real_statistics(dataset, split, extractor, ranks, interrupted) if split else None
 
     sides = [(real(reference, extractor), real(other, extractor)) for extractor in extractors]
+    spaces = [_Space(extractor, dataset, seed) for extractor in extractors]
+    takers = [(space.extractor, partial(space.take, images.labels)) for space in spaces]
     batch_size = -(-batch_size // FORWARD_SIZE) * FORWARD_SIZE
-    found = extract_features(images, extractors, batch_size, "evaluation", ranks, interrupted)
+    extract_features(images, takers, batch_size, "evaluation", ranks, interrupted)
     results: dict[str, Scores] = {}
-    for index, (extractor, (target, floor)) in enumerate(zip(extractors, sides, strict=True)):
+    for space, (target, floor) in zip(spaces, sides, strict=True):
+        for metric in space.metrics.values():
+            metric.merge(ranks)
+        shown = ranks.gather_on_main(space.shown)
         with interruptible(ranks, interrupted) as poll:
-            if found is not None and target is not None:  # the main rank
-                features, logits = found[index]
-                result = _distances(features, logits, target, floor, seed, poll)
-                if dataset.class_names and dataset.class_names == extractor.class_names:
-                    result |= _class_scores(features, logits, target, dataset.class_names, images.labels)
+            if shown is not None and target is not None:  # the main rank
+                result = space.scores(target, floor, poll)
                 if training := target if reference == "train" else floor:
-                    result["nearest_training_images"] = _nearest(features[:SHOWN_IMAGES], training.features)
+                    result["nearest_training_images"] = _nearest(torch.cat(shown), training)
                 result["provenance"] = {
-                    "extractor": extractor.fingerprint,
+                    "extractor": space.extractor.fingerprint,
                     "dataset": dataset.fingerprint,
                     "reference": reference,
-                    "reference_images": len(target.features),
+                    "reference_images": target.num_images,
                     "seed": seed,
                 }
-                results[extractor.name] = result
+                results[space.extractor.name] = result
     return ranks.broadcast(results)
 
 
@@ -114,57 +119,63 @@ def _checked(images: ImageSet, image_shape: tuple[int, int, int]) -> ImageSet:
     return replace(images, render=render)
 
 
-def _distances(
-    features: Tensor, logits: Tensor, real: RealFeatures, floor: RealFeatures | None, seed: int, poll: scores.Poll
-) -> Scores:
-    """The scores that any feature space gives, of features [n, d] and logits [n, k]."""
-    poll()
-    is_mean, is_std = scores.inception_score(logits, seed)
-    poll()
-    kid_mean, kid_std = scores.kernel_distance(features, real.features, seed)
-    return {
-        "fid": scores.frechet_distance(scores.moments(features), real.moments),
-        "fid_floor": scores.frechet_distance(floor.moments, real.moments) if floor else None,
-        "fid_interval": scores.frechet_interval(features, real.moments, seed, poll),
-        "is_mean": is_mean,
-        "is_std": is_std,
-        "kid_mean": kid_mean,
-        "kid_std": kid_std,
-        **_manifold(features, real.features, seed, poll),
-    }
+REAL_SIDES = {"fid": "moments", "kid": "sample", "manifold": "sample", "classes": "classes"}
+"""Field of RealStatistics that a metric's real side is."""
 
 
-def _manifold(fake: Tensor, real: Tensor, seed: int, poll: scores.Poll) -> dict[str, float | None]:
-    """As many images of either side, so that scores of different evaluations of N images compare."""
-    count = min(len(fake), len(real), MANIFOLD_IMAGES)
-    if count <= scores.NEIGHBOURS:
-        return dict.fromkeys(("precision", "recall", "density", "coverage"))
+class _Space:
+    """The scores of one feature space. Another score is a metric here and, for its real side, a line in REAL_SIDES."""
 
-    def chosen(name: str, features: Tensor) -> Tensor:
-        return features[torch.randperm(len(features), generator=seeded(seed, f"manifold {name}"))[:count]]
+    def __init__(self, extractor: FeatureExtractor, dataset: Dataset, seed: int) -> None:
+        self.extractor, self.seed, self.class_names = extractor, seed, dataset.class_names
+        width, alone = extractor.num_features, {"sync_on_compute": False}  # see `merge`
+        self.fid, self.kid = FrechetDistance(width, **alone), KernelDistance(width, seed=seed, **alone)
+        self.metrics: dict[str, FeatureMetric] = {
+            "fid": self.fid,
+            "inception_score": InceptionScore(extractor.num_classes, seed=seed, **alone),
+            "kid": self.kid,
+            "manifold": ManifoldScores(width, **alone),
+        }
+        if dataset.class_names and dataset.class_names == extractor.class_names:
+            self.metrics["classes"] = ClassScores(width, extractor.num_classes, **alone)
+        self._collection = MetricCollection({**self.metrics})
+        self.shown = torch.empty(0, width)
+        """Features of this rank's images among the first SHOWN_IMAGES."""
 
-    return {**scores.manifold_scores(chosen("fake", fake), chosen("real", real), poll)}
+    def take(self, labels: Tensor | None, features: Tensor, logits: Tensor, indices: Tensor) -> None:
+        asked = None if labels is None else labels[indices]
+        self._collection.update(features=features, logits=logits, real=False, indices=indices, labels=asked)
+        self.shown = torch.cat([self.shown, features[indices < SHOWN_IMAGES]])
+
+    def scores(self, target: RealStatistics, floor: RealStatistics | None, poll: Poll) -> Scores:
+        """On the main rank, with the states of all."""
+        result: Scores = {}
+        for name, metric in self.metrics.items():
+            poll()
+            metric.poll = poll
+            if name in REAL_SIDES:
+                metric.load_side(getattr(target, REAL_SIDES[name]), real=True)
+            value = metric.compute()
+            for key, found in value.items() if isinstance(value, dict) else [(name, value)]:
+                result[key] = self._plain(found)
+        reference = FrechetReference(Moments.of_sums(target.moments))
+        features, _ = self.kid.sample(real=False)
+        count, fid = int(self.fid.fake_count), float(self.fid.compute())
+        return result | {
+            "fid_floor": reference.distance(Moments.of_sums(floor.moments)) if floor else None,
+            "fid_interval": frechet_interval(features, count, fid, reference, self.seed, poll),
+            "images": {"fid": [count, target.num_images], "fid_floor": floor.num_images if floor else None}
+            | {name: metric.num_used for name, metric in self.metrics.items() if isinstance(metric, SampleMetric)},
+        }
+
+    def _plain(self, score: Tensor) -> object:
+        """A number, or one for each class; null where there is none."""
+        if score.ndim:
+            return dict(zip(self.class_names, map(self._plain, score), strict=True))
+        return None if score.isnan() else score.item()
 
 
-def _class_scores(
-    features: Tensor, logits: Tensor, real: RealFeatures, class_names: tuple[str, ...], labels: Tensor | None
-) -> Scores:
-    """Both sides are classed by the classifier, so that its mistakes do not count against the images."""
-    classes, real_classes = logits.argmax(1), real.logits.argmax(1)
-    shares, real_shares = (scores.class_shares(found, len(class_names)) for found in (classes, real_classes))
-    per_class = scores.class_frechet_distances(features, classes, real.features, real_classes, len(class_names))
-    result: Scores = {
-        "class_histogram": dict(zip(class_names, shares.tolist(), strict=True)),
-        "class_histogram_real": dict(zip(class_names, real_shares.tolist(), strict=True)),
-        "class_total_variation": scores.total_variation(shares, real_shares),
-        "confidence_mean": logits.double().softmax(1).amax(1).mean().item(),
-        "fid_per_class": dict(zip(class_names, per_class, strict=True)),
-    }
-    if labels is not None:
-        result["class_accuracy"] = (classes == labels.cpu()).double().mean().item()
-    return result
-
-
-def _nearest(features: Tensor, training: Tensor) -> dict[str, object]:
-    indices, distances = scores.nearest_neighbours(features, training, scores.NEIGHBOURS)
-    return {"indices": indices.tolist(), "distances": distances.tolist()}
+def _nearest(features: Tensor, training: RealStatistics) -> dict[str, object]:
+    among, indices = training.sample["rows"], training.sample["indices"]
+    nearest, distances = nearest_neighbours(features, among, NEIGHBOURS)
+    return {"indices": indices[nearest].tolist(), "distances": distances.tolist(), "among": len(among)}

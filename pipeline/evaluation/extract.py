@@ -1,24 +1,30 @@
-"""Features of images, extracted by all ranks together and the same in every bit for any number of them.
+"""Features of images, extracted by all ranks together and each image's the same in every bit for any number of them.
 
-Every rank renders a contiguous share of the images; their features are gathered in the images' order. Forward passes
-hold the same images whatever the number of ranks, and nothing is summed in an order that depends on it.
+Every rank renders a contiguous share of the images, a batch at a time. Forward passes hold the same images whatever the
+number of ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from pipeline.data.manifest import Dataset
+from pipeline.data.shards import Samples, decode, read_shard
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import Preempted
 from pipeline.evaluation.features import FeatureExtractor
 from pipeline.progress import bar
 
 ALONE = Ranks()
+Taker = Callable[[Tensor, Tensor, Tensor], None]
+"""Gets features float32 [n, d], logits float32 [n, k] and the images' indices int64 [n]."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,30 @@ class ImageSet:
     @classmethod
     def of_tensor(cls, images: Tensor, labels: Tensor | None = None) -> ImageSet:
         return cls(len(images), lambda start, stop: images[start:stop], labels)
+
+    @classmethod
+    def of_split(cls, dataset: Dataset, split: str) -> ImageSet:
+        """A real split in shard order, read a shard at a time: cheap for those who go through it in order.
+
+        `render` raises DataError naming a shard that is not exactly what the manifest says.
+        """
+        shards = dataset.shards(split)
+        starts = [0, *accumulate(shard.num_images for shard in shards)]
+        held: dict[int, Samples] = {}
+
+        def part(number: int, start: int, stop: int) -> Tensor:
+            if number not in held:
+                held.clear()  # before the next one is read
+                held[number] = read_shard(dataset, shards[number])
+            rows = slice(max(start - starts[number], 0), stop - starts[number])
+            stored = decode(held[number].images[rows], dataset.image_shape, dataset.locate(shards[number]))
+            return torch.from_numpy(stored)
+
+        def render(start: int, stop: int) -> Tensor:
+            numbers = range(bisect_right(starts, start) - 1, bisect_left(starts, stop))
+            return torch.cat([part(number, start, stop) for number in numbers])
+
+        return cls(starts[-1], render)
 
 
 def never() -> bool:
@@ -60,14 +90,14 @@ def interruptible(ranks: Ranks, interrupted: Callable[[], bool]) -> Iterator[Cal
 
 def extract_features(
     images: ImageSet,
-    extractors: Sequence[FeatureExtractor],
+    takers: Sequence[tuple[FeatureExtractor, Taker]],
     batch_size: int,
     title: str,
     ranks: Ranks,
     interrupted: Callable[[], bool],
-) -> list[tuple[Tensor, Tensor]] | None:
-    """For each extractor features float32 [N, d] and logits float32 [N, k] of all images: on the main rank, None on the
-    others. Every rank must call it.
+) -> None:
+    """Hands each extractor's features and logits of this rank's share of the images to its taker, batch by batch.
+    Every rank must call it.
 
     Args:
         batch_size: images to render at once, a multiple of FORWARD_SIZE. Shares are cut at multiples of it, so they may
@@ -79,19 +109,12 @@ def extract_features(
         Preempted: on every rank, when `interrupted` said so on any.
     """
     share = ranks.share(images.num_images, batch_size)
-    parts = [[(torch.empty(0, space.num_features), torch.empty(0, space.num_classes))] for space in extractors]
     progress = bar(total=len(share), desc=title, unit=" images", leave=False, disable=not ranks.is_main)
     with interruptible(ranks, interrupted) as poll, progress:
         for start in share[::batch_size]:
             poll()
-            batch = images.render(start, min(start + batch_size, share.stop))
-            for extractor, extracted in zip(extractors, parts, strict=True):
-                extracted.append(extractor(batch))
+            indices = torch.arange(start, min(start + batch_size, share.stop))
+            batch = images.render(start, start + len(indices))
+            for extractor, take in takers:
+                take(*extractor(batch), indices)
             progress.update(len(batch))
-    gathered = ranks.gather_on_main([_joined(extracted) for extracted in parts])
-    return None if gathered is None else [_joined(shares) for shares in zip(*gathered, strict=True)]
-
-
-def _joined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    features, logits = zip(*parts, strict=True)
-    return torch.cat(features), torch.cat(logits)

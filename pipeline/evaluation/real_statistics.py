@@ -1,60 +1,62 @@
-"""Features of the real splits, kept beside the dataset so that only its first evaluation pays for them."""
+"""Statistics of the real splits, kept beside the dataset so that only its first evaluation pays for them."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torchmetrics import MetricCollection
 
 from pipeline.data.manifest import Dataset
-from pipeline.data.resident import load_split
 from pipeline.distributed.collectives import Ranks
 from pipeline.evaluation.extract import ALONE, ImageSet, extract_features, never
 from pipeline.evaluation.features import FORWARD_SIZE, FeatureExtractor
-from pipeline.evaluation.scores import Moments, moments
+from pipeline.evaluation.metrics import ClassScores, FrechetDistance, KernelDistance
+from pipeline.evaluation.metrics.base import FeatureMetric, State
 from pipeline.storage.files import replacing
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "1"
+FORMAT = "2"
 """Version of what the files hold; part of their key."""
+BATCH_SIZE = 5 * FORWARD_SIZE
 
 
-@dataclass(frozen=True)
-class RealFeatures:
-    """Of a real split in its order, as the file keeps them."""
+class RealStatistics(NamedTuple):
+    """What evaluations take from a real split: one side of the metrics that they load it into."""
 
-    features: Tensor
-    """float32 [N, d]."""
-    logits: Tensor
-    """float32 [N, k]."""
-    mean: Tensor
-    covariance: Tensor
+    moments: State
+    """Of FrechetDistance."""
+    sample: State
+    """Of KernelDistance: features of at most KEEP images, and their indices in shard order."""
+    classes: State
+    """Of ClassScores; empty where the extractor's logits stand for no classes."""
 
     @property
-    def moments(self) -> Moments:
-        return Moments(self.mean, self.covariance, len(self.features))
+    def num_images(self) -> int:
+        return int(self.moments["count"])
 
 
-def real_features(
+def real_statistics(
     dataset: Dataset,
     split: str,
     extractor: FeatureExtractor,
     ranks: Ranks = ALONE,
     interrupted: Callable[[], bool] = never,
-) -> RealFeatures | None:
-    """A real split's features, kept or computed by all ranks in shares: on the main rank, None on the others.
+) -> RealStatistics | None:
+    """A real split's statistics, kept or computed by all ranks in shares: on the main rank, None on the others.
 
     Every rank must call it. A missing or damaged file is computed again (damage is told in one line); when it cannot be
     written the evaluation goes on without it. Concurrent runs may each compute and write it: the file appears whole
-    or not at all, and its content is the same. Raises Preempted when `interrupted` says so on any rank.
+    or not at all, and its content is the same but for the rounding of sums. No rank holds more than a shard of images.
+    Raises Preempted when `interrupted` says so on any rank.
     """
     key = hashlib.sha256(f"{FORMAT}:{dataset.fingerprint}:{split}:{extractor.fingerprint}".encode()).hexdigest()
     path = dataset.folder / "features" / f"{extractor.name}-{split}-{key[:16]}.safetensors"
@@ -62,19 +64,30 @@ def real_features(
     kept = _read(path, key) if keep and ranks.is_main else None
     if ranks.broadcast(kept is not None):
         return kept
-    images, _ = load_split(dataset, split)
+    metrics: dict[str, FeatureMetric] = {
+        "moments": FrechetDistance(extractor.num_features),
+        "sample": KernelDistance(extractor.num_features),
+    }
+    if extractor.class_names:
+        metrics["classes"] = ClassScores(extractor.num_features, extractor.num_classes)
+    collection = MetricCollection({**metrics})
+
+    def take(features: Tensor, logits: Tensor, indices: Tensor) -> None:
+        collection.update(features=features, logits=logits, real=True, indices=indices)
+
     title = f"{extractor.name} features of {split}"
-    found = extract_features(ImageSet.of_tensor(images), [extractor], FORWARD_SIZE, title, ranks, interrupted)
-    if found is None:
+    extract_features(ImageSet.of_split(dataset, split), [(extractor, take)], BATCH_SIZE, title, ranks, interrupted)
+    for metric in metrics.values():
+        metric.merge(ranks)
+    if not ranks.is_main:
         return None
-    computed = moments(found[0][0])
-    real = RealFeatures(*found[0], computed.mean, computed.covariance)
+    real = RealStatistics(**{"classes": {}} | {name: metric.side(real=True) for name, metric in metrics.items()})
     if keep:
         _write(path, key, real)
     return real
 
 
-def _read(path: Path, key: str) -> RealFeatures | None:
+def _read(path: Path, key: str) -> RealStatistics | None:
     """None when the file is missing or does not hold what was written, which is said in one line."""
     if not path.is_file():
         return None
@@ -84,19 +97,24 @@ def _read(path: Path, key: str) -> RealFeatures | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         if metadata.get("key") != key or metadata.get("sha256") != _digest(tensors):
             raise ValueError("its checksum does not match")
-        return RealFeatures(**tensors)
-    except (SafetensorError, OSError, ValueError) as error:
+        sides: dict[str, State] = {name: {} for name in RealStatistics._fields}
+        for name, tensor in tensors.items():
+            side, _, state = name.partition(".")
+            sides[side][state] = tensor
+        return RealStatistics(**sides)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         logger.warning("%s is damaged (%s): computing it again", path, error)
         return None
 
 
-def _write(path: Path, key: str, real: RealFeatures) -> None:
+def _write(path: Path, key: str, real: RealStatistics) -> None:
     """Whole or not at all; when it can't be written, that is said in one line."""
+    tensors = {f"{side}.{name}": tensor for side, state in real._asdict().items() for name, tensor in state.items()}
     try:
         with replacing(path) as temporary:
-            save_file(vars(real), temporary, {"key": key, "sha256": _digest(vars(real))})
+            save_file(tensors, temporary, {"key": key, "sha256": _digest(tensors)})
     except (OSError, SafetensorError) as error:
-        logger.warning("cannot keep the real features in %s (%s): going on without", path.parent, error)
+        logger.warning("cannot keep the real statistics in %s (%s): going on without", path.parent, error)
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

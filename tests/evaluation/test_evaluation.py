@@ -65,16 +65,17 @@ def test_scores_do_not_depend_on_world_size_or_batch_size(
     assert {"fid", "fid_interval[1]", "recall", "fid_per_class.3", "class_accuracy", "kid_mean"} <= expected.keys()
     assert 0.1 < expected["precision"] < 0.99
     assert 0.1 < expected["recall"] < 0.99
-    single = jobs[1][1][0]
+    alone = [dict(leaves(result["scores"])) for result in jobs[1][1][0]]
     for num_processes, (_, ranks) in jobs.items():
         for rank in ranks:
             for index, batch_size in enumerate(BATCH_SIZES):
                 found = dict(leaves(rank[index]["scores"]))
-                assert found == dict(leaves(single[index]["scores"])), (num_processes, batch_size)
                 assert found.keys() == expected.keys()
                 for name, value in expected.items():
-                    wanted = pytest.approx(value, rel=1e-6) if isinstance(value, float) else value
-                    assert found[name] == wanted, (num_processes, batch_size, name)
+                    # The generator's images themselves round differently in batches of other sizes.
+                    for other, tolerance in ((value, 1e-6), (alone[index][name], 1e-9)):
+                        wanted = pytest.approx(other, rel=tolerance) if isinstance(value, float) else other
+                        assert found[name] == wanted, (num_processes, batch_size, name)
 
 
 @pytest.mark.slow
@@ -91,7 +92,7 @@ def test_every_image_is_rendered_once_and_in_whole_blocks(
 
 
 @pytest.mark.slow
-def test_real_features_do_not_depend_on_the_world_size(
+def test_real_statistics_do_not_depend_on_the_world_size(
     jobs: dict[int, tuple[Path, list[list[dict[str, Any]]]]],
 ) -> None:
     files = {path.name: path for path in (jobs[1][0] / "features").iterdir()}
@@ -101,7 +102,12 @@ def test_real_features_do_not_depend_on_the_world_size(
         assert {path.name for path in others} == files.keys()
         for path in others:
             ours, theirs = load_file(path), load_file(files[path.name])
-            assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+            assert ours.keys() == theirs.keys()
+            for name, tensor in theirs.items():
+                if name.endswith((".sum", ".products", ".confidence")):
+                    torch.testing.assert_close(ours[name], tensor, rtol=1e-12, atol=1e-12)
+                else:
+                    assert torch.equal(ours[name], tensor), name
 
 
 def test_labels_give_the_rate_of_the_asked_class(digits: Dataset, extractor: FeatureExtractor) -> None:
@@ -123,6 +129,8 @@ def test_too_few_images_give_null_scores(digits: Dataset, extractor: FeatureExtr
     scores = evaluate_images(ImageSet.of_tensor(images[:5]), digits, [extractor])["mnist"]
     for key in ("precision", "recall", "density", "coverage", "fid_interval"):
         assert scores[key] is None
+    counts: Any = scores["images"]
+    assert counts["kid"] == [5, 1150]
     assert isinstance(scores["fid"], float)
     json.dumps(scores, allow_nan=False)
 

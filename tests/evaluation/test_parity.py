@@ -10,37 +10,45 @@ import torch
 from torch import Tensor, nn
 from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torchmetrics import MetricCollection
 
 from pipeline.benchmarking.fidelity import fidelity_scores
 from pipeline.data import Dataset
 from pipeline.data.resident import load_split
-from pipeline.evaluation import scores
 from pipeline.evaluation.features import FeatureExtractor, load_features
+from pipeline.evaluation.metrics import FrechetDistance, InceptionScore, KernelDistance
+from pipeline.evaluation.metrics.kernel import KID_SUBSET_SIZE
 
 CPU = torch.device("cpu")
 SEED = 5
+NAMES = {
+    "fid": "frechet_inception_distance",
+    "kid_mean": "kernel_inception_distance_mean",
+    "kid_std": "kernel_inception_distance_std",
+    "is_mean": "inception_score_mean",
+    "is_std": "inception_score_std",
+}
 
 
 def theirs(fake: Tensor, real: Tensor, subset: int, batch_size: int, **arguments: Any) -> dict[str, float]:
     settings = {"kid_subset_size": subset, "rng_seed": SEED, "batch_size": batch_size, "cache": False}
     found = fidelity_scores(fake, real, **settings, **arguments)
-    names = {
-        "fid": "frechet_inception_distance",
-        "kid_mean": "kernel_inception_distance_mean",
-        "kid_std": "kernel_inception_distance_std",
-        "is_mean": "inception_score_mean",
-        "is_std": "inception_score_std",
-    }
-    return {ours: found[name] for ours, name in names.items()}
+    return {ours: found[name] for ours, name in NAMES.items()}
 
 
 def ours(fake: Tensor, real: Tensor, extractor: FeatureExtractor) -> dict[str, float]:
-    features, logits = extractor(fake)
-    real_features, _ = extractor(real)
-    kid_mean, kid_std = scores.kernel_distance(features, real_features, SEED)
-    is_mean, is_std = scores.inception_score(logits, SEED)
-    fid = scores.frechet_distance(scores.moments(features), scores.moments(real_features))
-    return {"fid": fid, "kid_mean": kid_mean, "kid_std": kid_std, "is_mean": is_mean, "is_std": is_std}
+    width = extractor.num_features
+    metrics: dict[str, Any] = {
+        "fid": FrechetDistance(width),
+        "kid": KernelDistance(width, seed=SEED),
+        "is": InceptionScore(extractor.num_classes, seed=SEED),
+    }
+    collection = MetricCollection(metrics)
+    for images, is_real in ((fake, False), (real, True)):
+        for batch in torch.split(images, 200):
+            features, logits = extractor(batch)
+            collection.update(features=features, logits=logits, real=is_real)
+    return {name: score.item() for name, score in collection.compute().items()}
 
 
 def compare(found: dict[str, float], expected: dict[str, float]) -> None:
@@ -55,7 +63,7 @@ def test_mnist_features(num_fake: int, mnist_dataset: Dataset, extractor: Featur
     images, _ = load_split(mnist_dataset, "test")
     noise = torch.randint(0, 60, images[:num_fake].shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     fake, real = images[:num_fake] // 2 + noise, images[2000:4000]
-    subset = min(scores.KID_SUBSET_SIZE, num_fake)
+    subset = min(KID_SUBSET_SIZE, num_fake)
     found = ours(fake, real, extractor)
     assert found["fid"] > 10
     compare(found, theirs(fake, real, subset, 100, feature_extractor="mnist"))

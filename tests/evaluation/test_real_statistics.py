@@ -1,4 +1,4 @@
-"""Cached real features: used when whole, computed again when damaged, harmless when they cannot be kept."""
+"""Cached real statistics: used when whole, computed again when damaged, harmless when they cannot be kept."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pickle
 import random
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,15 @@ import torch
 from torch import Tensor
 
 from pipeline.data import Dataset
+from pipeline.data.manifest import Shard
+from pipeline.data.prepare import ShardSizes, prepare_npz
+from pipeline.data.resident import load_split
+from pipeline.data.shards import Samples, read_shard
+from pipeline.distributed.collectives import Ranks
+from pipeline.evaluation import extract
+from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.features import FeatureExtractor
-from pipeline.evaluation.real_statistics import RealFeatures, real_features
+from pipeline.evaluation.real_statistics import RealStatistics, real_statistics
 from tests.jobs import ROOT, TIMEOUT_SECONDS, environment
 from tests.trap import Trap
 
@@ -27,6 +35,7 @@ class Counting(FeatureExtractor):
         self.inner, self.count = inner, 0
         self.name, self.fingerprint, self.device = inner.name, inner.fingerprint, inner.device
         self.num_features, self.num_classes = inner.num_features, inner.num_classes
+        self.class_names = inner.class_names
 
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         self.count += len(images)
@@ -38,20 +47,17 @@ def counting(extractor: FeatureExtractor) -> Counting:
     return Counting(extractor)
 
 
-def get(dataset: Dataset, extractor: FeatureExtractor, split: str = "test") -> RealFeatures:
-    found = real_features(dataset, split, extractor)
+def get(dataset: Dataset, extractor: FeatureExtractor, split: str = "test") -> RealStatistics:
+    found = real_statistics(dataset, split, extractor)
     assert found is not None
     return found
 
 
-def equal(ours: RealFeatures, theirs: RealFeatures) -> bool:
-    pairs = [
-        (ours.features, theirs.features),
-        (ours.logits, theirs.logits),
-        (ours.moments.mean, theirs.moments.mean),
-        (ours.moments.covariance, theirs.moments.covariance),
-    ]
-    return all(torch.equal(a, b) for a, b in pairs) and ours.moments.num_images == theirs.moments.num_images
+def equal(ours: RealStatistics, theirs: RealStatistics) -> bool:
+    pairs = list(zip(ours, theirs, strict=True))
+    return all(mine.keys() == other.keys() for mine, other in pairs) and all(
+        torch.equal(mine[name], other[name]) for mine, other in pairs for name in mine
+    )
 
 
 def only_file(dataset: Dataset) -> Path:
@@ -62,10 +68,39 @@ def only_file(dataset: Dataset) -> Path:
 def test_the_second_time_costs_nothing_and_gives_the_same(digits: Dataset, counting: Counting) -> None:
     first = get(digits, counting)
     assert counting.count == 610
-    assert len(first.features) == len(first.logits) == first.moments.num_images == 610
+    assert len(first.sample["rows"]) == first.num_images == first.classes["count"].sum() == 610
     second = get(digits, counting)
     assert counting.count == 610
     assert equal(first, second)
+
+
+def test_a_split_is_read_a_shard_at_a_time(
+    digits_files: dict[str, Path], counting: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 100 images, batches of 500, shards of 150: when one is read no other is held, and each is read once."""
+    dataset = prepare_npz(tmp_path, "small", digits_files, ShardSizes(50, 150))
+    whole = get(prepare_npz(tmp_path, "digits", digits_files), counting, "train")
+    read: list[str] = []
+    alive: set[int] = set()
+
+    def read_and_watch(given: Dataset, shard: Shard) -> Samples:
+        assert not alive, "a shard is still held"
+        samples = read_shard(given, shard)
+        read.append(shard.name)
+        alive.add(id(samples))
+        weakref.finalize(samples, alive.discard, id(samples))
+        return samples
+
+    monkeypatch.setattr(extract, "read_shard", read_and_watch)
+    found = get(dataset, counting, "train")
+    assert read == [shard.name for shard in dataset.shards("train")]
+    assert len(read) == 8
+    assert equal(found, whole)
+    read.clear()
+    second = Ranks(rank=1, world_size=2).share(1150, 100)
+    images = ImageSet.of_split(dataset, "train").render(second.start, second.stop)
+    assert torch.equal(images, load_split(dataset, "train")[0][second.start :])
+    assert read == [shard.name for shard in dataset.shards("train")[4:]], "a rank reads the shards of its share"
 
 
 def test_another_split_dataset_or_network_has_a_file_of_its_own(
@@ -113,7 +148,7 @@ def test_a_file_of_another_key_is_not_believed(digits: Dataset, counting: Counti
     train.unlink()
     get(digits, counting, "test")
     only_file(digits).write_bytes(content)
-    assert get(digits, counting, "test").moments.num_images == 610
+    assert get(digits, counting, "test").num_images == 610
 
 
 def test_a_folder_that_cannot_be_written_costs_only_the_cache(
@@ -137,7 +172,7 @@ def test_a_full_disk_costs_only_the_cache(
             file.write(b"0")
 
     monkeypatch.setattr(real_statistics, "save_file", full)
-    assert get(digits, counting).moments.num_images == 610
+    assert get(digits, counting).num_images == 610
     assert "No space left" in capsys.readouterr().err
     assert not list((digits.folder / "features").iterdir())
 
@@ -147,12 +182,12 @@ def test_concurrent_runs_leave_one_whole_file(digits: Dataset, counting: Countin
 import sys, torch
 from pipeline.data import load_dataset
 from pipeline.evaluation.features import load_features
-from pipeline.evaluation.real_statistics import real_features, _read, _write
+from pipeline.evaluation.real_statistics import real_statistics, _read, _write
 dataset = load_dataset(sys.argv[1])
 extractor = load_features("mnist", torch.device("cpu"), dataset.image_shape, None)
 print("ready", flush=True)
 input()
-real = real_features(dataset, "test", extractor)
+real = real_statistics(dataset, "test", extractor)
 path = next(path for path in (dataset.folder / "features").iterdir() if path.suffix == ".safetensors")
 import safetensors
 key = safetensors.safe_open(path, "pt").metadata()["key"]

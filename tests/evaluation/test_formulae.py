@@ -10,8 +10,17 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from pipeline.evaluation import scores
-from pipeline.evaluation.scores import Moments
+from pipeline.evaluation.metrics import ClassScores, manifold
+from pipeline.evaluation.metrics.frechet import (
+    JACKKNIFE_GROUPS,
+    FrechetReference,
+    Moments,
+    frechet_distance,
+    frechet_interval,
+)
+from pipeline.evaluation.metrics.inception_score import inception_score
+from pipeline.evaluation.metrics.kernel import kernel_distance
+from pipeline.evaluation.metrics.manifold import manifold_scores, nearest_neighbours
 from pipeline.rng import seeded
 
 
@@ -19,8 +28,13 @@ def normal(num_rows: int, width: int, seed: int, shift: float = 0.0) -> Tensor:
     return torch.randn(num_rows, width, generator=torch.Generator().manual_seed(seed)) + shift
 
 
+def interval(sample: Tensor, reference: Moments, seed: int) -> tuple[float, float] | None:
+    score = frechet_distance(Moments.of_features(sample), reference)
+    return frechet_interval(sample, len(sample), score, FrechetReference(reference), seed)
+
+
 def test_moments_by_hand() -> None:
-    found = scores.moments(torch.tensor([[0.0, 0.0], [2.0, 4.0]]))
+    found = Moments.of_features(torch.tensor([[0.0, 0.0], [2.0, 4.0]]))
     assert found.mean.tolist() == [1.0, 2.0]
     assert found.covariance.tolist() == [[2.0, 4.0], [4.0, 8.0]]
     assert found.num_images == 2
@@ -31,17 +45,19 @@ def test_frechet_distance_by_hand() -> None:
     """Diagonal covariances: |m1 - m2|^2 + sum of (sqrt a - sqrt b)^2 = 25 + (1 - 3)^2 + (2 - 5)^2."""
     ours = Moments(torch.tensor([0.0, 3.0]).double(), torch.tensor([1.0, 4.0]).double().diag(), 10)
     theirs = Moments(torch.tensor([4.0, 0.0]).double(), torch.tensor([9.0, 25.0]).double().diag(), 10)
-    assert scores.frechet_distance(ours, theirs) == pytest.approx(38.0, rel=1e-12)
-    assert scores.frechet_distance(ours, ours) == pytest.approx(0.0, abs=1e-12)
+    assert frechet_distance(ours, theirs) == pytest.approx(38.0, rel=1e-12)
+    assert frechet_distance(ours, ours) == pytest.approx(0.0, abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_frechet_distance_is_symmetric_and_survives_rotation(seed: int) -> None:
     first, second = normal(50, 6, seed).double(), normal(70, 6, seed + 10, 0.5).double() * 2
     rotation = torch.linalg.qr(normal(6, 6, seed + 20).double()).Q
-    distance = scores.frechet_distance(scores.moments(first), scores.moments(second))
-    assert scores.frechet_distance(scores.moments(second), scores.moments(first)) == pytest.approx(distance, rel=1e-9)
-    turned = scores.frechet_distance(scores.moments(first @ rotation), scores.moments(second @ rotation))
+    distance = frechet_distance(Moments.of_features(first), Moments.of_features(second))
+    assert frechet_distance(Moments.of_features(second), Moments.of_features(first)) == pytest.approx(
+        distance, rel=1e-9
+    )
+    turned = frechet_distance(Moments.of_features(first @ rotation), Moments.of_features(second @ rotation))
     assert turned == pytest.approx(distance, rel=1e-9)
 
 
@@ -51,45 +67,45 @@ def test_frechet_interval_covers_the_mean_score(shift: float) -> None:
     resampling with replacement would sit too high at shift 0, where FID is nothing but bias."""
     reference = Moments(torch.zeros(4).double(), torch.eye(4).double(), 10**6)
     samples = [normal(400, 4, seed, shift) for seed in range(200)]
-    mean_score = np.mean([scores.frechet_distance(scores.moments(sample), reference) for sample in samples])
-    intervals = [scores.frechet_interval(sample, reference, seed=0) for sample in samples]
+    mean_score = np.mean([frechet_distance(Moments.of_features(sample), reference) for sample in samples])
+    intervals = [interval(sample, reference, seed=0) for sample in samples]
     covered = [low <= mean_score <= high for low, high in filter(None, intervals)]
     assert len(covered) == 200
     assert 0.88 <= np.mean(covered) <= 0.995
 
 
 def test_frechet_interval_holds_the_score_and_needs_images() -> None:
-    sample, reference = normal(200, 3, 0, 0.2), scores.moments(normal(1000, 3, 1))
-    low, high = scores.frechet_interval(sample, reference, seed=0) or (math.nan, math.nan)
-    score = scores.frechet_distance(scores.moments(sample), reference)
+    sample, reference = normal(200, 3, 0, 0.2), Moments.of_features(normal(1000, 3, 1))
+    low, high = interval(sample, reference, seed=0) or (math.nan, math.nan)
+    score = frechet_distance(Moments.of_features(sample), reference)
     assert low < score < high
     assert (low + high) / 2 == pytest.approx(score, rel=1e-9)
-    assert scores.frechet_interval(sample, reference, seed=0) == (low, high)
-    assert scores.frechet_interval(sample[:39], reference, seed=0) is None
+    assert interval(sample, reference, seed=0) == (low, high)
+    assert interval(sample[:39], reference, seed=0) is None
 
 
 def test_leaving_a_group_out_by_subtraction_is_exact() -> None:
     """The margin against a jackknife that computes each part's moments from its images."""
-    sample, reference = normal(130, 3, 0, 0.2), scores.moments(normal(1000, 3, 1))
-    groups = torch.randperm(130, generator=seeded(5, "jackknife groups")).chunk(scores.JACKKNIFE_GROUPS)
+    sample, reference = normal(130, 3, 0, 0.2), Moments.of_features(normal(1000, 3, 1))
+    groups = torch.randperm(130, generator=seeded(5, "jackknife groups")).chunk(JACKKNIFE_GROUPS)
     direct = []
     for group in groups:
         keep = torch.ones(130, dtype=torch.bool)
         keep[group] = False
-        direct.append(scores.frechet_distance(scores.moments(sample[keep]), reference))
+        direct.append(frechet_distance(Moments.of_features(sample[keep]), reference))
     count = len(direct)
     error = math.sqrt((count - 1) / count * sum((value - np.mean(direct)) ** 2 for value in direct))
-    low, high = scores.frechet_interval(sample, reference, seed=5) or (math.nan, math.nan)
+    low, high = interval(sample, reference, seed=5) or (math.nan, math.nan)
     assert (high - low) / 2 == pytest.approx(2.093 * error, rel=1e-9)
 
 
 def test_inception_score_by_hand() -> None:
     """Sure of each of k classes equally often: k. No idea about any image: 1."""
     sure = 100 * torch.eye(4).repeat(100, 1)
-    mean, _ = scores.inception_score(sure, seed=0)
+    mean, _ = inception_score(sure, seed=0)
     assert 3.8 < mean <= 4.0  # a split's classes are only about equally frequent
-    assert scores.inception_score(sure[:4], seed=0)[0] == pytest.approx(1.0)  # one image a split
-    assert scores.inception_score(torch.zeros(100, 4), seed=0) == pytest.approx((1.0, 0.0))
+    assert inception_score(sure[:4], seed=0)[0] == pytest.approx(1.0)  # one image a split
+    assert inception_score(torch.zeros(100, 4), seed=0) == pytest.approx((1.0, 0.0))
 
 
 def test_kernel_distance_against_a_plain_reference() -> None:
@@ -103,22 +119,22 @@ def test_kernel_distance_against_a_plain_reference() -> None:
         return (matrix.sum() - matrix.trace()).item() / (40 * 39)
 
     plain = others(kernel(fake, fake)) + others(kernel(real, real)) - 2 * kernel(fake, real).mean().item()
-    mean, deviation = scores.kernel_distance(fake, real, seed=7)
+    mean, deviation = kernel_distance(fake, real, seed=7)
     assert mean == pytest.approx(plain, rel=1e-5)
     assert deviation < 1e-5
-    assert scores.kernel_distance(real, real, seed=7)[0] < mean / 10
+    assert kernel_distance(real, real, seed=7)[0] < mean / 10
 
 
 def test_kernel_distance_depends_on_the_seed_alone() -> None:
     fake, real = normal(1200, 8, 0, 0.2), normal(1300, 8, 1)
-    first = scores.kernel_distance(fake, real, seed=7)
-    assert scores.kernel_distance(fake, real, seed=7) == first
-    assert scores.kernel_distance(fake, real, seed=8) != first
+    first = kernel_distance(fake, real, seed=7)
+    assert kernel_distance(fake, real, seed=7) == first
+    assert kernel_distance(fake, real, seed=8) != first
 
 
 def test_kernel_distance_by_hand() -> None:
     """Every subset is the whole here. x = 0, 1; y = 2, 3 (d = 1): k(0, 1) = 1, k(2, 3) = 7^3, cross 1, 1, 3^3, 4^3."""
-    mean, deviation = scores.kernel_distance(torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [3.0]]), seed=0)
+    mean, deviation = kernel_distance(torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [3.0]]), seed=0)
     assert mean == pytest.approx(1 + 343 - 2 * (1 + 1 + 27 + 64) / 4)
     assert deviation == pytest.approx(0.0, abs=1e-4)
 
@@ -144,9 +160,9 @@ def plain_manifold(fake: Tensor, real: Tensor, k: int = 5) -> dict[str, float]:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("shift", [0.0, 0.7])
 def test_manifold_scores_against_the_plain_reference(seed: int, shift: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scores, "ROWS", 64)  # several blocks, the last one short
+    monkeypatch.setattr(manifold, "ROWS", 64)  # several blocks, the last one short
     fake, real = normal(300, 5, seed, shift), normal(410, 5, seed + 100)
-    found = scores.manifold_scores(fake, real)
+    found = manifold_scores(fake, real)
     assert found == pytest.approx(plain_manifold(fake, real), rel=1e-12)
     theirs = prc_features_to_metric(fake.double(), real.double(), prc_neighborhood=5, verbose=False)
     assert found["precision"] == pytest.approx(theirs["precision"], rel=1e-6)
@@ -159,7 +175,7 @@ def test_manifold_scores_by_hand() -> None:
     real = torch.arange(7.0)[:, None]
     fake = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 100.0])[:, None]
     # Radii of the reals: 5 4 3 3 3 4 5. Balls that hold 0..4: 0-5, 0-5 (1 +- 4), 0-5, 0-6, 1-6 (4 +- 3), 1-6, 1-6.
-    found = scores.manifold_scores(fake, real)
+    found = manifold_scores(fake, real)
     assert found["precision"] == pytest.approx(5 / 6)
     assert found["coverage"] == 1.0
     assert found["recall"] == 1.0  # the far fake's neighbour number 5 is at 0: its ball holds every real
@@ -168,31 +184,49 @@ def test_manifold_scores_by_hand() -> None:
 
 def test_nearest_neighbours_by_hand_and_against_brute_force() -> None:
     training = torch.tensor([[0.0, 0.0], [3.0, 4.0], [10.0, 0.0]])
-    indices, distances = scores.nearest_neighbours(torch.tensor([[0.0, 0.0], [9.0, 0.0]]), training, 2)
+    indices, distances = nearest_neighbours(torch.tensor([[0.0, 0.0], [9.0, 0.0]]), training, 2)
     assert indices.tolist() == [[0, 1], [2, 1]]
     assert distances.flatten().tolist() == pytest.approx([0.0, 5.0, 1.0, math.sqrt(36 + 16)])
     features, many = normal(30, 4, 0), normal(500, 4, 1)
-    indices, distances = scores.nearest_neighbours(features, many, 3)
+    indices, distances = nearest_neighbours(features, many, 3)
     brute = (features.double()[:, None] - many.double()).norm(dim=2).sort(1)
     assert torch.equal(indices, brute.indices[:, :3])
     torch.testing.assert_close(distances, brute.values[:, :3], rtol=1e-9, atol=1e-12)
 
 
-def test_class_shares_and_total_variation_by_hand() -> None:
-    shares = scores.class_shares(torch.tensor([0, 0, 2, 2]), 4)
-    assert shares.tolist() == [0.5, 0.0, 0.5, 0.0]
-    uniform = torch.full((4,), 0.25).double()
-    assert scores.total_variation(shares, uniform) == pytest.approx(0.5)
-    assert scores.total_variation(uniform, uniform) == 0
+def test_class_scores_by_hand() -> None:
+    """Fakes of classes 0 0 2 2 against one real of each of four: shares, distance, accuracy and confidence."""
+    metric, features = ClassScores(2, 4), torch.zeros(4, 2)
+    sure = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
+    metric.update(features, torch.eye(4) * 100, real=True)
+    metric.update(features, sure[torch.tensor([[0, 1, 2, 3]] * 2 + [[1, 2, 0, 3]] * 2)], real=False)
+    found = metric.compute()
+    assert found["class_histogram"].tolist() == [0.5, 0.0, 0.5, 0.0]
+    assert found["class_histogram_real"].tolist() == [0.25] * 4
+    assert found["class_total_variation"].item() == pytest.approx(0.5)
+    assert found["confidence_mean"].item() == pytest.approx(0.5)
+    assert math.isnan(found["class_accuracy"].item()), "no class was asked for"
+    metric.update(features[:2], sure.expand(2, -1), real=False, labels=torch.tensor([0, 3]))
+    assert metric.compute()["class_accuracy"].item() == 0.5
 
 
-def test_class_frechet_distances_need_a_full_covariance() -> None:
+def test_class_frechet_distances_need_a_full_covariance(monkeypatch: pytest.MonkeyPatch) -> None:
     fake, real = normal(60, 4, 0), normal(60, 4, 1)
     fake_classes = torch.tensor([0] * 55 + [1] * 4 + [2])
     real_classes = torch.tensor([0] * 20 + [1] * 40)
-    found = scores.class_frechet_distances(fake, fake_classes, real, real_classes, 3)
-    assert found[0] == scores.frechet_distance(scores.moments(fake[:55]), scores.moments(real[:20]))
-    assert found[1:] == [None, None]
+
+    def distances() -> list[float]:
+        metric = ClassScores(4, 3)
+        for rows in torch.split(torch.arange(60), 7):
+            metric.update(fake[rows], torch.eye(3)[fake_classes[rows]], real=False)
+            metric.update(real[rows], torch.eye(3)[real_classes[rows]], real=True)
+        found: list[float] = metric.compute()["fid_per_class"].tolist()
+        return found
+
+    expected = frechet_distance(Moments.of_features(fake[:55]), Moments.of_features(real[:20]))
+    assert distances() == pytest.approx([expected, math.nan, math.nan], rel=1e-9, nan_ok=True)
+    monkeypatch.setattr("pipeline.evaluation.metrics.classes.MOST_SUMS", 3 * 4 * 4 - 1)
+    assert all(map(math.isnan, distances()))
 
 
 def test_no_score_touches_the_global_random_state() -> None:
@@ -202,8 +236,8 @@ def test_no_score_touches_the_global_random_state() -> None:
     torch.manual_seed(3)
     np.random.seed(3)
     features = normal(100, 3, 0)
-    scores.inception_score(features, seed=1)
-    scores.kernel_distance(features, features, seed=1)
-    scores.frechet_interval(features, scores.moments(features), seed=1)
-    scores.manifold_scores(features, features)
+    inception_score(features, seed=1)
+    kernel_distance(features, features, seed=1)
+    interval(features, Moments.of_features(features), seed=1)
+    manifold_scores(features, features)
     assert (torch.rand(1), np.random.rand()) == expected

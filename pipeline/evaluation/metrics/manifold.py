@@ -1,0 +1,166 @@
+"""Precision, recall, density and coverage, and nearest neighbours: what takes distances between all pairs of images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.evaluation.metrics.base import Poll, SampleMetric, never_ends
+
+NEIGHBOURS = 5
+ROWS = 500
+"""Rows of a distance matrix held at once (20 MB against 10,000 columns in float32)."""
+STRIDE = 32
+"""Columns whose smallest distance is looked at first in a search for neighbours."""
+SPARE = 4
+"""More candidates for the nearest neighbours than are asked for."""
+
+
+def manifold_scores(
+    fake: Tensor, real: Tensor, neighbours: int = NEIGHBOURS, poll: Poll = never_ends
+) -> dict[str, float]:
+    """Precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), density and coverage (Naeem et al. 2020,
+    arXiv 2002.09797), with balls that reach to the k-th nearest neighbour, k = `neighbours`.
+
+    precision: share of fakes inside some real ball; density: mean number of real balls around a fake, divided by k;
+    recall: share of reals inside some fake ball; coverage: share of real balls that hold a fake.
+    Fake [m, d], real [n, d], m and n > k. All four depend on m and n. torch-fidelity has the first two; all four share
+    one pass over the distances here. Distances come from float32 matrix products, and whatever is closer to a ball's
+    surface than their rounding reaches is decided by the float64 sum of squared differences.
+    """
+    fake_radii, real_radii = (_Pairs(rows, rows).radii(neighbours, poll) for rows in (fake, real))
+    pairs = _Pairs(fake, real, finest=min(fake_radii.median().item(), real_radii.median().item()))
+    precise = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
+    recalled, covered = torch.zeros_like(real_radii, dtype=torch.bool), torch.zeros_like(real_radii, dtype=torch.bool)
+    num_balls = 0
+    for start, distances in pairs.blocks():
+        poll()
+        recalled[pairs.within(start, distances, fake_radii[start : start + ROWS, None])[1]] = True
+        inside, balls = pairs.within(start, distances, real_radii)
+        precise[inside], covered[balls] = True, True
+        num_balls += len(balls)
+    return {
+        "precision": precise.double().mean().item(),
+        "recall": recalled.double().mean().item(),
+        "density": num_balls / (neighbours * len(fake)),
+        "coverage": covered.double().mean().item(),
+    }
+
+
+def nearest_neighbours(features: Tensor, training: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` nearest rows of `training` [n, d] to each row of `features` [m, d], nearest first.
+
+    Returns indices int64 [m, count] and Euclidean distances float64 [m, count].
+    """
+    indices, squares = _Pairs(features, training).nearest(count)
+    return indices, squares.sqrt()
+
+
+class ManifoldScores(SampleMetric):
+    """ "precision", "recall", "density" and "coverage" of at most `keep` images, as many of either side, so that scores
+    of different evaluations of N images compare. NaN with no more images than neighbours on a side."""
+
+    higher_is_better = True
+
+    def __init__(self, num_features: int, *, neighbours: int = NEIGHBOURS, keep: int = 10_000, **options: Any) -> None:
+        super().__init__(num_features, keep, **options)
+        self.neighbours = neighbours
+
+    def update(self, features: Tensor, real: bool, indices: Tensor | None = None) -> None:
+        """Features [n, num_features] of the images with these indices: see SampleMetric.add."""
+        self.add(features, real, indices)
+
+    def compute(self) -> dict[str, Tensor]:
+        count = self.num_used[0]
+        found = dict.fromkeys(("precision", "recall", "density", "coverage"), torch.nan)
+        if count > self.neighbours:
+            fake, real = (self.sample(real=real, count=count)[0] for real in (False, True))
+            found = manifold_scores(fake, real, self.neighbours, self.poll)
+        return {name: torch.tensor(score, dtype=torch.float64) for name, score in found.items()}
+
+    @property
+    def num_used(self) -> list[int]:
+        return [min(super().num_used)] * 2
+
+
+class _Pairs:
+    """Squared distances between the rows of [m, d] and [n, d]: quick ones, and exact ones where it matters.
+
+    Quick ones are |a|^2 - 2 a.b + |b|^2 by matrix products, within `tolerance` of the float64 sum of squared
+    differences that decides. `finest` is a distance that a float32 tolerance must be far below.
+    """
+
+    def __init__(self, ours: Tensor, theirs: Tensor, finest: float = torch.inf, dtype: torch.dtype | None = None):
+        self.ours, self.theirs = ours, theirs
+        norms = [rows.double().square().sum(1, keepdim=True) for rows in (ours, theirs)]
+
+        def rounding(dtype: torch.dtype) -> float:
+            """Of a product of d + 2 columns, whose terms add up to at most four of the largest norm, and of radii."""
+            return 2 * (ours.shape[1] + 8) * torch.finfo(dtype).eps * max(each.max().item() for each in norms)
+
+        # On other devices, and where somebody has set it so, a float32 product has the digits of TensorFloat-32.
+        quick = ours.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+        quick = quick and rounding(torch.float32) < finest / 100
+        self.dtype = dtype or (torch.float32 if quick else torch.float64)
+        self.tolerance = rounding(self.dtype)
+        self._left = torch.cat([-2 * ours.double(), norms[0], torch.ones_like(norms[0])], dim=1).to(self.dtype)
+        self._right = torch.cat([theirs.double(), torch.ones_like(norms[1]), norms[1]], dim=1).to(self.dtype)
+
+    def exact(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Float64, of rows and columns int64 that broadcast together: the same for (a, b) as for (b, a)."""
+        return (self.ours[rows].double() - self.theirs[columns].double()).square().sum(-1)
+
+    def blocks(self, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """First row and quick distances [r, n] of ROWS rows after the other; infinite columns fill n up to a multiple
+        of `multiple`. A block is overwritten by the next."""
+        columns = -(-len(self.theirs) // multiple) * multiple
+        right = self._right.new_zeros(columns, self._right.shape[1])
+        right[:, -1] = torch.inf
+        right[: len(self._right)] = self._right
+        memory = right.new_empty(min(ROWS, len(self._left)), columns)
+        for start in range(0, len(self._left), ROWS):
+            left = self._left[start : start + ROWS]
+            yield start, torch.mm(left, right.T, out=memory[: len(left)])
+
+    def within(self, start: int, distances: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and columns, int64 [p], of the pairs of a block that are no further apart than `radii`, squared, float64
+        [r, 1] or [n]."""
+        rows, columns = (distances <= (radii + self.tolerance).to(self.dtype)).nonzero(as_tuple=True)
+        limits = radii[rows, 0] if radii.ndim == 2 else radii[columns]
+        inside = distances[rows, columns] <= limits - self.tolerance
+        for close in torch.split((~inside).nonzero().flatten(), 2**16):
+            inside[close] = self.exact(rows[close] + start, columns[close]) <= limits[close]
+        return rows[inside] + start, columns[inside]
+
+    def radii(self, neighbours: int, poll: Poll) -> Tensor:
+        """Of sets with themselves: squared distance of each row to its k-th nearest other row, float64 [m]."""
+        return self.nearest(neighbours + 1, poll)[1][:, -1]  # the nearest row is the row itself
+
+    def nearest(self, count: int, poll: Poll = never_ends) -> tuple[Tensor, Tensor]:
+        """Columns int64 [m, count] of the nearest to each row, nearest first, and float64 squared distances."""
+        candidates = min(count + SPARE, len(self.theirs))
+        # torch's search for the smallest of a row takes longer than the distances: of strides of columns only those
+        # that hold the smallest of all are searched.
+        stride = STRIDE if len(self.theirs) >= 4 * STRIDE * candidates else 1
+        found = []
+        for start, distances in self.blocks(stride):
+            poll()
+            strides = distances.view(len(distances), stride, -1)
+            chosen = strides.amin(1).topk(candidates, largest=False).indices
+            among = strides.gather(2, chosen.unsqueeze(1).expand(-1, stride, -1)).flatten(1)
+            quick, places = among.topk(candidates, largest=False)
+            columns = places // candidates * strides.shape[2] + chosen.gather(1, places % candidates)
+            rows = torch.arange(start, start + len(distances), device=distances.device)
+            squares, order = self.exact(rows.unsqueeze(1), columns).sort(1)
+            columns, squares = columns.gather(1, order)[:, :count], squares[:, :count]
+            # A column that is no candidate could be nearer than those found only if this fails.
+            unsure = squares[:, -1] > quick[:, -1] - self.tolerance
+            if candidates < len(self.theirs) and self.dtype is torch.float32 and unsure.any():
+                again = _Pairs(self.ours[rows[unsure]], self.theirs, dtype=torch.float64)
+                columns[unsure], squares[unsure] = again.nearest(count, poll)
+            found.append((columns, squares))
+        columns, squares = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return columns, squares
