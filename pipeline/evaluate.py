@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("target", type=Path, help=TARGET)
     parser.add_argument("--step", type=int | None, help="the checkpoint to score; the newest intact one by default")
     parser.add_argument("--all", action="store_true", help="score every checkpoint of the run")
-    parser.add_argument("--out", type=Path | None, help="where the scores go, if not into the run or beside the target")
+    parser.add_argument("--out", type=Path | None, help="where the scores go (the run, or evaluations/ under run.root)")
     config, arguments = parse(parser)
     run = RunFolder(arguments.target)
     if run.config.is_file():
@@ -30,7 +30,8 @@ def main() -> None:
     with closing(runtime, config):
         dataset = runtime.ranks.on_main(lambda: open_dataset(config.data))
         scorer = Scorer(config.evaluation, dataset, runtime, config.training.seed)
-        score_target(run.path, scorer, None if arguments.all else [arguments.step], arguments.out)
+        steps = None if arguments.all else [arguments.step]
+        score_target(run.path, scorer, steps, arguments.out, Path(config.run.root))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ class Split(NamedTuple):
     """int64 [num_images]."""
     read: Callable[[npt.NDArray[np.int64]], Images]
     """Indices [n] -> uint8 [n, C, H, W]."""
+    files: Sequence[Path] = ()
+    """What is read, where that is files."""
 
 
 def file_shape(file: Path | BinaryIO, name: str, *, decode: bool = False) -> ImageShape:
@@ -88,7 +90,7 @@ def open_images(path: Path, dataset: Dataset) -> Split:
         if class_names and set(class_names) <= set(dataset.class_names):
             labels = np.array([dataset.class_names.index(name) for name in class_names], np.int64)[folders]
         shape = (dataset.image_shape[0], height, width)
-        found = Split(len(files), labels, partial(read_images, files, shape))
+        found = Split(len(files), labels, partial(read_images, files, shape), files)
     else:
         images, labels = load_npz(path)
         shape = images.shape[1:]
@@ -98,7 +100,7 @@ def open_images(path: Path, dataset: Dataset) -> Split:
             raise DataError(
                 f"{path}: labels reach from {labels.min()} to {labels.max()}, not 0 to {dataset.num_classes - 1}"
             )
-        found = Split(len(images), labels, images.__getitem__)
+        found = Split(len(images), labels, images.__getitem__, (path,))
     if shape != dataset.image_shape:
         raise DataError(
             f"{path} holds images of {' x '.join(map(str, shape))}, the dataset {dataset.name} has "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data import Dataset
 from pipeline.data.images import open_images
 from pipeline.data.resident import load_split
 from pipeline.errors import UserError
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.scorer import Scorer
 from pipeline.export.generator_file import EXPORT_SUFFIXES, generator_of, load_generator
+from pipeline.reporting.formatting import number
 from pipeline.reporting.page import write_report
 from pipeline.storage.checkpoint import CheckpointError, committed, find
-from pipeline.storage.run_folder import RunFolder, step_of
+from pipeline.storage.run_folder import RunFolder, scores_of, step_of
 
 TARGET = (
     "a run's folder, an exported generator (.safetensors, .h5), a folder of images, an .npz file, "
@@ -27,37 +29,61 @@ TARGET = (
 )
 
 
-def score_target(target: Path, scorer: Scorer, steps: list[int | None] | None, out: Path | None) -> None:
-    """Scores `target`, which is a TARGET, into `out` (by default into the run, or beside the target) and tells them.
+def score_target(
+    target: Path, scorer: Scorer, steps: Sequence[int | None] | None, out: Path | None, root: Path
+) -> None:
+    """Scores `target`, which is a TARGET, into `out` (by default into the run, or under `root`) and tells them.
 
     Args:
         steps: the checkpoints of a run to score; None is the newest intact one. Without a list it is all of them, and
             those that are damaged are told and left out.
+        root: the folder of all runs.
 
     Raises:
-        UserError: it is no TARGET or damaged, it does not suit the dataset, or `out` holds scores of other images.
+        UserError: it is no TARGET or damaged, it does not suit the dataset, or what is to be written to holds scores of
+            other images.
         Preempted: a signal came.
     """
-    facts, runtime = {"images": str(target)}, scorer.runtime
-    if RunFolder(target).checkpoints.is_dir():
+    runtime, dataset = scorer.runtime, scorer.dataset
+    if RunFolder(target).has_begun:
         _score_run(RunFolder(target), scorer, steps, out)
-    elif target.suffix in EXPORT_SUFFIXES:
+        return
+    facts: dict[str, Any] = {"target": str(target)}
+    if target.suffix in EXPORT_SUFFIXES:
+        path = out or scores_of(target, root)
         generator = load_generator(target, scorer.config.weights).to(runtime.device)
-        path = out or target.with_suffix(".evaluation.json")
-        runtime.say(f"{path}: {_summary(scorer.score_generator(generator, path, facts))}")
+        result = scorer.score_generator(generator, path, facts)
+    elif target.exists():
+        path, split = out or scores_of(target, root), open_images(target, dataset)
+        facts["images_fingerprint"] = runtime.ranks.on_main(lambda: _fingerprint(target, split.files))
+
+        def render(start: int, stop: int) -> Tensor:
+            return torch.from_numpy(split.read(np.arange(start, stop)))
+
+        asked = None if split.labels is None else torch.from_numpy(split.labels)
+        result = scorer.score(ImageSet(split.num_images, render, asked), path, facts)
+    elif str(target) in dataset.splits:
+        path = out or scores_of(Path(f"{dataset.name}-{target}"), root)
+        tensor, labels = load_split(dataset, str(target))
+        facts["images_fingerprint"] = sha256(f"{dataset.fingerprint} {target}".encode()).hexdigest()
+        result = scorer.score(ImageSet.of_tensor(tensor, labels if dataset.num_classes else None), path, facts)
     else:
-        path = out or target.with_name(f"{target.name}.evaluation.json")
-        runtime.say(f"{path}: {_summary(scorer.score(_open_images(target, scorer.dataset), path, facts))}")
+        raise UserError(f"{target}: there is nothing of that name; give {TARGET}")
+    runtime.say(f"{path}: {_summary(result)}")
 
 
-def _score_run(run: RunFolder, scorer: Scorer, steps: list[int | None] | None, out: Path | None) -> None:
-    weights, runtime = scorer.config.weights, scorer.runtime
-    found = runtime.ranks.on_main(lambda: committed(run))
-    for step in steps or map(step_of, found):
+def _score_run(run: RunFolder, scorer: Scorer, steps: Sequence[int | None] | None, out: Path | None) -> None:
+    weights, runtime, dataset = scorer.config.weights, scorer.runtime, scorer.dataset
+    if out is None and runtime.ranks.on_main(lambda: run.dataset_fingerprint) not in (None, dataset.fingerprint):
+        raise UserError(
+            f"{run.path}: was not trained on this dataset ({dataset.folder}): name a file for the scores with --out"
+        )
+    found: list[int | None] = [step_of(folder) for folder in runtime.ranks.on_main(lambda: committed(run))]
+    for step in steps or found or [None]:
         try:
             checkpoint = runtime.ranks.on_main(partial(find, run, step))
         except CheckpointError as error:
-            if steps:
+            if steps or not found:
                 raise
             runtime.say(f"skipped: {error}")
             continue
@@ -69,22 +95,17 @@ def _score_run(run: RunFolder, scorer: Scorer, steps: list[int | None] | None, o
         runtime.say(f"report: {runtime.ranks.on_main(lambda: write_report(run.path))}")
 
 
-def _open_images(target: Path, dataset: Dataset) -> ImageSet:
-    if target.exists():
-        split = open_images(target, dataset)
-
-        def render(start: int, stop: int) -> Tensor:
-            return torch.from_numpy(split.read(np.arange(start, stop)))
-
-        return ImageSet(split.num_images, render, None if split.labels is None else torch.from_numpy(split.labels))
-    if str(target) in dataset.splits:
-        images, labels = load_split(dataset, str(target))
-        return ImageSet.of_tensor(images, labels if dataset.num_classes else None)
-    raise UserError(f"{target}: there is nothing of that name; give {TARGET}")
+def _fingerprint(target: Path, files: Sequence[Path]) -> str:
+    """SHA-256 of the files' names below `target` and of every byte in them."""
+    digest = sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(f"{path.relative_to(target)} {file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def _summary(result: dict[str, Any]) -> str:
     return "; ".join(
-        f"{name} FID {scores['fid']:.2f} (floor {scores['fid_floor'] or float('nan'):.2f}), IS {scores['is_mean']:.2f}"
+        f"{name} FID {scores['fid']:.2f} (floor {number(scores['fid_floor'])}), IS {scores['is_mean']:.2f}"
         for name, scores in result["features"].items()
     )

@@ -9,7 +9,7 @@ from jsonargparse import auto_cli
 
 from pipeline.distributed.launcher import run_program
 from pipeline.errors import UserError
-from pipeline.export.generator_file import load_generator, save_export
+from pipeline.export.generator_file import read_generator, save_export
 from pipeline.export.onnx import save_onnx
 
 
@@ -25,7 +25,7 @@ def convert(source: Path, out: Path, weights: Literal["ema", "raw"] = "ema") -> 
         raise UserError(f"{out}: unknown kind of file, name it .safetensors, .onnx or .h5")
     if out.exists():
         raise UserError(f"{out}: exists already, name another file")
-    generator = load_generator(source, weights)
+    generator, provenance = read_generator(source, weights)
     if out.suffix == ".onnx":
         save_onnx(generator, out)
     elif out.suffix == ".h5":
@@ -33,7 +33,7 @@ def convert(source: Path, out: Path, weights: Literal["ema", "raw"] = "ema") -> 
 
         save_keras(generator, out)
     else:
-        save_export(generator, out, {"source": source.name})
+        save_export(generator, out, provenance | {"source": source.name})
     print(out)
     return 0
 

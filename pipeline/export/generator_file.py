@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 from pipeline.errors import UserError
 from pipeline.models.networks import Generator, mirror_state
-from pipeline.storage.checkpoint import Checkpoint, find, read_checkpoint
+from pipeline.storage.checkpoint import Checkpoint, find, read_checkpoint, sha256_of_tensor
 from pipeline.storage.files import replacing
 from pipeline.storage.run_folder import RunFolder
 
@@ -42,6 +43,10 @@ def load_export(path: Path) -> Generator:
     Raises:
         UserError: the file is missing, not an export, or its tensors do not fit its header.
     """
+    return _read_export(path)[0]
+
+
+def _read_export(path: Path) -> tuple[Generator, dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
@@ -52,12 +57,13 @@ def load_export(path: Path) -> Generator:
         if header["format"] == KERAS_FORMAT:
             tensors = mirror_state(generator, tensors)
         generator.to(tensors["dense.weight"].dtype).load_state_dict(tensors)
+        provenance = dict(json.loads(header.get("provenance", "{}")))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give an export, e.g. runs/NAME/export/generator.safetensors") from None
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not a generator export of this pipeline ({reason})") from None
-    return _frozen(generator)
+    return _frozen(generator), provenance
 
 
 def generator_of(checkpoint: Checkpoint, weights: str) -> Generator:
@@ -71,24 +77,41 @@ def generator_of(checkpoint: Checkpoint, weights: str) -> Generator:
 
 
 def load_generator(path: Path, weights: str) -> Generator:
+    """The generator alone of `read_generator`."""
+    return read_generator(path, weights)[0]
+
+
+def read_generator(path: Path, weights: str) -> tuple[Generator, dict[str, Any]]:
     """The generator of an export, of a Keras notebook's .h5, of a checkpoint's folder, or of a run's folder (its newest
-    intact checkpoint), on the CPU in eval mode. `weights`, "ema" or "raw", chooses among a checkpoint's.
+    intact checkpoint; damaged newer ones are named in the log), on the CPU in eval mode. `weights`, "ema" or "raw",
+    chooses among a checkpoint's.
+
+    With it comes where it is from: of a checkpoint "step" and "weights", of one in its run's folder also "run" and the
+    "dataset"'s fingerprint (null where the run does not tell), of an export what its header says.
 
     Raises:
         UserError: it is none of these, or damaged.
     """
     if path.is_dir():
         run = RunFolder(path)
-        if run.checkpoints.is_dir():
-            return generator_of(find(run), weights)
-        checkpoint = read_checkpoint(path)
-        checkpoint.verify()
-        return generator_of(checkpoint, weights)
+        checkpoint = find(run) if run.has_begun else read_checkpoint(path).verify()
+        facts: dict[str, Any] = {"step": checkpoint.step, "weights": weights}
+        if (run := RunFolder(checkpoint.folder.resolve().parent.parent)).has_begun:
+            facts |= {"run": run.path.name, "dataset": run.dataset_fingerprint}
+        return generator_of(checkpoint, weights), facts
     if path.suffix in KERAS_SUFFIXES:
         from pipeline.export.keras_h5 import load_keras  # h5py is for these files alone
 
-        return _frozen(load_keras(path))
-    return load_export(path)
+        return _frozen(load_keras(path)), {}
+    return _read_export(path)
+
+
+def fingerprint(generator: Generator) -> str:
+    """SHA-256 of what the generator computes with: equal for the live network, its checkpoint and its export."""
+    digest = sha256(json.dumps(generator.spec(), sort_keys=True).encode())
+    for name, tensor in sorted(generator.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {sha256_of_tensor(tensor.cpu())}".encode())
+    return digest.hexdigest()
 
 
 def _frozen(generator: Generator) -> Generator:

@@ -27,20 +27,22 @@ def line_chart(
     title: str, curves: Mapping[str, Curve], floor: float | None = None, smooth: bool = False, mark_ends: bool = False
 ) -> Markup | None:
     """Label -> curve over steps, on a log scale where they span more than a factor 20; None if there is none to draw.
+    A curve's place gives its colour, so an empty one leaves its own free.
 
-    `floor` is drawn as a dashed level. `smooth` draws running means over the faint values. `mark_ends` writes the first
-    word of each label at the end of its curve.
+    `floor` is a dashed level: at its place where the curves keep half of the height, else at the bottom, and its label
+    says so. `smooth` draws running means over the faint values. `mark_ends` writes the first word of each label at the
+    end of its curve.
     """
+    places = {label: index for index, label in enumerate(curves)}
     curves = {label: curve for label, curve in curves.items() if curve.values}
     if not curves:
         return None
     with _chart(title) as (figure, axes):
-        for index, (label, curve) in enumerate(curves.items()):
-            _draw(axes, curve, index, smooth, label.partition(" ")[0] if mark_ends else "")
-        if floor:
-            axes.axhline(floor, color=INK, linewidth=1, linestyle="--")
-        drawn = [value for curve in curves.values() for value in curve.values] + ([floor] if floor else [])
-        log = min(drawn) > 0 and max(drawn) > 20 * min(drawn)
+        for label, curve in curves.items():
+            _draw(axes, curve, places[label], smooth, label.partition(" ")[0] if mark_ends else "")
+        drawn = [value for curve in curves.values() for value in curve.values]
+        low, high = min(drawn), max(drawn)
+        log = low > 0 and high > 20 * low
         if log:
             axes.set_yscale("log")
             axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
@@ -48,6 +50,8 @@ def line_chart(
         else:
             axes.yaxis.set_major_locator(MaxNLocator(5))
             axes.ticklabel_format(axis="y", style="plain", useOffset=False)
+        if floor:
+            _draw_floor(axes, floor, low, high)
         axes.xaxis.set(major_locator=MaxNLocator(6, integer=True), major_formatter=EngFormatter(sep=""))
         axes.set_xlabel("step (vertical axis: log)" if log else "step", color=INK, fontsize=9)
         ends = [
@@ -105,6 +109,28 @@ def _draw(axes: Axes, curve: Curve, index: int, smooth: bool, mark: str) -> None
         axes.fill_between(steps, *np.array(curve.band).T, color=colour, alpha=0.2, linewidth=0)
     end = (steps[-1], values[-1])
     axes.annotate(mark, end, (4, -3), textcoords="offset points", color=colour, fontsize=9, weight="bold")
+
+
+def _draw_floor(axes: Axes, floor: float, low: float, high: float) -> None:
+    """A dashed level under values from `low` to `high`. One so far below that they would be pressed together is drawn
+    under the end of the axis."""
+    measure = axes.transScale.transform
+    place, bottom, top = (measure((1, value))[1] for value in (floor, low, high))
+    label = f"floor {number(floor)}"
+    if bottom - place > top - bottom > 0:
+        bottom, top = axes.get_ylim()
+        ticks = [tick for tick in axes.get_yticks() if bottom <= tick <= top]
+        start, end = measure((1, bottom))[1], measure((1, top))[1]
+        lowest, level = (
+            axes.transScale.inverted().transform((1, start - part * (end - start)))[1] for part in (0.25, 0.15)
+        )
+        axes.set_ylim(lowest, top)
+        axes.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
+        floor, label = level, f"{label}, not to scale"
+    axes.axhline(floor, color=INK, linewidth=1, linestyle="--")
+    axes.annotate(
+        label, (1, floor), (0, 2), axes.get_yaxis_transform(), "offset points", ha="right", color=INK, fontsize=8
+    )
 
 
 def _svg(figure: Figure, description: str) -> Markup:

@@ -7,6 +7,7 @@ import re
 from pipeline.reporting.read import Evaluation, finite
 
 MISSING = "—"
+FEW_IMAGES = 2_000
 
 
 def number(value: object, digits: int = 3) -> str:
@@ -41,9 +42,44 @@ def code(text: str) -> str:
     return "`" + re.sub(r"[`\s]+", " ", text) + "`"
 
 
+def few_images(num_images: object) -> str | None:
+    """A warning where so few images were scored that the scores say little."""
+    count = finite(num_images)
+    if count is None or count >= FEW_IMAGES:
+        return None
+    return f"only {count:,.0f} images are scored: below {FEW_IMAGES:,} a FID tells more of their number than of them"
+
+
+def counted(evaluation: Evaluation | None, features: str, metric: str = "fid") -> str:
+    """How many images a score is of, for the caption of a figure."""
+    match evaluation.images(features).get(metric) if evaluation else None:
+        case [fake, real] if real:
+            return f"N\u00a0=\u00a0{number(fake)} generated, {number(real)} real."
+    return f"N\u00a0=\u00a0{number(evaluation.settings.get('num_images'))} generated." if evaluation else ""
+
+
+def differences(evaluation: Evaluation, other: Evaluation, features: str) -> list[str]:
+    """Why the scores of `evaluation` do not compare with the `other`'s; nothing where they do."""
+
+    def shown(item: Evaluation, key: str) -> str:
+        value = item.way(features)[key]
+        if key in ("dataset", "extractor"):
+            name = f"{setting(item.settings['dataset'])} " if key == "dataset" and "dataset" in item.settings else ""
+            return f"{name}{str(value)[:8]}"
+        return f"{value:,}" if isinstance(value, int) else setting(value)
+
+    here, there = evaluation.way(features), other.way(features)
+    keys = [key for key in here if here[key] != there[key]]
+    return [f"{key} is {shown(evaluation, key)}, not {shown(other, key)}" for key in keys]
+
+
 def verdict(evaluation: Evaluation, features: str) -> str:
-    """What the FID means beside its floor, in a sentence. The words' bounds are a reading aid, not a test."""
+    """What the FID means beside its floor, in sentences. The words' bounds are a reading aid, not a test."""
     fid, floor = evaluation.score(features, "fid"), evaluation.score(features, "fid_floor")
+    count, measured = (
+        finite(evaluation.settings.get("num_images")),
+        finite(evaluation.images(features).get("fid_floor")),
+    )
     if fid is None:
         return "This evaluation measured no FID."
     if not floor:
@@ -53,7 +89,12 @@ def verdict(evaluation: Evaluation, features: str) -> str:
     reference = str(evaluation.settings.get("reference"))
     other = {"train": "test", "test": "train"}.get(reference)
     real = f"real {other} images score against the same real {reference} images" if other else "other real images score"
+    remark = ""
+    if measured is None:
+        remark = f" How many {other or 'real'} images gave the floor is not told: it falls with their number."
+    elif count and measured < count:
+        remark = f" There are no more of them: with {number(count)} the floor would be lower."
     return (
-        f"That is {number(fid / floor, 2)} times the floor of {number(floor)}, which {real}: "
-        f"{gap} between generated and real images."
+        f"That is {number(fid / floor, 2)} times the floor of {number(floor)}, which "
+        f"{f'{number(measured)} ' if measured else ''}{real}: {gap} between generated and real images.{remark}"
     )

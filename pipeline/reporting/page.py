@@ -15,7 +15,18 @@ from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.reporting.charts import bar_chart, line_chart
-from pipeline.reporting.formatting import MISSING, code, duration, number, percent, setting, verdict
+from pipeline.reporting.formatting import (
+    MISSING,
+    code,
+    counted,
+    differences,
+    duration,
+    few_images,
+    number,
+    percent,
+    setting,
+    verdict,
+)
 from pipeline.reporting.read import Run, read_run
 from pipeline.storage.files import replacing
 
@@ -33,11 +44,13 @@ def write_report(run: Path) -> Path:
     folder, grids, notes = content.folder, content.grids, content.notes
     num_kept = min(len(grids), MAX_GRIDS)
     kept = [grids[round(i * (len(grids) - 1) / max(1, num_kept - 1))] for i in range(num_kept)]
-    share = IMAGE_BYTES // (num_kept + 10)  # five each for the neighbours and the interpolation
+    share = IMAGE_BYTES // (num_kept + 11)  # five each for the neighbours and the interpolation, one for real images
     frames = [(step, image) for step, path in kept if (image := data_uri(path, share, notes))]
+    real = data_uri(folder.real_images(), share, notes)
     neighbours = data_uri(folder.newest_neighbours(), 5 * share, notes)
     interpolation = data_uri(folder.newest_interpolation(), 5 * share, notes)
-    page = _render("html", run=content, frames=frames, neighbours=neighbours, interpolation=interpolation)
+    pictures = {"frames": frames, "real": real, "neighbours": neighbours, "interpolation": interpolation}
+    page = _render("html", run=content, nearest=_nearest(content), **pictures)
     _write(folder.report("json"), json.dumps(_summary(content), indent=2, default=str) + "\n")
     _write(folder.report("md"), _render("md", run=content))
     _write(folder.report("html"), page)
@@ -47,15 +60,23 @@ def write_report(run: Path) -> Path:
 def compare(runs: Sequence[Path], out: Path) -> Path:
     """Writes one page with runs side by side to `out` and returns it: scores, newest grids, settings that differ.
 
+    A best is named among those that were scored in the same way, of which there must be two; of the others is told
+    what differs.
+
     Raises:
         UserError: one of `runs` is not a run's folder, or `out` cannot be written.
     """
     contents = {chr(ord("A") + i % 26) + str(i // 26 or ""): read_run(run) for i, run in enumerate(runs)}
     names = [name for run in contents.values() for name in run.features]
     features = max(names, key=names.count, default="")
-    latest = [run.latest for run in contents.values() if run.latest]
-    fids = [fid for evaluation in latest if (fid := evaluation.score(features, "fid")) is not None]
-    ways = {tuple(setting(item.settings.get(key)) for key in ("num_images", "reference", "weights")) for item in latest}
+    scored = {letter: item for letter, run in contents.items() if (item := run.newest(features))}
+    ways = [item.way(features) for item in scored.values()]
+    # The others are compared with the first of those that were scored in the commonest way.
+    standard = max(scored, key=lambda letter: ways.count(scored[letter].way(features)), default="")
+    reasons = {letter: differences(item, scored[standard], features) for letter, item in scored.items()}
+    unlike = {letter: why for letter, why in reasons.items() if why}
+    alike = [item.score(features, "fid") for letter, item in scored.items() if letter not in unlike]
+    fids = [fid for fid in alike if fid is not None]
     keys = dict.fromkeys(key for run in contents.values() for key in run.config if key != "run.name")
     settings = {key: [setting(run.config.get(key, MISSING)) for run in contents.values()] for key in keys}
     newest = {
@@ -68,8 +89,9 @@ def compare(runs: Sequence[Path], out: Path) -> Path:
         "html",
         runs=contents,
         features=features,
-        best_fid=min(fids, default=None),
-        comparable=len(ways) <= 1,
+        best_fid=min(fids) if len(fids) > 1 else None,
+        unlike=unlike,
+        standard=standard,
         newest=newest,
         settings={key: values for key, values in settings.items() if len(set(values)) > 1},
     )
@@ -100,6 +122,15 @@ def data_uri(path: Path | None, max_bytes: int, notes: list[str]) -> tuple[str, 
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", few_pixels
 
 
+def _nearest(run: Run) -> tuple[int, object]:
+    """How many training images are beside each generated one in the picture of neighbours, and of how many."""
+    for scores in run.latest.features.values() if run.latest else ():
+        match scores.get("nearest_training_images"):
+            case {"indices": [[*row], *_], **more}:
+                return len(row), more.get("among")
+    return 5, None
+
+
 def _summary(run: Run) -> dict[str, object]:
     """What report.json holds."""
     latest = run.latest
@@ -108,6 +139,7 @@ def _summary(run: Run) -> dict[str, object]:
         "status": run.status,
         "step": run.step,
         "verdict": {name: verdict(latest, name) for name in latest.features} if latest else {},
+        "warning": few_images(latest.settings.get("num_images")) if latest else None,
         "evaluation": {"step": latest.step, **latest.settings, "features": latest.features} if latest else None,
         "best": run.best,
         "last_logged": run.log[-1] if run.log else None,
@@ -122,7 +154,8 @@ def _render(kind: str, **context: object) -> str:
     loader, escaped = FileSystemLoader(Path(__file__).parent), select_autoescape(["html.jinja"])
     jinja = Environment(loader=loader, autoescape=escaped, trim_blocks=True, lstrip_blocks=True)
     jinja.filters |= {"number": number, "duration": duration, "percent": percent, "setting": setting, "code": code}
-    jinja.globals |= {"line_chart": line_chart, "bar_chart": bar_chart, "verdict": verdict}
+    jinja.globals |= {"line_chart": line_chart, "bar_chart": bar_chart, "verdict": verdict, "few_images": few_images}
+    jinja.globals |= {"counted": counted}
     return jinja.get_template(f"page.{kind}.jinja").render(context)
 
 

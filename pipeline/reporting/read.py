@@ -43,6 +43,18 @@ class Evaluation:
     def score(self, features: str, key: str) -> float | None:
         return finite(self.features.get(features, {}).get(key))
 
+    def images(self, features: str) -> dict[str, object]:
+        """Metric -> how many images it took."""
+        images = self.features.get(features, {}).get("images")
+        return images if isinstance(images, dict) else {}
+
+    def way(self, features: str) -> dict[str, object]:
+        """How the images were scored: scores compare where all of this is equal. Fingerprints tell what was used."""
+        provenance = self.features.get(features, {}).get("provenance")
+        known = provenance if isinstance(provenance, dict) else {}
+        settings = {key: self.settings.get(key) for key in ("num_images", "reference", "weights")}
+        return settings | {key: known.get(key) for key in ("dataset", "extractor")}
+
     def band(self, features: str, value: float, spread: str) -> tuple[float, float]:
         """The [low, high] around a score; `spread` names it or a standard deviation, missing counts as 0."""
         around = self.features[features].get(spread)
@@ -95,6 +107,10 @@ class Run:
     def latest(self) -> Evaluation | None:
         return self.evaluations[-1] if self.evaluations else None
 
+    def newest(self, features: str) -> Evaluation | None:
+        """The newest evaluation in these features."""
+        return next((item for item in reversed(self.evaluations) if features in item.features), None)
+
     @property
     def features(self) -> list[str]:
         """Feature sets of all evaluations, the package's own first."""
@@ -103,7 +119,7 @@ class Run:
 
     @property
     def best(self) -> dict[str, dict[str, float]]:
-        """Feature set -> its lowest FID and that one's step."""
+        """Feature set -> the lowest FID among those that compare with its newest, and that one's step."""
         curves = {name: curve for name in self.features if (curve := self.scored(name, "fid")).values}
         lowest = {name: min(zip(curve.values, curve.steps, strict=True)) for name, curve in curves.items()}
         return {name: {"fid": fid, "step": step} for name, (fid, step) in lowest.items()}
@@ -128,8 +144,11 @@ class Run:
         return Curve([step for step, _ in kept], [value for _, value in kept])
 
     def scored(self, features: str, key: str, spread: str = "") -> Curve:
-        """A score over the evaluations, with a band where `spread` is given (see `Evaluation.band`)."""
-        kept = [(item, value) for item in self.evaluations if (value := item.score(features, key)) is not None]
+        """A score over the evaluations that compare with the newest, with a band where `spread` is given (see
+        `Evaluation.band`)."""
+        items, newest = self.evaluations, self.newest(features)
+        compared = [item for item in items if newest and item.way(features) == newest.way(features)]
+        kept = [(item, value) for item in compared if (value := item.score(features, key)) is not None]
         band = [item.band(features, value, spread) for item, value in kept] if spread else None
         return Curve([float(item.step) for item, _ in kept], [value for _, value in kept], band)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import logging
 import math
 import shutil
 import threading
@@ -31,6 +32,8 @@ from pipeline.errors import UserError
 from pipeline.models.networks import critic_base, mirror
 from pipeline.storage.files import fsync
 from pipeline.storage.run_folder import RunFolder, step_of
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -148,16 +151,24 @@ def newest_intact(run: RunFolder) -> tuple[Checkpoint | None, list[str]]:
 
 
 def find(run: RunFolder, step: int | None = None) -> Checkpoint:
-    """The run's checkpoint of that step, by default the newest intact one, verified.
+    """The run's checkpoint of that step, by default the newest intact one, verified. Each newer one that is damaged is
+    named in a line of the log, which programs show on stderr.
 
     Raises:
-        CheckpointError: there is none, or the one named is damaged.
+        CheckpointError: there is none (it tells which there are), or the one named is damaged.
     """
+    steps = [step_of(folder) for folder in committed(run)]
+    if not steps:
+        raise CheckpointError(f"{run.path}: holds no checkpoint, one would be in {run.checkpoints}: train it first")
     if step is None:
         newest, damaged = newest_intact(run)
         if newest is None:
             raise CheckpointError(f"{run.path}: holds no intact checkpoint{''.join(f'; {line}' for line in damaged)}")
+        for line in damaged:
+            logger.warning("skipped a damaged checkpoint: %s", line)
         return newest
+    if step not in steps:
+        raise CheckpointError(f"{run.path}: holds no checkpoint of step {step}: it has {', '.join(map(str, steps))}")
     return read_checkpoint(run.checkpoint(step)).verify()
 
 
@@ -246,7 +257,7 @@ class CheckpointWriter:
                     raise IntegrityError(f"{name} reaches {largest}, beyond the clip value {self._clip_value}")
 
     def _compare_replicas(self, staged: dict[str, Tensor]) -> None:
-        digests = self._ranks.gather({name: _sha256_of_tensor(tensor) for name, tensor in staged.items()})
+        digests = self._ranks.gather({name: sha256_of_tensor(tensor) for name, tensor in staged.items()})
         for name in staged:
             values = [digest.get(name) for digest in digests]
             if len(set(values)) > 1:
@@ -324,5 +335,6 @@ def _sha256_of_json(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256_of_tensor(tensor: Tensor) -> str:
+def sha256_of_tensor(tensor: Tensor) -> str:
+    """Of the bytes of a tensor on the CPU, whatever its strides."""
     return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()

@@ -34,6 +34,19 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def has_begun(self) -> bool:
+        """Whether a run is here, be it without a checkpoint."""
+        return self.config.is_file() or self.metrics.is_file() or self.checkpoints.is_dir()
+
+    @property
+    def dataset_fingerprint(self) -> str | None:
+        """Of the dataset that the run was trained on; None where its environment does not tell."""
+        try:
+            return str(json.loads(self.environment.read_text())["dataset_fingerprint"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+
+    @property
     def lock(self) -> Path:
         return self.path / ".lock"
 
@@ -97,6 +110,11 @@ class RunFolder:
     def newest_interpolation(self) -> Path | None:
         return _newest(self.samples.glob("*-interpolation.png"))
 
+    def real_images(self) -> Path | None:
+        """The picture of real images of the dataset that the run was trained on."""
+        name = f"real-{(self.dataset_fingerprint or '')[:12]}.png"
+        return next((path for path in self.evaluation.glob("real-*.png") if path.name == name), None)
+
     def newest_neighbours(self) -> Path | None:
         return _newest(self.evaluation.glob("neighbours-*.png"))
 
@@ -136,9 +154,21 @@ def step_of(path: Path) -> int | None:
     return int(found[1]) if found else None
 
 
+def scores_of(target: Path, root: Path) -> Path:
+    """Where the scores go of images that belong to no run's step: under `root`, the folder of all runs."""
+    path, root = target.resolve(), root.resolve()
+    name = "-".join(path.relative_to(root).parts) if path.is_relative_to(root) else path.name
+    return root / "evaluations" / f"{name}.json"
+
+
 def neighbours(scores: Path) -> Path:
     """The picture of nearest training images that lies beside a file of scores."""
     return scores.with_name(f"neighbours-{scores.stem.removeprefix('step-')}.png")
+
+
+def real_images(scores: Path, fingerprint: str) -> Path:
+    """The picture of real images of the dataset with this fingerprint that lies beside files of scores."""
+    return scores.with_name(f"real-{fingerprint[:12]}.png")
 
 
 def _newest(paths: Iterator[Path]) -> Path | None:

@@ -51,7 +51,9 @@ def test_a_run_leaves_everything_that_the_readme_lists(run: Path) -> None:
     for name in ("config.yaml", "environment.json", "report.html", "report.md", "report.json"):
         assert (run / name).stat().st_size > 0
     assert {path.name for path in (run / "samples").iterdir()} == {"00010.png", "00020.png", "00020-interpolation.png"}
-    assert {path.name for path in (run / "evaluation").iterdir()} == {"step-00000020.json", "neighbours-00000020.png"}
+    fingerprint = json.loads((run / "environment.json").read_text())["dataset_fingerprint"]
+    scored = {"step-00000020.json", "neighbours-00000020.png", f"real-{fingerprint[:12]}.png"}
+    assert {path.name for path in (run / "evaluation").iterdir()} == scored
     assert list((run / "tensorboard").rglob("events.out.tfevents.*"))
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000010", "step-00000020"}
     with Image.open(run / "samples/00020.png") as grid:

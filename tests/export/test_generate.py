@@ -12,6 +12,8 @@ from PIL import Image
 
 from pipeline.export.generator_file import load_export
 from pipeline.export.images import render_range
+from pipeline.storage.run_folder import RunFolder
+from tests.export.generators import damage, random_generator, saved_run
 from tests.jobs import ROOT, launch
 
 
@@ -94,3 +96,12 @@ def test_the_program_tells_a_bad_file_in_one_line(tmp_path: Path) -> None:
     assert result.stderr.startswith(f"error: {tmp_path / 'nothing.safetensors'}: no such file")
     assert len(result.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_the_program_names_a_damaged_checkpoint_that_it_passes_over(tmp_path: Path) -> None:
+    run = saved_run(RunFolder(tmp_path / "run"), random_generator(), "ab" * 32, 10, 20)
+    damage(run.checkpoint(20))
+    result = generate("-g", run.path, "--out", tmp_path / "grid.png")
+    assert result.returncode == 0
+    assert result.stderr.startswith(f"skipped a damaged checkpoint: {run.checkpoint(20)}/")
+    assert len(result.stderr.splitlines()) == 1

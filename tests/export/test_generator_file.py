@@ -15,10 +15,12 @@ from safetensors.torch import save_file
 
 from pipeline.config import NetworkConfig
 from pipeline.errors import UserError
-from pipeline.export.generator_file import load_export, load_generator, save_export
+from pipeline.export.__main__ import convert
+from pipeline.export.generator_file import fingerprint, load_export, load_generator, read_generator, save_export
 from pipeline.export.images import render_range
 from pipeline.models.networks import mirror_state
-from tests.export.generators import random_generator
+from pipeline.storage.run_folder import RunFolder
+from tests.export.generators import damage, random_generator, saved_run
 from tests.jobs import ROOT, environment
 from tests.trap import Trap
 
@@ -95,3 +97,31 @@ def test_reading_an_export_imports_neither_h5py_nor_torchvision(export: Path) ->
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
     assert (result.stdout, result.stderr) == ("[]\n", "")
+
+
+def test_an_export_says_which_checkpoint_it_is_of_and_which_were_passed_over(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, out = (
+        saved_run(RunFolder(tmp_path / "run"), random_generator(), "ab" * 32, 10, 20),
+        tmp_path / "out.safetensors",
+    )
+    damage(run.checkpoint(20))
+    assert convert(run.path, out) == 0
+    captured = capfd.readouterr()
+    assert captured.out == f"{out}\n"
+    assert captured.err.startswith(f"skipped a damaged checkpoint: {run.checkpoint(20)}/")
+    assert captured.err.count("\n") == 1
+    facts = {"step": 10, "weights": "ema", "run": "run", "dataset": "ab" * 32}
+    assert read_generator(out, "ema")[1] == facts | {"source": "run"}
+    assert read_generator(run.checkpoint(10), "raw")[1] == facts | {"weights": "raw"}
+    again = tmp_path / "again.safetensors"
+    convert(out, again)
+    assert read_generator(again, "ema")[1] == facts | {"source": "out.safetensors"}
+    assert fingerprint(load_export(again)) == fingerprint(random_generator())
+
+
+def test_a_run_without_a_checkpoint_is_told(tmp_path: Path) -> None:
+    begun = saved_run(RunFolder(tmp_path / "begun"), random_generator(), "ab" * 32)
+    with pytest.raises(UserError, match=r"begun: holds no checkpoint, one would be in .*begun/checkpoints"):
+        load_generator(begun.path, "ema")

@@ -56,7 +56,12 @@ class Page(HTMLParser):
         return [text for name, text in self.texts if name == tag]
 
 
-def make_run(folder: Path, fid: float = 45.2, n_critic: int = 2, num_images: int = 10_000) -> Path:
+DATASET = "ab" * 32
+
+
+def make_run(
+    folder: Path, fid: float = 45.2, n_critic: int = 2, num_images: int = 10_000, dataset: str = DATASET
+) -> Path:
     """A finished run of 3,000 steps with every part that a run can have."""
     config = Config()
     run = dataclasses.replace(config.run, name="made")
@@ -64,7 +69,7 @@ def make_run(folder: Path, fid: float = 45.2, n_critic: int = 2, num_images: int
     (folder / "samples").mkdir(parents=True)
     (folder / "evaluation").mkdir()
     (folder / "config.yaml").write_text(to_yaml(dataclasses.replace(config, run=run, training=training)))
-    environment = {"git_commit": "3f7c2a9", "packages": {"torch": "2.15.0"}, "dataset_fingerprint": "ab" * 32}
+    environment = {"git_commit": "3f7c2a9", "packages": {"torch": "2.15.0"}, "dataset_fingerprint": dataset}
     (folder / "environment.json").write_text(json.dumps(environment))
     random = np.random.default_rng(0)
     with (folder / "metrics.jsonl").open("w") as file:
@@ -100,7 +105,13 @@ def make_run(folder: Path, fid: float = 45.2, n_critic: int = 2, num_images: int
             "class_total_variation": 0.1389,
             "confidence_mean": 0.93,
             "fid_per_class": {str(digit): 60.0 + digit if digit != 4 else None for digit in range(10)},
-            "provenance": {"extractor": "cd" * 32},
+            "fid_per_class_floor": {str(digit): 4.0 + digit / 10 for digit in range(10)},
+            "nearest_training_images": {"indices": [[1, 2, 3]] * 8, "among": 50_000},
+            "images": {
+                **{"fid": [num_images, 60_000], "fid_floor": num_images, "fid_per_class_floor": 10_000},
+                **{"kid": [num_images, 50_000], "manifold": [num_images, num_images]},
+            },
+            "provenance": {"extractor": "cd" * 32, "dataset": dataset},
         }
         content = {"step": step, "num_images": num_images, "reference": "train", "weights": "ema"}
         path = folder / "evaluation" / f"step-{step:08d}.json"
@@ -109,6 +120,7 @@ def make_run(folder: Path, fid: float = 45.2, n_critic: int = 2, num_images: int
         save_image(folder / "samples" / f"{step:05d}.png", (122, 122), step)
     save_image(folder / "samples" / "03000-interpolation.png", (302, 122), 1)
     save_image(folder / "evaluation" / "neighbours-00003000.png", (302, 122), 2)
+    save_image(folder / "evaluation" / f"real-{dataset[:12]}.png", (122, 122), 3)
     return folder
 
 

@@ -145,7 +145,7 @@ def test_pages_in_a_browser(browser: Browser, tmp_path: Path, width: int, scheme
 @pytest.mark.browser
 def test_slider_in_a_browser(browser: Browser, run: Path) -> None:
     browser.open(write_report(run), 390, "light")
-    visible = "[...document.querySelectorAll('#grids img')].map(image => image.offsetHeight > 0)"
+    visible = "[...document.querySelectorAll('#grids [data-caption]')].map(image => image.offsetHeight > 0)"
     assert browser.evaluate(visible) == [False] * 5 + [True]
     browser.evaluate("slider.value = 1; slider.dispatchEvent(new Event('input'))")
     assert browser.evaluate(visible) == [False, True] + [False] * 4

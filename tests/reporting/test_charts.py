@@ -5,21 +5,46 @@ from __future__ import annotations
 import re
 
 import numpy as np
+import pytest
 
-from pipeline.reporting.charts import bar_chart, line_chart
+from pipeline.reporting.charts import SIZE, bar_chart, line_chart
+from pipeline.reporting.formatting import number
 from pipeline.reporting.read import Curve
 
 
 def test_line_chart_takes_a_log_scale_only_where_it_serves() -> None:
-    def is_log(values: list[float], floor: float | None = None) -> bool:
-        return "log" in str(line_chart("Title", {"a": Curve([1.0, 2.0, 3.0], values)}, floor))
+    def is_log(values: list[float]) -> bool:
+        return "log" in str(line_chart("Title", {"a": Curve([1.0, 2.0, 3.0], values)}))
 
     assert is_log([1, 10, 21])
     assert not is_log([1, 10, 19])
-    assert is_log([20, 15, 25], floor=0.9)
     assert not is_log([-1, 10, 100])
     assert not is_log([0, 10, 100])
     assert line_chart("Title", {"a": Curve([], [])}) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "floor", "to_scale"),
+    [
+        ([136.0, 70.0, 45.0], 0.904, True),
+        ([436.0, 70.0, 15.0], 0.904, True),  # log
+        ([12.0, 9.0, 8.1], 1.04, False),
+        ([1200.0, 90.0, 38.0], 0.001, False),  # log
+        ([3.0, 2.0, 1.0], 1.04, True),
+        ([45.0], 1.04, True),
+    ],
+)
+def test_a_curve_has_most_of_the_height_and_the_floor_is_shown(
+    values: list[float], floor: float, to_scale: bool
+) -> None:
+    chart = str(line_chart("FID", {"a": Curve([float(i) for i in range(len(values))], values)}, floor))
+    height = 72 * SIZE[1]
+    curve = re.findall(r'<path d="([^"]+)"[^>]*stroke: var\(--line-0\)', chart)[0]
+    (level,) = re.findall(r'<path d="M \S+ (\S+)\s+L[^>]*stroke-dasharray[^>]*stroke: var\(--ink-soft\)', chart)
+    places = [float(y) for y in re.findall(r"[ML] \S+ (\S+)", curve)]
+    assert len(values) == 1 or np.ptp(places) > 0.3 * height
+    assert (max(places) < float(level)) == (min(values) > floor)
+    assert f"floor {number(floor)}{'' if to_scale else ', not to scale'}</text>" in chart
 
 
 def test_smoothing_keeps_a_constant_and_flattens_noise() -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.reporting.formatting import number, verdict
+from pipeline.reporting.formatting import few_images, number, verdict
 from pipeline.reporting.read import Evaluation
 
 
 @pytest.mark.parametrize(
     ("fid", "floor", "words"),
     [
-        (1.0, 0.9, "That is 1.1 times the floor of 0.900, which real test images score against the same real train "
+        (1.0, 0.9, "That is 1.1 times the floor of 0.900, which 500 real test images score against the same real train "
                    "images: hardly any gap between generated and real images."),
         (3.6, 0.9, "a small gap"),
         (20.0, 1.0, "a clear gap"),
@@ -21,7 +21,26 @@ from pipeline.reporting.read import Evaluation
     ],
 )  # fmt: skip
 def test_verdict(fid: float | None, floor: float | None, words: str) -> None:
-    assert words in verdict(Evaluation(1, {"reference": "train"}, {"mnist": {"fid": fid, "fid_floor": floor}}), "mnist")
+    assert words in told(500, 500, fid=fid, fid_floor=floor)
+
+
+def told(num_images: int, floor_images: int | None, **scores: float | None) -> str:
+    found: dict[str, dict[str, object]] = {"mnist": scores | {"images": {"fid_floor": floor_images}}}
+    return verdict(Evaluation(1, {"reference": "train", "num_images": num_images}, found), "mnist")
+
+
+def test_the_verdict_says_where_the_floor_is_of_another_number_of_images() -> None:
+    assert told(500, 500, fid=7.3, fid_floor=7.2).endswith("hardly any gap between generated and real images.")
+    assert told(50_000, 10_000, fid=7.3, fid_floor=7.2).endswith(
+        "There are no more of them: with 50,000 the floor would be lower."
+    )
+    assert "How many test images gave the floor is not told" in told(500, None, fid=7.3, fid_floor=1.04)
+
+
+def test_few_images_are_those_below_2000() -> None:
+    assert few_images(2000) is None
+    assert few_images("?") is None
+    assert few_images(20) == "only 20 images are scored: below 2,000 a FID tells more of their number than of them"
 
 
 @pytest.mark.parametrize(

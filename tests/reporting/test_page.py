@@ -23,6 +23,7 @@ from pipeline.distributed.launcher import run_program
 from pipeline.errors import UserError
 from pipeline.report import main
 from pipeline.reporting.page import MAX_GRIDS, compare, data_uri, write_report
+from pipeline.reporting.read import read_run
 from tests.reporting.made_runs import Page, decoded, make_run, save_image
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&amp;{{ 7*7 }}$x$`<script>alert(2)<"
@@ -44,14 +45,15 @@ def test_report_says_everything_verdict_first(run: Path) -> None:
     titles = "FID,Inception score,KID,Fidelity and variety,Losses,Wasserstein estimate,Clipped weights,"
     titles += "Critic gradient norm,Classes of the samples,FID of each class,Nearest training images,Interpolation,"
     titles += "Throughput,Where 18 min went"
-    assert page.texts_of("h3") == titles.split(",")
+    assert page.texts_of("h3") == ["Generated", "Real", *titles.split(",")]
     assert len(page.all("svg")) == 11
     # The verdict: 45.2 / 0.904 = 50; the interval is 45.2 * 2950 / 3000 to 45.2 * 3050 / 3000.
     for words in (
         "finished, 3,000 steps",
-        "45.2 95% interval 44.4 to 46.0 · floor 0.904",
-        "That is 50 times the floor of 0.904, which real test images score against the same real train images: "
+        "45.2 10,000 images · 95% interval 44.4 to 46.0 · floor 0.904",
+        "That is 50 times the floor of 0.904, which 10,000 real test images score against the same real train images: "
         "a wide gap between generated and real images.",
+        "Best FID 45.2 the last",
         "Inception score 9.30 ± 0.060",
         "KID 0.0300 ± 0.0040",
         "Images 10,000 against train",
@@ -61,6 +63,15 @@ def test_report_says_everything_verdict_first(run: Path) -> None:
         "packages · torch 2.15.0",
         "ab" * 32,
         "mnist features · extractor " + "cd" * 32,
+        "generated its 3 nearest training images",
+        "Among 50,000 training images.",
+        "Distance to the real images: lower is better. Dashed: the floor, real against real. N = 10,000 generated, "
+        "60,000 real.",
+        "Confident and varied classes: higher is better. N = 10,000 generated.",
+        "unbiased: lower is better. N = 10,000 generated, 50,000 real.",
+        "how many real images the samples reach. N = 10,000 generated, 10,000 real.",
+        "mean confidence 0.930. N = 10,000 generated, 60,000 real.",
+        "Marks: the floor, 10,000 other real images of all classes. N = 10,000 generated, 60,000 real.",
     ):
         assert words in page.text
     assert page.text.index("45.2") < page.text.index("Scores over training")
@@ -279,15 +290,63 @@ def test_compare_sets_runs_side_by_side(tmp_path: Path) -> None:
     assert "://" not in page.source
 
 
-def test_compare_warns_of_scores_that_do_not_compare_and_takes_runs_without_any(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / "first"), make_run(tmp_path / "second", num_images=5000), make_run(tmp_path / "third")]
-    shutil.rmtree(runs[2] / "evaluation")
+def marked_best(page: Page) -> list[str]:
+    rows = re.findall(r'<tr class="marked">.*?</tr>', page.source, flags=re.DOTALL)
+    return [row.partition("</span>")[0].rpartition(">")[2] for row in rows]
+
+
+def test_a_best_is_named_among_scores_that_compare_alone(tmp_path: Path) -> None:
+    first, second, third = make_run(tmp_path / "first"), make_run(tmp_path / "second", 50.0), tmp_path / "third"
+    fashion = make_run(tmp_path / "fashion", 3.0, dataset="ef" * 32)
+    few = make_run(tmp_path / "few", 2.0, num_images=5000)
+    page = Page(compare([fashion, first, second, few], tmp_path / "out.html"))
+    assert marked_best(page) == ["B first"]
+    assert "A fashion does not compare with B: dataset is efefefef, not abababab." in page.text
+    assert "D few does not compare with B: num_images is 5,000, not 10,000." in page.text
+    fid_chart = re.findall(r"<svg.*?</svg>", page.source, flags=re.DOTALL)[0]
+    assert [letter for letter in "ABCD" if f">{letter}</text>" in fid_chart] == ["B", "C"]
+    # A run keeps its colour, whoever is left out.
+    assert set(re.findall(r"var\(--line-\d\)", fid_chart)) == {"var(--line-1)", "var(--line-2)"}
+    assert '<span class="key key-1">B first</span> <span class="key key-2">C second</span>' in page.source
+    for other in (fashion, few):
+        assert marked_best(Page(compare([first, other], tmp_path / "out.html"))) == []
+    path = make_run(third, 1.0) / "evaluation" / "step-00003000.json"
+    path.write_text(path.read_text().replace("cd" * 32, "01" * 32))
+    page = Page(compare([first, second, third], tmp_path / "out.html"))
+    assert marked_best(page) == ["A first"]
+    assert "C third does not compare with A: extractor is 01010101, not cdcdcdcd." in page.text
+
+
+def test_runs_without_scores_are_compared_in_the_rest(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "first"), make_run(tmp_path / "third")]
+    shutil.rmtree(runs[1] / "evaluation")
     page = Page(compare(runs, tmp_path / "out.html"))
-    assert "These scores are not comparable" in page.text
-    assert "C third — — — —" in page.text
-    page = Page(compare([runs[0], runs[2]], tmp_path / "out.html"))
-    assert "not comparable" not in page.text
-    assert "None of them is evaluated yet" in Page(compare([runs[2]], tmp_path / "out.html")).text
+    assert "not compare" not in page.text
+    assert "B third — — — —" in page.text
+    assert marked_best(page) == []
+    assert "None of them is evaluated yet" in Page(compare(runs[1:], tmp_path / "out.html")).text
+
+
+def test_curves_and_the_best_are_of_scores_that_compare_with_the_last(run: Path) -> None:
+    path = run / "evaluation" / "step-00002000.json"
+    path.write_text(
+        path.read_text().replace('"fid": 67.8', '"fid": 0.5').replace('"num_images": 10000', '"num_images": 9')
+    )
+    found = read_run(run)
+    assert found.scored("mnist", "fid").steps == [1000, 3000]
+    assert found.best == {"mnist": {"fid": 45.2, "step": 3000}}
+    assert "2,000 mnist 9 0.500 0.904" in Page(write_report(run)).text
+
+
+def test_few_images_are_warned_of(tmp_path: Path) -> None:
+    warning = "only 1,999 images are scored"
+    run = make_run(tmp_path / "few", num_images=1999)
+    assert f"Warning: {warning}" in Page(write_report(run)).text
+    assert warning in (run / "report.md").read_text()
+    assert warning in json.loads((run / "report.json").read_text())["warning"]
+    enough = make_run(tmp_path / "enough", num_images=2000)
+    assert "images are scored" not in Page(write_report(enough)).text
+    assert json.loads((enough / "report.json").read_text())["warning"] is None
 
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("file")])

@@ -152,6 +152,14 @@ def test_without_an_intact_checkpoint_the_reasons_are_given(run: RunFolder) -> N
         find(run)
 
 
+def test_a_step_that_is_not_there_is_told_with_those_that_are(run: RunFolder) -> None:
+    with pytest.raises(CheckpointError, match=r"run: holds no checkpoint, one would be in .*run/checkpoints: train it"):
+        find(run)
+    save_steps(run, 5, 100)
+    with pytest.raises(CheckpointError, match=r"run: holds no checkpoint of step 7: it has 5, 100$"):
+        find(run, 7)
+
+
 def test_uncommitted_saves_are_never_seen_and_swept(run: RunFolder) -> None:
     sweep(run)  # of a run that has not begun
     save_steps(run, 1)

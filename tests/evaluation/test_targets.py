@@ -1,0 +1,244 @@
+"""Where scores go, and that a file of scores is only ever added to by those of the same images, measured alike."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.config import EvaluationConfig, RuntimeConfig
+from pipeline.data import Dataset
+from pipeline.data.prepare import prepare_npz
+from pipeline.data.resident import load_split
+from pipeline.distributed.process import Runtime
+from pipeline.errors import UserError
+from pipeline.evaluation.scorer import Scorer
+from pipeline.evaluation.targets import score_target
+from pipeline.export.generator_file import save_export
+from pipeline.storage.run_folder import RunFolder
+from tests.export.generators import damage, random_generator, saved_run
+from tests.jobs import process_kept
+
+NUM_IMAGES = 120
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Iterator[Runtime]:
+    with process_kept():
+        yield Runtime(RuntimeConfig(device="cpu", threads=1))
+
+
+@pytest.fixture
+def scorer(digits: Dataset, runtime: Runtime) -> Scorer:
+    return Scorer(EvaluationConfig(num_images=NUM_IMAGES), digits, runtime, 0)
+
+
+@pytest.fixture
+def other_digits(digits_files: dict[str, Path], digits: Dataset, runtime: Runtime, tmp_path: Path) -> Scorer:
+    """Of another dataset that has the same name, shape, classes and counts."""
+    images, labels = load_split(digits, "test")
+    np.savez(tmp_path / "test.npz", images=images.flip(0).numpy(), labels=labels.flip(0).numpy())
+    dataset = prepare_npz(tmp_path / "other", "digits", digits_files | {"test": tmp_path / "test.npz"})
+    return Scorer(EvaluationConfig(num_images=NUM_IMAGES), dataset, runtime, 0)
+
+
+@pytest.fixture
+def run(digits: Dataset, tmp_path: Path) -> RunFolder:
+    return saved_run(RunFolder(tmp_path / "runs" / "run"), random_generator(), digits.fingerprint, 10, 20)
+
+
+def score(
+    target: Path, scorer: Scorer, root: Path, steps: Sequence[int | None] | None = None, out: Path | None = None
+) -> None:
+    score_target(target, scorer, steps or [None], out, root / "runs")
+
+
+def content(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text()))
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def with_other_extractor(scorer: Scorer) -> Scorer:
+    other = copy.copy(scorer)
+    other.extractors = [copy.copy(scorer.extractors[0])]
+    other.extractors[0].fingerprint = "0" * 64
+    return other
+
+
+def test_a_run_is_scored_on_its_own_dataset_or_into_another_file(
+    run: RunFolder, scorer: Scorer, other_digits: Scorer, tmp_path: Path
+) -> None:
+    score(run.path, scorer, tmp_path)
+    before = files(run.path)
+    for steps in ([20], [10]):  # scored, and not yet
+        with pytest.raises(UserError, match=r"runs/run: was not trained on this dataset \(.*other/digits\).*--out"):
+            score(run.path, other_digits, tmp_path, steps)
+    assert files(run.path) == before
+    score(run.path, other_digits, tmp_path, [20], tmp_path / "there.json")
+    ours, theirs = content(run.scores(20)), content(tmp_path / "there.json")
+    assert ours["dataset_fingerprint"] == scorer.dataset.fingerprint
+    assert theirs["dataset_fingerprint"] == other_digits.dataset.fingerprint
+    assert ours["images_fingerprint"] == theirs["images_fingerprint"]
+    assert files(run.path) == before
+
+
+def test_the_test_split_of_another_dataset_is_another_file_or_refused(
+    scorer: Scorer, other_digits: Scorer, tmp_path: Path
+) -> None:
+    score(Path("test"), scorer, tmp_path)
+    out = tmp_path / "runs/evaluations/digits-test.json"
+    before = out.read_bytes()
+    with pytest.raises(
+        UserError, match=r"digits-test\.json: holds other scores \(.*dataset_fingerprint is .{12}\.\.\. there"
+    ):
+        score(Path("test"), other_digits, tmp_path)
+    assert out.read_bytes() == before
+    score(Path("test"), scorer, tmp_path)
+    assert content(out) == json.loads(before)
+
+
+@pytest.mark.parametrize("kind", ["folder", "npz"])
+def test_a_refilled_folder_of_the_same_name_and_count_is_refused(
+    kind: str, digits: Dataset, scorer: Scorer, tmp_path: Path
+) -> None:
+    images = load_split(digits, "train")[0][: 2 * NUM_IMAGES, 0].numpy()
+    target = tmp_path / "mine" / ("pictures.npz" if kind == "npz" else "pictures")
+    target.parent.mkdir()
+
+    def fill(part: np.typing.NDArray[np.uint8]) -> None:
+        if kind == "npz":
+            np.savez(target, images=part)
+            return
+        target.mkdir(exist_ok=True)
+        for number, image in enumerate(part):
+            Image.fromarray(image).save(target / f"{number:04d}.png")
+
+    fill(images[:NUM_IMAGES])
+    theirs = files(target.parent)
+    score(target, scorer, tmp_path)
+    assert files(target.parent) == theirs
+    out = tmp_path / "runs/evaluations" / f"{target.name}.json"
+    before = out.read_bytes()
+    fill(images[NUM_IMAGES:])
+    with pytest.raises(
+        UserError, match=r"holds other scores \(images_fingerprint is .{12}\.\.\. there and .{12}\.\.\. here\)"
+    ):
+        score(target, scorer, tmp_path)
+    fill(images[:NUM_IMAGES])
+    score(target, scorer, tmp_path)
+    assert content(out) == json.loads(before)
+    if kind == "folder":
+        shutil.move(target, tmp_path / "moved")
+        score(tmp_path / "moved", scorer, tmp_path, out=out)
+        assert content(out) == json.loads(before) | {"target": str(tmp_path / "moved")}
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (lambda scorer: setattr(scorer, "_seed", 1), "seed is 0 there and 1 here"),
+        (
+            lambda scorer: setattr(scorer, "config", EvaluationConfig(num_images=60)),
+            "num_images is 120 there and 60 here",
+        ),
+        (
+            lambda scorer: setattr(scorer, "config", EvaluationConfig(num_images=NUM_IMAGES, reference="test")),
+            "reference is train there and test here",
+        ),
+        (
+            lambda scorer: setattr(scorer, "config", EvaluationConfig(num_images=NUM_IMAGES, weights="raw")),
+            "weights is ema there and raw here",
+        ),
+        (
+            lambda scorer: setattr(scorer, "extractors", with_other_extractor(scorer).extractors),
+            r"mnist is .{12}\.\.\. there and 000000000000\.\.\. here",
+        ),
+    ],
+    ids=["seed", "number", "reference", "weights", "extractor"],
+)
+def test_scores_measured_in_another_way_are_refused_and_the_difference_named(
+    change: Callable[[Scorer], None], difference: str, run: RunFolder, scorer: Scorer, tmp_path: Path
+) -> None:
+    score(run.path, scorer, tmp_path)
+    before, changed = files(run.path), copy.copy(scorer)
+    change(changed)
+    with pytest.raises(
+        UserError, match=rf"step-00000020\.json: holds other scores \({difference}\): name another file"
+    ):
+        score(run.path, changed, tmp_path)
+    assert files(run.path) == before
+
+
+def test_a_generator_is_known_by_its_weights_wherever_they_lie(
+    run: RunFolder, digits: Dataset, scorer: Scorer, tmp_path: Path
+) -> None:
+    score(run.path, scorer, tmp_path, [10, 20])
+    save_export(random_generator(), run.export, {})
+    score(run.export, scorer, tmp_path)
+    out = tmp_path / "runs/evaluations/run-export-generator.safetensors.json"
+    known = {content(path)["images_fingerprint"] for path in (run.scores(10), run.scores(20), out)}
+    assert len(known) == 1
+    generator = random_generator()
+    with torch.no_grad():
+        generator.dense.bias[3] += 1e-6
+    save_export(generator, run.export, {})
+    with pytest.raises(UserError, match="images_fingerprint is"):
+        score(run.export, scorer, tmp_path)
+    # The run's own scores are of another generator too, once a checkpoint of that step has other weights.
+    shutil.rmtree(run.checkpoint(20))
+    saved_run(run, generator, digits.fingerprint, 20)
+    with pytest.raises(UserError, match="images_fingerprint is"):
+        score(run.path, scorer, tmp_path)
+
+
+def test_a_damaged_newer_checkpoint_is_named_when_it_is_passed_over(
+    run: RunFolder, scorer: Scorer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    damage(run.checkpoint(20))
+    score(run.path, scorer, tmp_path)
+    assert capfd.readouterr().err.count(f"skipped a damaged checkpoint: {run.checkpoint(20)}/") == 1
+    assert [content(path)["step"] for path in run.all_scores()] == [10]
+
+
+def test_a_run_without_the_checkpoint_is_told_which_there_are(
+    run: RunFolder, digits: Dataset, scorer: Scorer, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"runs/run: holds no checkpoint of step 15: it has 10, 20$"):
+        score(run.path, scorer, tmp_path, [15])
+    begun = saved_run(RunFolder(tmp_path / "runs/begun"), random_generator(), digits.fingerprint)
+    begun.samples.mkdir()
+    Image.new("L", (28, 28)).save(begun.grid(5))
+    for steps in ([None], [5], None):
+        with pytest.raises(UserError, match="runs/begun: holds no checkpoint, one would be in"):
+            score_target(begun.path, scorer, steps, None, tmp_path)
+
+
+def test_few_images_are_warned_of_once_and_in_the_file(
+    run: RunFolder, scorer: Scorer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    score(run.path, scorer, tmp_path, [10, 20])
+    warning = "only 120 images are scored: below 2,000"
+    assert capfd.readouterr().err.count(warning) == 1
+    assert all(content(run.scores(step))["warning"].startswith(warning) for step in (10, 20))
+
+
+def test_real_images_are_drawn_beside_the_scores(run: RunFolder, scorer: Scorer, tmp_path: Path) -> None:
+    score(run.path, scorer, tmp_path)
+    picture = run.real_images()
+    assert picture is not None
+    with Image.open(picture) as grid:
+        assert grid.size == (4 * 60 + 4, 4 * 60 + 4)
+        first = np.asarray(grid)[4 : 4 + 56 : 2, 4 : 4 + 56 : 2, 0]
+    training = load_split(scorer.dataset, "train")[0][:, 0].numpy()
+    assert (training == first).all((1, 2)).any()
