@@ -46,7 +46,8 @@ def evaluate_images(
     """Scores images in every feature space, in one pass over them.
 
     Args:
-        reference: the real split to compare with. The other one, as a sample of real images, gives the floor.
+        reference: the real split to compare with. As many images of the other one give the floor: always the same ones
+            for a number, and as many as there are (or are kept, see real_statistics.py) where those are fewer.
         batch_size: images to render at once, rounded up to a multiple of 100. Networks round differently in forward
             passes of 7 and of 100 images, so features are always computed in the same blocks of 100.
         seed: of the random choices inside the scores (subsets, splits, groups).
@@ -57,7 +58,8 @@ def evaluate_images(
         "kid_std", "precision", "recall", "density", "coverage";
         where the logits stand for the dataset's classes also "class_histogram" and "class_histogram_real" (share of
         each class by the classifier's verdict on either side), "class_total_variation", "confidence_mean",
-        "fid_per_class" (null for a class with too few images) and, with labels, "class_accuracy": the rate at
+        "fid_per_class" (null for a class with too few images), "fid_per_class_floor" (of all of the other split)
+        and, with labels, "class_accuracy": the rate at
         which the classifier sees the class that was asked for;
         "nearest_training_images" of the first 8 images (rows of 5 "indices" in shard order and "distances");
         "provenance": what the scores depend on besides the images.
@@ -161,10 +163,16 @@ class _Space:
         reference = FrechetReference(Moments.of_sums(target.moments))
         features, _ = self.kid.sample(real=False)
         count, fid = int(self.fid.fake_count), float(self.fid.compute())
+        at_floor = floor.moments_of(count) if floor else None
+        numbers = {"fid": [count, target.num_images], "fid_floor": at_floor.num_images if at_floor else None}
+        if floor and (classes := self.metrics.get("classes")):
+            classes.load_side(floor.classes, real=False)
+            result["fid_per_class_floor"] = self._plain(classes.compute()["fid_per_class"])
+            numbers["fid_per_class_floor"] = floor.num_images
         return result | {
-            "fid_floor": reference.distance(Moments.of_sums(floor.moments)) if floor else None,
+            "fid_floor": reference.distance(at_floor) if at_floor else None,
             "fid_interval": frechet_interval(features, count, fid, reference, self.seed, poll),
-            "images": {"fid": [count, target.num_images], "fid_floor": floor.num_images if floor else None}
+            "images": numbers
             | {name: metric.num_used for name, metric in self.metrics.items() if isinstance(metric, SampleMetric)},
         }
 

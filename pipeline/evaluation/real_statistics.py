@@ -20,6 +20,8 @@ from pipeline.evaluation.extract import ALONE, ImageSet, extract_features, never
 from pipeline.evaluation.features import FORWARD_SIZE, FeatureExtractor
 from pipeline.evaluation.metrics import ClassScores, FrechetDistance, KernelDistance
 from pipeline.evaluation.metrics.base import FeatureMetric, State
+from pipeline.evaluation.metrics.frechet import Moments
+from pipeline.rng import sampling_order
 from pipeline.storage.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,13 @@ class RealStatistics(NamedTuple):
     @property
     def num_images(self) -> int:
         return int(self.moments["count"])
+
+    def moments_of(self, count: int) -> Moments:
+        """Of the first `count` images in `rng.sampling_order`: of all that are kept, if those are fewer."""
+        if count >= self.num_images:
+            return Moments.of_sums(self.moments)
+        first = sampling_order(self.sample["indices"]).argsort()[:count]
+        return Moments.of_features(self.sample["rows"][first])
 
 
 def real_statistics(

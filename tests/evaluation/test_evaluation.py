@@ -20,6 +20,7 @@ from pipeline.errors import Preempted, UserError
 from pipeline.evaluation.evaluate import evaluate_images
 from pipeline.evaluation.extract import ImageSet, interruptible, never
 from pipeline.evaluation.features import FeatureExtractor
+from pipeline.rng import sampling_order
 from tests.jobs import ROOT, launch
 
 NUM_IMAGES = 1001
@@ -144,6 +145,21 @@ def test_the_reference_can_be_either_split_and_the_other_gives_the_floor(
     against_train = evaluate_images(ImageSet.of_tensor(images[:1150]), digits, [extractor], reference="train")["mnist"]
     assert against_train["fid"] == pytest.approx(0, abs=1e-6)
     assert against_train["fid_floor"] == pytest.approx(against_test["fid_floor"], rel=1e-9)
+
+
+@pytest.mark.parametrize("count", [200, 610, 900])
+def test_the_floor_is_of_as_many_images_as_are_scored(count: int, digits: Dataset, extractor: FeatureExtractor) -> None:
+    """As many test images, of 610; the same ones whatever is scored, so they score at it."""
+    real = [load_split(digits, split)[0] for split in ("test", "train")]
+    places = sampling_order(torch.arange(610)).argsort()[:count].sort().values
+    taken = ImageSet.of_tensor(real[0][places])
+    found = evaluate_images(ImageSet.of_tensor(real[1][:count]), digits, [extractor])["mnist"]
+    itself = evaluate_images(taken, digits, [extractor])["mnist"]
+    assert found["fid_floor"] == pytest.approx(itself["fid"], rel=1e-9)
+    assert found["images"]["fid_floor"] == min(count, 610)
+    per_class = evaluate_images(ImageSet.of_tensor(real[0]), digits, [extractor])["mnist"]
+    assert found["fid_per_class_floor"] == per_class["fid_per_class"]
+    assert found["images"]["fid_per_class_floor"] == 610
 
 
 def test_a_dataset_of_one_split_has_no_floor(
