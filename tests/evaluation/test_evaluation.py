@@ -153,7 +153,7 @@ def test_the_floor_is_of_as_many_images_as_are_scored(count: int, digits: Datase
     real = [load_split(digits, split)[0] for split in ("test", "train")]
     places = sampling_order(torch.arange(610)).argsort()[:count].sort().values
     taken = ImageSet.of_tensor(real[0][places])
-    found = evaluate_images(ImageSet.of_tensor(real[1][:count]), digits, [extractor])["mnist"]
+    found: Any = evaluate_images(ImageSet.of_tensor(real[1][:count]), digits, [extractor])["mnist"]
     itself = evaluate_images(taken, digits, [extractor])["mnist"]
     assert found["fid_floor"] == pytest.approx(itself["fid"], rel=1e-9)
     assert found["images"]["fid_floor"] == min(count, 610)
