@@ -91,6 +91,7 @@ def evaluate_images(
                     "reference": reference,
                     "reference_images": len(target.features),
                     "seed": seed,
+                    **extractor.facts,
                 }
                 results[extractor.name] = result
     return ranks.broadcast(results)
@@ -119,7 +120,7 @@ def _distances(
 ) -> Scores:
     """The scores that any feature space gives, of features [n, d] and logits [n, k]."""
     poll()
-    is_mean, is_std = scores.inception_score(logits, seed)
+    is_mean, is_std = scores.inception_score(logits, seed) if logits.shape[1] else (None, None)
     poll()
     kid_mean, kid_std = scores.kernel_distance(features, real.features, seed)
     return {
