@@ -54,7 +54,8 @@ def train(data: Labelled, num_classes: int, *, seed: int, epochs: int, device: t
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # initial weights and dropout
         channels, height, width = images.shape[1:]
-        network = Classifier((channels, height, width), num_classes).to(device, memory_format=torch.channels_last)
+        network = Classifier((channels, height, width), num_classes).to(device)
+        network.to(memory_format=torch.channels_last)
         optimizer = torch.optim.Adam(network.parameters())
         batch_size = min(BATCH_SIZE, len(images))
         num_batches = len(images) // batch_size
@@ -71,7 +72,8 @@ def train(data: Labelled, num_classes: int, *, seed: int, epochs: int, device: t
                 torch.autograd.backward(F.cross_entropy(logits, labels[batch].to(device)))
                 optimizer.step()
                 schedule.step()
-    return network.eval()
+    network.eval()
+    return network
 
 
 @torch.inference_mode()
@@ -89,7 +91,8 @@ def labelled_splits(dataset: Dataset) -> tuple[Labelled, Labelled]:
     if "test" in dataset.splits:
         return (images, labels), load_split(dataset, "test")
     order = torch.randperm(len(images), generator=seeded(0, "classifier held out"))
-    test, train = order.split([math.ceil(len(order) / HELD_OUT), len(order) - math.ceil(len(order) / HELD_OUT)])
+    count = math.ceil(len(images) / HELD_OUT)
+    test, train = order[:count], order[count:]
     return (images[train], labels[train]), (images[test], labels[test])
 
 

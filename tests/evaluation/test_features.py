@@ -97,7 +97,8 @@ def test_mnist_features_refuse_other_shapes(shape: tuple[int, int, int]) -> None
 def test_mnist_features_refuse_whatever_is_not_mnist(labelled: bool, tmp_path: Path) -> None:
     """Of MNIST's very shape and classes too, unless its manifest says that it is MNIST; programs and doctor alike."""
     images = np.random.default_rng(0).integers(0, 256, (60, 28, 28), dtype=np.uint8)
-    np.savez(tmp_path / "clothes.npz", images=images, **({"labels": np.arange(60) % 10} if labelled else {}))
+    arrays = {"images": images} | ({"labels": np.arange(60) % 10} if labelled else {})
+    np.savez(tmp_path / "clothes.npz", **arrays)  # type: ignore[arg-type]
     clothes = prepare_npz(tmp_path, "clothes", {"train": tmp_path / "clothes.npz"})
     config = Config(data=DataConfig(dataset=str(clothes.folder)), runtime=RuntimeConfig(device="cpu", threads=1))
     with process_kept(), pytest.raises(UserError) as refused:

@@ -46,8 +46,8 @@ def load_own(dataset: Dataset) -> FeatureExtractor:
     return load_features("own", dataset, CPU, EvaluationConfig())
 
 
-def train(dataset: Dataset, **settings: int) -> Path:
-    write_classifier(str(dataset.folder), device="cpu", **settings)
+def train(dataset: Dataset, *, seed: int = 0, epochs: int = 10) -> Path:
+    write_classifier(str(dataset.folder), seed=seed, epochs=epochs, device="cpu")
     return dataset.folder / "classifier.safetensors"
 
 

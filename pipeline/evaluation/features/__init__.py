@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 
@@ -36,13 +35,12 @@ def load_features(name: str, dataset: Dataset, device: torch.device, config: Eva
         UserError: unknown name, a dataset that it does not speak for, or weights that are missing or damaged.
     """
     if ":" in name:
-        load = partial(load_torchscript if name.startswith(TORCHSCRIPT) else load_module, name)
-    elif name in SPACES:
-        load = SPACES[name]
-    else:
-        names = ", ".join(SPACES)
-        raise UserError(f"evaluation.features holds {name!r}: choose from {names}, torchscript:PATH and module:NAME")
-    return load(dataset, device, config)
+        load = load_torchscript if name.startswith(TORCHSCRIPT) else load_module
+        return load(name, dataset, device)
+    if name in SPACES:
+        return SPACES[name](dataset, device, config)
+    names = ", ".join(SPACES)
+    raise UserError(f"evaluation.features holds {name!r}: choose from {names}, torchscript:PATH and module:NAME")
 
 
 def load_all(config: EvaluationConfig, dataset: Dataset, device: torch.device) -> list[FeatureExtractor]:

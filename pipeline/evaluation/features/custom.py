@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import EvaluationConfig, imported
+from pipeline.config import imported
 from pipeline.data.manifest import Dataset
 from pipeline.errors import UserError
 from pipeline.evaluation.features.base import FeatureExtractor, digest_of
@@ -49,7 +49,7 @@ class CustomFeatures(FeatureExtractor):
         return features.float(), logits.float()
 
 
-def load_torchscript(name: str, dataset: Dataset, device: torch.device, _: EvaluationConfig) -> FeatureExtractor:
+def load_torchscript(name: str, dataset: Dataset, device: torch.device) -> FeatureExtractor:
     """Raises UserError for a file that is missing or no TorchScript."""
     path = Path(name.removeprefix(TORCHSCRIPT))
     if not path.is_file():
@@ -64,7 +64,7 @@ def load_torchscript(name: str, dataset: Dataset, device: torch.device, _: Evalu
     return CustomFeatures(f"torchscript:{path.stem}", network, identity, dataset.image_shape, device)
 
 
-def load_module(name: str, dataset: Dataset, device: torch.device, _: EvaluationConfig) -> FeatureExtractor:
+def load_module(name: str, dataset: Dataset, device: torch.device) -> FeatureExtractor:
     """Its fingerprint is that of the module's source file and of its weights: what it imports is not looked at."""
     network = imported("evaluation.features", name)
     if not isinstance(network, nn.Module) and callable(network):

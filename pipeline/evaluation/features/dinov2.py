@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config import EvaluationConfig
 from pipeline.data.manifest import Dataset
@@ -43,8 +43,7 @@ class Dinov2Features(FeatureExtractor):
         except ImportError:
             raise UserError("the 'dinov2' features need timm: pip install 'gan-pipeline[dinov2]'") from None
 
-        self.network = timm.create_model(self.architecture, img_size=SIDE, num_classes=0)
-        self.num_features = self.network.num_features
+        self.network: nn.Module = timm.create_model(self.architecture, img_size=SIDE, num_classes=0)
         try:
             is_safe = path.suffix == ".safetensors"
             tensors = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
@@ -56,6 +55,7 @@ class Dinov2Features(FeatureExtractor):
                 f"evaluation.dinov2_weights {path} is not DINOv2's {self.architecture} ({type(error).__name__}): "
                 f"get {WEIGHTS.url}"
             ) from error
+        self.num_features = len(tensors["norm.bias"])
         super().__init__("1", digest_of(self.network.state_dict()).encode(), device)
         self.network.eval().to(device)
 
@@ -80,8 +80,9 @@ def positions(embedding: Tensor) -> Tensor:
 
     The authors' network scales by (16 + 0.1) / 37 without antialiasing, which timm does not.
     """
-    grid = embedding[:, 1:].unflatten(1, (round((embedding.shape[1] - 1) ** 0.5), -1)).permute(0, 3, 1, 2)
-    scale = (SIDE // PATCH + 0.1) / grid.shape[-1]
+    side = round((embedding.shape[1] - 1) ** 0.5)
+    grid = embedding[:, 1:].view(1, side, side, -1).permute(0, 3, 1, 2)
+    scale = (SIDE // PATCH + 0.1) / side
     resized = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
     return torch.cat([embedding[:, :1], resized.flatten(2).transpose(1, 2)], dim=1)
 
