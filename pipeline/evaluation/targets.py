@@ -85,6 +85,7 @@ def _open_images(target: Path, dataset: Dataset) -> ImageSet:
 
 def _summary(result: dict[str, Any]) -> str:
     return "; ".join(
-        f"{name} FID {scores['fid']:.2f} (floor {scores['fid_floor'] or float('nan'):.2f}), IS {scores['is_mean']:.2f}"
+        f"{name} FID {scores['fid']:.2f} (floor {scores['fid_floor'] or float('nan'):.2f}), "
+        f"IS {scores['is_mean'] or float('nan'):.2f}"
         for name, scores in result["features"].items()
     )
