@@ -9,6 +9,7 @@ References: Arjovsky et al. 2017 (arXiv 1701.07875, Algorithm 1); Gulrajani et a
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import re
 import sys
@@ -188,11 +189,15 @@ class EvaluationConfig:
     batch_size: int = knob(500, low=1, free=True)
     """Images per forward pass; does not change a score."""
     features: list[str] = knob(["mnist"], free=True)
-    """Feature spaces to score in: mnist, inception."""
+    """Feature spaces to score in: mnist (digits alone); own (a classifier of the dataset's classes, which
+    python -m pipeline.evaluation.train_classifier makes); inception; dinov2 (takes timm); torchscript:PATH or
+    module:NAME of yours (pipeline/evaluation/features/custom.py)."""
     reference: Literal["train", "test"] = knob("train", free=True)
     """Real split that images are compared with; the other one gives the floor."""
     inception_weights: str | None = knob(None, free=True)
     """Path of torch-fidelity's Inception v3 weight file; null: its own download."""
+    dinov2_weights: str | None = knob(None, free=True)
+    """Path of DINOv2's ViT-L/14 weight file; null: its authors' download."""
     weights: Literal["ema", "raw"] = knob("ema", free=True)
     """Which generator is scored: its moving average or the trained one."""
 
@@ -297,6 +302,18 @@ def captures_steps(config: RuntimeConfig, has_cuda: bool) -> bool:
     """Whether a step is captured as a CUDA graph. fp16's loss scaling looks at gradients on the host."""
     on_cpu = config.device == "cpu" or not has_cuda
     return not on_cpu and config.precision != "fp16" and config.cuda_graph is not False
+
+
+def imported(key: str, name: str) -> Any:
+    """An object of the user's that a setting names: `module:NAME`, the module being installed or in the working
+    directory. Raises UserError."""
+    module, _, attribute = name.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{key} is {name!r}: {error}") from None
 
 
 def flatten(config: Config, *, free: bool = True) -> dict[str, Any]:

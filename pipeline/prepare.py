@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jsonargparse.typing import PositiveInt
 
-from pipeline.data import Dataset
+from pipeline.data.manifest import KINDS, Dataset
 from pipeline.data.prepare import ShardSizes, index_shards, prepare_folder, prepare_mnist, prepare_npz
 from pipeline.distributed.launcher import run_program
 
@@ -29,6 +29,7 @@ def parse() -> Namespace:
     shards.add_argument("--allow_shell_urls", action="store_true", help="let URLs run commands (pipe: and the like)")
     for command in (folder, npz, shards):
         command.add_argument("--name", required=True, help="name of the dataset")
+        command.add_argument("--kind", choices=KINDS, default="own", help="what the images are (default: own)")
     for command in (mnist, folder, npz, shards):
         command.add_argument("--root", type=Path, default=Path("data"), help="folder of the datasets (default: data)")
     for command in (mnist, folder, npz):
@@ -37,17 +38,16 @@ def parse() -> Namespace:
     return parser.parse_args()
 
 
-def prepare(options: Namespace) -> Dataset:
-    given = vars(options)
-    paths = {split: given[split] for split in ("train", "test") if given.get(split)}
-    if options.command == "shards":
-        return index_shards(options.root, options.name, paths, allow_shell_urls=options.allow_shell_urls)
-    sizes = ShardSizes(options.images_per_block, options.images_per_shard)
-    if options.command == "mnist":
-        return prepare_mnist(options.root, options.source, sizes)
-    if options.command == "folder":
-        return prepare_folder(options.root, options.name, paths, sizes, size=options.size)
-    return prepare_npz(options.root, options.name, paths, sizes)
+def prepare(given: Namespace) -> Dataset:
+    paths = {split: path for split in ("train", "test") if (path := getattr(given, split, None))}
+    if given.command == "shards":
+        return index_shards(given.root, given.name, paths, allow_shell_urls=given.allow_shell_urls, kind=given.kind)
+    sizes = ShardSizes(given.images_per_block, given.images_per_shard)
+    if given.command == "mnist":
+        return prepare_mnist(given.root, given.source, sizes)
+    if given.command == "folder":
+        return prepare_folder(given.root, given.name, paths, sizes, size=given.size, kind=given.kind)
+    return prepare_npz(given.root, given.name, paths, sizes, kind=given.kind)
 
 
 def main() -> int:

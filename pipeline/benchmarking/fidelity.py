@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-from pipeline.evaluation.features.mnist import MNIST_SHAPE, MnistFeatures
+from pipeline.evaluation.features.mnist import MnistFeatures
 
 
 class RegisteredMnistFeatures(FeatureExtractorBase):  # type: ignore[misc]
@@ -18,7 +18,7 @@ class RegisteredMnistFeatures(FeatureExtractorBase):  # type: ignore[misc]
 
     def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
         super().__init__(name, features_list)
-        self.extractor = MnistFeatures(torch.device("cpu"), MNIST_SHAPE)
+        self.extractor = MnistFeatures(torch.device("cpu"))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         found = dict(zip(("features", "logits"), self.extractor(images), strict=True))

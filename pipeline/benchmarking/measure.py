@@ -38,7 +38,7 @@ from pipeline.distributed.cpu import bind_to_share
 from pipeline.distributed.process import Runtime
 from pipeline.evaluation.evaluate import evaluate_images
 from pipeline.evaluation.extract import ImageSet
-from pipeline.evaluation.features import load_features
+from pipeline.evaluation.features.mnist import MnistFeatures
 from pipeline.evaluation.metrics.kernel import KID_SUBSET_SIZE
 from pipeline.evaluation.metrics.manifold import NEIGHBOURS
 from pipeline.export.images import render_range
@@ -306,11 +306,11 @@ def measure_scoring(config: Config, runtime: Runtime, dataset: Dataset) -> dict[
 
     Real features are cached on either side. Ours give more than those scores. On one CPU process with MNIST only.
     """
-    if runtime.ranks.world_size > 1 or runtime.device.type != "cpu" or dataset.name != "mnist":
+    if runtime.ranks.world_size > 1 or runtime.device.type != "cpu" or dataset.kind != "mnist":
         return {}
     (images, _), (real, _) = (load_split(dataset, split) for split in ("train", "test"))
     images, batch_size = images[: config.evaluation.num_images], config.evaluation.batch_size
-    ours, extractors = ImageSet.of_tensor(images), [load_features("mnist", runtime.device, dataset.image_shape)]
+    ours, extractors = ImageSet.of_tensor(images), [MnistFeatures(runtime.device)]
     theirs: dict[str, Any] = {"feature_extractor": "mnist", "batch_size": batch_size, "input2_cache_name": "mnist-test"}
     theirs |= {"prc": True, "prc_neighborhood": NEIGHBOURS, "kid_subset_size": min(KID_SUBSET_SIZE, len(images))}
     with tempfile.TemporaryDirectory() as cache:

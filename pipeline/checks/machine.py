@@ -27,7 +27,7 @@ from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.process import Runtime
 from pipeline.distributed.slurm import job_seconds_left
 from pipeline.errors import UserError
-from pipeline.evaluation.features import default_inception_weights, load_features
+from pipeline.evaluation.features import PUBLISHED, load_features
 from pipeline.storage.checkpoint import committed
 from pipeline.storage.provenance import device_name
 from pipeline.storage.run_folder import RunFolder
@@ -131,19 +131,16 @@ def _problem(shard: Shard, location: str, hashed: bool) -> str | None:
 
 
 def check_features(plan: Plan, name: str) -> str:
-    """The weights of a feature space, and whether it takes these images."""
+    """The weights of a feature space, and whether it speaks for this dataset."""
     if plan.config.evaluation.every is None:
         return f"{name}, not used, evaluation.every is null"
-    given = plan.config.evaluation.inception_weights
-    weights = Path(given) if given else default_inception_weights()
-    if name == "inception" and not weights.is_file():
-        if given:
-            raise UserError(f"evaluation.inception_weights is {weights}: no such file; give the path of one")
-        text = f"no Inception weights at {weights}, the evaluation will download them"
+    config = plan.config.evaluation
+    if name in PUBLISHED and not (path := PUBLISHED[name].path(config)).is_file():
+        text = f"{PUBLISHED[name].what} are not at {path}, the evaluation will download them"
         raise Caution(f"{text}; put them there where there is no network")
     if plan.dataset is None:
         return ""
-    load_features(name, torch.device("cpu"), plan.dataset.image_shape, weights)
+    load_features(name, plan.dataset, torch.device("cpu"), config)
     return f"{name}, its weights load"
 
 

@@ -17,6 +17,8 @@ FILE_NAME = "dataset.json"
 VERSION = 1
 MAX_VALUES = 2**26
 """Most values of one image: a manifest that claims more is damaged."""
+KINDS = ("mnist", "fashion_mnist", "cifar10", "own")
+"""What a dataset's images may be. Feature spaces that know only some images go by it."""
 
 T = TypeVar("T")
 
@@ -51,6 +53,8 @@ class Dataset:
     splits: dict[str, tuple[Shard, ...]] = field(hash=False)
     """"train" always, "test" maybe."""
     base_url: str = ""
+    kind: str = "own"
+    """One of KINDS."""
 
     @property
     def num_classes(self) -> int:
@@ -58,8 +62,10 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what the dataset holds, wherever it lies: everything in the manifest but the shards' names."""
+        """SHA-256 of what the dataset holds, wherever it lies: everything in the manifest but the shards' names and
+        the kind, which is said about it."""
         content = to_json(self)
+        del content["kind"]
         content["splits"] = {
             split: [[shard.num_images, shard.num_bytes, shard.sha256] for shard in shards]
             for split, shards in self.splits.items()
@@ -86,6 +92,7 @@ def to_json(dataset: Dataset) -> dict[str, object]:
         "format": "image-shards",
         "version": VERSION,
         "name": dataset.name,
+        "kind": dataset.kind,
         "image_shape": list(dataset.image_shape),
         "class_names": list(dataset.class_names),
         "splits": {split: [vars(shard) for shard in shards] for split, shards in dataset.splits.items()},
@@ -164,4 +171,8 @@ def _parse(manifest: object, folder: Path, base_url: str, location: str) -> Data
         splits[split] = tuple(get_shard(entry, f"splits.{split}[{index}].") for index, entry in enumerate(entries))
     if "train" not in splits:
         raise DataError(f"{location}: splits.train is missing: prepare the dataset again")
-    return Dataset(folder, get(manifest, "name", str), shape, tuple(class_names), splits, base_url)
+    name = get(manifest, "name", str)
+    kind = manifest.get("kind", "mnist" if name == "mnist" else "own")  # type: ignore[attr-defined] # older ones say none
+    if kind not in KINDS:
+        raise DataError(f"{location}: kind is {kind!r}, not one of {', '.join(KINDS)}")
+    return Dataset(folder, name, shape, tuple(class_names), splits, base_url, kind)

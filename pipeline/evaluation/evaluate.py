@@ -98,6 +98,7 @@ def evaluate_images(
                     "reference": reference,
                     "reference_images": target.num_images,
                     "seed": seed,
+                    **space.extractor.facts,
                 }
                 results[space.extractor.name] = result
     return ranks.broadcast(results)
@@ -134,10 +135,11 @@ class _Space:
         self.fid, self.kid = FrechetDistance(width, **alone), KernelDistance(width, seed=seed, **alone)
         self.metrics: dict[str, FeatureMetric] = {
             "fid": self.fid,
-            "inception_score": InceptionScore(extractor.num_classes, seed=seed, **alone),
             "kid": self.kid,
             "manifold": ManifoldScores(width, **alone),
         }
+        if extractor.num_classes:
+            self.metrics["inception_score"] = InceptionScore(extractor.num_classes, seed=seed, **alone)
         if dataset.class_names and dataset.class_names == extractor.class_names:
             self.metrics["classes"] = ClassScores(width, extractor.num_classes, **alone)
         self._collection = MetricCollection({**self.metrics})
@@ -151,7 +153,7 @@ class _Space:
 
     def scores(self, target: RealStatistics, floor: RealStatistics | None, poll: Poll) -> Scores:
         """On the main rank, with the states of all."""
-        result: Scores = {}
+        result: Scores = {"is_mean": None, "is_std": None}  # without classes
         for name, metric in self.metrics.items():
             poll()
             metric.poll = poll

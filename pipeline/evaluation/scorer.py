@@ -18,7 +18,7 @@ from pipeline.data.resident import load_images
 from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
 from pipeline.evaluation.extract import ImageSet
-from pipeline.evaluation.features import FeatureExtractor, find_weights, load_features
+from pipeline.evaluation.features import PUBLISHED, FeatureExtractor, load_all
 from pipeline.export.generator_file import fingerprint
 from pipeline.export.images import render_range, save_grid
 from pipeline.models.networks import Generator
@@ -32,18 +32,16 @@ class Scorer:
     """Loads the feature extractors once, and refuses before training what could only fail after it.
 
     Raises:
-        UserError: an unknown feature space, one that does not take this dataset's images, or missing weights.
+        UserError: an unknown feature space, one that does not speak for this dataset, or missing weights.
     """
 
     _warned = False
 
     def __init__(self, config: EvaluationConfig, dataset: Dataset, runtime: Runtime, seed: int) -> None:
         self.config, self.dataset, self.runtime, self._seed = config, dataset, runtime, seed
-        weights = None
-        if "inception" in config.features:
-            weights = runtime.ranks.on_main(lambda: find_weights(config.inception_weights))
-        shape = dataset.image_shape
-        self.extractors = [load_features(name, runtime.device, shape, weights) for name in config.features]
+        for weights in (PUBLISHED[name] for name in config.features if name in PUBLISHED):
+            runtime.ranks.on_main(partial(weights.fetch, config))
+        self.extractors = load_all(config, dataset, runtime.device)
 
     def score_generator(self, generator: Generator, path: Path, facts: dict[str, Any]) -> dict[str, Any]:
         """Scores evaluation images 0, ..., num_images - 1 of the generator, in eval mode: see `score`."""

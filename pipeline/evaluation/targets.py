@@ -106,6 +106,6 @@ def _fingerprint(target: Path, files: Sequence[Path]) -> str:
 
 def _summary(result: dict[str, Any]) -> str:
     return "; ".join(
-        f"{name} FID {scores['fid']:.2f} (floor {number(scores['fid_floor'])}), IS {scores['is_mean']:.2f}"
+        f"{name} FID {scores['fid']:.2f} (floor {number(scores['fid_floor'])}), IS {number(scores['is_mean'])}"
         for name, scores in result["features"].items()
     )

@@ -6,17 +6,14 @@ losses of equal slices is the loss of the whole batch.
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.config import TrainingConfig
+from pipeline.config import TrainingConfig, imported
 from pipeline.errors import UserError
 
 ScoreLoss = Callable[[Tensor], Tensor]
@@ -132,14 +129,7 @@ def choose(training: TrainingConfig) -> Objective:
 
 
 def _import(name: str) -> Objective:
-    """An objective of the user's: `module:NAME`, the module being installed or in the working directory."""
-    module, _, attribute = name.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"training.objective is {name!r}: {error}") from None
+    found = imported("training.objective", name)
     if not isinstance(found, Objective):
         raise UserError(f"training.objective is {name!r}: that is a {type(found).__name__}, not an Objective")
     return found

@@ -100,7 +100,7 @@ def test_everything_that_is_wrong_is_told_at_once(tiny_dataset: Path, mounted: P
         rf"error +data.dataset: on rank \d: {flipped} is damaged, its SHA-256 is not the manifest's; ", data
     )
     assert "error    training: training.batch_size 63 cannot be shared among 2 processes: choose" in result.stdout
-    assert "error    evaluation.features: the 'mnist' features score images of shape (1, 28, 28), not" in result.stdout
+    assert "error    evaluation.features: the 'mnist' features know MNIST's digits alone, and" in result.stdout
     assert f"error    run.root: on rank 0, 1: {mounted} can't be written to (Read-only file system)" in result.stdout
 
 
@@ -131,7 +131,7 @@ def test_missing_inception_weights(tiny_dataset: Path, tmp_path: Path, monkeypat
         return Plan(Config(evaluation=evaluation), 1, load_dataset(tiny_dataset))
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(Caution, match=rf"no Inception weights at {tmp_path}/hub/checkpoints/weights-inception"):
+    with pytest.raises(Caution, match=rf"Inception v3 weights are not at {tmp_path}/hub/checkpoints/weights-inc"):
         check_features(plan(None), "inception")
     given = tmp_path / "none.pth"
     with pytest.raises(UserError, match=r"evaluation\.inception_weights is .*none\.pth: no such file; give"):

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,23 @@ def test_fingerprint_follows_the_content_and_not_the_place(tmp_path: Path) -> No
     assert len({other.fingerprint for other in others} | {dataset.fingerprint}) == len(others) + 1
 
 
+def test_what_the_images_are_is_no_part_of_the_fingerprint(tmp_path: Path) -> None:
+    """Older manifests do not say it: they are read, and runs on them and cached features of theirs stay theirs."""
+    dataset = numbered_dataset(tmp_path, [3, 5])
+    path = dataset.folder / "dataset.json"
+    manifest = json.loads(path.read_text())
+    assert manifest.pop("kind") == "own"
+    shards = [[shard[key] for key in ("num_images", "num_bytes", "sha256")] for shard in manifest["splits"]["train"]]
+    content = json.dumps(manifest | {"splits": {"train": shards}}, sort_keys=True)
+    for more, kind in (({}, "own"), ({"kind": "cifar10"}, "cifar10")):
+        path.write_text(json.dumps(manifest | more))
+        assert load_dataset(dataset.folder).kind == kind
+        assert load_dataset(dataset.folder).fingerprint == sha256(content.encode()).hexdigest()
+    for more, kind in (({}, "mnist"), ({"kind": "own"}, "own")):
+        path.write_text(json.dumps(manifest | {"name": "mnist"} | more))
+        assert load_dataset(dataset.folder).kind == kind
+
+
 def change(key: str, value: object) -> Callable[[dict[str, Any]], None]:
     def apply(manifest: dict[str, Any]) -> None:
         manifest[key] = value
@@ -76,6 +94,8 @@ def change_shard(key: str, value: object) -> Callable[[dict[str, Any]], None]:
         (change("image_shape", [1, 2**20, 2**20]), r"image_shape is \[1, 1048576, 1048576\]"),
         (change("image_shape", "1x2x2"), "image_shape is '1x2x2'"),
         (change("class_names", [1, 2]), r"class_names is \[1, 2\]"),
+        (change("kind", "letters"), "kind is 'letters', not one of mnist, fashion_mnist, cifar10, own"),
+        (change("kind", 7), "kind is 7"),
         (change("splits", {}), "splits.train is missing"),
         (change("splits", {"test": []}), "splits.test lists no shard"),
         (change("splits", {"train": [7]}), r"splits.train\[0\]. is not an object"),

@@ -515,6 +515,21 @@ def test_an_npz_of_any_layout(layout: str, tmp_path: Path) -> None:
     assert {bytes(image.numpy()): label for image, label in zip(found, labels.tolist(), strict=True)} == content
 
 
+def test_what_the_images_are_is_said_by_who_prepares_them(tmp_path: Path, mnist_dataset: Dataset) -> None:
+    assert mnist_dataset.kind == "mnist"
+    np.savez(tmp_path / "images.npz", images=np.arange(60, dtype=np.uint8).reshape(15, 2, 2))
+    (tmp_path / "files").mkdir()
+    Image.new("L", (2, 2)).save(tmp_path / "files" / "one.png")
+    for name, source in (("npz", "images.npz"), ("folder", "files"), ("shards", "data/npz")):
+        arguments = (name, tmp_path / source, "--name", name, "--root", tmp_path / "data")
+        assert run(*arguments, "--kind", "letters").returncode == 2
+        assert run(*arguments, "--kind", "fashion_mnist").returncode == 0
+        assert load_dataset(tmp_path / "data" / name).kind == "fashion_mnist"
+        again = run(*arguments)
+        assert again.returncode == 2
+        assert "holds another dataset" in again.stderr
+
+
 def test_what_is_wrong_in_an_npz_is_named(tmp_path: Path) -> None:
     images = np.zeros((4, 5, 5), np.uint8)
 

@@ -11,12 +11,13 @@ import torch
 from pipeline.data import Dataset, load_dataset
 from pipeline.data.prepare import prepare_npz
 from pipeline.data.resident import load_split
-from pipeline.evaluation.features import FeatureExtractor, load_features
+from pipeline.evaluation.features import FeatureExtractor
+from pipeline.evaluation.features.mnist import MnistFeatures
 
 
 @pytest.fixture(scope="session")
 def extractor() -> FeatureExtractor:
-    return load_features("mnist", torch.device("cpu"), (1, 28, 28), None)
+    return MnistFeatures(torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")
@@ -32,4 +33,4 @@ def digits_files(mnist_dataset: Dataset, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture
 def digits(digits_files: dict[str, Path], tmp_path: Path) -> Dataset:
     """These digits as a dataset of the test's own, so nothing is cached yet."""
-    return load_dataset(prepare_npz(tmp_path, "digits", digits_files).folder)
+    return load_dataset(prepare_npz(tmp_path, "digits", digits_files, kind="mnist").folder)

@@ -21,7 +21,7 @@ from pipeline.data.resident import load_split
 from pipeline.distributed.collectives import Ranks
 from pipeline.evaluation.evaluate import evaluate_images
 from pipeline.evaluation.extract import ImageSet
-from pipeline.evaluation.features import load_features
+from pipeline.evaluation.features.mnist import MnistFeatures
 from pipeline.models.networks import Generator, initialise
 from pipeline.rng import evaluation_latents, seeded
 
@@ -32,7 +32,7 @@ def main(folder: str, output: str, num_images: str, *batch_sizes: str) -> None:
     ranks = Ranks.of_job()
     dataset = load_dataset(folder)
     digits, _ = load_split(dataset, "test")
-    extractor = load_features("mnist", torch.device("cpu"), dataset.image_shape, None)
+    extractor = MnistFeatures(torch.device("cpu"))
     generator = Generator(NetworkConfig(width=0.1), dataset.image_shape, 0).eval()
     initialise(generator, seeded(0, "test"))
     calls: list[tuple[int, int]] = []

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -12,14 +15,31 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-from pipeline.data import Dataset
+from pipeline.checks.machine import check_features
+from pipeline.checks.settings import Plan
+from pipeline.config import Config, DataConfig, EvaluationConfig, RuntimeConfig, make_parser
+from pipeline.data import Dataset, load_dataset
+from pipeline.data.prepare import prepare_npz
 from pipeline.data.resident import load_split
+from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
-from pipeline.evaluation.features import FeatureExtractor, inception, load_features, mnist
-from pipeline.evaluation.features.mnist import MNIST_WEIGHTS
+from pipeline.evaluation.features import SPACES, FeatureExtractor, inception, load_all, load_features, mnist
+from pipeline.evaluation.features.mnist import MNIST_WEIGHTS, MnistFeatures
+from pipeline.evaluation.scorer import Scorer
+from tests.jobs import process_kept
 from tests.trap import Trap
 
 CPU = torch.device("cpu")
+
+
+def described(shape: tuple[int, int, int] = (1, 28, 28)) -> Dataset:
+    """A dataset of digits without a file."""
+    return Dataset(Path("nowhere"), "digits", shape, tuple("0123456789"), {}, kind="mnist")
+
+
+def load(name: str, shape: tuple[int, int, int] = (1, 28, 28), **settings: Path) -> FeatureExtractor:
+    given = {key: str(path) for key, path in settings.items()}
+    return load_features(name, described(shape), CPU, EvaluationConfig(**given))  # type: ignore[arg-type]
 
 
 def test_the_shipped_classifier_is_small_and_accurate(mnist_dataset: Dataset, extractor: FeatureExtractor) -> None:
@@ -66,11 +86,36 @@ def test_forward_passes_hold_the_same_images_whatever_the_call(
 
 
 @pytest.mark.parametrize("shape", [(3, 28, 28), (1, 32, 32), (1, 28, 29)])
-def test_mnist_features_refuse_other_images(shape: tuple[int, int, int]) -> None:
-    with pytest.raises(UserError, match="inception") as refused:
-        load_features("mnist", CPU, shape, None)
+def test_mnist_features_refuse_other_shapes(shape: tuple[int, int, int]) -> None:
+    with pytest.raises(UserError, match=r"\[inception\] or \[dinov2\]") as refused:
+        load("mnist", shape)
     assert str(shape) in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_mnist_features_refuse_whatever_is_not_mnist(labelled: bool, tmp_path: Path) -> None:
+    """Of MNIST's very shape and classes too, unless its manifest says that it is MNIST; programs and doctor alike."""
+    images = np.random.default_rng(0).integers(0, 256, (60, 28, 28), dtype=np.uint8)
+    arrays = {"images": images} | ({"labels": np.arange(60) % 10} if labelled else {})
+    np.savez(tmp_path / "clothes.npz", **arrays)  # type: ignore[arg-type]
+    clothes = prepare_npz(tmp_path, "clothes", {"train": tmp_path / "clothes.npz"})
+    config = Config(data=DataConfig(dataset=str(clothes.folder)), runtime=RuntimeConfig(device="cpu", threads=1))
+    with process_kept(), pytest.raises(UserError) as refused:
+        Scorer(config.evaluation, clothes, Runtime(config.runtime), 0)
+    command = f"python -m pipeline.evaluation.train_classifier --dataset {clothes.folder}"
+    own = f"[own] (made by {command}), " if labelled else ""
+    assert f"dataset clothes is of kind own: use evaluation.features {own}[inception] or [dinov2]" in str(refused.value)
+    assert '"kind": "mnist" into its dataset.json' in str(refused.value)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(UserError, match="dataset clothes is of kind own: use"):
+        check_features(Plan(config, 1, clothes), "mnist")
+
+    manifest = json.loads((clothes.folder / "dataset.json").read_text())
+    (clothes.folder / "dataset.json").write_text(json.dumps(manifest | {"kind": "mnist"}))
+    told = load_dataset(clothes.folder)
+    assert told.fingerprint == clothes.fingerprint
+    assert check_features(Plan(config, 1, told), "mnist") == "mnist, its weights load"
 
 
 def test_images_are_never_rescaled(extractor: FeatureExtractor) -> None:
@@ -101,30 +146,41 @@ def test_features_are_never_computed_in_tensor_float_32(
 
 
 def test_an_unknown_feature_space_is_refused() -> None:
-    with pytest.raises(UserError, match=r"'fashion'.*mnist, inception"):
-        load_features("fashion", CPU, (1, 28, 28), None)
+    with pytest.raises(UserError, match=r"'fashion'.*mnist, own, inception, dinov2, torchscript:PATH and module:NAME"):
+        load("fashion")
+
+
+def test_every_space_is_listed_by_the_help() -> None:
+    after = make_parser("test").format_help().split("Feature spaces to score in:")[1]
+    for name in (*SPACES, "torchscript:PATH", "module:NAME"):
+        assert re.search(rf"\b{name}\b", after.split("--evaluation.reference")[0]), name
+
+
+def test_two_spaces_of_one_name_are_refused() -> None:
+    with pytest.raises(UserError, match=r"two spaces of one name \(mnist, mnist\)"):
+        load_all(EvaluationConfig(features=["mnist", "mnist"]), described(), CPU)
 
 
 def test_the_fingerprint_follows_the_weights(
     extractor: FeatureExtractor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert load_features("mnist", CPU, (1, 28, 28), None).fingerprint == extractor.fingerprint
+    assert MnistFeatures(CPU).fingerprint == extractor.fingerprint
     assert len(extractor.fingerprint) == 64
     weights = load_file(MNIST_WEIGHTS)
     weights["conv1.bias"][0] += 1e-3
-    save_file(weights, tmp_path / "other.safetensors")
+    save_file(weights, tmp_path / "other.safetensors", {"test_accuracy": "0.9950"})
     monkeypatch.setattr(mnist, "MNIST_WEIGHTS", tmp_path / "other.safetensors")
-    assert load_features("mnist", CPU, (1, 28, 28), None).fingerprint != extractor.fingerprint
+    assert MnistFeatures(CPU).fingerprint != extractor.fingerprint
 
 
 def test_offline_inception_says_which_file_goes_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "weights-inception-2015-12-05-6726825d.pth"
-    assert URL_INCEPTION_V3 == inception.URL
-    assert Path(inception.URL).name == name
-    monkeypatch.setattr(inception, "URL", f"http://127.0.0.1:9/{name}")  # nothing listens there
+    assert inception.WEIGHTS.url == URL_INCEPTION_V3
+    assert Path(inception.WEIGHTS.url).name == name
+    nowhere = inception.WEIGHTS._replace(url=f"http://127.0.0.1:9/{name}")  # nothing listens there
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError) as refused:
-        load_features("inception", CPU, (1, 28, 28), None)
+        nowhere.fetch(EvaluationConfig())
     message = str(refused.value)
     assert str(tmp_path / "hub" / "checkpoints" / name) in message
     assert "evaluation.inception_weights" in message
@@ -134,7 +190,7 @@ def test_offline_inception_says_which_file_goes_where(tmp_path: Path, monkeypatc
 
 def test_bad_inception_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
-        load_features("inception", CPU, (1, 28, 28), tmp_path / "missing.pth")
+        load("inception", (1, 28, 28), inception_weights=tmp_path / "missing.pth")
     (tmp_path / "noise.pth").write_bytes(os.urandom(5000))
     torch.save({"Conv2d_1a_3x3.conv.weight": torch.zeros(1)}, tmp_path / "other.pth")
     whole = (tmp_path / "other.pth").read_bytes()
@@ -143,14 +199,14 @@ def test_bad_inception_weights_are_refused(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pth")
     for name in ("noise", "other", "short", "empty", "list"):
         with pytest.raises(UserError, match=rf"{name}\.pth") as refused:
-            load_features("inception", CPU, (1, 28, 28), tmp_path / f"{name}.pth")
+            load("inception", (1, 28, 28), inception_weights=tmp_path / f"{name}.pth")
         assert "\n" not in str(refused.value)
     with pytest.raises(UserError, match="1 or 3 channels"):
-        load_features("inception", CPU, (2, 28, 28), tmp_path / "other.pth")
+        load("inception", (2, 28, 28), inception_weights=tmp_path / "other.pth")
 
 
 def test_a_pickle_in_place_of_the_weights_is_not_executed(tmp_path: Path) -> None:
     torch.save({"weight": Trap(tmp_path / "executed")}, tmp_path / "weights.pth")
     with pytest.raises(UserError, match=r"weights\.pth"):
-        load_features("inception", CPU, (1, 28, 28), tmp_path / "weights.pth")
+        load("inception", (1, 28, 28), inception_weights=tmp_path / "weights.pth")
     assert not (tmp_path / "executed").exists()

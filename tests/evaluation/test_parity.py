@@ -15,7 +15,8 @@ from torchmetrics import MetricCollection
 from pipeline.benchmarking.fidelity import fidelity_scores
 from pipeline.data import Dataset
 from pipeline.data.resident import load_split
-from pipeline.evaluation.features import FeatureExtractor, load_features
+from pipeline.evaluation.features import FeatureExtractor
+from pipeline.evaluation.features.inception import InceptionFeatures
 from pipeline.evaluation.metrics import FrechetDistance, InceptionScore, KernelDistance
 from pipeline.evaluation.metrics.kernel import KID_SUBSET_SIZE
 
@@ -89,16 +90,14 @@ def random_inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_inception_features(random_inception: Path, mnist_dataset: Dataset) -> None:
     images, _ = load_split(mnist_dataset, "test")
     fake, real = images[:12] // 2, images[20:34]
-    extractor = load_features("inception", CPU, (1, 28, 28), random_inception)
+    extractor = InceptionFeatures(random_inception, CPU)
     found = ours(fake, real, extractor)
     named = {"feature_extractor": "inception-v3-compat", "feature_extractor_weights_path": str(random_inception)}
     rgb = (fake.expand(-1, 3, -1, -1), real.expand(-1, 3, -1, -1))
     compare(found, theirs(rgb[0], rgb[1], 12, 14, **named))
     # Colour images go in as they are: channel order matters, a grey image equals its copy in three channels.
     coloured = images[:3].view(1, 3, 28, 28)
-    features, logits = load_features("inception", CPU, (3, 28, 28), random_inception)(
-        torch.cat([rgb[0][:1], coloured, coloured.flip(1)])
-    )
+    features, logits = extractor(torch.cat([rgb[0][:1], coloured, coloured.flip(1)]))
     torch.testing.assert_close(features[0], extractor(fake[:1])[0][0], rtol=1e-4, atol=1e-4)
     assert logits.shape == (3, 1008)
     assert not torch.allclose(features[1], features[2], rtol=1e-3)

@@ -181,10 +181,10 @@ def test_concurrent_runs_leave_one_whole_file(digits: Dataset, counting: Countin
     script = """
 import sys, torch
 from pipeline.data import load_dataset
-from pipeline.evaluation.features import load_features
+from pipeline.evaluation.features.mnist import MnistFeatures
 from pipeline.evaluation.real_statistics import real_statistics, _read, _write
 dataset = load_dataset(sys.argv[1])
-extractor = load_features("mnist", torch.device("cpu"), dataset.image_shape, None)
+extractor = MnistFeatures(torch.device("cpu"))
 print("ready", flush=True)
 input()
 real = real_statistics(dataset, "test", extractor)

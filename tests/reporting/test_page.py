@@ -72,6 +72,7 @@ def test_report_says_everything_verdict_first(run: Path) -> None:
         "how many real images the samples reach. N = 10,000 generated, 10,000 real.",
         "mean confidence 0.930. N = 10,000 generated, 60,000 real.",
         "Marks: the floor, 10,000 other real images of all classes. N = 10,000 generated, 60,000 real.",
+        "the package's own MNIST classifier (test accuracy 0.995): the FIDs of papers",
     ):
         assert words in page.text
     assert page.text.index("45.2") < page.text.index("Scores over training")
@@ -231,7 +232,8 @@ def test_json_summary_is_for_machines(run: Path) -> None:
     assert summary["differences"]["training.n_critic"] == {"value": 2, "default": 5}
     mail = (run / "report.md").read_text()
     assert mail.startswith(
-        "# `made`: finished, 3,000 steps\n\n- **FID 45.2** (`mnist`, step 3,000, 10,000 images). That"
+        "# `made`: finished, 3,000 steps\n\n- **FID 45.2** (`mnist` of a classifier with test accuracy 0.995, "
+        "step 3,000, 10,000 images). That"
     )
     assert "`training.n_critic=2`" in mail
     assert len(mail.splitlines()) < 10

@@ -95,7 +95,7 @@ def project(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Proje
     images = random.integers(0, 256, (600, 28, 28), dtype=np.uint8)
     np.savez(folder / "images.npz", images=images, labels=np.arange(600) % 10)
     files = {split: folder / "images.npz" for split in ("train", "test")}
-    dataset = prepare_npz(folder, "random", files, ShardSizes(50, 200))
+    dataset = prepare_npz(folder, "random", files, ShardSizes(50, 200), kind="mnist")
     settings = ("--data.dataset", str(dataset.folder), "--run.root", str(folder / "runs"))
     return Project(folder, cluster, (*TINY, "--evaluation.num_images", "100", *settings))
 

@@ -108,7 +108,7 @@ def commit(dataset: Dataset, temporary: Path) -> Dataset:
     folder = dataset.folder
 
     def is_same(existing: Dataset) -> bool:
-        if same := existing.fingerprint == dataset.fingerprint:
+        if same := (existing.fingerprint, existing.kind) == (dataset.fingerprint, dataset.kind):
             for shard in (shard for shards in existing.splits.values() for shard in shards):
                 read_shard(existing, shard)
         return same

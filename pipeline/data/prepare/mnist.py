@@ -59,7 +59,7 @@ def prepare_mnist(root: Path, source: Path | None = None, sizes: ShardSizes = DE
             labels = np.frombuffer(files[f"{stem}-labels-idx1-ubyte"], np.uint8, offset=8).astype(np.int64)
             splits[split] = Split(len(images), labels, images.__getitem__)
         shards = write_shards(temporary, splits, sizes, shuffle=False)
-        dataset = commit(Dataset(folder, "mnist", (1, 28, 28), tuple("0123456789"), shards), temporary)
+        dataset = commit(Dataset(folder, "mnist", (1, 28, 28), tuple("0123456789"), shards, kind="mnist"), temporary)
         shutil.rmtree(downloads, ignore_errors=True)
         return dataset
 

@@ -1,9 +1,13 @@
-"""Other people's images as datasets: folders, .npz files, and WebDataset shards, which stay where they are."""
+"""Other people's images as datasets: folders, .npz files, and WebDataset shards, which stay where they are.
+
+What the images are (one of KINDS) is for the caller to say: feature spaces go by it.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from io import BytesIO
@@ -26,7 +30,13 @@ MAX_SHARDS = 1_000_000
 
 
 def prepare_folder(
-    root: Path, name: str, paths: dict[str, Path], sizes: ShardSizes = DEFAULT_SIZES, *, size: int | None = None
+    root: Path,
+    name: str,
+    paths: dict[str, Path],
+    sizes: ShardSizes = DEFAULT_SIZES,
+    *,
+    size: int | None = None,
+    kind: str = "own",
 ) -> Dataset:
     """Image files as `root`/`name`, shuffled once (a folder is sorted by class, a shard must not be).
 
@@ -48,10 +58,12 @@ def prepare_folder(
     for split, (files, _, labels) in listings.items():
         read = partial(read_images, files, shape, resize=size is not None)
         splits[split] = Split(len(files), labels if class_names else None, read)
-    return _write(root, name, shape, class_names, splits, sizes)
+    return _write(Dataset(root / name, name, shape, tuple(class_names), {}, kind=kind), splits, sizes)
 
 
-def prepare_npz(root: Path, name: str, paths: dict[str, Path], sizes: ShardSizes = DEFAULT_SIZES) -> Dataset:
+def prepare_npz(
+    root: Path, name: str, paths: dict[str, Path], sizes: ShardSizes = DEFAULT_SIZES, *, kind: str = "own"
+) -> Dataset:
     """`.npz` files for "train" and maybe "test" as `root`/`name`, shuffled once.
 
     Each holds `images` uint8 [N, H, W], [N, H, W, C] or [N, C, H, W] with C 1 or 3 and maybe `labels`, integers [N].
@@ -61,11 +73,11 @@ def prepare_npz(root: Path, name: str, paths: dict[str, Path], sizes: ShardSizes
     shape = common_shape((str(paths[split]), arrays[split][0].shape[1:], False) for split in paths)
     class_names = _numbered_classes([(str(paths[split]), arrays[split][1]) for split in paths], "files")
     splits = {split: Split(len(images), labels, images.__getitem__) for split, (images, labels) in arrays.items()}
-    return _write(root, name, shape, class_names, splits, sizes)
+    return _write(Dataset(root / name, name, shape, class_names, {}, kind=kind), splits, sizes)
 
 
 def index_shards(
-    root: Path, name: str, patterns: dict[str, Sequence[str]], *, allow_shell_urls: bool = False
+    root: Path, name: str, patterns: dict[str, Sequence[str]], *, allow_shell_urls: bool = False, kind: str = "own"
 ) -> Dataset:
     """Existing WebDataset shards as `root`/`name`, which holds a manifest alone: they stay where they are.
 
@@ -94,15 +106,15 @@ def index_shards(
 
     with preparing(root, name) as temporary:
         shape = common_shape(index())
-        return commit(Dataset(root / name, name, shape, _numbered_classes(labels, "shards"), splits), temporary)
+        class_names = _numbered_classes(labels, "shards")
+        return commit(Dataset(root / name, name, shape, class_names, splits, kind=kind), temporary)
 
 
-def _write(
-    root: Path, name: str, shape: ImageShape, class_names: Iterable[str], splits: dict[str, Split], sizes: ShardSizes
-) -> Dataset:
-    with preparing(root, name) as temporary:
+def _write(dataset: Dataset, splits: dict[str, Split], sizes: ShardSizes) -> Dataset:
+    """Writes and commits what `dataset` describes but for its shards."""
+    with preparing(dataset.folder.parent, dataset.name) as temporary:
         shards = write_shards(temporary, splits, sizes, shuffle=True)
-        return commit(Dataset(root / name, name, shape, tuple(class_names), shards), temporary)
+        return commit(replace(dataset, splits=shards), temporary)
 
 
 def _numbered_classes(found: Sequence[tuple[str, Labels | None]], what: str) -> tuple[str, ...]:

@@ -3,31 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
+from pipeline.config import EvaluationConfig
+from pipeline.data.manifest import Dataset
 from pipeline.errors import UserError
+from pipeline.evaluation.features import dinov2, inception
 from pipeline.evaluation.features.base import FORWARD_SIZE, FeatureExtractor
-from pipeline.evaluation.features.inception import InceptionFeatures, default_inception_weights, find_weights
-from pipeline.evaluation.features.mnist import MnistFeatures
+from pipeline.evaluation.features.custom import TORCHSCRIPT, load_module, load_torchscript
+from pipeline.evaluation.features.mnist import load_mnist
+from pipeline.evaluation.features.own import load_own
 
-__all__ = ["FORWARD_SIZE", "FeatureExtractor", "default_inception_weights", "find_weights", "load_features"]
+__all__ = ["FORWARD_SIZE", "PUBLISHED", "FeatureExtractor", "load_all", "load_features"]
 
-SPACES: dict[str, Callable[[torch.device, tuple[int, int, int], str | Path | None], FeatureExtractor]] = {
-    "mnist": lambda device, image_shape, _: MnistFeatures(device, image_shape),
-    "inception": InceptionFeatures,
+SPACES: dict[str, Callable[[Dataset, torch.device, EvaluationConfig], FeatureExtractor]] = {
+    "mnist": load_mnist,
+    "own": load_own,
+    "inception": inception.load_inception,
+    "dinov2": dinov2.load_dinov2,
 }
+"""Each raises UserError for a dataset that it does not speak for, before it does any work."""
+PUBLISHED = {"inception": inception.WEIGHTS, "dinov2": dinov2.WEIGHTS}
+"""The spaces that need a file of somebody else's."""
 
 
-def load_features(
-    name: str, device: torch.device, image_shape: tuple[int, int, int], inception_weights: str | Path | None = None
-) -> FeatureExtractor:
-    """The extractor called `name` for images of shape (C, H, W).
+def load_features(name: str, dataset: Dataset, device: torch.device, config: EvaluationConfig) -> FeatureExtractor:
+    """The extractor called `name` for a dataset's images.
 
     Raises:
-        UserError: unknown name, images that it cannot score, or weights that are missing or damaged.
+        UserError: unknown name, a dataset that it does not speak for, or weights that are missing or damaged.
     """
-    if name not in SPACES:
-        raise UserError(f"evaluation.features holds {name!r}: choose from {', '.join(SPACES)}")
-    return SPACES[name](device, image_shape, inception_weights)
+    if ":" in name:
+        load = load_torchscript if name.startswith(TORCHSCRIPT) else load_module
+        return load(name, dataset, device)
+    if name in SPACES:
+        return SPACES[name](dataset, device, config)
+    names = ", ".join(SPACES)
+    raise UserError(f"evaluation.features holds {name!r}: choose from {names}, torchscript:PATH and module:NAME")
+
+
+def load_all(config: EvaluationConfig, dataset: Dataset, device: torch.device) -> list[FeatureExtractor]:
+    """The extractors that the configuration names, whose weights are here. Raises UserError as `load_features` does."""
+    extractors = [load_features(name, dataset, device, config) for name in config.features]
+    names = [extractor.name for extractor in extractors]
+    if len({*names}) < len(names):
+        raise UserError(f"evaluation.features holds two spaces of one name ({', '.join(names)}): leave one out")
+    return extractors

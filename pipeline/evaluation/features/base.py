@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -17,9 +18,10 @@ class FeatureExtractor(ABC):
     """A frozen network that maps images to features (compared by FID, KID, ...) and logits (Inception Score, classes).
 
     Attributes:
-        name: the key of its scores in an evaluation.
-        num_features, num_classes: widths of the two outputs.
+        name: the key of its scores in an evaluation, fit for a file's name.
+        num_features, num_classes: widths of the two outputs. Without classes there are no logits to speak of ([n, 0]).
         class_names: what the logits stand for; empty when that is not of interest.
+        facts: what a reader of the scores should know of the network, kept with them.
         fingerprint: SHA-256 of the weights and of the version of the code around them. Scores with different
             fingerprints must not be compared.
     """
@@ -28,6 +30,7 @@ class FeatureExtractor(ABC):
     num_features: int
     num_classes: int
     class_names: tuple[str, ...] = ()
+    facts: Mapping[str, object] = {}
 
     def __init__(self, version: str, weights: bytes, device: torch.device) -> None:
         """`version` changes whenever the same weights begin to give other features."""
@@ -57,3 +60,12 @@ class FeatureExtractor(ABC):
     @abstractmethod
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """One forward pass over at most FORWARD_SIZE images on the extractor's device."""
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors on any device, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,76 @@
+"""`torchscript:PATH` and `module:NAME`: a feature network of the user's own.
+
+It is called in eval mode with uint8 [n, C, H, W] in 0..255 and returns features [n, d], or a pair of features and
+logits [n, k]; image i's rows depend on image i alone. The NAME of a module is such a torch.nn.Module, or what makes one
+when it is called without arguments. Code and file are touched only where `evaluation.features` names them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import imported
+from pipeline.data.manifest import Dataset
+from pipeline.errors import UserError
+from pipeline.evaluation.features.base import FeatureExtractor, digest_of
+
+TORCHSCRIPT = "torchscript:"
+
+
+class CustomFeatures(FeatureExtractor):
+    """Raises UserError when the network fails on two images of this shape, or gives something else."""
+
+    def __init__(
+        self, name: str, network: nn.Module, identity: bytes, image_shape: tuple[int, int, int], device: torch.device
+    ) -> None:
+        self.name, self.network = name, network.eval().to(device)
+        super().__init__("1", identity, device)
+        try:
+            features, logits = self(torch.zeros(2, *image_shape, dtype=torch.uint8))
+        except Exception as error:  # the user's code may raise anything
+            reason = (str(error).strip().splitlines() or [""])[-1]
+            given = f"{name} was given uint8 {[2, *image_shape]}"
+            raise UserError(f"evaluation.features: {given} and failed ({type(error).__name__}: {reason})") from error
+        self.num_features, self.num_classes = features.shape[1], logits.shape[1]
+
+    def _forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.network(images)
+        features, logits = found if isinstance(found, tuple) else (found, found.new_empty(len(images), 0))
+        for tensor in (features, logits):
+            if tensor.shape[:1] != images.shape[:1] or tensor.ndim != 2:
+                raise ValueError(f"it returned {list(tensor.shape)}, not a row for each of {len(images)} images")
+        return features.float(), logits.float()
+
+
+def load_torchscript(name: str, dataset: Dataset, device: torch.device) -> FeatureExtractor:
+    """Raises UserError for a file that is missing or no TorchScript."""
+    path = Path(name.removeprefix(TORCHSCRIPT))
+    if not path.is_file():
+        raise UserError(f"evaluation.features holds {name!r}: no such file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 calls TorchScript deprecated; people have files
+            network = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"evaluation.features: {path} is not TorchScript ({str(error).splitlines()[0]})") from None
+    identity = hashlib.sha256(path.read_bytes()).hexdigest().encode()
+    return CustomFeatures(f"torchscript:{path.stem}", network, identity, dataset.image_shape, device)
+
+
+def load_module(name: str, dataset: Dataset, device: torch.device) -> FeatureExtractor:
+    """Its fingerprint is that of the module's source file and of its weights: what it imports is not looked at."""
+    network = imported("evaluation.features", name)
+    if not isinstance(network, nn.Module) and callable(network):
+        network = network()
+    if not isinstance(network, nn.Module):
+        raise UserError(f"evaluation.features holds {name!r}: that is a {type(network).__name__}, not a torch module")
+    source = Path(inspect.getfile(sys.modules[name.partition(":")[0]])).read_bytes()
+    identity = hashlib.sha256(source).hexdigest() + digest_of(network.state_dict())
+    return CustomFeatures(name, network, identity.encode(), dataset.image_shape, device)

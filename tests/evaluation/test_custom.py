@@ -1,0 +1,151 @@
+"""Feature networks of the user's own: TorchScript files, and modules by name."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import EvaluationConfig
+from pipeline.data import Dataset
+from pipeline.data.resident import load_split
+from pipeline.errors import UserError
+from pipeline.evaluation.evaluate import evaluate_images
+from pipeline.evaluation.extract import ImageSet
+from pipeline.evaluation.features import FeatureExtractor, load_features
+
+CPU = torch.device("cpu")
+SOURCE = '''
+from pathlib import Path
+import torch
+
+Path("imported").touch()
+
+class Means(torch.nn.Module):
+    """Mean brightness of rows, and as logits of columns."""
+
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(factor))
+
+    def forward(self, images):
+        pixels = images.double() * self.factor
+        return pixels.mean((1, 3)), pixels.mean((1, 2))
+
+twice = Means(2.0)
+number = 7
+
+def wrong():
+    return torch.nn.Flatten(0)
+
+class Failing(torch.nn.Module):
+    def forward(self, images):
+        raise RuntimeError("first line\\nno such device")
+'''
+
+
+class Rows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        means: Tensor = self.dropout(images.float().mean((1, 3)) * self.scale)
+        return means
+
+
+def script(network: nn.Module, path: Path) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.jit.script(network).save(path)  # type: ignore[no-untyped-call]
+    return f"torchscript:{path}"
+
+
+def load(name: str, dataset: Dataset) -> FeatureExtractor:
+    return load_features(name, dataset, CPU, EvaluationConfig())
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module of another name in each test, in the working directory."""
+    name = f"features_of_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(SOURCE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return name
+
+
+def test_a_torchscript_file_is_a_feature_space(digits: Dataset, tmp_path: Path) -> None:
+    name = script(Rows(), tmp_path / "rows.pt")
+    rows = load(name, digits)
+    assert (rows.name, rows.num_features, rows.num_classes) == ("torchscript:rows", 28, 0)
+    images, _ = load_split(digits, "test")
+    features, logits = rows(images)
+    torch.testing.assert_close(features, images.float().mean((1, 3)) / 2)
+    assert logits.shape == (610, 0)
+    scores = evaluate_images(ImageSet.of_tensor(images), digits, [rows], reference="test")["torchscript:rows"]
+    assert scores["fid"] == pytest.approx(0, abs=1e-6)
+    assert scores["is_mean"] is scores["is_std"] is None  # it has no classes
+    assert load(name, digits).fingerprint == rows.fingerprint
+    other = Rows()
+    nn.init.constant_(other.scale, 0.25)
+    script(other, tmp_path / "rows.pt")
+    assert load(name, digits).fingerprint != rows.fingerprint
+
+
+def test_a_module_by_name_is_a_feature_space(digits: Dataset, module: str, tmp_path: Path) -> None:
+    load("mnist", digits)
+    assert not (tmp_path / "imported").exists()
+    means, twice = load(f"{module}:Means", digits), load(f"{module}:twice", digits)
+    assert (tmp_path / "imported").exists()
+    images, _ = load_split(digits, "test")
+    features, logits = means(images)
+    assert features.dtype == logits.dtype == torch.float32
+    torch.testing.assert_close(features, images.float().mean((1, 3)))
+    torch.testing.assert_close(twice(images)[1], 2 * images.float().mean((1, 2)))
+    assert (means.name, means.num_classes) == (f"{module}:Means", 28)
+    assert load(f"{module}:Means", digits).fingerprint == means.fingerprint
+    Path(f"{module}.py").write_text(SOURCE + "# changed\n")
+    assert load(f"{module}:Means", digits).fingerprint != means.fingerprint
+    with torch.no_grad():
+        sys.modules[module].twice.factor += 1
+    changed = load(f"{module}:twice", digits)
+    assert changed.fingerprint not in (means.fingerprint, twice.fingerprint)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "words"),
+    [
+        ("missing", "has no attribute 'missing'"),
+        ("number", "that is a int, not a torch module"),
+        (
+            "wrong",
+            r"was given uint8 \[2, 1, 28, 28\] and failed \(ValueError: it returned \[1568\], not a row for",
+        ),
+        ("Failing", r"and failed \(RuntimeError: no such device\)"),
+    ],
+)
+def test_what_is_wrong_with_a_module_is_told(attribute: str, words: str, digits: Dataset, module: str) -> None:
+    with pytest.raises(UserError, match=rf"evaluation\.features.*{module}:{attribute}.*{words}") as refused:
+        load(f"{module}:{attribute}", digits)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_is_no_torchscript_is_refused(digits: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluation\.features holds 'torchscript:none\.pt': no such file"):
+        load("torchscript:none.pt", digits)
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pt")
+    (tmp_path / "noise.pt").write_bytes(b"noise" * 100)
+    for path in (tmp_path / "weights.pt", tmp_path / "noise.pt"):
+        with pytest.raises(UserError, match=rf"{path} is not TorchScript") as refused:
+            load(f"torchscript:{path}", digits)
+        assert "\n" not in str(refused.value)
+    with pytest.raises(UserError, match=r"evaluation\.features: torchscript:flat was given uint8"):
+        load(script(nn.Flatten(0), tmp_path / "flat.pt"), digits)
+    with pytest.raises(UserError, match="module_that_is_not_there"):
+        load("module_that_is_not_there:Name", digits)
