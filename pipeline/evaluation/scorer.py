@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,12 @@ class Scorer:
             weights = runtime.ranks.on_main(lambda: find_weights(config.inception_weights))
         shape = dataset.image_shape
         self.extractors = [load_features(name, runtime.device, shape, weights) for name in config.features]
+
+    def with_seed(self, seed: int) -> Scorer:
+        """The same, of other evaluation images."""
+        other = copy.copy(self)
+        other._seed = seed
+        return other
 
     def score_generator(self, generator: Generator, path: Path, facts: dict[str, Any]) -> dict[str, Any]:
         """Scores evaluation images 0, ..., num_images - 1 of the generator, in eval mode: see `score`."""

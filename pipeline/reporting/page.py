@@ -110,6 +110,7 @@ def _summary(run: Run) -> dict[str, object]:
         "verdict": {name: verdict(latest, name) for name in latest.features} if latest else {},
         "evaluation": {"step": latest.step, **latest.settings, "features": latest.features} if latest else None,
         "best": run.best,
+        "chosen": run.chosen or None,
         "last_logged": run.log[-1] if run.log else None,
         "timing": run.timing,
         "differences": {key: {"value": value, "default": default} for key, (value, default) in run.differences.items()},
