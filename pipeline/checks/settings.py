@@ -95,7 +95,8 @@ def check_selection(plan: Plan) -> str:
         return ""
     if every is None:
         raise UserError(f"run.keep_best is {run.keep_best}, but evaluation.every is null: set it to a number of steps")
-    return f"{'.'.join(named_score(plan.config))}, of an evaluation every {every} steps"
+    space, key = named_score(run.keep_best, plan.config.evaluation.features)
+    return f"{space} {key} of an evaluation every {every} steps"
 
 
 def check_run_folder(plan: Plan) -> str:

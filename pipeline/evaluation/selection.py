@@ -26,18 +26,17 @@ LOWER_IS_BETTER = {
 """Scores that a checkpoint can be chosen by, as the files of scores name them."""
 
 
-def named_score(config: Config) -> tuple[str, str]:
-    """The feature space and the score that run.keep_best names.
+def named_score(name: str, spaces: list[str]) -> tuple[str, str]:
+    """The feature space and the score that a name like `fid` (in the first space) or `mnist.fid` means.
 
     Raises:
-        UserError: there is no such score, or the run is not scored in such a space.
+        UserError: there is no such score, or no such space among evaluation.features.
     """
-    given, spaces = str(config.run.keep_best), config.evaluation.features
-    space, _, key = given.rpartition(".")
+    space, _, key = name.rpartition(".")
     if key not in LOWER_IS_BETTER:
-        raise UserError(f"run.keep_best is {given}: choose one of {', '.join(LOWER_IS_BETTER)}")
+        raise UserError(f"{name} is no score to choose by: name one of {', '.join(LOWER_IS_BETTER)}")
     if (space or not spaces) and space not in spaces:
-        raise UserError(f"run.keep_best is {given}, but evaluation.features is {spaces}: add it there, or name another")
+        raise UserError(f"{name} is no score in evaluation.features {spaces}: add that space there, or name another")
     return space or spaces[0], key
 
 
@@ -49,7 +48,7 @@ class Selection:
     """
 
     def __init__(self, config: Config) -> None:
-        self.space, self.key = named_score(config)
+        self.space, self.key = named_score(str(config.run.keep_best), config.evaluation.features)
         self._config, self._folder = config, RunFolder(config.folder)
         evaluation = config.evaluation
         self._settings = {

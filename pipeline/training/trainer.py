@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -36,11 +37,15 @@ from pipeline.training.state import build_state
 class Trainer:
     """Trains one run. Building it checks everything that can be checked before anything is written.
 
+    Args:
+        ends_at: asked on the main rank after the evaluation of a step whether the run ends there; by default it does
+            when run.patience says so.
+
     Raises:
         UserError: the configuration contradicts itself, the world size, the dataset or the run's folder.
     """
 
-    def __init__(self, config: Config, runtime: Runtime) -> None:
+    def __init__(self, config: Config, runtime: Runtime, ends_at: Callable[[int], bool] | None = None) -> None:
         self.config, self.runtime, self.folder = config, runtime, RunFolder(config.folder)
         ranks, training = runtime.ranks, config.training
         ranks.on_main(lambda: refuse(Plan(config, ranks.world_size)))
@@ -58,6 +63,7 @@ class Trainer:
         self.selection = Selection(config) if config.run.keep_best else None
         self.saver = Saver(config, self.state, runtime, self._progress, self.selection)
         self._last_step = training.steps
+        self._ends_at = ends_at or (self.selection.is_over if self.selection else None)
         self._lock: RunLock | None = None
         self._fids = ""
 
@@ -187,7 +193,7 @@ class Trainer:
                 save_grid(images, grid, columns)
 
     def _evaluate(self, scorer: Scorer, generator: Generator) -> None:
-        step, runtime, selection, started = self.state.step, self.runtime, self.selection, time.monotonic()
+        step, runtime, ends_at, started = self.state.step, self.runtime, self._ends_at, time.monotonic()
         scores = self.folder.scores(step)
         if not runtime.ranks.on_main(scores.exists):
             try:
@@ -202,10 +208,8 @@ class Trainer:
                     self._write_log()
                 self._stop()
         self.log.add_evaluation(time.monotonic() - started)
-        if step < self._last_step and selection and runtime.ranks.on_main(lambda: selection.is_over(step)):
-            runtime.say(
-                f"step {step}: {self.config.run.patience} evaluations without a better score, the run ends here"
-            )
+        if step < self._last_step and ends_at and runtime.ranks.on_main(lambda: ends_at(step)):
+            runtime.say(f"step {step}: the run ends here, its scores do not get better")
             self._last_step = step
 
     def _scored_generator(self) -> Generator:

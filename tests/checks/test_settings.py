@@ -160,12 +160,12 @@ TABLE = {
         subject="run.keep_best",
     ),
     "the best by no such score": Bad(
-        r"run.keep_best is mnist.fids: choose one of fid, kid_mean, is_mean, .*",
+        r"mnist.fids is no score to choose by: name one of fid, kid_mean, is_mean, .*",
         {"run": {"keep_best": "mnist.fids"}, "evaluation": {"every": 5}},
         subject="run.keep_best",
     ),
     "the best in a space that is not scored": Bad(
-        r"run.keep_best is inception.fid, but evaluation.features is \['mnist'\]: add it there, or name another",
+        r"inception.fid is no score in evaluation.features \['mnist'\]: add that space there, or name another",
         {"run": {"keep_best": "inception.fid"}, "evaluation": {"every": 5}},
         subject="run.keep_best",
     ),
