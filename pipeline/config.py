@@ -65,6 +65,11 @@ class RunConfig:
     """Newest checkpoints to keep."""
     keep_every: int | None = knob(None, low=1, free=True)
     """Also keep every checkpoint whose step is a multiple of this."""
+    keep_best: str | None = knob(None, free=True)
+    """Also keep, and export at the end, the checkpoint with the best of this score in the run's evaluations, each of
+    which is then saved: fid (of the first feature space), mnist.fid, kid_mean, is_mean, precision, ...; null: none."""
+    patience: int | None = knob(None, low=1, free=True)
+    """Evaluations without a better score of run.keep_best after which the run ends; null: it trains all its steps."""
     max_save_failures: int = knob(3, low=0, free=True)
     """Consecutive failed saves (full disk, lost folder) that the run tolerates before it stops."""
     trackers: list[str] = knob(["tensorboard"], free=True)

@@ -25,6 +25,11 @@ def seeded(seed: int, purpose: str, *counters: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
+def fresh_seed(seed: int) -> int:
+    """The seed of evaluation images that have no part in a run of `seed`: what those chose is reported on these."""
+    return seeded(seed, "fresh evaluation images").initial_seed() % 2**31
+
+
 def critic_latents(
     seed: int, step: int, critic_index: int, batch_size: int, latent_dim: int, rows: slice
 ) -> torch.Tensor:

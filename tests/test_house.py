@@ -28,8 +28,8 @@ LAYERS = [
     {"evaluation"},
     {"checks"},
     {"training"},
-    {"benchmarking"},
-    {"train", "evaluate", "generate", "prepare", "report", "doctor", "benchmark", "checkpoint"},
+    {"benchmarking", "tuning"},
+    {"train", "evaluate", "generate", "prepare", "report", "doctor", "benchmark", "checkpoint", "tune"},
 ]
 PROGRAM_LINES, FLAT_MODULES = 60, 14
 

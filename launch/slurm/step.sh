@@ -1,4 +1,5 @@
-# Sourced by the batch scripts: run_step SCRIPT [ARGUMENTS] runs a program on all ranks of the job.
+# Sourced by the batch scripts: run_step SCRIPT [ARGUMENTS] runs a program on all ranks of the job; after take_signals,
+# run_to_the_end SCRIPT [ARGUMENTS] runs one that saves and stops, and queues the job again when it did.
 cd "$SLURM_SUBMIT_DIR"
 source launch/slurm/site.sh
 # The other ranks' logs, beside the job's own.
@@ -25,4 +26,24 @@ run_step() {
     done >&2
   fi
   return "$code"
+}
+
+# Signals to a step reach launchers and start-up code that die of them, so the request to stop is a file. The program
+# removes it once it has saved and stopped (run_program); after any other end there is nothing to go on with.
+# In /tmp, since the first rank looks for it and runs on this very node.
+take_signals() {
+  scratch=$(mktemp -d /tmp/slurm-train-XXXXXX)
+  export PIPELINE_STOP_FILE=$scratch/stop
+  stopping=
+  trap 'rm -rf "$scratch"' EXIT
+  trap 'signalled=1 stopping=1; touch "$PIPELINE_STOP_FILE"' USR1
+}
+
+run_to_the_end() {
+  local code
+  run_step "$@" && code=0 || code=$?
+  if [ -n "$stopping" ] && [ ! -e "$PIPELINE_STOP_FILE" ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+  exit "$code"
 }

@@ -184,7 +184,10 @@ def check_disk(plan: Plan) -> str:
         checkpoint += copies * sum(tensor.nbytes for tensor in network.state_dict().values())  # the average is a copy
         checkpoint += {"rmsprop": 1, "adam": 2}[optimizer.algorithm] * sum(p.nbytes for p in network.parameters())
     kept = run.keep_last + (training.steps // math.lcm(run.checkpoint_every, run.keep_every) if run.keep_every else 0)
-    count = min(kept, -(-training.steps // run.checkpoint_every)) + 1
+    saves = -(-training.steps // run.checkpoint_every)
+    if run.keep_best is not None:
+        kept, saves = kept + 1, saves + -(-training.steps // (plan.config.evaluation.every or training.steps))
+    count = min(kept, saves) + 1
     files = [path for folder in committed(RunFolder(plan.config.folder)) for path in folder.iterdir()]
     needed = max(checkpoint, count * checkpoint - sum(path.stat().st_size for path in files))
     folder = _existing(plan.config.folder)

@@ -18,6 +18,7 @@ from pipeline.config import Config, check_device, flatten, read_yaml
 from pipeline.data import Dataset, check_source, source_kind
 from pipeline.distributed.process import check_trackers
 from pipeline.errors import UserError
+from pipeline.evaluation.selection import named_score
 from pipeline.models.networks import Critic, Generator
 from pipeline.models.objectives import choose
 from pipeline.storage.checkpoint import committed
@@ -90,6 +91,19 @@ def check_networks(plan: Plan) -> str:
     return f"{generator:,} parameters of the generator, {critic:,} of the critic"
 
 
+def check_selection(plan: Plan) -> str:
+    """The score that run.keep_best names, and the evaluations that give it."""
+    run, every = plan.config.run, plan.config.evaluation.every
+    if run.keep_best is None:
+        if run.patience is not None:
+            raise UserError(f"run.patience is {run.patience}, but run.keep_best names no score: set it, e.g. to fid")
+        return ""
+    if every is None:
+        raise UserError(f"run.keep_best is {run.keep_best}, but evaluation.every is null: set it to a number of steps")
+    space, key = named_score(run.keep_best, plan.config.evaluation.features)
+    return f"{space} {key} of an evaluation every {every} steps"
+
+
 def check_run_folder(plan: Plan) -> str:
     """Whether the run's folder is free, or holds this very run."""
     folder, dataset = RunFolder(plan.config.folder), plan.dataset
@@ -146,6 +160,7 @@ CHECKS: dict[str, Callable[[Plan], str]] = {
     "training.objective": check_objective,
     "training": check_shares,
     "network": check_networks,
+    "run.keep_best": check_selection,
     "run.name": check_run_folder,
 }
 """By what the doctor calls its line."""

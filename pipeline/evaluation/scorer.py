@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Sequence
@@ -42,6 +43,12 @@ class Scorer:
         for weights in (PUBLISHED[name] for name in config.features if name in PUBLISHED):
             runtime.ranks.on_main(partial(weights.fetch, config))
         self.extractors = load_all(config, dataset, runtime.device)
+
+    def with_seed(self, seed: int) -> Scorer:
+        """The same, of other evaluation images."""
+        other = copy.copy(self)
+        other._seed = seed
+        return other
 
     def score_generator(self, generator: Generator, path: Path, facts: dict[str, Any]) -> dict[str, Any]:
         """Scores evaluation images 0, ..., num_images - 1 of the generator, in eval mode: see `score`."""

@@ -142,6 +142,7 @@ def _summary(run: Run) -> dict[str, object]:
         "warning": few_images(latest.settings.get("num_images")) if latest else None,
         "evaluation": {"step": latest.step, **latest.settings, "features": latest.features} if latest else None,
         "best": run.best,
+        "chosen": run.chosen or None,
         "last_logged": run.log[-1] if run.log else None,
         "timing": run.timing,
         "differences": {key: {"value": value, "default": default} for key, (value, default) in run.differences.items()},

@@ -75,6 +75,7 @@ class Run:
     log: list[dict[str, object]]
     evaluations: list[Evaluation]
     grids: list[tuple[int, Path]]
+    chosen: dict[object, object]  # the best by run.keep_best on images that did not choose it; empty if there is none
     notes: list[str]  # what could not be read
 
     @property
@@ -94,6 +95,8 @@ class Run:
             return f"step {self.step:,}"
         if self.step >= goal:
             return f"finished, {self.step:,} steps"
+        if self.chosen.get("last_step") == self.step:
+            return f"finished, step {self.step:,} of {goal:,.0f}: no better score came"
         return f"unfinished, step {self.step:,} of {goal:,.0f}"
 
     @property
@@ -123,6 +126,16 @@ class Run:
         curves = {name: curve for name in self.features if (curve := self.scored(name, "fid")).values}
         lowest = {name: min(zip(curve.values, curve.steps, strict=True)) for name, curve in curves.items()}
         return {name: {"fid": fid, "step": step} for name, (fid, step) in lowest.items()}
+
+    @property
+    def chosen_in_words(self) -> str:
+        match self.chosen:
+            case {"step": int() as step, "features": dict() as features, "chosen_by": dict() as by}:
+                scores = {name: item.get("fid") for name, item in features.items() if isinstance(item, dict)}
+                fids = [f"{name} FID {fid:.4g}" for name, value in scores.items() if (fid := finite(value)) is not None]
+                how = f"Best of {by.get('evaluations')} evaluations by {by.get('score')}: step {step:,}"
+                return f"{how}. On images that did not choose it: {', '.join(fids) or 'no FID'}."
+        return ""
 
     @property
     def timing(self) -> dict[str, float | None]:
@@ -165,16 +178,22 @@ def read_run(path: Path) -> Run:
     if not any(part.exists() for part in (folder.config, folder.metrics, folder.evaluation, folder.samples)):
         raise UserError(f"{path} is not a run: it has no config.yaml, metrics.jsonl, evaluation or samples")
     log = _read_log(folder.metrics, notes)
-    evaluations = [item for scores in folder.all_scores() if (item := _read_evaluation(scores, notes))]
     return Run(
         folder,
         config=_dotted(_read_mapping(folder.config, yaml.safe_load, notes)),
         environment=_read_mapping(folder.environment, parse_json, notes),
         log=log,
-        evaluations=sorted(evaluations, key=lambda item: item.step),
+        evaluations=read_evaluations(folder, notes),
         grids=folder.grids(),
+        chosen=_read_mapping(folder.best_scores, parse_json, notes),
         notes=notes,
     )
+
+
+def read_evaluations(folder: RunFolder, notes: list[str]) -> list[Evaluation]:
+    """All that can be read, in the order of their steps; the others are noted."""
+    found = [item for scores in folder.all_scores() if (item := _read_evaluation(scores, notes))]
+    return sorted(found, key=lambda item: item.step)
 
 
 def _read_log(path: Path, notes: list[str]) -> list[dict[str, object]]:

@@ -189,10 +189,20 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, run: RunFolder, ranks: Ranks, *, keep_last: int, keep_every: int | None, clip_value: float | None
+        self,
+        run: RunFolder,
+        ranks: Ranks,
+        *,
+        keep_last: int,
+        keep_every: int | None,
+        clip_value: float | None,
+        best_of: Callable[[list[int]], int | None] = lambda steps: None,
     ) -> None:
+        """Beside the last and every n-th it keeps the step that `best_of`, asked on the main rank, names of those there
+        are."""
         self._run, self._ranks = run, ranks.with_own_group()
         self._keep_last, self._keep_every, self._clip_value = keep_last, keep_every, clip_value
+        self._best_of = best_of
         self._pending: Future[None] | None = None
         self.committed_step: int | None = None
         """Step of the newest checkpoint that this writer committed."""
@@ -297,9 +307,12 @@ class CheckpointWriter:
             _remove(final)
         temporary.rename(final)
         fsync(final.parent)
-        for folder in committed(self._run)[: -self._keep_last]:
-            if self._keep_every is None or step_of(folder) % self._keep_every:  # type: ignore[operator]
-                _remove(folder)
+        # Later ones are damaged (the run went on from before them) and take nobody's place.
+        steps = [step for step in map(step_of, committed(self._run)) if step is not None and step <= checkpoint.step]
+        best = self._best_of(steps)
+        for step in steps[: -self._keep_last]:
+            if step != best and (self._keep_every is None or step % self._keep_every):
+                _remove(self._run.checkpoint(step))
 
 
 def _in_daemon_thread(work: Callable[[], None]) -> Future[None]:

@@ -57,12 +57,23 @@ class RunFolder:
 
     @property
     def export(self) -> Path:
+        """The last step's generator."""
         return self.path / "export" / "generator.safetensors"
 
     @property
     def collectives(self) -> Path:
         """Before a rank's number: the last collectives of a run on GPUs that timed out, for `torchfrtrace`."""
         return self.path / "collectives-rank-"
+
+    @property
+    def best_export(self) -> Path:
+        """The best generator by run.keep_best."""
+        return self.path / "export" / "generator-best.safetensors"
+
+    @property
+    def best_scores(self) -> Path:
+        """Scores of the best generator on images that did not choose it, how it was chosen, and the run's last step."""
+        return self.evaluation / "best.json"
 
     def report(self, kind: str) -> Path:
         """`kind`: html, md or json."""

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from pipeline.config import Config
 from pipeline.distributed.process import Runtime
 from pipeline.errors import TrainingFailed
+from pipeline.evaluation.selection import Selection
 from pipeline.storage.checkpoint import CheckpointWriter, IntegrityError
 from pipeline.storage.run_folder import RunFolder
 from pipeline.training.state import TrainingState
@@ -27,7 +28,12 @@ class Saver:
     """
 
     def __init__(
-        self, config: Config, state: TrainingState, runtime: Runtime, progress: Callable[[], dict[str, Any]]
+        self,
+        config: Config,
+        state: TrainingState,
+        runtime: Runtime,
+        progress: Callable[[], dict[str, Any]],
+        selection: Selection | None,
     ) -> None:
         self._state, self._runtime, self._progress = state, runtime, progress
         self._allowed_failures = config.run.max_save_failures
@@ -37,6 +43,7 @@ class Saver:
             keep_last=config.run.keep_last,
             keep_every=config.run.keep_every,
             clip_value=config.training.clip_value,
+            **{} if selection is None else {"best_of": selection.best_of},
         )
 
     def save(self) -> None:

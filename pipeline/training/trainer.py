@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -15,6 +16,7 @@ from pipeline.distributed.process import Runtime
 from pipeline.distributed.slurm import job_id
 from pipeline.errors import Preempted
 from pipeline.evaluation.scorer import Scorer
+from pipeline.evaluation.selection import Selection
 from pipeline.export.generator_file import save_export
 from pipeline.export.images import interpolate, sample_grid, save_grid
 from pipeline.models.networks import Generator
@@ -36,11 +38,15 @@ from pipeline.training.state import build_state
 class Trainer:
     """Trains one run. Building it checks everything that can be checked before anything is written.
 
+    Args:
+        ends_at: asked on the main rank after the evaluation of a step whether the run ends there; by default it does
+            when run.patience says so.
+
     Raises:
         UserError: the configuration contradicts itself, the world size, the dataset or the run's folder.
     """
 
-    def __init__(self, config: Config, runtime: Runtime) -> None:
+    def __init__(self, config: Config, runtime: Runtime, ends_at: Callable[[int], bool] | None = None) -> None:
         self.config, self.runtime, self.folder = config, runtime, RunFolder(config.folder)
         ranks, training = runtime.ranks, config.training
         ranks.on_main(lambda: refuse(Plan(config, ranks.world_size)))
@@ -58,18 +64,22 @@ class Trainer:
         self.scorer = (
             Scorer(config.evaluation, self.dataset, runtime, training.seed) if config.evaluation.every else None
         )
-        self.saver = Saver(config, self.state, runtime, self._progress)
+        self.selection = Selection(config) if config.run.keep_best else None
+        self.saver = Saver(config, self.state, runtime, self._progress, self.selection)
+        self._last_step = training.steps
+        self._ends_at = ends_at or (self.selection.is_over if self.selection else None)
         self._lock: RunLock | None = None
         self._fids = ""
 
     def run(self) -> None:
-        """Trains to the last step, from the newest intact checkpoint if there is one.
+        """Trains to the last step, or until run.patience is at its end, from the newest intact checkpoint if there is
+        one.
 
         Raises:
             Preempted: a signal stopped it, after saving.
             TrainingFailed: a loss or weight is not finite, replicas differ, or saving failed too often.
         """
-        run, last_step = self.config.run, self.config.training.steps
+        run = self.config.run
         try:
             self._open_folder()
             self._resume()
@@ -77,12 +87,12 @@ class Trainer:
             self.log.begin()
             take_step = profiled(self.take_step, run, self.state, self.runtime, self.folder)
             with self._progress_bar() as progress:
-                while self.state.step < last_step:
+                while self.state.step < self._last_step:
                     take_step()
                     progress.update()
                     if self._due(run.log_every):
                         self._check_losses()
-                    if self._due(run.checkpoint_every):
+                    if self._due(run.checkpoint_every) or (run.keep_best and self._due(self.config.evaluation.every)):
                         self._save()
                     self._sample_and_evaluate()
                     if self._due(run.log_every):
@@ -90,6 +100,8 @@ class Trainer:
                     if self.runtime.stop.agreed():
                         self._stop()
             self.saver.save_now()
+            if self.selection is not None and self.scorer is not None:
+                self.selection.export(self.scorer, self.state.step)
             self.runtime.ranks.on_main(self._finish)
         finally:
             self.inputs.close()
@@ -153,7 +165,7 @@ class Trainer:
     # -- cadence -------------------------------------------------------------------------------------------------------
 
     def _due(self, every: int | None) -> bool:
-        return every is not None and (self.state.step % every == 0 or self.state.step == self.config.training.steps)
+        return every is not None and (self.state.step % every == 0 or self.state.step == self._last_step)
 
     def _check_losses(self) -> None:
         if (step := self.log.first_step_not_finite()) is not None:
@@ -177,19 +189,22 @@ class Trainer:
     def _sample_and_evaluate(self) -> None:
         """Idempotent: what exists already for this step is left alone."""
         step, generator, runtime = self.state.step, self._scored_generator(), self.runtime
-        grid, scores = self.folder.grid(step), self.folder.scores(step)
+        if self.scorer is not None and step and self._due(self.config.evaluation.every):
+            self._evaluate(self.scorer, generator)  # first: it may make this step the last one
+        grid = self.folder.grid(step)
         if step and self._due(self.config.run.sample_every) and runtime.ranks.is_main and not grid.exists():
             with runtime.tolerating(f"step {step}: samples"):
                 images, columns = sample_grid(generator, self.config.training.seed)
                 save_grid(images, grid, columns)
-        if self.scorer is None or not step or not self._due(self.config.evaluation.every):
-            return
-        started = time.monotonic()
+
+    def _evaluate(self, scorer: Scorer, generator: Generator) -> None:
+        step, runtime, ends_at, started = self.state.step, self.runtime, self._ends_at, time.monotonic()
+        scores = self.folder.scores(step)
         if not runtime.ranks.on_main(scores.exists):
             try:
                 with runtime.tolerating(f"step {step}: evaluation"):
                     facts = {"step": step, "weights": self.config.evaluation.weights}
-                    found = self.scorer.score_generator(generator, scores, facts)["features"]
+                    found = scorer.score_generator(generator, scores, facts)["features"]
                     fids = (f", {name} FID {values['fid']:.2f}" for name, values in found.items())
                     self._fids = f"{''.join(fids)} at step {step}"
                     self._comment()
@@ -198,6 +213,9 @@ class Trainer:
                     self._write_log()
                 self._stop()
         self.log.add_evaluation(time.monotonic() - started)
+        if step < self._last_step and ends_at and runtime.ranks.on_main(lambda: ends_at(step)):
+            runtime.say(f"step {step}: the run ends here, its scores do not get better")
+            self._last_step = step
 
     def _scored_generator(self) -> Generator:
         if self.config.evaluation.weights == "ema":

@@ -166,6 +166,26 @@ TABLE = {
         dataset={"image_shape": (1, 10, 8)},
         subject="network",
     ),
+    "patience for no score": Bad(
+        r"run.patience is 3, but run.keep_best names no score: set it, e.g. to fid",
+        {"run": {"patience": 3}},
+        subject="run.keep_best",
+    ),
+    "the best of no evaluations": Bad(
+        r"run.keep_best is fid, but evaluation.every is null: set it to a number of steps",
+        {"run": {"keep_best": "fid", "patience": 3}},
+        subject="run.keep_best",
+    ),
+    "the best by no such score": Bad(
+        r"mnist.fids is no score to choose by: name one of fid, kid_mean, is_mean, .*",
+        {"run": {"keep_best": "mnist.fids"}, "evaluation": {"every": 5}},
+        subject="run.keep_best",
+    ),
+    "the best in a space that is not scored": Bad(
+        r"inception.fid is no score in evaluation.features \['mnist'\]: add that space there, or name another",
+        {"run": {"keep_best": "inception.fid"}, "evaluation": {"every": 5}},
+        subject="run.keep_best",
+    ),
     "a folder with something else": Bad(
         r".*checked: is not empty and holds no run that can be read: use another run.name",
         {},

@@ -421,6 +421,7 @@ def test_no_content_of_the_files_breaks_the_report(log: list[str], scores: objec
         evaluation = {"step": 5, "num_images": scores, "features": {"mnist": scores, "inception": environment}}
         (run / "evaluation" / "step-00000005.json").write_text(json.dumps(evaluation))
         (run / "evaluation" / "step-00000006.json").write_text(json.dumps(scores))
+        (run / "evaluation" / "best.json").write_text(json.dumps(evaluation | {"chosen_by": environment}))
         (run / "environment.json").write_text(json.dumps(environment))
         (run / "config.yaml").write_text(json.dumps({"training": scores, "run": environment}))
         Page(write_report(run))

@@ -208,7 +208,7 @@ def test_a_run_whose_node_died_is_intact_and_a_requeue_finishes_it(
 def test_a_sweep_ends_with_a_comparison(project: Project) -> None:
     few = ["--training.steps", "2", "--evaluation.every", "2", "--training.n_critic", "1"]
     array, report = project.submit(
-        *("launch/slurm/sweep.sh", "configs/wgan.yaml,configs/lsgan.yaml", "0,1"),
+        *("launch/slurm/sweep.sh", "config=configs/wgan.yaml,configs/lsgan.yaml", "training.seed=0,1"),
         *("--nodes=1", "--", *project.settings, *few),
         RANKS_PER_NODE="1",
         DOCTOR="0",
@@ -225,6 +225,41 @@ def test_a_sweep_ends_with_a_comparison(project: Project) -> None:
     tasks = comments_of(project, array)
     assert len(tasks) == 4
     assert all(re.fullmatch(r"step 2 of 2, mnist FID [\d.]+ at step 2", comment) for comment in tasks), tasks
+
+
+def test_the_help_of_a_sweep_needs_no_cluster(project: Project) -> None:
+    told = project.cluster.run("launch/slurm/sweep.sh", "--help", folder=project.folder)
+    assert "sweep.sh KEY=VALUE,VALUE,..." in told
+
+
+def test_the_tasks_of_an_array_work_on_one_study_and_go_on_after_a_requeue(project: Project) -> None:
+    space = {"training.critic_optimizer.learning_rate": {"log": [1e-5, 1e-3]}, "training.n_critic": {"int": [1, 2]}}
+    study = {"score": "fid", "seeds": [0, 1], "trials": 6, "space": space}
+    (project.folder / "search.yaml").write_text(yaml.safe_dump(study))
+    settings = [*project.settings, "--training.steps", "6", "--evaluation.every", "2", "--run.checkpoint_every", "1"]
+    [array] = project.submit(
+        *("sbatch", "--parsable", "--array=0-1", "--nodes=1", "--time=30", "launch/slurm/tune.sbatch"),
+        *("search.yaml", *settings),
+        RANKS_PER_NODE="1",
+    )
+    folder = project.folder / "runs/search"
+    first = RunFolder(folder / "trial-0000/seed-0")
+    until(first.scores(2).exists, "the first evaluation", JOB_SECONDS, lambda: project.log(array))
+    project.cluster.run("scancel", "--batch", "--signal=USR1", f"{array}_0")
+    until(lambda: project.job(f"{array}_0")["Restarts"] == "1", "the requeue", JOB_SECONDS, lambda: project.log(array))
+    tasks = [f"{array}_0", f"{array}_1"]
+    assert project.wait_for_end(*tasks) == ["COMPLETED"] * 2, project.log(array)
+    journal = (folder / "study.journal").read_text()
+    assert journal.count('"op_code":4') == 6, "trials created"
+    table = (folder / "study.md").read_text()
+    assert re.match(r"# search: \d of 6 complete\n", table)
+    assert "running" not in table
+    values = [float(row.split("|")[3]) for row in table.splitlines()[4:] if "| complete |" in row]
+    assert values == sorted(values) != []
+    best = project.cluster.run(
+        sys.executable, "-m", "pipeline.config", "--config", str(folder / "best.yaml"), folder=ROOT
+    )
+    assert best == str(project.folder / "runs/search-best")
 
 
 def comments_of(project: Project, array: str) -> list[str]:

@@ -34,7 +34,7 @@ from pipeline.storage.checkpoint import (
     read_checkpoint,
     sweep,
 )
-from pipeline.storage.run_folder import RunFolder
+from pipeline.storage.run_folder import RunFolder, step_of
 from tests.jobs import ROOT, launch
 from tests.trap import Trap
 
@@ -104,6 +104,33 @@ def test_retention(run: RunFolder) -> None:
         "step-00000100",
     ]
     assert not list(run.checkpoints.glob("*.tmp"))
+
+
+def test_the_best_is_kept_until_a_better_one_is_there(run: RunFolder) -> None:
+    scores = {10: 5, 20: 3, 30: 4, 40: 4, 50: 2, 60: 6, 70: 6}
+    out = CheckpointWriter(
+        run,
+        Ranks(),
+        keep_last=1,
+        keep_every=None,
+        clip_value=0.01,
+        best_of=lambda steps: min(steps, key=lambda step: (scores[step], step)),
+    )
+    kept = {10: [10], 20: [20], 30: [20, 30], 40: [20, 40], 50: [50], 60: [50, 60], 70: [50, 70]}
+    for step, expected in kept.items():
+        out.save(random_state(step), step, {})
+        out.finish()
+        assert [step_of(folder) for folder in committed(run)] == expected
+
+
+def test_a_damaged_newer_checkpoint_takes_nobodys_place(run: RunFolder) -> None:
+    save_steps(run, 10, 30, keep_last=2)
+    (run.checkpoint(30) / "manifest.json").write_text("{")
+    save_steps(run, 11, 12, keep_last=1)
+    newest, damaged = newest_intact(run)
+    assert newest is not None
+    assert newest.step == 12
+    assert len(damaged) == 1
 
 
 def test_a_step_of_nine_digits_is_the_newest(run: RunFolder) -> None:

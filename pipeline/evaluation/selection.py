@@ -1,0 +1,138 @@
+"""The best checkpoint of a run by a score of its evaluations, and when to stop waiting for a better one.
+
+Nothing is remembered: every answer is read from the scores and checkpoints in the run's folder, so a run that was
+killed at any moment gives the same ones. The score that chose a checkpoint is too good, being the best of several; what
+is reported of it is measured on images of other latents.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.evaluation.scorer import Scorer
+from pipeline.export.generator_file import generator_of, save_export
+from pipeline.reporting.read import Evaluation, read_evaluations
+from pipeline.rng import fresh_seed
+from pipeline.storage.checkpoint import Checkpoint, CheckpointError, committed, find
+from pipeline.storage.run_folder import RunFolder, step_of
+
+LOWER_IS_BETTER = {
+    **dict.fromkeys(("fid", "kid_mean"), True),
+    **dict.fromkeys(("is_mean", "precision", "recall", "density", "coverage"), False),
+}
+"""Scores that a checkpoint can be chosen by, as the files of scores name them."""
+
+
+def named_score(name: str, spaces: list[str]) -> tuple[str, str]:
+    """The feature space and the score that a name like `fid` (in the first space) or `mnist.fid` means.
+
+    Raises:
+        UserError: there is no such score, or no such space among evaluation.features.
+    """
+    space, _, key = name.rpartition(".")
+    if key not in LOWER_IS_BETTER:
+        raise UserError(f"{name} is no score to choose by: name one of {', '.join(LOWER_IS_BETTER)}")
+    if (space or not spaces) and space not in spaces:
+        raise UserError(f"{name} is no score in evaluation.features {spaces}: add that space there, or name another")
+    return space or spaces[0], key
+
+
+class Selection:
+    """Of a run that is being trained. All but `export` is for the main rank, which writes the files.
+
+    Raises:
+        UserError: see `named_score`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.space, self.key = named_score(str(config.run.keep_best), config.evaluation.features)
+        self._config, self._folder = config, RunFolder(config.folder)
+        evaluation = config.evaluation
+        self._settings = {
+            **{key: getattr(evaluation, key) for key in ("weights", "num_images", "reference")},
+            "seed": config.training.seed,
+        }
+
+    def evaluations(self, last_step: int) -> list[Evaluation]:
+        """Those of the training itself up to a step that were scored as they are now, oldest first."""
+        every, end = self._config.evaluation.every, self._config.training.steps
+        return [
+            item
+            for item in read_evaluations(self._folder, [])
+            if ((every and item.step % every == 0) or item.step == end)
+            and item.step <= last_step
+            and all(item.settings.get(key) == value for key, value in self._settings.items())
+        ]
+
+    def ranked(self, steps: Iterable[int]) -> list[Evaluation]:
+        """The evaluations of these steps that have the score, the best first, of equals the earlier."""
+        sign, wanted = 1 if LOWER_IS_BETTER[self.key] else -1, set(steps)
+        scored = [
+            (sign * score, item.step, item)
+            for item in self.evaluations(max(wanted, default=0))
+            if item.step in wanted and (score := item.score(self.space, self.key)) is not None
+        ]
+        return [item for _, _, item in sorted(scored, key=lambda entry: entry[:2])]
+
+    def best_of(self, steps: list[int]) -> int | None:
+        """The best of these steps; None where none has the score."""
+        return next((item.step for item in self.ranked(steps)), None)
+
+    def is_over(self, step: int) -> bool:
+        """Whether the last run.patience evaluations up to a step brought no better score than there was before."""
+        patience, steps = self._config.run.patience, [item.step for item in self.evaluations(step)]
+        best = self.best_of(steps) or 0
+        return patience is not None and sum(other > best for other in steps) >= patience
+
+    def export(self, scorer: Scorer, last_step: int) -> None:
+        """Exports the best intact checkpoint of those up to a step, and scores it on images of other latents than those
+        that chose it. What exists already is left alone. Every rank must call it.
+
+        Raises:
+            Preempted: a signal came.
+        """
+        runtime, folder, weights = scorer.runtime, self._folder, self._config.evaluation.weights
+        chosen, damaged = runtime.ranks.on_main(lambda: self._best_intact(last_step))
+        for line in damaged:
+            runtime.say(f"skipped a damaged checkpoint: {line}")
+        if chosen is None:
+            runtime.say(f"no checkpoint has a {self.space} {self.key}: none is exported as the best")
+            return
+        checkpoint, evaluation, count = chosen
+        generator = generator_of(checkpoint, weights).to(runtime.device)
+        chosen_by = {"score": f"{self.space}.{self.key}", "value": evaluation.score(self.space, self.key)}
+        facts: dict[str, object] = {
+            **{"step": checkpoint.step, "weights": weights, "last_step": last_step},
+            "chosen_by": {**chosen_by, "evaluations": count, **self._settings},
+        }
+        scorer = scorer.with_seed(fresh_seed(self._config.training.seed))
+        if not runtime.ranks.on_main(lambda: self._is_scored(facts)):
+            scorer.score_generator(generator, folder.best_scores, facts)
+        run = {"run": self._config.run.name, "step": checkpoint.step, "dataset": scorer.dataset.fingerprint}
+        runtime.ranks.on_main(lambda: save_export(generator, folder.best_export, run | {"chosen_by": chosen_by}))
+
+    def _best_intact(self, last_step: int) -> tuple[tuple[Checkpoint, Evaluation, int] | None, list[str]]:
+        """The best checkpoint with its evaluation and how many there were, and a line about each better one."""
+        damaged: list[str] = []
+        steps = [step for path in committed(self._folder) if (step := step_of(path)) is not None and step <= last_step]
+        for item in self.ranked(steps):
+            try:
+                return (find(self._folder, item.step), item, len(self.evaluations(last_step))), damaged
+            except CheckpointError as error:
+                damaged.append(str(error))
+        return None, damaged
+
+    def _is_scored(self, facts: dict[str, object]) -> bool:
+        """Whether the scores of the best are these; others, of a best that is no longer, make room."""
+        path = self._folder.best_scores
+        try:
+            before = json.loads(path.read_text())
+        except (OSError, ValueError):
+            before = None
+        if isinstance(before, dict) and facts.items() <= before.items():
+            return True
+        path.unlink(missing_ok=True)
+        return False

@@ -1,0 +1,35 @@
+"""Works on a study of settings: `accelerate launch pipeline/tune.py STUDY.yaml [--config FILE] [--KEY VALUE ...]`."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline.config import Config, make_parser, parse
+from pipeline.distributed.launcher import run_program
+
+
+def main() -> None:
+    parser = make_parser(
+        "Search settings for the best score. Any number of these, on machines that share run.root, work on one study; "
+        "the same command again goes on with it."
+    )
+    parser.add_argument("study", type=Path, help="YAML file of score, seeds, trials and space: see configs/studies/")
+    config, arguments = parse(parser)
+
+    def configure(settings: Mapping[str, str]) -> Config:
+        return parse(parser, [*sys.argv[1:], *(f"--{key}={value}" for key, value in settings.items())])[0]
+
+    from pipeline.distributed.process import Runtime  # here: `--help` and mistakes need no torch
+    from pipeline.tuning.study_file import read_study
+    from pipeline.tuning.tuner import Tuner
+
+    study = read_study(arguments.study)
+    runtime = Runtime(config.runtime)
+    try:
+        Tuner(study, configure, runtime).run()
+    finally:
+        runtime.close()
+
+
+if __name__ == "__main__":
+    run_program(main)

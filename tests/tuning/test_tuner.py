@@ -1,0 +1,178 @@
+"""Workers of a study: real trainings, a real kill, real proposals."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+from optuna.storages.journal import JournalFileBackend
+
+from pipeline.config import Config, flatten, make_parser, parse
+from pipeline.data import Dataset
+from pipeline.distributed.process import Runtime
+from pipeline.errors import UserError
+from pipeline.storage.run_folder import RunFolder
+from pipeline.tuning.study_file import read_study
+from pipeline.tuning.tuner import MAX_ATTEMPTS, STARTUP_TRIALS, Tuner
+from tests.distributed.interrupting import LIMIT_SECONDS
+from tests.jobs import ROOT, flags, launch, process_kept, tiny_config
+from tests.ranks import Job
+
+TUNE = ROOT / "pipeline/tune.py"
+SPACE = {
+    "training.critic_optimizer.learning_rate": {"log": [1e-4, 1e-2]},
+    "training.n_critic": {"int": [1, 2]},
+    "training.ema_decay": {"choice": [0.5, 0.9]},
+}
+
+
+def study_file(folder: Path, **content: Any) -> Path:
+    path = folder / "search.yaml"
+    path.write_text(yaml.safe_dump({"score": "fid", "seeds": [0, 1], "trials": 3, "space": SPACE} | content))
+    return path
+
+
+def base(root: Path, dataset: Path, **training: Any) -> Config:
+    return tiny_config(
+        run={"root": str(root), "checkpoint_every": 1},
+        data={"dataset": str(dataset)},
+        training={"steps": 6, **training},
+        evaluation={"every": 2, "num_images": 100},
+    )
+
+
+def opened(root: Path) -> optuna.Study:
+    journal = JournalFileBackend(str(root / "search/study.journal"))
+    return optuna.load_study(study_name="search", storage=optuna.storages.JournalStorage(journal))
+
+
+def best_config(root: Path) -> Config:
+    return parse(make_parser("test"), ["--config", str(root / "search/best.yaml")])[0]
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_after_one_of_its_two_workers_was_killed(digits: Dataset, tmp_path: Path) -> None:
+    file = study_file(tmp_path, trials=4)
+    arguments = [str(file), *flags(base(tmp_path, digits.folder))]
+    first = RunFolder(tmp_path / "search/trial-0000")
+    evidence = RunFolder(first.path / "seed-0").scores(2)
+    logs = [tmp_path / "log-0", tmp_path / "log-1"]
+    jobs = [Job(TUNE, arguments, 1, stdout=log, stderr=log) for log in logs]
+    with jobs[0], jobs[1]:
+        deadline = time.monotonic() + LIMIT_SECONDS
+        while not evidence.exists():
+            assert time.monotonic() < deadline, "".join(log.read_text()[-2000:] for log in logs)
+            time.sleep(0.01)
+        owner = json.loads(first.lock.read_text())["pid"]
+        [victim] = [job for job in jobs if job.ranks[0].pid == owner]
+        victim.ranks[0].kill()
+        assert victim.wait(60) == -9
+        [other] = [job for job in jobs if job is not victim]
+        assert other.wait(LIMIT_SECONDS) == 0, "".join(log.read_text()[-3000:] for log in logs)
+    trials = opened(tmp_path).trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 4
+    assert trials[0].user_attrs["attempts"] == 2
+    survivor = logs[jobs.index(other)].read_text()
+    assert f"going on from {first.path}/seed-0/checkpoints/step-" in survivor
+    for trial in trials:
+        runs = [RunFolder(tmp_path / f"search/trial-{trial.number:04d}/seed-{seed}") for seed in (0, 1)]
+        fids = [json.loads(run.scores(6).read_text())["features"]["mnist"]["fid"] for run in runs]
+        assert trial.value == pytest.approx(sum(fids) / 2), "the median of two is their mean"
+    best = min(trials, key=lambda trial: trial.value or 0.0)
+    found = flatten(best_config(tmp_path))
+    assert {key: found[key] for key in SPACE} == {key: yaml.safe_load(str(best.params[key])) for key in SPACE}
+    table = (tmp_path / "search/study.md").read_text()
+    assert table.startswith("# search: 4 of 4 complete\n")
+    assert f"| {best.number} | complete | {best.value:.4g} |" in table.splitlines()[4]
+    again = launch(TUNE, arguments)
+    assert again.returncode == 0, again.stderr
+    assert len(opened(tmp_path).trials) == 4
+
+
+@pytest.mark.slow
+def test_a_trial_worse_than_the_others_ends_at_that_evaluation_on_all_ranks(digits: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "search").mkdir()
+    journal = JournalFileBackend(str(tmp_path / "search/study.journal"))
+    study = optuna.create_study(study_name="search", storage=optuna.storages.JournalStorage(journal))
+    for _ in range(STARTUP_TRIALS):  # better than images can be
+        study.add_trial(optuna.create_trial(value=0.0, intermediate_values={2: 900.0, 4: 0.0, 6: 0.0}))
+    file = study_file(tmp_path, trials=STARTUP_TRIALS + 1)
+    result = launch(TUNE, [str(file), *flags(base(tmp_path, digits.folder))], 2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    trial = opened(tmp_path).trials[-1]
+    run = RunFolder(tmp_path / f"search/trial-{STARTUP_TRIALS:04d}/seed-0")
+    fids = {step: json.loads(run.scores(step).read_text())["features"]["mnist"]["fid"] for step in (2, 4)}
+    assert trial.intermediate_values == fids, "nothing was trained after the evaluation that pruned it"
+    assert (trial.state.name, trial.user_attrs["reason"]) == ("PRUNED", "pruned at step 4 of seed 0")
+    assert not run.path.with_name("seed-1").exists()
+    assert run.export.exists()
+
+
+@pytest.fixture
+def tuner(digits: Dataset, tmp_path: Path) -> Iterator[Callable[..., Tuner]]:
+    """Workers of one study in this process, which never train."""
+    config = base(tmp_path, digits.folder)
+
+    def configure(settings: Mapping[str, str]) -> Config:
+        overrides = [f"--{key}={value}" for key, value in settings.items()]
+        return parse(make_parser("test"), [*flags(config), *overrides])[0]
+
+    with process_kept():
+        runtime = Runtime(config.runtime)
+        yield lambda **content: Tuner(read_study(study_file(tmp_path, **content)), configure, runtime)
+        runtime.close()
+
+
+def test_workers_never_share_a_trial_and_end_at_the_number_asked_for(tuner: Callable[..., Tuner]) -> None:
+    one, other = tuner(trials=5), tuner(trials=5)
+    taken = [found for _ in range(5) for worker in (one, other) if (found := worker.take())]
+    assert [number for number, _ in taken] == [0, 1, 2, 3, 4]
+    assert len({json.dumps(settings) for _, settings in taken}) == 5
+    assert one.take() is other.take() is None
+    assert len(one.study.trials) == 5
+    one.tell(2, 3.5)
+    one.tell(2, "another worker said so first")
+    other.tell(3, "the loss is not finite")
+    assert [(trial.state.name, trial.value) for trial in one.study.trials[2:4]] == [("COMPLETE", 3.5), ("PRUNED", None)]
+
+
+def test_a_worker_alone_repeats_its_study(tuner: Callable[..., Tuner], tmp_path: Path) -> None:
+    def proposals() -> list[dict[str, str]]:
+        worker, found = tuner(trials=STARTUP_TRIALS + 4), []
+        while (taken := worker.take()) is not None:
+            found.append(taken[1])
+            worker.tell(taken[0], abs(float(taken[1]["training.critic_optimizer.learning_rate"]) - 1e-3))
+        return found
+
+    first = proposals()
+    (tmp_path / "search").rename(tmp_path / "before")
+    assert proposals() == first
+    rates = [float(settings["training.critic_optimizer.learning_rate"]) for settings in first]
+    assert all(1e-4 <= rate <= 1e-2 for rate in rates)
+
+
+def test_a_trial_that_ends_its_workers_is_given_up(tuner: Callable[..., Tuner], tmp_path: Path) -> None:
+    for _ in range(MAX_ATTEMPTS):
+        worker = tuner(trials=1)
+        assert worker.take() is not None
+        RunFolder(tmp_path / "search/trial-0000").lock.unlink()  # as if its owner were gone
+    assert tuner(trials=1).take() is None
+    [trial] = worker.study.trials
+    assert (trial.state.name, trial.user_attrs["reason"]) == ("PRUNED", "given up, 3 workers ended in it")
+
+
+def test_a_study_with_other_settings_and_a_runs_folder_are_refused(tuner: Callable[..., Tuner], tmp_path: Path) -> None:
+    tuner()
+    tuner(trials=7)  # may change
+    message = r"search: holds a study with other settings \(seeds is \[0, 1\] there and \[0\] here\)"
+    with pytest.raises(UserError, match=message):
+        tuner(seeds=[0])
+    RunFolder(tmp_path / "search").config.write_text("")
+    with pytest.raises(UserError, match="search: holds a run: give the study's file another name"):
+        tuner()
