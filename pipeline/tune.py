@@ -19,16 +19,15 @@ def main() -> None:
     def configure(settings: Mapping[str, str]) -> Config:
         return parse(parser, [*sys.argv[1:], *(f"--{key}={value}" for key, value in settings.items())])[0]
 
-    from pipeline.distributed.process import Runtime  # here: `--help` and mistakes need no torch
+    from pipeline.distributed.failures import closing  # here: `--help` and mistakes need no torch
+    from pipeline.distributed.process import Runtime
     from pipeline.tuning.study_file import read_study
     from pipeline.tuning.tuner import Tuner
 
     study = read_study(arguments.study)
     runtime = Runtime(config.runtime)
-    try:
+    with closing(runtime, config):
         Tuner(study, configure, runtime).run()
-    finally:
-        runtime.close()
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ def test_the_evaluation_has_the_designs_form(run: Path) -> None:
     scores = result["features"]["mnist"]
     for key in ("fid", "is_mean", "is_std", "kid_mean", "kid_std", "precision", "recall", "density", "coverage"):
         assert math.isfinite(scores[key]), key
-    assert 0.5 < scores["fid_floor"] < 2
-    assert scores["fid"] > 50 * scores["fid_floor"], "20 steps do not make digits"
+    assert 5 < scores["fid_floor"] < 20, "of as few real images; all 10,000 have 1.04"
+    assert scores["fid"] > 20 * scores["fid_floor"], "20 steps do not make digits"
 
 
 def test_evaluating_again_gives_the_same_scores_for_another_number_of_ranks(run: Path) -> None:

@@ -46,7 +46,7 @@ def other_digits(digits_files: dict[str, Path], digits: Dataset, runtime: Runtim
     """Of another dataset that has the same name, shape, classes and counts."""
     images, labels = load_split(digits, "test")
     np.savez(tmp_path / "test.npz", images=images.flip(0).numpy(), labels=labels.flip(0).numpy())
-    dataset = prepare_npz(tmp_path / "other", "digits", digits_files | {"test": tmp_path / "test.npz"})
+    dataset = prepare_npz(tmp_path / "other", "digits", digits_files | {"test": tmp_path / "test.npz"}, kind="mnist")
     return Scorer(EvaluationConfig(num_images=NUM_IMAGES), dataset, runtime, 0)
 
 
