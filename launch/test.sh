@@ -15,4 +15,4 @@ export OMP_NUM_THREADS=1  # the tests run side by side
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy
-.venv/bin/pytest -n "${TEST_PROCESSES:-auto}" --dist loadfile --no-loadscope-reorder "${selection[@]}" "$@"
+.venv/bin/pytest -n "${TEST_PROCESSES:-$(($(nproc) + 1))}" --dist loadfile --no-loadscope-reorder "${selection[@]}" "$@"

@@ -22,11 +22,9 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 from pipeline.errors import UserError
+from pipeline.yaml_files import read_yaml
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-YAML_BYTES, YAML_VALUES = 2**20, 10_000
-"""Largest file of settings. Values are counted with every alias written out: a few lines can stand for gigabytes."""
 
 
 def knob(
@@ -242,6 +240,8 @@ class Config:
 
     def __post_init__(self) -> None:
         for key, value, knob_field in _leaves(self):
+            if value is None and "None" not in str(knob_field.type):
+                raise UserError(f"{key} is null: it needs a value")
             _check_range(key, value, knob_field)
         if not re.fullmatch(r"[\w][\w.-]*", self.run.name):
             raise UserError(
@@ -341,15 +341,14 @@ def parse(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> tup
     Raises:
         UserError: naming the key, the value and the fix.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    namespace = parser.instantiate(parser.parse_args(_files_first(given)))
+    given = _files_first(sys.argv[1:] if arguments is None else arguments)
+    namespace = parser.instantiate(parser.parse_args(given))
     return Config(**{item.name: namespace[item.name] for item in dataclasses.fields(Config)}), namespace
 
 
-def _files_first(arguments: list[str]) -> list[str]:
+def _files_first(arguments: Sequence[str]) -> list[str]:
     """`--config FILE` before everything else: a file replaces all that was given before it. Each file is checked."""
-    files, rest = [], list[str]()
-    following = iter(arguments)
+    files, rest, following = [], list[str](), iter(arguments)
     for argument in following:
         name, _, value = argument.partition("=")
         if name == "--config" and (value := value or next(following, "")):
@@ -358,48 +357,6 @@ def _files_first(arguments: list[str]) -> list[str]:
         else:
             rest.append(argument)
     return files + rest
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key given twice, of which YAML would have the last count alone."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file.
-
-    Raises:
-        UserError: it can't be read, is no mapping, or is more than a file of settings ever is.
-    """
-    try:
-        content = path.read_bytes()
-        if len(content) > YAML_BYTES:
-            raise ValueError(f"its {len(content):,} bytes are no settings")
-        settings = yaml.load(content.decode(), _StrictLoader)
-        seen = [settings]
-        for count, value in enumerate(seen):  # which grows under way
-            if count == YAML_VALUES:
-                raise ValueError(f"it stands for more than {YAML_VALUES:,} values")
-            seen += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror})") from None
-    except yaml.MarkedYAMLError as error:
-        place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{place}: {error.problem}; write SECTION: and below it KEY: VALUE") from None
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: is no YAML file of settings ({str(error).splitlines()[0]})") from None
-    if not isinstance(settings, dict):
-        raise UserError(
-            f"{path}: holds no settings, but {type(settings).__name__}; write SECTION: and below it KEY: VALUE"
-        )
-    return settings
 
 
 def _check_sections(path: Path, given: dict[str, Any], config: Any, prefix: str = "") -> None:

@@ -106,6 +106,7 @@ def test_what_is_no_file_of_settings_is_refused_by_its_name(content: bytes, mess
         ("training", {"ema_decay": float("nan")}, "training.ema_decay is nan"),
         ("training", {"batch_size": 10**12}, "training.batch_size is 1000000000000: it must be at most 1048576"),
         ("evaluation", {"features": []}, "evaluation.features is empty: name one"),
+        ("run", {"root": None}, "run.root is null: it needs a value"),
         ("run", {"name": "../escape"}, "run.name is '../escape'"),
         ("run", {"profile": "4"}, "run.profile is '4': give FROM:TO, two steps from 1 to 40000"),
         ("run", {"profile": "0:4"}, "run.profile is '0:4': give FROM:TO"),

@@ -143,6 +143,9 @@ READERS = {
     "metrics.jsonl for the report": Reader(
         lambda folder: run_folder(folder).metrics, lambda path: read_run(path.parent).best
     ),
+    "config.yaml for the report": Reader(
+        lambda folder: run_folder(folder).config, lambda path: read_run(path.parent).differences
+    ),
     "evaluation.json": Reader(
         lambda folder: run_folder(folder).scores(3), lambda path: read_run(path.parent.parent).best
     ),

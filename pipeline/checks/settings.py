@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config import Config, check_device, flatten, read_yaml
+from pipeline.config import Config, check_device, flatten
 from pipeline.data import Dataset, check_source, source_kind
 from pipeline.distributed.process import check_trackers
 from pipeline.errors import UserError
@@ -23,6 +23,7 @@ from pipeline.models.networks import Critic, Generator
 from pipeline.models.objectives import choose
 from pipeline.storage.checkpoint import committed
 from pipeline.storage.run_folder import RunFolder
+from pipeline.yaml_files import read_yaml
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,16 @@ def load_npz(path: Path) -> tuple[Images, Labels | None]:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             arrays = {key: content[key] for key in content.files if key in ("images", "labels")}
             keys = ", ".join(content.files)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, TypeError, *BROKEN_HEADER) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        TypeError,
+        RuntimeError,
+        *BROKEN_HEADER,
+    ) as error:
         raise DataError(f"{path} cannot be read as an .npz file without pickled objects: {error}") from None
     if "images" not in arrays:
         raise DataError(f"{path} has no array `images`: it holds {keys or 'nothing'}")

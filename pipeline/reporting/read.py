@@ -7,13 +7,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from pipeline.config import Config, flatten
 from pipeline.errors import UserError
 from pipeline.storage.run_folder import RunFolder
+from pipeline.yaml_files import read_yaml
 
-parse_json = functools.partial(json.loads, parse_constant=lambda _: None)  # NaN and infinities are missing values
+
+def parse_json(path: Path) -> object:
+    """A JSON file; NaN and infinities are missing values."""
+    return parse_json_text(path.read_text(encoding="utf-8"))
+
+
+parse_json_text = functools.partial(json.loads, parse_constant=lambda _: None)
 
 
 def finite(value: object) -> float | None:
@@ -180,7 +185,7 @@ def read_run(path: Path) -> Run:
     log = _read_log(folder.metrics, notes)
     return Run(
         folder,
-        config=_dotted(_read_mapping(folder.config, yaml.safe_load, notes)),
+        config=_dotted(_read_mapping(folder.config, read_yaml, notes)),
         environment=_read_mapping(folder.environment, parse_json, notes),
         log=log,
         evaluations=read_evaluations(folder, notes),
@@ -202,7 +207,7 @@ def _read_log(path: Path, notes: list[str]) -> list[dict[str, object]]:
     num_damaged = 0
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
-            line = parse_json(text)
+            line = parse_json_text(text)
             log[float(line["step"])] = line
         except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
             num_damaged += 1
@@ -219,11 +224,11 @@ def _read_evaluation(path: Path, notes: list[str]) -> Evaluation | None:
     return None
 
 
-def _read_mapping(path: Path, parse: Callable[[str], object], notes: list[str]) -> dict[object, object]:
+def _read_mapping(path: Path, parse: Callable[[Path], object], notes: list[str]) -> dict[object, object]:
     """The mapping in a file; empty if there is no file, empty and noted if it is damaged."""
     try:
-        content = parse(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        content = parse(path) if path.exists() else {}
+    except (OSError, ValueError, RecursionError, UserError):
         content = None
     if not isinstance(content, dict):
         notes.append(f"{path.name} is damaged")

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipeline.config import Config, flatten
 from pipeline.errors import UserError
 from pipeline.evaluation.selection import named_score
+from pipeline.yaml_files import read_yaml
 
 EXAMPLE = "write it as {log: [LOW, HIGH]}, {uniform: [LOW, HIGH]}, {int: [LOW, HIGH]} or {choice: [VALUE, VALUE]}"
 Configure = Callable[[Mapping[str, str]], Config]
@@ -75,11 +74,7 @@ def read_study(path: Path) -> StudyFile:
     Raises:
         UserError: it can't be read, or holds no study.
     """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: can't be read ({error})") from None
-    match content:
+    match content := read_yaml(path):
         case {"score": str() as score, "seeds": [*seeds], "trials": int() as trials, "space": dict() as space} if (
             len(content) == 4 and seeds and all(type(seed) is int for seed in seeds) and trials > 0 and space
         ):
