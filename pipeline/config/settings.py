@@ -1,7 +1,5 @@
 """Every setting of a run: its type, default, unit, allowed range and source.
 
-`python -m pipeline.config [--config FILE] [--KEY VALUE ...]` prints the folder of the run that these settings give.
-
 The defaults are the reference notebook's numbers, so a file in `configs/` lists only what differs.
 References: Arjovsky et al. 2017 (arXiv 1701.07875, Algorithm 1); Gulrajani et al. 2017 (arXiv 1704.00028).
 """
@@ -9,22 +7,13 @@ References: Arjovsky et al. 2017 (arXiv 1701.07875, Algorithm 1); Gulrajani et a
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import json
 import re
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
-
 from pipeline.errors import UserError
-from pipeline.yaml_files import read_yaml
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def knob(
@@ -239,7 +228,7 @@ class Config:
     runtime: RuntimeConfig = RuntimeConfig()
 
     def __post_init__(self) -> None:
-        for key, value, knob_field in _leaves(self):
+        for key, value, knob_field in leaves(self):
             if value is None and "None" not in str(knob_field.type):
                 raise UserError(f"{key} is null: it needs a value")
             _check_range(key, value, knob_field)
@@ -271,11 +260,11 @@ class Config:
         return Path(self.run.root) / self.run.name
 
 
-def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
-            yield from _leaves(value, f"{prefix}{item.name}.")
+            yield from leaves(value, f"{prefix}{item.name}.")
         else:
             yield prefix + item.name, value, item
 
@@ -309,72 +298,6 @@ def captures_steps(config: RuntimeConfig, has_cuda: bool) -> bool:
     return not on_cpu and config.precision != "fp16" and config.cuda_graph is not False
 
 
-def imported(key: str, name: str) -> Any:
-    """An object of the user's that a setting names: `module:NAME`, the module being installed or in the working
-    directory. Raises UserError."""
-    module, _, attribute = name.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{key} is {name!r}: {error}") from None
-
-
 def flatten(config: Config, *, free: bool = True) -> dict[str, Any]:
     """Dotted key -> value; without the keys that may change between launches when `free` is false."""
-    return {key: value for key, value, item in _leaves(config) if free or not item.metadata.get("free")}
-
-
-def make_parser(description: str) -> ArgumentParser:
-    """A parser whose `--help` documents every key; entries add their own arguments to it."""
-    usage = "%(prog)s [--config FILE] [--KEY VALUE ...]"
-    parser = ArgumentParser(description=description, usage=usage)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file that lists differences from the defaults")
-    parser.add_class_arguments(Config, instantiate=True)
-    return parser
-
-
-def parse(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> tuple[Config, Namespace]:
-    """The configuration that the arguments give, and the parsed namespace with an entry's own arguments.
-
-    Raises:
-        UserError: naming the key, the value and the fix.
-    """
-    given = _files_first(sys.argv[1:] if arguments is None else arguments)
-    namespace = parser.instantiate(parser.parse_args(given))
-    return Config(**{item.name: namespace[item.name] for item in dataclasses.fields(Config)}), namespace
-
-
-def _files_first(arguments: Sequence[str]) -> list[str]:
-    """`--config FILE` before everything else: a file replaces all that was given before it. Each file is checked."""
-    files, rest, following = [], list[str](), iter(arguments)
-    for argument in following:
-        name, _, value = argument.partition("=")
-        if name == "--config" and (value := value or next(following, "")):
-            _check_sections(Path(value), read_yaml(Path(value)), Config())
-            files += ["--config", value]
-        else:
-            rest.append(argument)
-    return files + rest
-
-
-def _check_sections(path: Path, given: dict[str, Any], config: Any, prefix: str = "") -> None:
-    """Raises UserError for a section of settings that is a single value, or nothing."""
-    for name, section in vars(config).items():
-        if dataclasses.is_dataclass(section) and name in given:
-            if not isinstance(given[name], dict):
-                raise UserError(f"{path}: {prefix}{name} is {given[name]!r}: write its keys below it, or leave it out")
-            _check_sections(path, given[name], section, f"{prefix}{name}.")
-
-
-def to_yaml(config: Config) -> str:
-    plain = json.loads(json.dumps(dataclasses.asdict(config)))  # YAML's safe subset has no tuples
-    return yaml.safe_dump(plain, sort_keys=False)
-
-
-if __name__ == "__main__":
-    try:
-        print(parse(make_parser("Print the folder of the run that the settings give."))[0].folder)
-    except UserError as mistake:
-        sys.exit(f"error: {mistake}")
+    return {key: value for key, value, item in leaves(config) if free or not item.metadata.get("free")}

@@ -1,0 +1,66 @@
+"""The command line and the files that give a run's settings, and the settings as a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+
+from pipeline.config.settings import Config
+from pipeline.errors import UserError
+from pipeline.yaml_files import read_yaml
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def make_parser(description: str) -> ArgumentParser:
+    """A parser whose `--help` documents every key; entries add their own arguments to it."""
+    usage = "%(prog)s [--config FILE] [--KEY VALUE ...]"
+    parser = ArgumentParser(description=description, usage=usage)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file that lists differences from the defaults")
+    parser.add_class_arguments(Config, instantiate=True)
+    return parser
+
+
+def parse(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> tuple[Config, Namespace]:
+    """The configuration that the arguments give, and the parsed namespace with an entry's own arguments.
+
+    Raises:
+        UserError: naming the key, the value and the fix.
+    """
+    given = _files_first(sys.argv[1:] if arguments is None else arguments)
+    namespace = parser.instantiate(parser.parse_args(given))
+    return Config(**{item.name: namespace[item.name] for item in dataclasses.fields(Config)}), namespace
+
+
+def _files_first(arguments: Sequence[str]) -> list[str]:
+    """`--config FILE` before everything else: a file replaces all that was given before it. Each file is checked."""
+    files, rest, following = [], list[str](), iter(arguments)
+    for argument in following:
+        name, _, value = argument.partition("=")
+        if name == "--config" and (value := value or next(following, "")):
+            _check_sections(Path(value), read_yaml(Path(value)), Config())
+            files += ["--config", value]
+        else:
+            rest.append(argument)
+    return files + rest
+
+
+def _check_sections(path: Path, given: dict[str, Any], config: Any, prefix: str = "") -> None:
+    """Raises UserError for a section of settings that is a single value, or nothing."""
+    for name, section in vars(config).items():
+        if dataclasses.is_dataclass(section) and name in given:
+            if not isinstance(given[name], dict):
+                raise UserError(f"{path}: {prefix}{name} is {given[name]!r}: write its keys below it, or leave it out")
+            _check_sections(path, given[name], section, f"{prefix}{name}.")
+
+
+def to_yaml(config: Config) -> str:
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))  # YAML's safe subset has no tuples
+    return yaml.safe_dump(plain, sort_keys=False)
