@@ -33,17 +33,6 @@ from pipeline.errors import (
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl."""
 
-SPIN_TURNS = "1000"
-"""That a thread waits for others before it sleeps."""
-
-
-def let_threads_sleep() -> None:
-    """OpenMP's threads spin while they wait for one another, by default so long that beside another busy process they
-    keep each other from the core that they wait for. GNU's OpenMP reads this once, when torch loads it. A user's own
-    settings win."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_TURNS)
-
 
 def told(name: str, default: int) -> int:
     """A number that the launcher put into the environment (RANK, WORLD_SIZE, LOCAL_RANK, ...).

@@ -26,6 +26,7 @@ from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.cpu import use_cpu
 from pipeline.distributed.launcher import processes_asked_for, told
 from pipeline.distributed.slurm import JobComment
+from pipeline.distributed.spinning import sharing_the_cores
 from pipeline.distributed.stopping import StopRequest
 from pipeline.errors import LocalError, UserError
 
@@ -56,8 +57,12 @@ class Runtime:
                 f"the launcher was told --num_processes {asked} but started {world_size}: "
                 "add --multi_gpu (on CPUs too), or use a file of launch/accelerate/"
             )
+        self.before_close = contextlib.ExitStack()
+        """What has to end before the process group does: graphs that hold its collectives."""
         if on_cpu:
             use_cpu(self.cores, config.threads)
+            if torch.get_num_threads() > 1:
+                self.before_close.enter_context(sharing_the_cores())
         timeout = timedelta(seconds=config.timeout_seconds)
         if world_size > 1:
             _join_process_group("gloo" if on_cpu else "nccl", timeout)
@@ -88,8 +93,6 @@ class Runtime:
         self.captures = captures_steps(config, torch.cuda.is_available())
         self.capture_stream = torch.cuda.Stream() if self.captures else None  # type: ignore[no-untyped-call]
         """Where steps are captured: DDP is built, warmed up and captured on one stream."""
-        self.before_close = contextlib.ExitStack()
-        """What has to end before the process group does: graphs that hold its collectives."""
         self._comment = JobComment()
 
     def autocast(self) -> AbstractContextManager[None]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.distributed.launcher import SPIN_TURNS
+from pipeline.distributed.spinning import CROWDED, PERIOD, seconds_waited_for_cores, sharing_the_cores
 from tests.jobs import ROOT, launch
 
 CORES = sorted(os.sched_getaffinity(0))
@@ -41,19 +45,69 @@ def test_a_single_process_has_them_all_and_no_thread_keeps_subnormal_numbers(tmp
     assert shares(tmp_path, 1) == [{"cores": CORES, "threads": len(CORES), "subnormals": 0}]
 
 
-@pytest.mark.parametrize(
-    ("variables", "turns"),
-    [({}, SPIN_TURNS), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
-)
-def test_threads_spin_for_a_short_while_unless_the_user_says_otherwise(variables: dict[str, str], turns: str) -> None:
-    """By what OpenMP itself prints when a program that imports torch at once has loaded it."""
-    unset = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+SPINNING = """
+import time
+import torch
+from pipeline.distributed.spinning import SleepingTeam
+
+def seconds_spun():
+    torch.ones(2**22).add(1)  # by two threads; one of them then waits for the next such work
+    before = time.process_time()
+    time.sleep(0.4)
+    return time.process_time() - before
+
+torch.set_num_threads(2)
+team = SleepingTeam()
+print(seconds_spun())
+team.start()
+time.sleep(0.2)
+print(seconds_spun())
+team.stop()
+time.sleep(0.2)
+print(seconds_spun())
+"""
+
+
+def test_threads_that_wait_for_work_sleep_while_there_is_a_sleeping_team() -> None:
+    """Told to spin for minutes, a thread of torch's uses its core while the program sleeps."""
     result = subprocess.run(
-        [sys.executable, str(ROOT / "pipeline/evaluate.py"), "--help"],
-        env=unset | {"PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "VERBOSE"} | variables,
+        [sys.executable, "-c", SPINNING],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "GOMP_SPINCOUNT": "30000000000", "OMP_WAIT_POLICY": "active"},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    assert f"GOMP_SPINCOUNT = '{turns}'" in result.stderr
+    alone, beside, alone_again = map(float, result.stdout.split())
+    assert beside < min(alone, alone_again) / 5
+
+
+def test_the_team_comes_when_threads_queue_for_a_core_and_goes_when_they_do_not() -> None:
+    """Two threads that compute are bound to one core, and then end."""
+    threads, over, data = Path("/proc/self/task"), threading.Event(), bytes(2**24)
+
+    def compute() -> None:
+        os.sched_setaffinity(0, CORES[:1])
+        while not over.is_set():
+            hashlib.sha256(data)  # without the interpreter's lock
+
+    def wait_for(team: bool) -> None:
+        deadline = time.monotonic() + 30
+        while (len(list(threads.iterdir())) > before + (os.cpu_count() or 1)) != team:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    others = set(threading.enumerate())
+    with sharing_the_cores(), ThreadPoolExecutor(2) as pool:
+        before = len(list(threads.iterdir())) + 2
+        waited = seconds_waited_for_cores()
+        computing = [pool.submit(compute) for _ in range(2)]
+        try:
+            wait_for(team=True)
+            assert seconds_waited_for_cores() - waited > CROWDED * PERIOD
+        finally:
+            over.set()
+        for each in computing:
+            each.result()
+        wait_for(team=False)
+    assert set(threading.enumerate()) <= others
