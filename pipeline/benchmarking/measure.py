@@ -118,14 +118,17 @@ def _plain_webdataset(dataset: Dataset) -> Iterator[Sized]:
 
 def measure_training(config: Config, runtime: Runtime, steps: int) -> dict[str, Any]:
     """Times, in turn: a step of the real trainer, one of the plain port (plain.py), this machine's matrix product, an
-    all-reduce of a step's gradients, and on several ranks a step of one rank that has all threads.
+    all-reduce of a step's gradients, and on several ranks a step of one rank that has all threads. No step is one of a
+    burn-in.
 
     A checkpoint is started every tenth step; `checkpoint_stall_share` is the time that takes from the training thread,
     by the time of one step.
     """
     ranks = runtime.ranks
     with tempfile.TemporaryDirectory() as folder:
-        config = replace(config, run=replace(config.run, root=ranks.broadcast(folder), trackers=[]))
+        ordinary = replace(config.training, burn_in_n_critic=None)
+        run = replace(config.run, root=ranks.broadcast(folder), trackers=[])
+        config = replace(config, run=run, training=ordinary)
         trainer = Trainer(config, runtime)
         plain, gradients, waited = PlainTrainer(trainer), _gradient_buffers(trainer), [0.0]
         # Of convolutions and matrix products. What a step of ours does beside the plain one is no useful work.

@@ -20,6 +20,8 @@ from pipeline.config import NetworkConfig, OptimizerConfig
 from pipeline.data import open_source
 from pipeline.models.networks import CRITIC_STRIDES, GENERATOR_STRIDES, KERNEL, LEAK, Critic, Generator, mirror_state
 from pipeline.models.objectives import ScoreLoss, gradient_penalty, r1_penalty, with_class_loss
+from pipeline.models.spectral_norm import iterate_after_updates, raw_weights, use_spectral_norm
+from pipeline.rng import seeded
 from pipeline.training.inputs import InputStream
 from pipeline.training.trainer import Trainer
 
@@ -66,8 +68,8 @@ class PlainCritic(Critic):
 
 
 def plain_state(network: Generator | Critic) -> dict[str, Tensor]:
-    """The state dict of the plain network that computes the same."""
-    tensors = mirror_state(network, network.state_dict())
+    """The state dict of the plain network that computes the same; with spectral normalisation before that is put in."""
+    tensors = mirror_state(network, raw_weights(network.state_dict()))
     if isinstance(network, Generator):
         for index, stride in enumerate(GENERATOR_STRIDES):
             if stride == 1:  # a convolution there: the transposed one has its kernel the other way round
@@ -90,17 +92,22 @@ class PlainTrainer:
         generator, self._bare_critic = PlainGenerator(*shapes), PlainCritic(*shapes)
         for network, original in ((generator, state.generator), (self._bare_critic, state.critic)):
             network.to(runtime.device, state.generator.dense.weight.dtype).load_state_dict(plain_state(original))
+        training = trainer.config.training
+        if training.spectral_norm:
+            use_spectral_norm(self._bare_critic, seeded(training.seed, "singular vectors"))
         self.generator: nn.Module = generator
         self.critic: nn.Module = self._bare_critic
         if runtime.ranks.world_size > 1:
             self.generator, self.critic = map(DistributedDataParallel, (self.generator, self.critic))
-        self._generator_optimizer = _optimizer(trainer.config.training.generator_optimizer, self.generator)
-        self._critic_optimizer = _optimizer(trainer.config.training.critic_optimizer, self.critic)
+        self._generator_optimizer = _optimizer(training.generator_optimizer, self.generator)
+        self._critic_optimizer = _optimizer(training.critic_optimizer, self.critic)
+        if training.spectral_norm:
+            iterate_after_updates(self._bare_critic, self._critic_optimizer)
 
     def take_step(self) -> tuple[float, float]:
         """Returns this rank's critic loss (mean of both halves over the iterations) and generator loss."""
         training, inputs, losses = self._config.training, self.inputs.take(), []
-        for index in range(training.n_critic):
+        for index in range(len(inputs.real)):
             # Flipping the bytes of a batch takes no time that could be measured.
             real = inputs.real[index].flip(2, 3).to(inputs.critic_latents.dtype) / 255
             latents, labels = inputs.critic_latents[index], inputs.critic_labels[index]

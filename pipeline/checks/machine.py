@@ -217,8 +217,11 @@ def check_time(config: Config, seconds_left: float | None) -> str:
 
 
 def _step_seconds(config: Config) -> float | None:
+    """A mean over the steps to the next checkpoint, a burn-in among them."""
+    training, every = config.training, config.run.checkpoint_every
     try:
         line = json.loads(RunFolder(config.folder).metrics.read_text().splitlines()[-1])
-        return float(config.training.n_critic * config.training.batch_size / line["images_per_second"])
+        images = training.critic_iterations(line["step"], line["step"] + every) * training.batch_size
+        return float(images / line["images_per_second"] / every)
     except (OSError, ValueError, IndexError, KeyError):
         return None

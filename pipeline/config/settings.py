@@ -121,7 +121,7 @@ class OptimizerConfig:
     """A factor that falls from 1 to annealing_floor over annealing_updates and stays there: along a straight line or
     half a cosine (Loshchilov & Hutter 2017, 1608.03983, eq. 5); null: none."""
     annealing_updates: int = knob(40_000, low=1)
-    """Of this optimiser: n_critic times as many for the critic."""
+    """Of this optimiser: n_critic times as many for the critic, and those of a burn-in."""
     annealing_floor: float = knob(0.0, low=0.0, high=1.0)
     """Last value of the factor."""
     rho: float = knob(0.9, low=0.0, high=1.0)
@@ -134,7 +134,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The algorithm. A step is one generator update, preceded by n_critic critic iterations."""
+    """The algorithm. A step is one generator update, preceded by n_critic critic iterations or those of a burn-in."""
 
     objective: str = knob("wgan")
     """wgan, wgan_gp, lsgan, gan, acgan, or module:NAME of an Objective of yours (pipeline/models/objectives.py)."""
@@ -146,8 +146,19 @@ class TrainingConfig:
     """Real images of a critic batch over all ranks together; the world size divides it."""
     n_critic: int = knob(5, low=1, high=10_000)
     """Critic iterations a step."""
+    burn_in_n_critic: int | None = knob(None, low=1, high=10_000)
+    """Critic iterations, in the place of n_critic, of the steps of a burn-in; null: none. The code of Arjovsky et al.
+    2017 (WassersteinGAN, main.py: Diters) takes 100."""
+    burn_in_steps: int = knob(25, low=0)
+    """First steps of a run that are burn-in (that code's 25)."""
+    burn_in_every: int | None = knob(500, low=1)
+    """Later steps that are burn-in too: those, counted from 0, that this divides (that code's 500); null: none."""
     clip_value: float | None = knob(0.01, above=0.0)
     """Every critic parameter is clipped to [-clip_value, clip_value] after its update; null: no clipping."""
+    spectral_norm: bool = knob(False)
+    """Divide each weight of the critic by its spectral norm (Miyato et al. 2018, 1802.05957, Algorithm 1), with any
+    objective. It bounds the critic's slope as clipping does: with it wgan may have clip_value null. With both, the clip
+    is of the weights before the division, which undoes their scale, and of the biases."""
     gradient_penalty: float | None = knob(None, above=0.0)
     """Weight of the gradient penalty (WGAN-GP's 10); null: none."""
     r1_penalty: float | None = knob(None, above=0.0)
@@ -168,6 +179,20 @@ class TrainingConfig:
     ema_half_life: float | None = knob(None, above=0.0)
     """In the place of ema_decay: images, batch_size a step, over which half of the moving average is renewed; in its
     warm-up at most 0.05 of the images so far (Karras et al. 2020, 2006.06676: ema_kimg and ema_rampup of its code)."""
+
+    def critic_iterations(self, first: int, stop: int) -> int:
+        """Of the steps first, ..., stop - 1 together, counted from 0."""
+
+        def before(step: int) -> int:
+            if self.burn_in_n_critic is None:
+                return step * self.n_critic
+            burn_in = min(step, self.burn_in_steps)
+            if (every := self.burn_in_every) is not None:
+                again = -(-self.burn_in_steps // every) * every  # the first of these that is not one of the first steps
+                burn_in += len(range(again, step, every))
+            return step * self.n_critic + burn_in * (self.burn_in_n_critic - self.n_critic)
+
+        return before(stop) - before(first)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from pipeline.models.networks import StepGenerator
+from pipeline.models.networks import BATCHES_TOGETHER, StepGenerator
 
 
 class Statistics(NamedTuple):
@@ -87,23 +87,34 @@ class LayerwiseStepGenerator(StepGenerator):
     def forward(
         self, critic_latents: Tensor, critic_labels: Tensor, latents: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        generator, count = self.generator.train(), len(critic_latents)
-        num_groups = 1 if critic_latents.is_cuda else count
-        sizes = [count // num_groups] * num_groups + [1]  # in batches; the last group is the generator's own
+        each = (torch.split(batches, BATCHES_TOGETHER) for batches in (critic_latents, critic_labels))
+        *early, late = (self._groups(*several) for several in zip(*each, strict=True))
+        with torch.no_grad():
+            fakes = [made for groups in early for made in self._layer_by_layer(groups)]
+        *last, images = self._layer_by_layer([*late, (latents[None], labels[None])])
+        return torch.cat([*fakes, *last]), images.flatten(0, 1)
+
+    def _groups(self, latents: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        size = len(labels) if labels.is_cuda else 1
+        return [*zip(torch.split(latents, size), torch.split(labels, size), strict=True)]
+
+    def _layer_by_layer(self, groups: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Images (k, b, C, H, W) of groups of k batches (k, b, latent_dim); only those of the last want gradients."""
+        generator, sizes, batch_size = self.generator.train(), [len(z) for z, _ in groups], groups[-1][1].shape[1]
 
         def each(layer: Callable[..., Tensor], groups: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
             with torch.no_grad():
                 done = [layer(*group) for group in groups[:-1]]
             return [*done, layer(*groups[-1])]
 
-        critics = critic_latents.reshape(num_groups, -1, latents.shape[1]), critic_labels.reshape(num_groups, -1)
-        groups = each(generator.first_maps, [*zip(*critics, strict=True), (latents, labels)])
+        flat = [(latents.flatten(0, 1), labels.flatten()) for latents, labels in groups]
+        maps = each(generator.first_maps, flat)
         for norm, convolution in zip(generator.norms, generator.convolutions, strict=True):
             assert isinstance(norm, nn.BatchNorm2d)
-            normalised = [(images,) for images in normalise(norm, groups, sizes)]
-            groups = each(lambda images, layer=convolution: layer(F.relu(images)), normalised)
-        *fakes, images = each(torch.sigmoid, [(images,) for images in groups])
-        return torch.stack(fakes).view(count, *images.shape), images
+            normalised = [(images,) for images in normalise(norm, maps, sizes)]
+            maps = each(lambda images, layer=convolution: layer(F.relu(images)), normalised)
+        images = each(torch.sigmoid, [(images,) for images in maps])
+        return [made.view(-1, batch_size, *made.shape[1:]) for made in images]
 
 
 def normalise(norm: nn.BatchNorm2d, groups: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:

@@ -27,6 +27,9 @@ CRITIC_STRIDES = (2, 2, 2, 1)
 KERNEL = 5
 LEAK = 0.2
 NORM_EPSILON = 1e-3
+BATCHES_TOGETHER = 16
+"""Most critic batches whose images are made at once: memory for those of a burn-in would be twenty times an ordinary
+step's."""
 
 
 def scaled(channels: Sequence[int], width: float) -> list[int]:
@@ -113,8 +116,9 @@ class StepGenerator(nn.Module):
         generator = self.generator.train(self.fakes_by_batch)
         with torch.no_grad():
             if critic_latents.is_cuda and not generator.training:  # a GPU takes all at once, a CPU's caches prefer few
-                fakes = generator(critic_latents.flatten(0, 1), critic_labels.flatten())
-                fakes = fakes.unflatten(0, critic_labels.shape)
+                given = (torch.split(batches, BATCHES_TOGETHER) for batches in (critic_latents, critic_labels))
+                fakes = torch.cat([generator(z.flatten(0, 1), y.flatten()) for z, y in zip(*given, strict=True)])
+                fakes = fakes.view(*critic_labels.shape, *fakes.shape[1:])
             else:
                 fakes = torch.stack([generator(*batch) for batch in zip(critic_latents, critic_labels, strict=True)])
         return fakes, generator.train()(latents, labels)

@@ -32,7 +32,8 @@ class Objective:
     joint_weight: float = 1.0
     """Factor of real_loss + fake_loss in a joint update (0.5 where the paper averages over both)."""
     clips: bool = False
-    """The critic's parameters must be clipped (training.clip_value)."""
+    """The critic's parameters must be clipped (training.clip_value), or its weights normalised
+    (training.spectral_norm)."""
     penalises: bool = False
     """A gradient penalty is added (training.gradient_penalty)."""
     estimates_wasserstein: bool = False
@@ -119,7 +120,7 @@ def choose(training: TrainingConfig) -> Objective:
         )
     for wanted, key in ((objective.clips, "clip_value"), (objective.penalises, "gradient_penalty")):
         value = getattr(training, key)
-        if wanted and value is None:
+        if wanted and value is None and not (key == "clip_value" and training.spectral_norm):
             raise UserError(f"training.{key} is null: the objective {name} needs a number")
         if not wanted and value is not None:
             raise UserError(f"training.{key} is {value}: the objective {name} does not use it, set it to null")

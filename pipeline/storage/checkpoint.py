@@ -30,6 +30,7 @@ from torch import Tensor
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
 from pipeline.models.networks import critic_base, mirror
+from pipeline.models.spectral_norm import SINGULAR_VECTORS
 from pipeline.storage.files import fsync
 from pipeline.storage.run_folder import RunFolder, step_of
 
@@ -260,7 +261,9 @@ class CheckpointWriter:
         for name, tensor in staged.items():
             if not torch.isfinite(tensor).all():
                 raise IntegrityError(f"{name} holds a number that is not finite")
-            if self._clip_value is not None and name.startswith("critic."):
+            if self._clip_value is None or name.endswith(SINGULAR_VECTORS):
+                continue
+            if name.startswith("critic."):
                 largest = tensor.abs().max().item()
                 # The clip rounds to the tensor's dtype.
                 if largest > self._clip_value and not math.isclose(largest, self._clip_value, rel_tol=1e-6):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,33 +16,45 @@ WARM_UP_STEPS = 11
 """Before a capture: as many as DDP takes to settle."""
 
 
+class _Capture(NamedTuple):
+    inputs: StepInputs
+    graph: torch.cuda.CUDAGraph | None
+    """None without a CUDA device."""
+    losses: Tensor
+    gradients: list[Tensor | None]
+    """Of the critic, where this graph leaves them."""
+
+
 class CapturedStep:
     """The same step on inputs that stay where they are in memory; without a CUDA device it is run as it is.
 
-    The first call warms up and captures, on the runtime's stream for it; the state is put back to what it was before.
+    The first call of each number of critic iterations (a burn-in has a graph of its own) warms up and captures, on the
+    runtime's stream for it; the state is put back to what it was before.
     """
 
     def __init__(self, step: StepFunction, state: TrainingState, runtime: Runtime) -> None:
         self._step, self._state, self._stream = step, state, runtime.capture_stream
-        self._inputs: StepInputs | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._losses = torch.empty(0)
-        # NCCL does not end while a graph holds its collectives, so the graph goes first, after an error too.
+        self._captures: dict[int, _Capture] = {}
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        # NCCL does not end while a graph holds its collectives, so the graphs go first, after an error too.
         runtime.before_close.callback(self._reset)
 
     def __call__(self, inputs: StepInputs) -> Tensor:
-        if self._inputs is None:
-            self._inputs = inputs
-            if self._stream is not None:
-                self._capture(inputs)
-        pairs = zip(inputs, self._inputs, strict=True)
+        iterations = len(inputs.real)
+        if iterations not in self._captures:
+            captured = _Capture(inputs, None, torch.empty(0), []) if self._stream is None else self._capture(inputs)
+            self._captures[iterations] = captured
+        captured = self._captures[iterations]
+        pairs = zip(inputs, captured.inputs, strict=True)
         assert all(new is known for new, known in pairs if isinstance(new, Tensor)), "a graph reads where they were"
-        if self._graph is None:
+        if captured.graph is None:
             return self._step(inputs)
-        self._graph.replay()
-        return self._losses.clone()
+        captured.graph.replay()
+        for parameter, gradient in zip(self._state.critic.parameters(), captured.gradients, strict=True):
+            parameter.grad = gradient  # the log reads them; without this another graph's
+        return captured.losses.clone()
 
-    def _capture(self, inputs: StepInputs) -> None:
+    def _capture(self, inputs: StepInputs) -> _Capture:
         before = {name: tensor.clone() for name, tensor in self._state.tensors().items()}
         with on_stream(self._stream):
             for _ in range(WARM_UP_STEPS):
@@ -48,16 +62,18 @@ class CapturedStep:
         for name, tensor in self._state.tensors().items():
             # An optimiser that has not stepped yet has no state: it starts from zeroes.
             tensor.copy_(before[name]) if name in before else tensor.zero_()
-        self._graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
+        self._graphs.append(graph)
         try:
-            with torch.cuda.graph(self._graph, stream=self._stream):
-                self._losses = self._step(inputs)
+            with torch.cuda.graph(graph, stream=self._stream):
+                losses = self._step(inputs)
         except torch.AcceleratorError as error:  # an objective of the user's that looks at a value on the host, say
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"the step can't be captured as a CUDA graph ({reason}): set runtime.cuda_graph to false"
             ) from error
+        return _Capture(inputs, graph, losses, [parameter.grad for parameter in self._state.critic.parameters()])
 
     def _reset(self) -> None:
-        if self._graph is not None:
-            self._graph.reset()
+        for graph in self._graphs:
+            graph.reset()

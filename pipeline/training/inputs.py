@@ -26,24 +26,25 @@ class Images(NamedTuple):
 
 
 class StepInputs(NamedTuple):
-    """One step's, for this rank, on the device. b: images of a rank; rates are tensors where the step is captured."""
+    """One step's, for this rank, on the device. k: its critic iterations; b: images of a rank; rates are tensors where
+    the step is captured."""
 
     real: Tensor
-    """uint8 (n_critic, b, C, H, W), mirrored."""
+    """uint8 (k, b, C, H, W), mirrored."""
     real_labels: Tensor
-    """int64 (n_critic, b)."""
+    """int64 (k, b)."""
     critic_latents: Tensor
-    """(n_critic, b, latent_dim)."""
+    """(k, b, latent_dim)."""
     critic_labels: Tensor
-    """int64 (n_critic, b)."""
+    """int64 (k, b)."""
     mix: Tensor | None
-    """(n_critic, b), where there is a gradient penalty."""
+    """(k, b), where there is a gradient penalty."""
     generator_latents: Tensor
     """(b, latent_dim)."""
     generator_labels: Tensor
     """int64 (b,)."""
     critic_rates: Sequence[float] | Tensor
-    """(n_critic,), learning rates."""
+    """(k,), learning rates."""
     generator_rates: Sequence[float] | Tensor
     """(1,)."""
     ema_weights: Sequence[float] | Tensor
@@ -60,32 +61,18 @@ StepFunction = Callable[[StepInputs], Tensor]
 class InputStream:
     """The inputs of one step after the other. The first is that of the state's step when it is asked for.
 
-    They lie in the same memory at every step, where a graph finds them. On a GPU nothing here waits for it: what is
-    drawn goes there in one copy for each type of number, from pinned memory that is used again once the copy is done,
-    so any number of steps may be under way.
+    They lie in the same memory at every step of as many critic iterations, where a graph finds them. On a GPU nothing
+    here waits for it: what is drawn goes there in one copy for each type of number, from pinned memory that is used
+    again once the copy is done, so any number of steps may be under way.
 
     Args:
         captured: steps are captured as a graph, which reads rates from the device's memory too.
     """
 
     def __init__(self, config: Config, state: TrainingState, source: Source, ranks: Ranks, captured: bool) -> None:
-        self._config, self._state, self._source = config, state, source
+        self._config, self._state, self._source, self._captured = config, state, source, captured
         self._rows = ranks.rows(config.training.batch_size)
-        weight, n_critic = state.generator.dense.weight, config.training.n_critic
-        batches = n_critic, self._rows.stop - self._rows.start
-        numbers: dict[str, tuple[int, ...]] = {
-            "critic_latents": (*batches, config.network.latent_dim),
-            "generator_latents": (batches[1], config.network.latent_dim),
-        }
-        if config.training.gradient_penalty is not None:
-            numbers["mix"] = batches
-        if captured:
-            numbers |= {"critic_rates": (n_critic,), "generator_rates": (1,), "ema_weights": (1,)}
-        self._numbers = _Packed(numbers, torch.float32, weight.device, weight.dtype)
-        classes = {"critic_labels": batches, "generator_labels": batches[1:]}
-        self._classes = _Packed(classes, torch.int64, weight.device, torch.int64)
-        self._real = torch.empty(*batches, *state.generator.image_shape, dtype=torch.uint8, device=weight.device)
-        self._real_labels = torch.zeros(batches, dtype=torch.int64, device=weight.device)
+        self._buffers: dict[int, _Buffers] = {}  # by the critic iterations of a step
         self._batches: Iterator[Batch] = iter(())
         self._next_batch = -1
         self.wait_seconds = 0.0
@@ -98,12 +85,16 @@ class InputStream:
             LocalError: real images could not be read.
         """
         training, step, num_classes = self._config.training, self._state.step, self._state.generator.num_classes
-        seed, rows, first = training.seed, self._rows, step * training.n_critic
+        seed, rows, first = training.seed, self._rows, training.critic_iterations(0, step)
         latents = training.batch_size, self._config.network.latent_dim, rows
         labels = training.batch_size, num_classes, rows
-        self._take_real(first, training.n_critic)
-        numbers, classes = self._numbers.host, self._classes.host
-        for index in range(training.n_critic):
+        count = training.critic_iterations(step, step + 1)
+        if count not in self._buffers:
+            self._buffers[count] = self._make_buffers(count)
+        buffers = self._buffers[count]
+        self._take_real(first, buffers)
+        numbers, classes = buffers.numbers.host, buffers.classes.host
+        for index in range(count):
             numbers["critic_latents"][index] = rng.critic_latents(seed, step, index, *latents)
             if "mix" in numbers:
                 numbers["mix"][index] = rng.penalty_mix(seed, step, index, training.batch_size, rows)
@@ -112,8 +103,8 @@ class InputStream:
         numbers["generator_latents"].copy_(rng.generator_latents(seed, step, *latents))
         if num_classes:  # else nobody reads them
             classes["generator_labels"].copy_(rng.generator_labels(seed, step, *labels))
-            self._classes.send()
-        updates = range(first, first + training.n_critic)
+            buffers.classes.send()
+        updates = range(first, first + count)
         rates = {
             "critic_rates": [learning_rate(training.critic_optimizer, update) for update in updates],
             "generator_rates": [learning_rate(training.generator_optimizer, step)],
@@ -121,16 +112,35 @@ class InputStream:
         }
         for name in rates.keys() & numbers.keys():
             numbers[name].copy_(torch.tensor(rates[name]))
-        self._numbers.send()
-        drawn: dict[str, Any] = {"mix": None} | rates | self._numbers.device | self._classes.device
-        return StepInputs(real=self._real, real_labels=self._real_labels, **drawn)
+        buffers.numbers.send()
+        drawn: dict[str, Any] = {"mix": None} | rates | buffers.numbers.device | buffers.classes.device
+        return StepInputs(real=buffers.real, real_labels=buffers.real_labels, **drawn)
 
     def close(self) -> None:
         """Lets go of the source's workers and chunks."""
         self._batches, self._next_batch = iter(()), -1
 
-    def _take_real(self, first: int, count: int) -> None:
-        started = time.monotonic()
+    def _make_buffers(self, count: int) -> _Buffers:
+        config, generator = self._config, self._state.generator
+        weight, batches = generator.dense.weight, (count, self._rows.stop - self._rows.start)
+        numbers: dict[str, tuple[int, ...]] = {
+            "critic_latents": (*batches, config.network.latent_dim),
+            "generator_latents": (batches[1], config.network.latent_dim),
+        }
+        if config.training.gradient_penalty is not None:
+            numbers["mix"] = batches
+        if self._captured:
+            numbers |= {"critic_rates": (count,), "generator_rates": (1,), "ema_weights": (1,)}
+        classes = {"critic_labels": batches, "generator_labels": batches[1:]}
+        return _Buffers(
+            _Packed(numbers, torch.float32, weight.device, weight.dtype),
+            _Packed(classes, torch.int64, weight.device, torch.int64),
+            torch.empty(*batches, *generator.image_shape, dtype=torch.uint8, device=weight.device),
+            torch.zeros(batches, dtype=torch.int64, device=weight.device),
+        )
+
+    def _take_real(self, first: int, buffers: _Buffers) -> None:
+        started, count = time.monotonic(), len(buffers.real)
         if first != self._next_batch:  # at the beginning, or after a resume
             self._batches = self._source.batches(first)
         try:
@@ -139,9 +149,18 @@ class InputStream:
             raise LocalError(str(error)) from None
         self._next_batch = first + count
         self.wait_seconds += time.monotonic() - started
-        torch.stack(images, out=self._real)
+        torch.stack(images, out=buffers.real)
         if self._state.generator.num_classes:
-            torch.stack(labels, out=self._real_labels)
+            torch.stack(labels, out=buffers.real_labels)
+
+
+class _Buffers(NamedTuple):
+    """Where the inputs of steps of so many critic iterations lie."""
+
+    numbers: _Packed
+    classes: _Packed
+    real: Tensor
+    real_labels: Tensor
 
 
 class _Packed:

@@ -65,12 +65,13 @@ class MetricsLog:
         real_loss, fake_loss, generator_loss = losses.mean(0).tolist()
         seconds = time.monotonic() - self._started
         self.elapsed_seconds += seconds
+        iterations = training.critic_iterations(step - len(losses), step)
         line = {
             "step": step,
             "critic_loss": (real_loss + fake_loss) / 2,
             "generator_loss": generator_loss,
             **self._critic_health(),
-            "images_per_second": len(losses) * training.n_critic * training.batch_size / seconds,
+            "images_per_second": iterations * training.batch_size / seconds,
             "data_wait_seconds": wait_seconds,
             "elapsed_seconds": self.elapsed_seconds,
             "evaluation_seconds": self.evaluation_seconds,

@@ -60,7 +60,8 @@ class RankTimes:
         if ranks.world_size == 1:
             return {}
         waited = wait_seconds / steps
-        own = waited + (self._scheduled_seconds / steps if self._clock else self._probe())
+        updates = self._training.critic_iterations(step - steps, step) / steps
+        own = waited + (self._scheduled_seconds / steps if self._clock else updates * self._probe())
         all_own, all_waited, hosts = zip(*ranks.gather((own, waited, os.uname().nodename)), strict=True)
         slowest, median = max(range(ranks.world_size), key=all_own.__getitem__), statistics.median_low(all_own)
         is_slow = all_own[slowest] > SLOW * median
@@ -76,7 +77,7 @@ class RankTimes:
 
     @torch.no_grad()
     def _probe(self) -> float:
-        """Seconds that a step's updates of the critic take this rank's GPU, estimated while it has nothing to do."""
+        """Seconds that an update of the critic takes this rank's GPU, estimated while it has nothing to do."""
         critic, share = self._state.critic, self._training.batch_size // self._runtime.ranks.world_size
         count = min(share, PROBE_IMAGES)  # a pass must fit beside a training that hardly fits
         weight = next(critic.parameters())
@@ -89,4 +90,4 @@ class RankTimes:
                 critic(images)
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
-        return min(seconds) * share / count * 6 * self._training.n_critic
+        return min(seconds) * share / count * 6

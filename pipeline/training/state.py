@@ -16,6 +16,7 @@ from pipeline.config import Config, OptimizerConfig
 from pipeline.errors import UserError
 from pipeline.models.cpu_kernels import use_cpu_kernels
 from pipeline.models.networks import Critic, Generator, initialise
+from pipeline.models.spectral_norm import iterate_after_updates, use_spectral_norm
 from pipeline.rng import seeded
 
 
@@ -123,14 +124,13 @@ def build_state(
         if device.type == "cpu":
             use_cpu_kernels(network)
     ema.eval().requires_grad_(False)
-    return TrainingState(
-        generator,
-        critic,
-        ema,
-        build_optimizer(config.training.generator_optimizer, generator, capturable),
-        build_optimizer(config.training.critic_optimizer, critic, capturable),
-        scaler,
-    )
+    if config.training.spectral_norm:
+        use_spectral_norm(critic, seeded(seed, "singular vectors"))
+    generator_optimizer = build_optimizer(config.training.generator_optimizer, generator, capturable)
+    critic_optimizer = build_optimizer(config.training.critic_optimizer, critic, capturable)
+    if config.training.spectral_norm:
+        iterate_after_updates(critic, critic_optimizer)
+    return TrainingState(generator, critic, ema, generator_optimizer, critic_optimizer, scaler)
 
 
 def build_optimizer(config: OptimizerConfig, network: nn.Module, capturable: bool = False) -> torch.optim.Optimizer:

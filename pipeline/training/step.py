@@ -35,7 +35,7 @@ class Step:
         state, losses = self.state, []
         fakes, images = self.make_images(inputs)
         pixels = inputs.real.to(fakes.dtype) / 255
-        for index in range(self.training.n_critic):
+        for index in range(len(pixels)):  # n_critic, or those of a burn-in
             real = Images(pixels[index], inputs.real_labels[index])
             fake = Images(fakes[index], inputs.critic_labels[index])
             state.critic_optimizer.param_groups[0]["lr"] = inputs.critic_rates[index]

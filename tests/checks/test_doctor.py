@@ -214,3 +214,6 @@ def test_time_limits(tmp_path: Path) -> None:
     tight = line(SIGNAL_SECONDS + 999)
     assert tight.startswith("warning 999 s to train")
     assert tight.endswith("set run.checkpoint_every to 24, or raise --time")
+    training = Training(burn_in_n_critic=105, burn_in_every=125)  # one of the next 100 steps takes 100 iterations more
+    config = replace(config, training=training)
+    assert line(3600).endswith("a checkpoint every 100 steps comes every 1200 s")

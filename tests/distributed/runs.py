@@ -31,11 +31,18 @@ VARIANTS: dict[str, Settings] = {
     "acgan": {"training": {"objective": "acgan", "clip_value": None}},
     "separate": {"training": {"critic_updates": "separate", "critic_fakes": "moving"}},
     "adam": {"training": {"critic_optimizer": ADAM, "generator_optimizer": ADAM}},
+    "burn_in": {"training": {"burn_in_n_critic": 5, "burn_in_steps": 2, "burn_in_every": 4}},
+    "spectral_norm": {"training": {"spectral_norm": True, "critic_updates": "separate"}},
 }
 SOURCES: dict[str, Settings] = {
     "resident": {"data": {"source": "resident"}},
     "streaming": {"data": {"source": "streaming", "lanes": 8, "workers": 1}},
 }
+RECIPES: dict[str, Settings] = {
+    "burn_in": VARIANTS["burn_in"] | SOURCES["streaming"],
+    "spectral_norm": VARIANTS["spectral_norm"],
+}
+"""That a resume could forget a part of."""
 EXACT: Settings = {"runtime": {"precision": "float64"}}
 EXACT_PARTS: Settings = {"runtime": {"precision": "float64", "accumulation": 4}}
 BF16: Settings = {"runtime": {"precision": "bf16"}}
@@ -84,6 +91,8 @@ RUNS: dict[str, Run] = {
         for w in (1, 2)
         for stop in STOPS
     },
+    **{f"whole-{name}": whole(2, chosen) for name, chosen in RECIPES.items()},
+    **{f"resumed-{name}": Run(((2, 7), (2, STEPS)), (chosen,)) for name, chosen in RECIPES.items()},
     **{
         f"elastic-{source}-{before}-{after}": Run(((before, 9), (after, STEPS)), (chosen, EXACT))
         for source, chosen in SOURCES.items()

@@ -17,7 +17,7 @@ from pipeline.distributed.process import Runtime
 from pipeline.models.objectives import OBJECTIVES
 from pipeline.storage.run_folder import RunFolder
 from pipeline.training.trainer import Trainer
-from tests.distributed.runs import ELASTIC, SOURCES, STEPS, STOPS, VARIANTS, Trained, losses
+from tests.distributed.runs import ELASTIC, RECIPES, SOURCES, STEPS, STOPS, VARIANTS, Trained, losses
 from tests.jobs import (
     ROOT,
     changed,
@@ -99,7 +99,7 @@ def test_in_float32_the_losses_agree(trained: Trained, name: str, compared: list
 
 def test_the_sources_and_variants_are_different_runs(trained: Trained) -> None:
     """The comparisons above would pass for runs that ignore their settings."""
-    weights = {name: trained.weights(f"{name}-1")["critic.score.weight"] for name in (*VARIANTS, "streaming")}
+    weights = {name: trained.weights(f"{name}-1")["generator.dense.weight"] for name in (*VARIANTS, "streaming")}
     names = [name for name in weights if name not in ("acgan", "gan")]
     for i, name in enumerate(names):
         assert all(not torch.equal(weights[name], weights[other]) for other in names[:i]), name
@@ -137,6 +137,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(trained: Trained,
         for stop in STOPS:
             resumed = trained.weights(f"resumed-{source}-{world_size}-{stop}")
             assert_equal(trained.weights(f"whole-{source}-{world_size}"), resumed)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_resume_forgets_no_part_of_a_recipe(trained: Trained, name: str) -> None:
+    assert_equal(trained.weights(f"whole-{name}"), trained.weights(f"resumed-{name}"))
 
 
 @pytest.mark.parametrize(("before", "after"), ELASTIC)

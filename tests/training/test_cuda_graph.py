@@ -19,23 +19,23 @@ from tests.jobs import process_kept, tiny_config
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 SETTINGS: dict[str, dict[str, Any]] = {
     "wgan": {"critic_updates": "separate", "critic_fakes": "moving"},
-    "wgan_gp": {"gradient_penalty": 10.0, "clip_value": None},
-    "acgan": {"clip_value": None},
+    "wgan_gp": {"objective": "wgan_gp", "gradient_penalty": 10.0, "clip_value": None},
+    "acgan": {"objective": "acgan", "clip_value": None},
+    "burn-in": {"n_critic": 1, "burn_in_n_critic": 3, "burn_in_steps": 2, "burn_in_every": 4},
+    "spectral norm": {"spectral_norm": True, "clip_value": None},
 }
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("objective", SETTINGS)
-def test_a_captured_step_walks_the_same_trajectory(
-    objective: str, device: str, tiny_dataset: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_captured_step_walks_the_same_trajectory(name: str, device: str, tiny_dataset: Path, tmp_path: Path) -> None:
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
     with process_kept():
         for captured in (False, True):
             config = tiny_config(
                 data={"dataset": str(tiny_dataset)},
                 run={"root": str(tmp_path)},
-                training={"objective": objective, **SETTINGS[objective]},
+                training=SETTINGS[name],
                 runtime={"device": device, "cuda_graph": captured and device == "cuda"},
             )
             runtime = Runtime(config.runtime)
@@ -48,8 +48,8 @@ def test_a_captured_step_walks_the_same_trajectory(
             runtime.close()
     (losses, tensors), (captured_losses, captured_tensors) = found
     torch.testing.assert_close(captured_losses, losses, rtol=1e-4, atol=1e-6)
-    for name, tensor in tensors.items():
-        torch.testing.assert_close(captured_tensors[name], tensor, rtol=0, atol=0 if device == "cpu" else 1e-5)
+    for key, tensor in tensors.items():
+        torch.testing.assert_close(captured_tensors[key], tensor, rtol=0, atol=0 if device == "cpu" else 1e-5)
 
 
 def test_a_graph_needs_a_gpu() -> None:

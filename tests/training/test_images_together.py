@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.config import NetworkConfig
+from pipeline.distributed import batch_norm
 from pipeline.distributed.batch_norm import LayerwiseStepGenerator, SyncBatchNorm, convert_batch_norm, normalise
 from pipeline.models.networks import Generator, StepGenerator, initialise
 from pipeline.rng import seeded
@@ -39,11 +40,14 @@ def a_generator(seed: int, num_classes: int) -> Generator:
     return generator
 
 
+@pytest.mark.parametrize("together", [1, 2, 16])
 @pytest.mark.parametrize("synchronised", [False, True])
 @pytest.mark.parametrize(("seed", "num_classes"), [(0, 0), (1, 10), (2, 0)])
 def test_images_and_gradients_are_those_of_one_batch_after_the_other(
-    seed: int, num_classes: int, synchronised: bool
+    seed: int, num_classes: int, synchronised: bool, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In one portion, or in several."""
+    monkeypatch.setattr(batch_norm, "BATCHES_TOGETHER", together)
     generator = a_generator(seed, num_classes)
     other = copy.deepcopy(generator)
     if synchronised:

@@ -270,6 +270,7 @@ def test_real_pixels_are_scaled_from_a_fixed_range() -> None:
     [
         ({"objective": "wgann"}, "training.objective is 'wgann': choose one of wgan"),
         ({"clip_value": None}, "training.clip_value is null"),
+        ({"objective": "wgan_gp", "clip_value": None, "spectral_norm": True}, "training.gradient_penalty is null"),
         ({"objective": "lsgan"}, "training.clip_value is 0.01: the objective lsgan does not use it"),
         ({"objective": "wgan_gp", "clip_value": None}, "training.gradient_penalty is null"),
         (
@@ -281,6 +282,10 @@ def test_real_pixels_are_scaled_from_a_fixed_range() -> None:
 def test_contradictions_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         choose(TrainingConfig(**changes))  # type: ignore[arg-type]
+
+
+def test_spectral_norm_may_take_the_place_of_the_clip() -> None:
+    assert choose(TrainingConfig(clip_value=None, spectral_norm=True)) is OBJECTIVES["wgan"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,88 @@
+"""Spectral normalisation of the critic (Miyato et al. 2018, 1802.05957), put in from outside: the network does not know
+of it.
+
+torch.nn.utils.parametrizations.spectral_norm takes a power iteration in every forward pass of training, so also in each
+micro-batch and in the generator's update, and begins with torch's global random numbers. Here it is one for each update
+of the critic, and the beginning is a function of the seed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from pipeline.models.networks import Critic
+
+FIRST_ITERATIONS = 15
+"""Power iterations before the first update, as in torch's own: u is random at first."""
+SINGULAR_VECTORS = (".u", ".v")
+"""What the names of the buffers end with."""
+
+
+class SpectralNorm(nn.Module):
+    """W -> W / (u^T W v), a weight's matrix of outputs by all else; u and v, of length 1, tend to the singular vectors
+    of its largest singular value (Algorithm 1 there). The gradient takes them as constants."""
+
+    u: Tensor
+    v: Tensor
+
+    def __init__(self, weight: Tensor, random: torch.Generator) -> None:
+        super().__init__()
+        self.register_buffer("u", torch.randn(len(weight), generator=random).to(weight))
+        self.register_buffer("v", weight.new_zeros(weight[0].numel()))
+        for _ in range(FIRST_ITERATIONS):
+            self.iterate(weight)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        # No matrix product, whose precision autocast would lower.
+        return weight / (torch.outer(self.u, self.v) * _matrix(weight)).sum()
+
+    @torch.no_grad()
+    def iterate(self, weight: Tensor) -> None:
+        """One power iteration."""
+        matrix = _matrix(weight)
+        self.v.copy_(F.normalize(self.u @ matrix, dim=0))
+        self.u.copy_(F.normalize(matrix @ self.v, dim=0))
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """With columns in the order of a convolution's channels-last memory, so that neither it nor its gradient moves."""
+    return weight.movedim(1, -1).flatten(1)
+
+
+def use_spectral_norm(critic: Critic, random: torch.Generator) -> None:
+    """Divides every weight of the critic by its spectral norm from here on. Its parameters are then called
+    NAME.parametrizations.weight.original; u and v are buffers beside them."""
+    for layer in list(critic.modules()):
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight.detach(), random))
+
+
+def norms(critic: nn.Module) -> list[tuple[SpectralNorm, Tensor]]:
+    """Those in place, each with its weight before the division."""
+    places = (module for module in critic.modules() if isinstance(module, parametrize.ParametrizationList))
+    return [(cast(SpectralNorm, place[0]), place.original) for place in places]
+
+
+def raw_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with the weights before the division, under the names that they have without it."""
+    return {
+        name.replace("parametrizations.weight.original", "weight"): tensor
+        for name, tensor in tensors.items()
+        if not name.endswith(SINGULAR_VECTORS)
+    }
+
+
+def iterate_after_updates(critic: Critic, optimizer: torch.optim.Optimizer) -> None:
+    """Has u and v follow each update of the critic, by a power iteration; forward passes in between only read them."""
+    pairs = norms(critic)
+
+    def follow(*_: Any) -> None:
+        for norm, weight in pairs:
+            norm.iterate(weight)
+
+    optimizer.register_step_post_hook(follow)
