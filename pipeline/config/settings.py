@@ -79,7 +79,8 @@ class DataConfig:
     """The real images."""
 
     dataset: str = knob("mnist")
-    """A known dataset (mnist), prepared on first use, or the path of a folder that holds a dataset.json."""
+    """A known dataset (mnist, fashion_mnist, cifar10), prepared on first use, or the path of a folder that holds a
+    dataset.json."""
     root: str = knob("data", free=True)
     """Folder under which known datasets are prepared."""
     source: Literal["auto", "resident", "streaming"] = knob("auto")

@@ -8,10 +8,10 @@ from __future__ import annotations
 from math import prod
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, DataConfig
-from pipeline.data.manifest import FILE_NAME, DataError, Dataset, load_dataset
+from pipeline.data.manifest import FILE_NAME, KINDS, DataError, Dataset, load_dataset
 from pipeline.data.source import Batch, Source
 from pipeline.errors import UserError
 
@@ -20,15 +20,34 @@ if TYPE_CHECKING:
 
     from pipeline.distributed.collectives import Ranks
 
-__all__ = ["Batch", "DataError", "Dataset", "Source", "check_source", "load_dataset", "open_dataset", "open_source"]
+__all__ = [
+    "KINDS",
+    "KNOWN",
+    "Batch",
+    "DataError",
+    "Dataset",
+    "Source",
+    "check_source",
+    "load_dataset",
+    "open_dataset",
+    "open_source",
+    "prepare_known",
+]
 
-KNOWN = {"mnist": "pipeline.data.prepare.mnist:prepare_mnist"}
-"""Datasets that are prepared on first use, each with the function that writes it under a root."""
+KNOWN = {name: f"pipeline.data.prepare:prepare_{name}" for name in ("mnist", "fashion_mnist", "cifar10")}
+"""Datasets that are prepared on first use, each with the function that writes it under a root: from the network, or
+from a folder that has its files."""
 
 
 def dataset_folder(config: DataConfig) -> str | Path:
     """The folder or URL of the dataset that the configuration names, whether it is there or not."""
     return Path(config.root) / config.dataset if config.dataset in KNOWN else config.dataset
+
+
+def prepare_known(name: str, root: Path, *arguments: Any) -> Dataset:
+    """One of KNOWN as `root`/`name`; `arguments`: a folder with its original files, the sizes of its shards."""
+    prepared: Dataset = resolve_name(KNOWN[name])(root, *arguments)
+    return prepared
 
 
 def open_dataset(config: DataConfig) -> Dataset:
@@ -38,7 +57,7 @@ def open_dataset(config: DataConfig) -> Dataset:
     """
     folder = dataset_folder(config)
     if config.dataset in KNOWN and not (Path(folder) / FILE_NAME).exists():
-        resolve_name(KNOWN[config.dataset])(Path(config.root))
+        prepare_known(config.dataset, Path(config.root))
     return load_dataset(folder, allow_shell_urls=config.allow_shell_urls)
 
 
