@@ -97,16 +97,20 @@ def check_source(config: Config, dataset: Dataset | None, world_size: int) -> No
 def open_source(config: Config, dataset: Dataset, ranks: Ranks, device: torch.device) -> Source:
     """The train split as the configuration asks for it; `auto` is resident when the decoded split fits its limit.
 
+    This is what training reads: evaluation and pictures have images as they are.
+
     Raises UserError as `check_source` does, and DataError when a resident split has a damaged shard.
     """
+    from pipeline.data.flipping import FlippedSource
     from pipeline.data.resident import ResidentSource
     from pipeline.data.streaming import StreamingSource
 
     check_source(config, dataset, ranks.world_size)
-    batch_size, seed = config.training.batch_size, config.training.seed
-    if source_kind(config.data, dataset) == "resident":
-        return ResidentSource(dataset, batch_size=batch_size, seed=seed, ranks=ranks, device=device)
     lanes, workers = config.data.lanes, config.data.workers
-    return StreamingSource(
-        dataset, lanes=lanes, workers=workers, batch_size=batch_size, seed=seed, ranks=ranks, device=device
-    )
+    common: dict[str, Any] = {"batch_size": config.training.batch_size, "seed": config.training.seed, "ranks": ranks}
+    source: Source
+    if source_kind(config.data, dataset) == "resident":
+        source = ResidentSource(dataset, device=device, **common)
+    else:
+        source = StreamingSource(dataset, lanes=lanes, workers=workers, device=device, **common)
+    return FlippedSource(source, **common) if config.data.horizontal_flip else source

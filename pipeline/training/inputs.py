@@ -48,6 +48,10 @@ class StepInputs(NamedTuple):
     """(1,)."""
     ema_weights: Sequence[float] | Tensor
     """(1,), how far the average moves towards the generator."""
+    critic_augmentation: Tensor | None = None
+    """(n_critic, 2, b, AUGMENTATION_DRAWS), of real and fake images, with DiffAugment."""
+    generator_augmentation: Tensor | None = None
+    """(b, AUGMENTATION_DRAWS), then too."""
 
 
 EMA_RAMP = 0.05
@@ -79,6 +83,9 @@ class InputStream:
         }
         if config.training.gradient_penalty is not None:
             numbers["mix"] = batches
+        if config.training.diff_augment:
+            numbers["critic_augmentation"] = n_critic, 2, batches[1], rng.AUGMENTATION_DRAWS
+            numbers["generator_augmentation"] = batches[1], rng.AUGMENTATION_DRAWS
         if captured:
             numbers |= {"critic_rates": (n_critic,), "generator_rates": (1,), "ema_weights": (1,)}
         self._numbers = _Packed(numbers, torch.float32, weight.device, weight.dtype)
@@ -107,9 +114,15 @@ class InputStream:
             numbers["critic_latents"][index] = rng.critic_latents(seed, step, index, *latents)
             if "mix" in numbers:
                 numbers["mix"][index] = rng.penalty_mix(seed, step, index, training.batch_size, rows)
+            if "critic_augmentation" in numbers:
+                drawn = rng.critic_augmentation(seed, step, index, training.batch_size, rows)
+                numbers["critic_augmentation"][index] = drawn
             if num_classes:
                 classes["critic_labels"][index] = rng.critic_labels(seed, step, index, *labels)
         numbers["generator_latents"].copy_(rng.generator_latents(seed, step, *latents))
+        if "generator_augmentation" in numbers:
+            drawn = rng.generator_augmentation(seed, step, training.batch_size, rows)
+            numbers["generator_augmentation"].copy_(drawn)
         if num_classes:  # else nobody reads them
             classes["generator_labels"].copy_(rng.generator_labels(seed, step, *labels))
             self._classes.send()
@@ -122,8 +135,8 @@ class InputStream:
         for name in rates.keys() & numbers.keys():
             numbers[name].copy_(torch.tensor(rates[name]))
         self._numbers.send()
-        drawn: dict[str, Any] = {"mix": None} | rates | self._numbers.device | self._classes.device
-        return StepInputs(real=self._real, real_labels=self._real_labels, **drawn)
+        taken: dict[str, Any] = {"mix": None} | rates | self._numbers.device | self._classes.device
+        return StepInputs(real=self._real, real_labels=self._real_labels, **taken)
 
     def close(self) -> None:
         """Lets go of the source's workers and chunks."""

@@ -31,6 +31,15 @@ VARIANTS: dict[str, Settings] = {
     "acgan": {"training": {"objective": "acgan", "clip_value": None}},
     "separate": {"training": {"critic_updates": "separate", "critic_fakes": "moving"}},
     "adam": {"training": {"critic_optimizer": ADAM, "generator_optimizer": ADAM}},
+    "augmented": {
+        "training": {
+            "objective": "wgan_gp",
+            "gradient_penalty": 10.0,
+            "clip_value": None,
+            "diff_augment": ["color", "translation", "cutout"],
+        },
+        "data": {"horizontal_flip": True},
+    },
 }
 SOURCES: dict[str, Settings] = {
     "resident": {"data": {"source": "resident"}},
@@ -89,6 +98,8 @@ RUNS: dict[str, Run] = {
         for source, chosen in SOURCES.items()
         for before, after in ELASTIC
     },
+    "whole-augmented": whole(1, VARIANTS["augmented"]),
+    "resumed-augmented": Run(((1, 7), (1, STEPS)), (VARIANTS["augmented"],)),
     "whole-48": whole(4, EXACT, {"training": {"batch_size": 48}}),
     "three": Run(((4, 9), (3, STEPS)), (EXACT, {"training": {"batch_size": 48}})),
     # Fewer digits

@@ -139,6 +139,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(trained: Trained,
             assert_equal(trained.weights(f"whole-{source}-{world_size}"), resumed)
 
 
+def test_an_augmented_run_resumes_bit_for_bit(trained: Trained) -> None:
+    assert_equal(trained.weights("whole-augmented"), trained.weights("resumed-augmented"))
+
+
 @pytest.mark.parametrize(("before", "after"), ELASTIC)
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_run_goes_on_with_another_number_of_ranks(trained: Trained, before: int, after: int, source: str) -> None:

@@ -19,7 +19,11 @@ from tests.jobs import process_kept, tiny_config
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 SETTINGS: dict[str, dict[str, Any]] = {
     "wgan": {"critic_updates": "separate", "critic_fakes": "moving"},
-    "wgan_gp": {"gradient_penalty": 10.0, "clip_value": None},
+    "wgan_gp": {
+        "gradient_penalty": 10.0,
+        "clip_value": None,
+        "diff_augment": ["color", "translation", "cutout"],
+    },
     "acgan": {"clip_value": None},
 }
 
