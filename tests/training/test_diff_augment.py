@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -85,7 +86,8 @@ def test_cutouts_by_hand() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_every_place_is_as_likely(seed: int) -> None:
-    """Of 3,000 images: shifts of -1, 0 and 1 are a third each (standard deviation 26), centres of cutouts a ninth."""
+    """Of 3,000 images: shifts of -1, 0 and 1 are a third each (standard deviation 26), and of nine cutouts two show 2
+    rows and two show 3 (standard deviation 23)."""
     random_draws = random(seed, 3000, AUGMENTATION_DRAWS)
     position = torch.zeros(3000, 1, 8, 8)
     position[:, :, 3, 4] = 1
@@ -95,8 +97,8 @@ def test_every_place_is_as_likely(seed: int) -> None:
     for axis in (0, 1):
         assert (counts.sum(axis) - 1000).abs().max() < 5 * 26
     rows = (cut_out(position + 2, random_draws) == GREY).any(3)[:, 0].sum(1)
-    assert [abs((rows == count).sum().item() / 3000 - share) < 0.05 for count, share in ((2, 2 / 9), (3, 2 / 9))]
-    assert set(rows.tolist()) == {2, 3, 4}
+    for count, ninths in ((2, 2), (3, 2), (4, 5)):
+        assert abs((rows == count).sum().item() - 3000 * ninths / 9) < 5 * 28
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -110,7 +112,7 @@ def test_rows_do_not_know_of_each_other_and_gradients_pass(seed: int) -> None:
     assert torch.autograd.gradcheck(lambda values: augment(values, random_draws, policies), (images,))
     assert torch.equal(augment(images, random_draws, []), images)
     cut_last = cut_out(translate(change_color(images, random_draws), random_draws), random_draws)
-    assert torch.equal(augment(images, random_draws, reversed(policies)), cut_last)  # type: ignore[arg-type]
+    assert torch.equal(augment(images, random_draws, policies[::-1]), cut_last)
 
 
 class Watching(Line):
@@ -125,7 +127,7 @@ class Watching(Line):
         return super().forward(images)
 
 
-def a_step(kind: type[Step], training: TrainingConfig, **more: int) -> tuple[Step, Watching]:
+def a_step(kind: Callable[..., Step], training: TrainingConfig, **more: int) -> tuple[Step, Watching]:
     generator = Generator(NetworkConfig(latent_dim=2, width=0.05), (1, 8, 8)).double()
     initialise(generator, seeded(0, "weights"))
     critic = Watching().double()
