@@ -230,8 +230,16 @@ def first_label(value: int) -> Callable[[bytes], bytes]:
     ("name", "change", "words"),
     [
         ("data_batch_3.bin", lambda content: content[:-1], r"data_batch_3\.bin is damaged .* 61,459 bytes, not 61,460"),
-        ("data_batch_3.bin", first_label(10), r"data_batch_5\.bin: damaged, the train images of the classes number 9,"),
-        ("test_batch.bin", first_label(1), r"test_batch\.bin: damaged, .* number 1, 3, 2, .*, not 2 each"),
+        (
+            "data_batch_3.bin",
+            first_label(10),
+            r"data_batch_5\.bin: damaged, 1 to 10 images of each class from 0 to 10, not 10 of each of 10",
+        ),
+        (
+            "test_batch.bin",
+            first_label(1),
+            r"test_batch\.bin: damaged, 1 to 3 images of each class from 0 to 9, not 2 of",
+        ),
         (
             "batches.meta.txt",
             lambda content: content[9:],

@@ -53,7 +53,7 @@ def prepare_cifar10(root: Path, source: Path | None = None, sizes: ShardSizes = 
                 folder, _is_cifar10, "something else than CIFAR-10: move it away, or choose another root"
             )
         files = _read_folder(source) if source else _fetch(downloads)
-        splits = {split: _parse(split, {name: files[name] for name in names}) for split, names in FILES.items()}
+        splits = {split: _parse({name: files[name] for name in names}) for split, names in FILES.items()}
         if (found := tuple(files[CLASSES_FILE].decode("ascii", "replace").split())) != CLASS_NAMES:
             raise DataError(f"{CLASSES_FILE} lists {', '.join(found)}, not {', '.join(CLASS_NAMES)}")
         shards = write_shards(temporary, splits, sizes, shuffle=False)
@@ -71,7 +71,7 @@ def _is_cifar10(dataset: Dataset) -> bool:
     return same
 
 
-def _parse(split: str, files: dict[str, bytes]) -> Split:
+def _parse(files: dict[str, bytes]) -> Split:
     """Raises DataError for files that CIFAR-10's can't be: of another size, or with classes of unequal numbers."""
     for name, content in files.items():
         if len(content) != IMAGES_PER_FILE * RECORD_BYTES:
@@ -84,8 +84,8 @@ def _parse(split: str, files: dict[str, bytes]) -> Split:
     counts = np.bincount(labels, minlength=len(CLASS_NAMES))
     if len(counts) > len(CLASS_NAMES) or counts.min() != counts.max():
         raise DataError(
-            f"{', '.join(files)}: damaged, the {split} images of the classes number {', '.join(map(str, counts))}, "
-            f"not {len(labels) // len(CLASS_NAMES):,} each"
+            f"{', '.join(files)}: damaged, {counts.min():,} to {counts.max():,} images of each class from 0 to "
+            f"{len(counts) - 1}, not {len(labels) // len(CLASS_NAMES):,} of each of {len(CLASS_NAMES)}"
         )
     return Split(len(labels), labels, records[:, 1:].reshape(-1, *SHAPE).__getitem__)
 
