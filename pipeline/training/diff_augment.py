@@ -55,8 +55,7 @@ def _for_critic(real: Tensor, fakes: Tensor, inputs: StepInputs, policies: Colle
     assert inputs.critic_augmentation is not None
     sides = zip((real, fakes), inputs.critic_augmentation.unbind(1), strict=True)
     real, fakes = (
-        augment(images.flatten(0, 1), draws.flatten(0, 1), policies).unflatten(0, images.shape[:2])
-        for images, draws in sides
+        augment(images.flatten(0, 1), draws.flatten(0, 1), policies).reshape(images.shape) for images, draws in sides
     )
     return real, fakes
 

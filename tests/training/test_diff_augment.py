@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -141,9 +142,8 @@ def test_the_critic_sees_augmented_images_alone(seed: int) -> None:
     """Real and fake ones in its own update, fake ones in the generator's, each with draws of its own; whole or in
     micro-batches."""
     policies = ["color", "translation", "cutout"]
-    plain, augmented = (
-        TrainingConfig(objective="lsgan", clip_value=None, n_critic=2, diff_augment=chosen) for chosen in ([], policies)
-    )
+    settings: dict[str, Any] = {"objective": "lsgan", "clip_value": None, "n_critic": 2}
+    plain, augmented = TrainingConfig(**settings), TrainingConfig(**settings, diff_augment=policies)
     real = torch.randint(256, (2, 4, 1, 8, 8), dtype=torch.uint8, generator=seeded(seed, "real"))
     latents, labels = random(seed, 2, 4, 2), torch.zeros(2, 4, dtype=torch.int64)
     for_critic, for_generator = random(seed, 2, 2, 4, AUGMENTATION_DRAWS), random(seed, 4, AUGMENTATION_DRAWS)
