@@ -113,12 +113,12 @@ class Watched:
 
 
 def role_of(process: psutil.Process, root: psutil.Process) -> str:
-    """The script that a process runs, and whether it is one that such a process has forked."""
+    """The script that a process runs; whether it launches that, or is one that such a process has forked."""
     arguments = process.cmdline()
     script = next((Path(text).name for text in arguments[1:] if text.endswith(".py")), " ".join(arguments[1:3]))
     parent = process.parent()
     if process.pid == root.pid:
-        return f"launcher of {script}"
+        return f"launcher of {script}" if "accelerate.commands.launch" in arguments else script
     return f"worker of {script}" if parent is not None and parent.cmdline() == arguments else script
 
 
