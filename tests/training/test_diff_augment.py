@@ -143,7 +143,7 @@ def test_the_critic_sees_augmented_images_alone(seed: int) -> None:
     micro-batches."""
     policies = ["color", "translation", "cutout"]
     settings: dict[str, Any] = {"objective": "lsgan", "clip_value": None, "n_critic": 2}
-    plain, augmented = TrainingConfig(**settings), TrainingConfig(**settings, diff_augment=policies)
+    plain, augmented = TrainingConfig(**settings), TrainingConfig(**settings | {"diff_augment": policies})
     real = torch.randint(256, (2, 4, 1, 8, 8), dtype=torch.uint8, generator=seeded(seed, "real"))
     latents, labels = random(seed, 2, 4, 2), torch.zeros(2, 4, dtype=torch.int64)
     for_critic, for_generator = random(seed, 2, 2, 4, AUGMENTATION_DRAWS), random(seed, 4, AUGMENTATION_DRAWS)
