@@ -54,8 +54,8 @@ def prepare_cifar10(root: Path, source: Path | None = None, sizes: ShardSizes = 
             )
         files = _read_folder(source) if source else _fetch(downloads)
         splits = {split: _parse({name: files[name] for name in names}) for split, names in FILES.items()}
-        if (found := tuple(files[CLASSES_FILE].decode("ascii", "replace").split())) != CLASS_NAMES:
-            raise DataError(f"{CLASSES_FILE} lists {', '.join(found)}, not {', '.join(CLASS_NAMES)}")
+        if tuple(files[CLASSES_FILE].decode("ascii", "replace").split()) != CLASS_NAMES:
+            raise DataError(f"{CLASSES_FILE} is damaged: it does not list {', '.join(CLASS_NAMES)}")
         shards = write_shards(temporary, splits, sizes, shuffle=False)
         dataset = commit(Dataset(folder, "cifar10", SHAPE, CLASS_NAMES, shards, kind="cifar10"), temporary)
         shutil.rmtree(downloads, ignore_errors=True)
