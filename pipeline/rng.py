@@ -13,6 +13,9 @@ import torch
 
 EVALUATION_BLOCK = 256
 """Evaluation latents drawn at once; changing it changes every evaluation image."""
+AUGMENTATION_DRAWS = 7
+"""Numbers that an image takes whatever is done to it: brightness, saturation, contrast, and rows and columns of a
+translation and of a cutout."""
 
 
 def seeded(seed: int, purpose: str, *counters: int) -> torch.Generator:
@@ -84,6 +87,23 @@ def penalty_mix(seed: int, step: int, critic_index: int, batch_size: int, rows: 
 def data_indices(seed: int, batch_number: int, batch_size: int, num_images: int) -> torch.Tensor:
     """Real images of a global critic batch: int64 [batch_size], uniform with replacement as the reference draws."""
     return torch.randint(num_images, (batch_size,), generator=seeded(seed, "data indices", batch_number))
+
+
+def horizontal_flips(seed: int, batch_number: int, batch_size: int, rows: slice) -> torch.Tensor:
+    """Which real images of a global critic batch are flipped left to right: bool [b], each at even odds."""
+    return torch.rand(batch_size, generator=seeded(seed, "horizontal flips", batch_number))[rows] < 0.5
+
+
+def critic_augmentation(seed: int, step: int, critic_index: int, batch_size: int, rows: slice) -> torch.Tensor:
+    """What DiffAugment changes the real and the fake images of a critic iteration by: float32
+    [2, b, AUGMENTATION_DRAWS] uniform in [0, 1)."""
+    generator = seeded(seed, "critic augmentation", step, critic_index)
+    return torch.rand(2, batch_size, AUGMENTATION_DRAWS, generator=generator)[:, rows]
+
+
+def generator_augmentation(seed: int, step: int, batch_size: int, rows: slice) -> torch.Tensor:
+    """The same for the images of the generator's update: float32 [b, AUGMENTATION_DRAWS] uniform in [0, 1)."""
+    return torch.rand(batch_size, AUGMENTATION_DRAWS, generator=seeded(seed, "generator augmentation", step))[rows]
 
 
 def sampling_order(indices: torch.Tensor) -> torch.Tensor:

@@ -56,11 +56,14 @@ def test_every_draw_of_a_run_is_another() -> None:
             rng.generator_latents(seed, step, 4, 4, WHOLE),
             rng.generator_labels(seed, step, 16, 10, WHOLE),
             rng.data_indices(seed, step, 16, 10),
+            rng.horizontal_flips(seed, step, 64, WHOLE),
+            rng.generator_augmentation(seed, step, 4, WHOLE),
+            *(rng.critic_augmentation(seed, step, index, 4, WHOLE) for index in range(3)),
             *(rng.critic_latents(seed, step, index, 4, 4, WHOLE) for index in range(3)),
             *(rng.critic_labels(seed, step, index, 16, 10, WHOLE) for index in range(3)),
         )
     ]
-    assert len({tuple(draw.flatten().tolist()) for draw in draws}) == len(draws) == 2 * 3 * 9
+    assert len({tuple(draw.flatten().tolist()) for draw in draws}) == len(draws) == 2 * 3 * 14
 
 
 def test_the_global_rng_is_left_alone() -> None:
@@ -79,6 +82,13 @@ def test_ranks_share_one_global_batch(world_size: int) -> None:
     for seed in range(3):
         parts = [rng.critic_latents(seed, 9, 1, 12, 5, Ranks(rank, world_size).rows(12)) for rank in range(world_size)]
         assert torch.equal(torch.cat(parts), rng.critic_latents(seed, 9, 1, 12, 5, WHOLE))
+        rows = [Ranks(rank, world_size).rows(12) for rank in range(world_size)]
+        draws = [rng.critic_augmentation(seed, 9, 1, 12, row) for row in rows]
+        assert torch.equal(torch.cat(draws, dim=1), rng.critic_augmentation(seed, 9, 1, 12, WHOLE))
+        draws = [rng.generator_augmentation(seed, 9, 12, row) for row in rows]
+        assert torch.equal(torch.cat(draws), rng.generator_augmentation(seed, 9, 12, WHOLE))
+        flips = [rng.horizontal_flips(seed, 9, 12, row) for row in rows]
+        assert torch.equal(torch.cat(flips), rng.horizontal_flips(seed, 9, 12, WHOLE))
 
 
 def test_a_world_size_that_does_not_divide_is_refused() -> None:

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import NetworkConfig, OptimizerConfig
 from pipeline.data import open_source
+from pipeline.errors import UserError
 from pipeline.models.networks import CRITIC_STRIDES, GENERATOR_STRIDES, KERNEL, LEAK, Critic, Generator, mirror_state
 from pipeline.models.objectives import ScoreLoss, gradient_penalty, r1_penalty, with_class_loss
 from pipeline.models.spectral_norm import iterate_after_updates, raw_weights, use_spectral_norm
@@ -84,6 +85,8 @@ class PlainTrainer:
 
     def __init__(self, trainer: Trainer) -> None:
         self._config, self._objective, runtime = trainer.config, trainer.objective, trainer.runtime
+        if trainer.config.training.diff_augment:
+            raise UserError("training.diff_augment is set: the plain step has no augmentation, benchmark without it")
         # Only the step is its own: the inputs are a function of it.
         self._state = state = dataclasses.replace(trainer.state)
         source = open_source(trainer.config, trainer.dataset, runtime.ranks, runtime.device)

@@ -79,7 +79,8 @@ class DataConfig:
     """The real images."""
 
     dataset: str = knob("mnist")
-    """A known dataset (mnist), prepared on first use, or the path of a folder that holds a dataset.json."""
+    """A known dataset (mnist, fashion_mnist, cifar10), prepared on first use, or the path of a folder that holds a
+    dataset.json."""
     root: str = knob("data", free=True)
     """Folder under which known datasets are prepared."""
     source: Literal["auto", "resident", "streaming"] = knob("auto")
@@ -91,6 +92,8 @@ class DataConfig:
     batch size. Part of the trajectory."""
     workers: int = knob(1, low=0, high=256, free=True)
     """DataLoader worker processes per rank of the streaming source."""
+    horizontal_flip: bool = knob(False)
+    """Flip each real image that training sees left to right at even odds: not for digits or letters."""
     allow_shell_urls: bool = knob(False, free=True)
     """Let shard URLs run shell commands (pipe:, and webdataset's other schemes that start a process)."""
 
@@ -170,6 +173,9 @@ class TrainingConfig:
     critic_fakes: Literal["batch", "moving"] = knob("batch")
     """Batch-norm statistics of the generator while it makes images for the critic: those of the batch, or the moving
     averages (inference mode, the notebook's way)."""
+    diff_augment: list[Literal["color", "translation", "cutout"]] = knob([])
+    """What happens to real and fake images before the critic sees them, in both updates, for small datasets
+    (DiffAugment, Zhao et al. 2020, 2006.10738, section 3); []: nothing."""
     critic_optimizer: OptimizerConfig = knob(OptimizerConfig())
     """Optimiser of the critic."""
     generator_optimizer: OptimizerConfig = knob(OptimizerConfig())

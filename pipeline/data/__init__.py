@@ -8,10 +8,10 @@ from __future__ import annotations
 from math import prod
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, DataConfig
-from pipeline.data.manifest import FILE_NAME, DataError, Dataset, load_dataset
+from pipeline.data.manifest import FILE_NAME, KINDS, DataError, Dataset, load_dataset
 from pipeline.data.source import Batch, Source
 from pipeline.errors import UserError
 
@@ -20,15 +20,34 @@ if TYPE_CHECKING:
 
     from pipeline.distributed.collectives import Ranks
 
-__all__ = ["Batch", "DataError", "Dataset", "Source", "check_source", "load_dataset", "open_dataset", "open_source"]
+__all__ = [
+    "KINDS",
+    "KNOWN",
+    "Batch",
+    "DataError",
+    "Dataset",
+    "Source",
+    "check_source",
+    "load_dataset",
+    "open_dataset",
+    "open_source",
+    "prepare_known",
+]
 
-KNOWN = {"mnist": "pipeline.data.prepare.mnist:prepare_mnist"}
-"""Datasets that are prepared on first use, each with the function that writes it under a root."""
+KNOWN = {name: f"pipeline.data.prepare:prepare_{name}" for name in ("mnist", "fashion_mnist", "cifar10")}
+"""Datasets that are prepared on first use, each with the function that writes it under a root: from the network, or
+from a folder that has its files."""
 
 
 def dataset_folder(config: DataConfig) -> str | Path:
     """The folder or URL of the dataset that the configuration names, whether it is there or not."""
     return Path(config.root) / config.dataset if config.dataset in KNOWN else config.dataset
+
+
+def prepare_known(name: str, root: Path, *arguments: Any) -> Dataset:
+    """One of KNOWN as `root`/`name`; `arguments`: a folder with its original files, the sizes of its shards."""
+    prepared: Dataset = resolve_name(KNOWN[name])(root, *arguments)
+    return prepared
 
 
 def open_dataset(config: DataConfig) -> Dataset:
@@ -38,7 +57,7 @@ def open_dataset(config: DataConfig) -> Dataset:
     """
     folder = dataset_folder(config)
     if config.dataset in KNOWN and not (Path(folder) / FILE_NAME).exists():
-        resolve_name(KNOWN[config.dataset])(Path(config.root))
+        prepare_known(config.dataset, Path(config.root))
     return load_dataset(folder, allow_shell_urls=config.allow_shell_urls)
 
 
@@ -78,16 +97,20 @@ def check_source(config: Config, dataset: Dataset | None, world_size: int) -> No
 def open_source(config: Config, dataset: Dataset, ranks: Ranks, device: torch.device) -> Source:
     """The train split as the configuration asks for it; `auto` is resident when the decoded split fits its limit.
 
+    This is what training reads: evaluation and pictures have images as they are.
+
     Raises UserError as `check_source` does, and DataError when a resident split has a damaged shard.
     """
+    from pipeline.data.flipping import FlippedSource
     from pipeline.data.resident import ResidentSource
     from pipeline.data.streaming import StreamingSource
 
     check_source(config, dataset, ranks.world_size)
-    batch_size, seed = config.training.batch_size, config.training.seed
-    if source_kind(config.data, dataset) == "resident":
-        return ResidentSource(dataset, batch_size=batch_size, seed=seed, ranks=ranks, device=device)
     lanes, workers = config.data.lanes, config.data.workers
-    return StreamingSource(
-        dataset, lanes=lanes, workers=workers, batch_size=batch_size, seed=seed, ranks=ranks, device=device
-    )
+    common: dict[str, Any] = {"batch_size": config.training.batch_size, "seed": config.training.seed, "ranks": ranks}
+    source: Source
+    if source_kind(config.data, dataset) == "resident":
+        source = ResidentSource(dataset, device=device, **common)
+    else:
+        source = StreamingSource(dataset, lanes=lanes, workers=workers, device=device, **common)
+    return FlippedSource(source, **common) if config.data.horizontal_flip else source

@@ -132,28 +132,43 @@ def list_images(folder: Path) -> tuple[list[Path], list[str], Labels]:
 
 
 def read_images(
-    files: Sequence[Path], image_shape: ImageShape, indices: npt.NDArray[np.int64], *, resize: bool = False
+    files: Sequence[Path],
+    image_shape: ImageShape,
+    indices: npt.NDArray[np.int64],
+    *,
+    crop: int | None = None,
+    resize: bool = False,
 ) -> Images:
     """uint8 [n, C, H, W] of the files at `indices` [n]. Raises DataError naming the file."""
     images = np.empty((len(indices), *image_shape), np.uint8)
     for row, index in enumerate(indices):
         try:
-            images[row] = decode_image(files[index], image_shape, resize=resize)
+            images[row] = decode_image(files[index], image_shape, crop=crop, resize=resize)
         except BROKEN_IMAGE as error:
             raise DataError(f"{files[index]} is damaged: {error}") from None
     return images
 
 
-def decode_image(file: Path | BinaryIO, image_shape: ImageShape, *, resize: bool = False) -> Images:
-    """uint8 [C, H, W], grey when C is 1 and RGB when C is 3; `resize` crops the centre to the proportions first.
+def decode_image(
+    file: Path | BinaryIO, image_shape: ImageShape, *, crop: int | None = None, resize: bool = False
+) -> Images:
+    """uint8 [C, H, W], grey when C is 1 and RGB when C is 3.
+
+    Args:
+        crop: side in pixels of the centre square that is cut out first; of odd remainders the larger half is left out
+            at the right and at the bottom.
+        resize: to the shape, after the centre is cropped to its proportions.
 
     Raises what BROKEN_IMAGE lists, and ValueError for another size without `resize`.
     """
     channels, height, width = image_shape
     with Image.open(file) as image:
-        if not resize and image.size != (width, height):
-            raise ValueError(f"an image is {image.size[1]} x {image.size[0]}, not {height} x {width}")
+        if not resize and (crop or image.height, crop or image.width) != (height, width):
+            raise ValueError(f"an image is {image.height} x {image.width}, not {height} x {width}")
         pixels = image.convert("L" if channels == 1 else "RGB")
+    if crop is not None:
+        left, top = (pixels.width - crop) // 2, (pixels.height - crop) // 2
+        pixels = pixels.crop((left, top, left + crop, top + crop))
     if resize:
         pixels = ImageOps.fit(pixels, (width, height), Image.Resampling.LANCZOS)
     return np.asarray(pixels).reshape(height, width, channels).transpose(2, 0, 1)

@@ -1,4 +1,4 @@
-"""The step as the settings and the ranks ask for it: plain, in micro-batches, captured as a graph."""
+"""The step as the settings and the ranks ask for it: plain, augmented, in micro-batches, captured as a graph."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pipeline.distributed.process import Runtime
 from pipeline.models.networks import StepGenerator
 from pipeline.models.objectives import Objective
 from pipeline.training.cuda_graph import CapturedStep
+from pipeline.training.diff_augment import AugmentedMicroBatchStep, AugmentedStep
 from pipeline.training.inputs import StepFunction
 from pipeline.training.micro_batches import MicroBatchStep
 from pipeline.training.state import TrainingState
@@ -23,8 +24,10 @@ def build_step(config: Config, objective: Objective, state: TrainingState, runti
     together = by_batch and (ranks.world_size > 1 or runtime.device.type == "cuda")
     images = (LayerwiseStepGenerator if together else StepGenerator)(state.generator, by_batch)
     critic, generator = (runtime.wrap(each, data_parallel=count == 1) for each in (state.critic, images))
-    step = Step(training, objective, state, critic, generator)
-    if count > 1:
-        whole = training, objective, state, critic, generator
-        step = MicroBatchStep(*whole, count=count, ranks=ranks, autocast=runtime.autocast)
+    given, augmented = (training, objective, state, critic, generator), bool(training.diff_augment)
+    if count == 1:
+        step = AugmentedStep(*given) if augmented else Step(*given)
+    else:
+        micro_batch_step = AugmentedMicroBatchStep if augmented else MicroBatchStep
+        step = micro_batch_step(*given, count=count, ranks=ranks, autocast=runtime.autocast)
     return CapturedStep(step, state, runtime) if runtime.captures else step

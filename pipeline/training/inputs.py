@@ -49,6 +49,10 @@ class StepInputs(NamedTuple):
     """(1,)."""
     ema_weights: Sequence[float] | Tensor
     """(1,), how far the average moves towards the generator."""
+    critic_augmentation: Tensor | None = None
+    """(n_critic, 2, b, AUGMENTATION_DRAWS), of real and fake images, with DiffAugment."""
+    generator_augmentation: Tensor | None = None
+    """(b, AUGMENTATION_DRAWS), then too."""
 
 
 EMA_RAMP = 0.05
@@ -98,9 +102,15 @@ class InputStream:
             numbers["critic_latents"][index] = rng.critic_latents(seed, step, index, *latents)
             if "mix" in numbers:
                 numbers["mix"][index] = rng.penalty_mix(seed, step, index, training.batch_size, rows)
+            if "critic_augmentation" in numbers:
+                drawn = rng.critic_augmentation(seed, step, index, training.batch_size, rows)
+                numbers["critic_augmentation"][index] = drawn
             if num_classes:
                 classes["critic_labels"][index] = rng.critic_labels(seed, step, index, *labels)
         numbers["generator_latents"].copy_(rng.generator_latents(seed, step, *latents))
+        if "generator_augmentation" in numbers:
+            drawn = rng.generator_augmentation(seed, step, training.batch_size, rows)
+            numbers["generator_augmentation"].copy_(drawn)
         if num_classes:  # else nobody reads them
             classes["generator_labels"].copy_(rng.generator_labels(seed, step, *labels))
             buffers.classes.send()
@@ -113,8 +123,8 @@ class InputStream:
         for name in rates.keys() & numbers.keys():
             numbers[name].copy_(torch.tensor(rates[name]))
         buffers.numbers.send()
-        drawn: dict[str, Any] = {"mix": None} | rates | buffers.numbers.device | buffers.classes.device
-        return StepInputs(real=buffers.real, real_labels=buffers.real_labels, **drawn)
+        taken: dict[str, Any] = {"mix": None} | rates | buffers.numbers.device | buffers.classes.device
+        return StepInputs(real=buffers.real, real_labels=buffers.real_labels, **taken)
 
     def close(self) -> None:
         """Lets go of the source's workers and chunks."""
@@ -129,6 +139,9 @@ class InputStream:
         }
         if config.training.gradient_penalty is not None:
             numbers["mix"] = batches
+        if config.training.diff_augment:
+            numbers["critic_augmentation"] = count, 2, batches[1], rng.AUGMENTATION_DRAWS
+            numbers["generator_augmentation"] = batches[1], rng.AUGMENTATION_DRAWS
         if self._captured:
             numbers |= {"critic_rates": (count,), "generator_rates": (1,), "ema_weights": (1,)}
         classes = {"critic_labels": batches, "generator_labels": batches[1:]}

@@ -37,12 +37,16 @@ class MicroBatchStep(Step):
         size = num_images // self.count
         return [slice(start, start + size) for start in range(0, num_images, size)]
 
-    def make_images(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+    def make_images(self, inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Images for the critic's updates, and the generator's latents: its images are made in its update."""
         self.state.generator.train(self.training.critic_fakes == "batch")
         fakes = self._make_fakes(self.state.generator, inputs.critic_latents, inputs.critic_labels)
         self.state.generator.train()
-        return fakes, inputs.generator_latents
+        return inputs.real.to(fakes.dtype) / 255, fakes, inputs.generator_latents
+
+    def as_seen(self, images: Tensor, rows: slice) -> Tensor:
+        """The generator's images of these rows of the slice, as the critic sees them in its update."""
+        return images
 
     def update_critic(self, real: Images, fake: Images, mix: Tensor | None) -> Tensor:
         optimizer, slices = self.state.critic_optimizer, self._slices(len(real.labels))
@@ -84,7 +88,8 @@ class MicroBatchStep(Step):
         ]
         losses = []
         for rows in slices:
-            scores, logits = critic(self._generate(generator, latents[rows], labels[rows], statistics))
+            images = self._generate(generator, latents[rows], labels[rows], statistics)
+            scores, logits = critic(self.as_seen(images, rows))
             loss = with_class_loss(self.objective.generator_loss(scores), logits, labels[rows])
             self._backward(loss)
             losses.append(loss.detach())

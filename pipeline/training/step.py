@@ -33,8 +33,7 @@ class Step:
     def __call__(self, inputs: StepInputs) -> Tensor:
         """Returns (3,) detached: real and fake loss, means over the critic's updates, and the generator's loss."""
         state, losses = self.state, []
-        fakes, images = self.make_images(inputs)
-        pixels = inputs.real.to(fakes.dtype) / 255
+        pixels, fakes, images = self.make_images(inputs)
         for index in range(len(pixels)):  # n_critic, or those of a burn-in
             real = Images(pixels[index], inputs.real_labels[index])
             fake = Images(fakes[index], inputs.critic_labels[index])
@@ -45,12 +44,12 @@ class Step:
         state.update_ema(inputs.ema_weights[0])
         return torch.cat([torch.stack(losses).mean(0), generator_loss.view(1)])
 
-    def make_images(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
-        """Images (k, b, C, H, W) for the critic's updates, detached, and (b, C, H, W) for the generator's own: it does
-        not change before that."""
+    def make_images(self, inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Real and fake images, each (k, b, C, H, W), for the critic's updates, detached, and fake ones (b, C, H, W)
+        for the generator's own: it does not change before that."""
         latents = inputs.critic_latents, inputs.critic_labels, inputs.generator_latents, inputs.generator_labels
         fakes, images = self.generator(*latents)
-        return fakes, images
+        return inputs.real.to(fakes.dtype) / 255, fakes, images
 
     def update_critic(self, real: Images, fake: Images, mix: Tensor | None) -> Tensor:
         """One update on both losses together (Algorithm 1) or one on each in turn (the notebook), then the clip.

@@ -11,6 +11,7 @@ import torch
 from pipeline.benchmarking.plain import PlainTrainer, plain_state, same_padding
 from pipeline.config import Config, OptimizerConfig, TrainingConfig
 from pipeline.distributed.process import Runtime
+from pipeline.errors import UserError
 from pipeline.models.spectral_norm import raw_weights
 from pipeline.training.trainer import Trainer
 
@@ -46,3 +47,9 @@ def test_the_plain_port_takes_the_same_steps(
         assert plain.take_step() == pytest.approx(ours, rel=1e-9)
     for plain_network, network in ((plain.generator, trainer.state.generator), (plain.critic, trainer.state.critic)):
         torch.testing.assert_close(raw_weights(plain_network.state_dict()), plain_state(network), rtol=0, atol=1e-9)
+
+
+def test_an_augmented_step_is_compared_with_none(config: Config, runtime: Runtime) -> None:
+    trainer = Trainer(replace(config, training=TrainingConfig(diff_augment=["color"])), runtime)
+    with pytest.raises(UserError, match=r"training\.diff_augment is set: the plain step has no augmentation"):
+        PlainTrainer(trainer)

@@ -27,13 +27,14 @@ from torchvision.datasets import MNIST
 from pipeline import prepare
 from pipeline.config import DataConfig
 from pipeline.data import DataError, Dataset, load_dataset, open_dataset
-from pipeline.data.prepare import index_shards, mnist, prepare_folder, prepare_mnist, prepare_npz
-from pipeline.data.prepare.mnist import MNIST_SHA256
+from pipeline.data.prepare import downloads, index_shards, prepare_folder, prepare_mnist, prepare_npz
+from pipeline.data.prepare.idx import MNIST as KNOWN_MNIST
 from pipeline.data.resident import load_split
 from pipeline.distributed.launcher import run_program
 from pipeline.errors import UserError
 from tests.data.numbered import image_numbers, numbered_dataset, numbered_images
 
+MNIST_SHA256 = KNOWN_MNIST.checksums
 SCRIPT = Path(__file__).parents[2] / "pipeline" / "prepare.py"
 
 
@@ -280,7 +281,7 @@ def test_a_damaged_download_is_refused_and_only_it_is_fetched_again(
 def test_a_silent_mirror_is_given_up_and_what_arrived_is_kept(
     mirror: Mirror, tmp_path: Path, no_npm: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mnist, "DOWNLOAD_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(downloads, "TIMEOUT_SECONDS", 0.3)
     mirror.failing["t10k-images-idx3-ubyte.gz"] = "stalled"
     result = run("mnist", "--root", tmp_path)
     assert result.returncode == 2
@@ -457,6 +458,27 @@ def test_grey_and_colour_together_are_rgb(tmp_path: Path) -> None:
     images, labels = load_split(dataset, "train")
     assert sorted(map(tuple, images[:, :, 0, 0].tolist())) == [(1, 2, 3), (4, 5, 6), (7, 7, 7)]
     assert labels.tolist() == [0, 0, 0]
+
+
+def test_crop_cuts_the_centre_out_by_hand(tmp_path: Path) -> None:
+    """Of 5 x 7 pixels numbered row by row, a square of 2 begins in row (5 - 2) // 2 and column (7 - 2) // 2."""
+    save(tmp_path / "in" / "a.png", np.arange(35).reshape(5, 7))
+    save(tmp_path / "in" / "b.png", np.arange(16).reshape(4, 4) + 100)
+    result = run("folder", tmp_path / "in", "--name", "x", "--root", tmp_path, "--crop", 2)
+    assert result.returncode == 0, result.stderr
+    images, _ = load_split(load_dataset(tmp_path / "x"), "train")
+    assert sorted(images.flatten(1).tolist()) == [[9, 10, 16, 17], [105, 106, 109, 110]]
+    with pytest.raises(DataError, match=r"b\.png is 4 x 4, which --crop 5 can't be cut out of"):
+        prepare_folder(tmp_path, "y", {"train": tmp_path / "in"}, crop=5)
+
+
+def test_what_is_cropped_is_resized_then(tmp_path: Path) -> None:
+    """A grey square of 12 in the middle of white: nothing of the white is left after --crop 12 --size 4."""
+    pixels = np.full((20, 30), 255, np.uint8)
+    pixels[4:16, 9:21] = 90
+    save(tmp_path / "in" / "a.png", pixels)
+    dataset = prepare_folder(tmp_path, "x", {"train": tmp_path / "in"}, crop=12, size=4)
+    assert load_split(dataset, "train")[0].flatten().tolist() == [90] * 16
 
 
 def test_size_crops_the_centre_and_resizes(tmp_path: Path) -> None:

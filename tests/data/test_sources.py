@@ -16,7 +16,7 @@ from pipeline.data.resident import ResidentSource, load_split
 from pipeline.data.streaming import StreamingSource
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
-from pipeline.rng import data_indices
+from pipeline.rng import data_indices, horizontal_flips
 from tests.data.numbered import numbered_dataset
 
 CPU = torch.device("cpu")
@@ -89,6 +89,38 @@ def test_a_batch_is_a_function_of_its_number(mnist_dataset: Dataset, kind: str) 
         assert torch.equal(batch.labels, whole[first].labels)
     assert whole[0].images.shape == (64, 1, 28, 28)
     assert not torch.equal(whole[0].images, whole[1].images)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("kind", ["resident", "streaming"])
+def test_images_are_flipped_left_to_right_by_their_place_in_a_batch(
+    mnist_dataset: Dataset, kind: str, world_size: int
+) -> None:
+    """For any number of ranks, wherever a stream begins; labels stay as they are, and half of the images do."""
+    plain = source_of(mnist_dataset, seed=5, source=kind, workers=0)
+    sources = [
+        source_of(
+            mnist_dataset,
+            seed=5,
+            rank=rank,
+            world_size=world_size,
+            source=kind,
+            workers=0,
+            horizontal_flip=True,
+        )
+        for rank in range(world_size)
+    ]
+    flipped = 0
+    for first in (0, 900):
+        streams = [source.batches(first) for source in sources]
+        for number, (images, labels) in enumerate(islice(plain.batches(first), 4), first):
+            parts = [next(stream) for stream in streams]
+            assert torch.equal(torch.cat([part.labels for part in parts]), labels)
+            flips = horizontal_flips(5, number, 64, slice(None))
+            for seen, image, flip in zip(torch.cat([part.images for part in parts]), images, flips, strict=True):
+                assert torch.equal(seen, image[:, :, range(27, -1, -1)] if flip else image)
+            flipped += int(flips.sum())
+    assert abs(flipped - 256) < 5 * 11.4, "a binomial of 512 at 1/2 has the standard deviation 11.3"
 
 
 def test_streamed_mnist_is_mnist(mnist_dataset: Dataset) -> None:

@@ -24,7 +24,7 @@ from PIL import Image
 from webdataset import TarWriter
 
 from pipeline.config import Config, DataConfig, TrainingConfig
-from pipeline.data import DataError, Dataset, check_source, open_source, streaming
+from pipeline.data import DataError, Dataset, check_source, load_dataset, locations, open_source, streaming
 from pipeline.data.manifest import Shard
 from pipeline.data.prepare import index_shards
 from pipeline.data.shards import Samples, read_shard
@@ -32,6 +32,7 @@ from pipeline.data.streaming import StreamingSource, pieces
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
 from tests.data.numbered import image_numbers, numbered_dataset
+from tests.data.test_prepare import serving
 
 COUNTS = [1, 900, 17, 250, 3, 444, 120]
 TOTAL = sum(COUNTS)
@@ -288,6 +289,33 @@ def test_single_image_shards_stream(tmp_path: Path) -> None:
             assert labels.sort().values.tolist() == list(range(37))
             assert np.array_equal(images.flip(2, 3).numpy(), colours[labels.numpy()].transpose(0, 3, 1, 2))
         stream.close()  # type: ignore[attr-defined]
+
+
+class Once(dict[str, str]):
+    """What is wrong with the first answer to each request alone."""
+
+    def get(self, name: str, otherwise: str = "") -> str:  # type: ignore[override]
+        return self.pop(name, otherwise)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_faulty_server_gives_the_same_batches(tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of 503, bodies that end early and ones that never end are asked for again."""
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(locations, "TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr("pipeline.data.locations.time.sleep", lambda seconds: None)
+    local = numbered_dataset(tmp_path, COUNTS)
+    expected = numbers(make_source(local), 0, TOTAL // 24)
+    for mirror in serving(tmp_path):
+        remote = load_dataset(f"{mirror.url}numbers")
+        faults = ("503", "cut", "stalled", "", "503", "cut", "")
+        faulty = Once({f"numbers/train-{number}.tar": fault for number, fault in enumerate(faults)})
+        mirror.failing = faulty
+        assert torch.equal(numbers(make_source(remote, workers=workers), 0, TOTAL // 24), expected)
+        assert not faulty
+        for number, fault in enumerate(faults):
+            asked = mirror.requests.count(f"numbers/train-{number}.tar")
+            assert asked >= 2 if fault else asked, fault
 
 
 def children() -> list[psutil.Process]:

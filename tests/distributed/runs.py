@@ -33,6 +33,15 @@ VARIANTS: dict[str, Settings] = {
     "adam": {"training": {"critic_optimizer": ADAM, "generator_optimizer": ADAM}},
     "burn_in": {"training": {"burn_in_n_critic": 5, "burn_in_steps": 2, "burn_in_every": 4}},
     "spectral_norm": {"training": {"spectral_norm": True, "critic_updates": "separate"}},
+    "augmented": {
+        "training": {
+            "objective": "wgan_gp",
+            "gradient_penalty": 10.0,
+            "clip_value": None,
+            "diff_augment": ["color", "translation", "cutout"],
+        },
+        "data": {"horizontal_flip": True},
+    },
 }
 SOURCES: dict[str, Settings] = {
     "resident": {"data": {"source": "resident"}},
@@ -41,6 +50,7 @@ SOURCES: dict[str, Settings] = {
 RECIPES: dict[str, Settings] = {
     "burn_in": VARIANTS["burn_in"] | SOURCES["streaming"],
     "spectral_norm": VARIANTS["spectral_norm"],
+    "augmented": VARIANTS["augmented"],
 }
 """That a resume could forget a part of."""
 EXACT: Settings = {"runtime": {"precision": "float64"}}

@@ -19,7 +19,12 @@ from tests.jobs import process_kept, tiny_config
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 SETTINGS: dict[str, dict[str, Any]] = {
     "wgan": {"critic_updates": "separate", "critic_fakes": "moving"},
-    "wgan_gp": {"objective": "wgan_gp", "gradient_penalty": 10.0, "clip_value": None},
+    "wgan_gp": {
+        "objective": "wgan_gp",
+        "gradient_penalty": 10.0,
+        "clip_value": None,
+        "diff_augment": ["color", "translation", "cutout"],
+    },
     "acgan": {"objective": "acgan", "clip_value": None},
     "burn-in": {"n_critic": 1, "burn_in_n_critic": 3, "burn_in_steps": 2, "burn_in_every": 4},
     "spectral norm": {"spectral_norm": True, "clip_value": None},

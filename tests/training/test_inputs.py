@@ -41,6 +41,7 @@ def config_of(seed: int, precision: str = "float32") -> Config:
             "objective": "wgan_gp",
             "gradient_penalty": 10.0,
             "clip_value": None,
+            "diff_augment": ["cutout"],
             "seed": seed,
             "batch_size": 12,
             "n_critic": 3,
@@ -64,6 +65,8 @@ def drawn_one_by_one(config: Config, step: int, num_classes: int, rows: slice) -
         "critic_latents": torch.stack([rng.critic_latents(seed, step, i, size, dim, rows) for i in indices]),
         "mix": torch.stack([rng.penalty_mix(seed, step, i, size, rows) for i in indices]),
         "generator_latents": rng.generator_latents(seed, step, size, dim, rows),
+        "critic_augmentation": torch.stack([rng.critic_augmentation(seed, step, i, size, rows) for i in indices]),
+        "generator_augmentation": rng.generator_augmentation(seed, step, size, rows),
         "critic_labels": torch.zeros(len(indices), rows.stop - rows.start, dtype=torch.int64),
         "generator_labels": torch.zeros(rows.stop - rows.start, dtype=torch.int64),
     }
@@ -109,7 +112,7 @@ def test_inputs_stay_where_they_are_in_memory(captured: bool) -> None:
     state.step = 5
     inputs = stream.take()
     assert addresses(inputs) == first
-    assert len(set(first.values())) == len(first) == (10 if captured else 7)
+    assert len(set(first.values())) == len(first) == (12 if captured else 9)
     assert list(inputs.critic_rates) == pytest.approx([learning_rate(RATES, 15 + index) for index in range(3)])
     assert list(inputs.generator_rates) == pytest.approx([learning_rate(RATES, 5)])
     assert list(inputs.ema_weights) == pytest.approx([ema_weight(config.training, 5)])

@@ -109,8 +109,7 @@ def commit(dataset: Dataset, temporary: Path) -> Dataset:
 
     def is_same(existing: Dataset) -> bool:
         if same := (existing.fingerprint, existing.kind) == (dataset.fingerprint, dataset.kind):
-            for shard in (shard for shards in existing.splits.values() for shard in shards):
-                read_shard(existing, shard)
+            verify(existing)
         return same
 
     if folder.exists():
@@ -124,6 +123,12 @@ def commit(dataset: Dataset, temporary: Path) -> Dataset:
     counts = ", ".join(f"{dataset.num_images(split):,} {split}" for split in dataset.splits)
     say(f"{folder}: {counts} images of {' x '.join(map(str, dataset.image_shape))}")
     return dataset
+
+
+def verify(dataset: Dataset) -> None:
+    """Raises DataError naming the first shard that is not what the manifest says."""
+    for shard in (shard for shards in dataset.splits.values() for shard in shards):
+        read_shard(dataset, shard)
 
 
 def keep_existing(folder: Path, is_same: Callable[[Dataset], bool], otherwise: str) -> Dataset:

@@ -35,14 +35,16 @@ def prepare_folder(
     paths: dict[str, Path],
     sizes: ShardSizes = DEFAULT_SIZES,
     *,
+    crop: int | None = None,
     size: int | None = None,
     kind: str = "own",
 ) -> Dataset:
     """Image files as `root`/`name`, shuffled once (a folder is sorted by class, a shard must not be).
 
     `paths` gives a folder for "train" and maybe "test"; its subfolders are the classes, without any the images are
-    unlabelled. All grey: C = 1; otherwise RGB. `size` crops the centre square and resizes it. Raises DataError naming
-    the file for images that do not decode or, without `size`, differ in size.
+    unlabelled. All grey: C = 1; otherwise RGB. `crop` cuts the centre square of so many pixels a side out of each;
+    `size` then crops what is there to a square and resizes it. Raises DataError naming the file for images that do not
+    decode, are smaller than `crop`, or differ in size without either.
     """
     if size is not None and not 4 <= size <= MAX_SIZE:
         raise DataError(f"--size is {size}: it must lie between 4 and {MAX_SIZE}")
@@ -52,13 +54,22 @@ def prepare_folder(
         if names != class_names:
             raise DataError(f"{paths[split]} has the classes {names}, {paths['train']} has {class_names}")
     every = bar(iterable=[file for files, _, _ in listings.values() for file in files], desc="checking", unit="image")
-    found = common_shape(((str(file), file_shape(file, str(file)), True) for file in every), check_size=size is None)
+    found = common_shape(((str(file), _shape(file, crop), True) for file in every), check_size=size is None)
     shape = (found[0], size or found[1], size or found[2])
     splits = {}
     for split, (files, _, labels) in listings.items():
-        read = partial(read_images, files, shape, resize=size is not None)
+        read = partial(read_images, files, shape, crop=crop, resize=size is not None)
         splits[split] = Split(len(files), labels if class_names else None, read)
     return _write(Dataset(root / name, name, shape, tuple(class_names), {}, kind=kind), splits, sizes)
+
+
+def _shape(file: Path, crop: int | None) -> ImageShape:
+    channels, height, width = file_shape(file, str(file))
+    if crop is None:
+        return channels, height, width
+    if min(height, width) < crop:
+        raise DataError(f"{file} is {height} x {width}, which --crop {crop} can't be cut out of: give a smaller one")
+    return channels, crop, crop
 
 
 def prepare_npz(

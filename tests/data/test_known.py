@@ -1,0 +1,275 @@
+"""Fashion-MNIST and CIFAR-10, with files of their formats that are made here. MNIST's are in test_prepare.py."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import shutil
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torchvision.datasets import FashionMNIST
+
+from pipeline.config import DataConfig
+from pipeline.data import KINDS, KNOWN, DataError, load_dataset, open_dataset
+from pipeline.data.prepare import cifar10, idx, prepare_cifar10, prepare_fashion_mnist
+from pipeline.data.resident import load_split
+from tests.data.numbered import numbered_dataset
+from tests.data.test_prepare import Mirror, run, serving, snapshot
+
+COUNTS = {"train": 40, "test": 20}
+CIFAR_NAMES = [*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin", "batches.meta.txt"]
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setattr(cifar10, "HOME", "http://127.0.0.1:9/")
+    monkeypatch.setenv("no_proxy", "*")
+
+
+def test_a_known_dataset_has_a_kind() -> None:
+    assert [*KNOWN, "own"] == list(KINDS)
+
+
+# -------------------------------------------------------------------------------------------------------- Fashion-MNIST
+
+
+@pytest.fixture
+def clothes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of four small IDX files, which count as the published ones; image i shows (31 i) % 256, of class i % 10.
+
+    A header is a magic number, the number of images and their sides, each of four bytes, the highest first.
+    """
+    folder, checksums = tmp_path / "published", {}
+    folder.mkdir()
+    for split, stem in (("train", "train"), ("test", "t10k")):
+        count = COUNTS[split]
+        images = b"".join(bytes([31 * index % 256]) * 784 for index in range(count))
+        contents = {
+            f"{stem}-images-idx3-ubyte": bytes([0, 0, 8, 3, 0, 0, 0, count, 0, 0, 0, 28, 0, 0, 0, 28]) + images,
+            f"{stem}-labels-idx1-ubyte": bytes([0, 0, 8, 1, 0, 0, 0, count]) + bytes(i % 10 for i in range(count)),
+        }
+        for name, content in contents.items():
+            checksums[name] = sha256(content).hexdigest()
+            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+    assert checksums.keys() == idx.FASHION_MNIST.checksums.keys() == idx.MNIST.checksums.keys()
+    monkeypatch.setattr(idx, "FASHION_MNIST", replace(idx.FASHION_MNIST, checksums=checksums))
+    return folder
+
+
+def test_fashion_mnist_from_a_folder(clothes: Path, tmp_path: Path) -> None:
+    arguments = ("fashion_mnist", "--from", clothes, "--root", tmp_path / "data", "--images_per_shard", 15)
+    result = run(*arguments)
+    assert result.returncode == 0, result.stderr
+    dataset = load_dataset(tmp_path / "data" / "fashion_mnist")
+    assert (dataset.kind, dataset.image_shape, dataset.num_classes) == ("fashion_mnist", (1, 28, 28), 10)
+    assert (dataset.class_names[0], dataset.class_names[9]) == ("T-shirt/top", "Ankle boot")
+    assert [shard.num_images for shard in dataset.shards("train")] == [15, 15, 10]
+    for split, count in COUNTS.items():
+        images, labels = load_split(dataset, split)
+        assert (images == (31 * torch.arange(count) % 256).view(-1, 1, 1, 1)).all()
+        assert labels.tolist() == [index % 10 for index in range(count)]
+    before = snapshot(dataset.folder)
+    assert "is there already" in run(*arguments[:5]).stderr
+    assert snapshot(dataset.folder) == before
+
+
+def test_fashion_mnist_is_fetched_when_it_is_first_used(
+    clothes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = DataConfig(dataset="fashion_mnist", root=str(tmp_path / "data"))
+    with pytest.raises(DataError, match=r"Fashion-MNIST could not be .*prepare.py fashion_mnist --from FOLDER"):
+        open_dataset(config)
+    for mirror in serving(clothes):
+        monkeypatch.setattr(FashionMNIST, "mirrors", [mirror.url])
+        dataset = open_dataset(config)
+        assert mirror.requests == [f"{name}.gz" for name in idx.FASHION_MNIST.checksums]
+        assert open_dataset(config) == dataset
+        assert len(mirror.requests) == 4
+    assert dataset.num_images("test") == 20
+
+
+def test_other_clothes_are_refused(clothes: Path, tmp_path: Path) -> None:
+    numbered_dataset(tmp_path, [10], name="fashion_mnist")
+    with pytest.raises(DataError, match="holds something else than Fashion-MNIST"):
+        prepare_fashion_mnist(tmp_path, clothes)
+    name = "t10k-labels-idx1-ubyte.gz"
+    (clothes / name).write_bytes(gzip.compress(gzip.decompress((clothes / name).read_bytes())[:-1] + b"\0"))
+    with pytest.raises(DataError, match=rf"{name} is damaged: t10k-labels-idx1-ubyte has 28 bytes"):
+        prepare_fashion_mnist(tmp_path / "data", clothes)
+    (clothes / name).unlink()
+    with pytest.raises(DataError, match=r"published has neither t10k-labels-idx1-ubyte nor"):
+        prepare_fashion_mnist(tmp_path / "data", clothes)
+
+
+# ------------------------------------------------------------------------------------------------------------- CIFAR-10
+
+
+def images_of(number: int) -> npt.NDArray[np.uint8]:
+    """Of file `number`: uint8 [20, 3, 32, 32], any, but the first pixel of image i is (i, number, 255 - i)."""
+    images = np.random.default_rng(number).integers(0, 256, (20, 3, 32, 32), dtype=np.uint8)
+    for index in range(20):
+        images[index, :, 0, 0] = index, number, 255 - index
+    return images
+
+
+@pytest.fixture
+def binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with six files of 20 images, those of `images_of`; the class of image i is i % 10.
+
+    An image is a byte for its class, then its red pixels row by row, the green and the blue ones.
+    """
+    monkeypatch.setattr(cifar10, "IMAGES_PER_FILE", 20)
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    for number, name in enumerate(CIFAR_NAMES[:-1]):
+        records = b""
+        for index, (red, green, blue) in enumerate(images_of(number)):
+            records += bytes([index % 10, *red.flatten(), *green.flatten(), *blue.flatten()])
+        assert records[:2] == bytes([0, 0])
+        assert records[3073:3075] == bytes([1, 1])
+        assert records[1 + 1024] == number
+        (folder / name).write_bytes(records)
+    (folder / CIFAR_NAMES[-1]).write_text("\n".join(cifar10.CLASS_NAMES) + "\n\n")
+    return folder
+
+
+def pack(folder: Path, to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The archive of these files, which counts as the published one."""
+    with tarfile.open(to / cifar10.ARCHIVE, "w:gz") as archive:
+        archive.add(folder, folder.name)
+    digest = sha256((to / cifar10.ARCHIVE).read_bytes()).hexdigest()
+    monkeypatch.setattr(cifar10, "CHECKSUMS", {cifar10.ARCHIVE: digest})
+
+
+def check_cifar10(folder: Path) -> None:
+    dataset = load_dataset(folder)
+    assert (dataset.kind, dataset.image_shape, dataset.class_names) == ("cifar10", (3, 32, 32), cifar10.CLASS_NAMES)
+    for split, files in (("train", range(5)), ("test", (5,))):
+        images, labels = load_split(dataset, split)
+        assert labels.tolist() == [index % 10 for _ in files for index in range(20)]
+        assert np.array_equal(images.numpy(), np.concatenate([images_of(number) for number in files]))
+
+
+def test_cifar10_from_a_folder_of_its_binary_files(binary: Path, tmp_path: Path) -> None:
+    arguments = ("cifar10", "--from", binary, "--root", tmp_path / "data")
+    result = run(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert "checksums of these files are not published" in result.stderr
+    check_cifar10(tmp_path / "data" / "cifar10")
+    before = snapshot(tmp_path / "data")
+    assert "is there already" in run(*arguments).stderr
+    assert snapshot(tmp_path / "data") == before
+
+
+def test_cifar10_from_its_archive(binary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "packed").mkdir()
+    pack(binary, tmp_path / "packed", monkeypatch)
+    shutil.rmtree(binary)
+    prepare_cifar10(tmp_path / "data", tmp_path / "packed")
+    check_cifar10(tmp_path / "data" / "cifar10")
+    archive = tmp_path / "packed" / cifar10.ARCHIVE
+    archive.write_bytes(archive.read_bytes()[:-1])
+    with pytest.raises(DataError, match=rf"{cifar10.ARCHIVE} is damaged: .* has \d+ bytes and SHA-256"):
+        prepare_cifar10(tmp_path / "other", tmp_path / "packed")
+
+
+def test_cifar10_is_fetched_when_it_is_first_used(
+    binary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = DataConfig(dataset="cifar10", root=str(tmp_path / "data"))
+    with pytest.raises(DataError, match=r"CIFAR-10 could not be .*prepare.py cifar10 --from FOLDER"):
+        open_dataset(config)
+    (tmp_path / "home").mkdir()
+    pack(binary, tmp_path / "home", monkeypatch)
+    for mirror in serving(tmp_path / "home"):
+        monkeypatch.setattr(cifar10, "HOME", mirror.url)
+        interrupted(mirror, config)
+        open_dataset(config)
+        assert mirror.requests == [cifar10.ARCHIVE]
+    check_cifar10(tmp_path / "data" / "cifar10")
+    assert not (tmp_path / "data" / ".cifar10.download").exists()
+
+
+def interrupted(mirror: Mirror, config: DataConfig) -> None:
+    """One byte of the archive changes on its way."""
+    mirror.failing[cifar10.ARCHIVE] = "flipped"
+    with pytest.raises(DataError, match=r"is damaged: cifar-10-binary\.tar\.gz has"):
+        open_dataset(config)
+    mirror.failing.clear()
+    mirror.requests.clear()
+
+
+def test_a_packed_archive_without_all_files_is_refused(
+    binary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (binary / "test_batch.bin").unlink()
+    pack(binary, tmp_path, monkeypatch)
+    with pytest.raises(DataError, match=r"cifar-10-binary\.tar\.gz lacks test_batch\.bin"):
+        prepare_cifar10(tmp_path / "data", tmp_path)
+    for content in (b"no archive", gzip.compress(b"no archive"), io.BytesIO(b"").getvalue()):
+        (tmp_path / cifar10.ARCHIVE).write_bytes(content)
+        monkeypatch.setattr(cifar10, "CHECKSUMS", {cifar10.ARCHIVE: sha256(content).hexdigest()})
+        with pytest.raises(DataError, match=r"cifar-10-binary\.tar\.gz (is damaged|lacks)"):
+            prepare_cifar10(tmp_path / "data", tmp_path)
+
+
+def first_label(value: int) -> Callable[[bytes], bytes]:
+    return lambda content: bytes([value]) + content[1:]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("data_batch_3.bin", lambda content: content[:-1], r"data_batch_3\.bin is damaged .* 61,459 bytes, not 61,460"),
+        (
+            "data_batch_3.bin",
+            first_label(10),
+            r"data_batch_5\.bin: damaged, 1 to 10 images of each class from 0 to 10, not 10 of each of 10",
+        ),
+        (
+            "test_batch.bin",
+            first_label(1),
+            r"test_batch\.bin: damaged, 1 to 3 images of each class from 0 to 9, not 2 of",
+        ),
+        (
+            "batches.meta.txt",
+            lambda content: content[9:],
+            r"batches\.meta\.txt is damaged: it does not list airplane, ",
+        ),
+        ("batches.meta.txt", None, r"has neither cifar-10-binary\.tar\.gz nor batches\.meta\.txt"),
+    ],
+)
+def test_files_that_cannot_be_cifar10s_are_named(
+    name: str, change: Callable[[bytes], bytes] | None, words: str, binary: Path, tmp_path: Path
+) -> None:
+    content = (binary / name).read_bytes()
+    (binary / name).unlink()
+    if change is not None:
+        (binary / name).write_bytes(change(content))
+    result = run("cifar10", "--from", binary, "--root", tmp_path / "data")
+    assert result.returncode == 2
+    error = result.stderr.splitlines()[-1]
+    with pytest.raises(DataError, match=words):
+        raise DataError(error)
+    assert not (tmp_path / "data" / "cifar10").exists()
+
+
+def test_another_dataset_of_its_name_is_kept(binary: Path, tmp_path: Path) -> None:
+    numbered_dataset(tmp_path, [10], name="cifar10")
+    before = snapshot(tmp_path / "cifar10")
+    with pytest.raises(DataError, match="holds something else than CIFAR-10"):
+        prepare_cifar10(tmp_path, binary)
+    assert snapshot(tmp_path / "cifar10") == before
+    shard = prepare_cifar10(tmp_path / "data", binary).folder / "train-00000.tar"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"train-00000\.tar is damaged"):
+        prepare_cifar10(tmp_path / "data", binary)
