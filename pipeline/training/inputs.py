@@ -71,7 +71,7 @@ class InputStream:
     def __init__(self, config: Config, state: TrainingState, source: Source, ranks: Ranks, captured: bool) -> None:
         self._config, self._state, self._source = config, state, source
         self._rows = ranks.rows(config.training.batch_size)
-        weight, n_critic = state.generator.dense.weight, config.training.n_critic
+        weight, n_critic = next(state.generator.parameters()), config.training.n_critic
         batches = n_critic, self._rows.stop - self._rows.start
         numbers: dict[str, tuple[int, ...]] = {
             "critic_latents": (*batches, config.network.latent_dim),
