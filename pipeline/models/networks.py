@@ -56,10 +56,10 @@ class Generator(AnyGenerator):
         if doublings is None:
             check_sides(height, width)
             doublings = doublings_of(height, width)
-        elif height % 2**doublings or width % 2**doublings:
+        channels, self.strides = generator_layers(doublings)
+        if height % 2**doublings or width % 2**doublings:
             raise ValueError(f"{doublings} doublings don't reach images of {height} x {width}")
         self.doublings = doublings
-        channels, self.strides = generator_layers(doublings)
         channels = [*scaled(channels, config.width), image_channels]
         self.base = (height >> doublings, width >> doublings)
         """Rows and columns of the first feature maps."""

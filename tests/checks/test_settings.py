@@ -161,7 +161,7 @@ TABLE = {
         {"data": {"source": "streaming", "lanes": 640}, "training": {"batch_size": 640}},
     ),
     "images that can't be doubled into": Bad(
-        r"images of 10 x 8: .* both sides must be multiples of 4 .*",
+        r"images of 10 x 8: .* \(prepare the dataset with --size 8 or --size 12\)",
         {},
         dataset={"image_shape": (1, 10, 8)},
         subject="network",
