@@ -95,6 +95,8 @@ def _check_norms(key: str, network: nn.Module) -> bool:
 
 def _check_gradients(key: str, network: nn.Module, outputs: Tensor) -> None:
     """Optimisers and the averaging of gradients take every parameter for trained."""
+    if not outputs.requires_grad:
+        raise UserError(f"{key} gives what no parameter has a part in: there is nothing to train")
     torch.autograd.backward(outputs.sum())
     for name, parameter in network.named_parameters():
         if parameter.grad is None:
@@ -102,5 +104,3 @@ def _check_gradients(key: str, network: nn.Module, outputs: Tensor) -> None:
                 f"{key}: the parameter {name.removeprefix('network.')} has no part in what it gives, or is frozen: "
                 "leave it out, or make it a buffer"
             )
-    if next(network.parameters(), None) is None:
-        raise UserError(f"{key} has no parameters: there is nothing to train")

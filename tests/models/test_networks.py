@@ -25,7 +25,7 @@ def layers(network: torch.nn.Module, name: str) -> list[Any]:
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (1, 40, 40), pytest.param((1, 64, 64), marks=pytest.mark.slow)])
 def test_whole_generator_and_critic_match_the_numpy_reference(shape: tuple[int, int, int]) -> None:
-    config = NetworkConfig(latent_dim=5, width=0.03)
+    config = NetworkConfig(latent_dim=5, width=0.06)
     generator, critic = Generator(config, shape).double().eval(), Critic(config, shape).double()
     doublings = len(generator.strides) - 2
     for network in (generator, critic):
