@@ -92,18 +92,58 @@ def saved_run(folder: RunFolder, config: Config, fingerprint: str) -> None:
 FREE = {"clip_value": None}
 NETWORK: dict[str, Any] = {"subject": "network"}
 ODD_NETWORKS: list[tuple[str, str, str, dict[str, Any]]] = [
-    ("Missing", "generator", r"network.generator is 'tests.odd_networks:Missing': module .* has no attribute .*", NETWORK),
-    ("number", "critic", r"network.critic: .*:number could not be made \(TypeError: 'int' object is not callable\)", NETWORK),
+    (
+        "Missing",
+        "generator",
+        r"network.generator is 'tests.odd_networks:Missing': module .* has no attribute .*",
+        NETWORK,
+    ),
+    (
+        "number",
+        "critic",
+        r"network.critic: .*:number could not be made \(TypeError: 'int' object is not callable\)",
+        NETWORK,
+    ),
     ("nothing", "critic", r"network.critic is '.*:nothing': that makes a NoneType, not a torch.nn.Module", NETWORK),
     ("Picky", "generator", r"network.generator: .*:Picky could not be made \(KeyError: 'hidden'\)", NETWORK),
-    ("Failing", "generator", r"network.generator was given torch.float32 \[4, 100\] and failed \(.*: no such layer\)", NETWORK),
-    ("Tall", "generator", r"network.generator gives images of shape \[4, 1, 16, 4\], where \[4, 1, 8, 8\] are .*", NETWORK),
+    (
+        "Failing",
+        "generator",
+        r"network.generator was given torch.float32 \[4, 100\] and failed \(.*: no such layer\)",
+        NETWORK,
+    ),
+    (
+        "Tall",
+        "generator",
+        r"network.generator gives images of shape \[4, 1, 16, 4\], where \[4, 1, 8, 8\] are .*",
+        NETWORK,
+    ),
     ("Noisy", "generator", r"network.generator draws random numbers when it is called \(dropout, noise\), .*", NETWORK),
-    ("Bright", "generator", r"network.generator makes pixels from 5 to 6: end it in \[0, 1\], with a sigmoid say", NETWORK),
-    ("Idle", "generator", r"network.generator: the parameter spare has no part in what it gives, or is frozen: .*", NETWORK),
+    (
+        "Bright",
+        "generator",
+        r"network.generator makes pixels from 5 to 6: end it in \[0, 1\], with a sigmoid say",
+        NETWORK,
+    ),
+    (
+        "Idle",
+        "generator",
+        r"network.generator: the parameter spare has no part in what it gives, or is frozen: .*",
+        NETWORK,
+    ),
     ("Frozen", "generator", r"network.generator: the parameter layer.bias has no part .* or is frozen: .*", NETWORK),
-    ("Constant", "generator", r"network.generator gives what no parameter has a part in: there is nothing to .*", NETWORK),
-    ("Cumulative", "generator", r"network.generator: norm is BatchNorm1d\(.*momentum=None.*\): over several .*", NETWORK),
+    (
+        "Constant",
+        "generator",
+        r"network.generator gives what no parameter has a part in: there is nothing to .*",
+        NETWORK,
+    ),
+    (
+        "Cumulative",
+        "generator",
+        r"network.generator: norm is BatchNorm1d\(.*momentum=None.*\): over several .*",
+        NETWORK,
+    ),
     ("Column", "critic", r"network.critic gives scores of shape \[4, 1\], where \[4\] are expected", NETWORK),
     ("Sorting", "critic", r"network.critic gives logits, but there are no classes to tell apart: give None", NETWORK),
 ]

@@ -110,7 +110,9 @@ def test_depth_follows_the_size(side: int) -> None:
     sizes = 101 * first**2 * before[0] + sum(2 * count for count in before)
     sizes += sum((25 * one + 1) * other for one, other in zip(before, (*before[1:], 3), strict=True))
     assert sum(weight.numel() for weight in generator.parameters()) == sizes
-    sizes = 1 + last**2 * after[-1] + sum((25 * one + 1) * other for one, other in zip((3, *after), after, strict=False))
+    sizes = (
+        1 + last**2 * after[-1] + sum((25 * one + 1) * other for one, other in zip((3, *after), after, strict=False))
+    )
     assert sum(weight.numel() for weight in critic.parameters()) == sizes
 
 

@@ -132,7 +132,9 @@ def test_a_file_makes_nobody_import_what_it_names(tmp_path: Path, monkeypatch: p
     """Only who reads it does, under the name that he gives."""
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     name = f"trap_of_{tmp_path.name}"
-    source = f"from pathlib import Path\nPath({str(tmp_path / 'imported')!r}).touch()\nfrom tests.guide import Generator\n"
+    source = (
+        f"from pathlib import Path\nPath({str(tmp_path / 'imported')!r}).touch()\nfrom tests.guide import Generator\n"
+    )
     (tmp_path / f"{name}.py").write_text(source)
     generator, path = build_generator(GUIDE, SHAPE), tmp_path / "generator.safetensors"
     generator.config = NetworkConfig(6, generator=f"{name}:Generator", options={"hidden": 9})
@@ -175,7 +177,9 @@ def test_a_generator_of_ones_own_is_not_taken_in_parts() -> None:
 
 def test_options_come_from_files_and_arguments_and_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("network:\n  generator: a:B\n  options:\n    hidden: 3\n    layers: [{kind: dense}, 1.0e-05, null]\n")
+    path.write_text(
+        "network:\n  generator: a:B\n  options:\n    hidden: 3\n    layers: [{kind: dense}, 1.0e-05, null]\n"
+    )
     expected = {"hidden": 3, "layers": [{"kind": "dense"}, 1e-5, None]}
     config = parse(make_parser("test"), ["--config", str(path)])[0]
     assert config.network.options == expected
