@@ -114,7 +114,7 @@ class Upright(nn.Module):
         self.image_shape = image_shape
 
     def forward(self, latents: Tensor, labels: Tensor | None) -> Tensor:
-        channels, height, width = self.image_shape
+        _, height, width = self.image_shape
         maps = (latents[:, :1] * self.gain)[..., None, None].expand(-1, 1, height // 2, width // 2)
         images = torch.sigmoid(self.same(self.up(maps)))
         shade: Tensor = torch.linspace(1, 0, height, dtype=images.dtype).view(-1, 1)

@@ -46,7 +46,7 @@ def check_user_networks(config: Config, image_shape: tuple[int, int, int], num_c
                 f"{key} has batch norm: gradient penalties and runtime.accumulation need scores that depend on one "
                 "image alone (Gulrajani et al. 2017, section 4); use another norm"
             )
-        scores, logits = _tried(key, critic, torch.rand(IMAGES, *image_shape, dtype=dtype))
+        scores, logits = _tried(key, critic, torch.rand(IMAGES, *image_shape, dtype=dtype, generator=torch.Generator()))
         _check_shape(key, "scores", scores, (IMAGES,))
         if num_classes:
             _check_shape(key, "logits", logits, (IMAGES, num_classes))

@@ -70,7 +70,8 @@ def _read_export(path: Path, code: str | None) -> tuple[AnyGenerator, dict[str, 
 
 
 def generator_of(checkpoint: Checkpoint, weights: str, code: str | None = None) -> AnyGenerator:
-    """The generator of a checkpoint, on the CPU in eval mode; `weights`: "ema" or "raw"; `code`: see `read_generator`."""
+    """The generator of a checkpoint, on the CPU in eval mode. `weights`: "ema" or "raw". `code`: see
+    `read_generator`."""
     prefix = "ema." if weights == "ema" else "generator."
     tensors = checkpoint.tensors()
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

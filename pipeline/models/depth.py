@@ -1,7 +1,7 @@
 """How deep the reference's networks are for images of a size.
 
-The notebook's generator doubles maps of 7 x 7 twice, and its critic halves images of 28 x 28 three times. From 32 pixels
-a side on there are as many doublings as leave a base of 4 to 8, and the critic halves as often, to maps of that size.
+The notebook's generator doubles maps of 7 x 7 twice, and its critic halves images of 28 x 28 three times. From 32
+pixels a side on there are as many doublings as leave a base of 4 to 8, and the critic halves as often, to maps of that size.
 What comes before the notebook's layers in the generator, and behind them in the critic, has twice the channels of its
 neighbour, as in DCGAN (Radford et al. 2016, 1511.06434), and at most 512.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 from pipeline.errors import UserError
 
 GENERATOR_CHANNELS = (512, 512, 512, 256, 128, 128, 64, 32)
-"""Before each layer of the deepest generator. One of d doublings has the last d + 2: 128, 128, 64, 32 in the notebook."""
+"""Before each layer of the deepest generator. One of d doublings has the last d + 2: in the notebook 128 to 32."""
 CRITIC_CHANNELS = (32, 64, 128, 256, 512, 512, 512)
 """After each convolution of the deepest critic. One that halves d times has the first d + 1."""
 REFERENCE_DOUBLINGS, MOST_DOUBLINGS = 2, 6

@@ -21,6 +21,8 @@ from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
 from pipeline.export.generator_file import load_export, load_generator
 from pipeline.export.images import render_range
+from pipeline.models.interface import AnyGenerator
+from pipeline.models.networks import Generator
 from pipeline.models.objectives import OBJECTIVES
 from pipeline.storage.run_folder import RunFolder
 from pipeline.training.trainer import Trainer
@@ -225,6 +227,17 @@ def test_an_objective_of_the_users_own(base: Config, tmp_path: Path) -> None:
     result = launch_as_users_do(TRAIN, flags(config), folder=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert losses(config.folder)[0, 0] == pytest.approx(1, abs=0.2), "(1 - s + 1 + s) / 2 at small scores"
+
+
+def test_a_run_that_began_before_its_networks_grew_is_told(
+    base: Config, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All doubled twice once, whatever the size, and their checkpoints say so by saying nothing."""
+    config = changed(base, run={"name": "grown"}, training={"steps": 1})
+    Trainer(config, runtime).run()
+    monkeypatch.setattr(Generator, "spec", lambda self: AnyGenerator.spec(self) | {"doublings": 4})
+    with pytest.raises(UserError, match=r"step-00000001: its networks double less often .* another run.name"):
+        Trainer(changed(config, training={"steps": 2}), runtime).run()
 
 
 def test_parts_that_do_not_divide_a_ranks_share_are_refused(base: Config) -> None:

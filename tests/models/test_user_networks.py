@@ -191,7 +191,7 @@ def test_options_come_from_files_and_arguments_and_are_kept(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("value", [float("nan"), {1: 2}, (1, 2), object()])
 def test_options_that_no_file_keeps_are_refused(value: object) -> None:
-    with pytest.raises(UserError, match="network.options is .*: files keep"):
+    with pytest.raises(UserError, match=r"network.options is .*: files keep"):
         Config(network=NetworkConfig(generator="a:B", options={"key": value}))
 
 

@@ -98,15 +98,16 @@ def test_every_batch_norm_of_a_users_network_is_converted(norm_type: type[nn.Mod
     other = copy.deepcopy(norm)
     convert_batch_norm(other)
     assert isinstance(other[0], SyncBatchNorm)
-    for network in (norm, other, norm.eval(), other.eval()):
-        inputs = random(1, *shape).requires_grad_()
-        network.zero_grad()
-        outputs = network(inputs)
-        outputs.backward(random(2, *shape))
-        found = [outputs, inputs.grad, *(weight.grad for weight in network.parameters()), *network.buffers()]
-        if network is norm:
-            expected = found
-        for left, right in zip(found, expected, strict=True):
+    for mode in (True, False):
+        found = []
+        for network in (norm.train(mode), other.train(mode)):
+            inputs = random(1, *shape).requires_grad_()
+            network.zero_grad()
+            outputs = network(inputs)
+            outputs.backward(random(2, *shape))
+            gradients = [weight.grad for weight in network.parameters()]
+            found.append([outputs, inputs.grad, *gradients, *network.buffers()])
+        for left, right in zip(*found, strict=True):
             torch.testing.assert_close(left, right, **EXACT)
 
 
