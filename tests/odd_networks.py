@@ -104,11 +104,11 @@ class Sorting(Judge):
 
 class Upright(nn.Module):
     """A generator without chance or classes: its first row is bright, then it gets dark. Its layers are such as the
-    pipeline changes in the reference's networks, and its gain has no dimension."""
+    pipeline changes in the reference's networks, and its gain has no dimension and two names."""
 
     def __init__(self, network: NetworkConfig, image_shape: Shape, num_classes: int) -> None:
         super().__init__()
-        self.gain = nn.Parameter(torch.tensor(1.0))
+        self.gain = self.same_gain = nn.Parameter(torch.tensor(1.0))
         self.up = nn.ConvTranspose2d(1, 1, 3, 2, padding=1, output_padding=1)
         self.same = nn.Conv2d(1, image_shape[0], 5, padding=2)
         self.image_shape = image_shape

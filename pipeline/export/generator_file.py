@@ -36,8 +36,11 @@ def save_export(generator: AnyGenerator, path: Path, provenance: dict[str, Any])
         provenance: JSON-serialisable facts for the header (run, step, dataset fingerprint).
     """
     header = {"format": FORMAT, "generator": json.dumps(generator.spec()), "provenance": json.dumps(provenance)}
+    own = generator.state_dict()
     with replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in generator.state_dict().items()}, temporary, header)
+        # A copy of each: safetensors has no strides, and no two names for one tensor, which a network of the user's may have.
+        tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in own.items()}
+        save_file(tensors, temporary, header)
 
 
 def load_export(path: Path, code: str | None = None) -> AnyGenerator:

@@ -1,9 +1,9 @@
 """How deep the reference's networks are for images of a size.
 
 The notebook's generator doubles maps of 7 x 7 twice, and its critic halves images of 28 x 28 three times. From 32
-pixels a side on there are as many doublings as leave a base of 4 to 8, and the critic halves as often, to maps of that size.
-What comes before the notebook's layers in the generator, and behind them in the critic, has twice the channels of its
-neighbour, as in DCGAN (Radford et al. 2016, 1511.06434), and at most 512.
+pixels a side on there are as many doublings as leave a base of 4 to 8, and the critic halves as often, to maps of that
+size. What comes before the notebook's layers in the generator, and behind them in the critic, has twice the channels of
+its neighbour, as in DCGAN (Radford et al. 2016, 1511.06434), and at most 512.
 """
 
 from __future__ import annotations

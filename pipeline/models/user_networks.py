@@ -6,8 +6,9 @@ The NAME of `module:NAME` is called as the reference's classes are, with the net
     generator: latents (n, latent_dim) in [-1, 1], labels int64 (n,) or None -> images (n, C, H, W), pixels in [0, 1]
     critic: such images -> scores (n,) and, with classes, logits (n, num_classes), else None
 
-They run on a CPU too, where exports are drawn from. Images are the right way round there: the mirrored world is kept from these networks, and so is everything that is done
-to the reference's layers. Their weights are what torch's layers draw for themselves, from a seed of the run's.
+Images are the right way round there: the mirrored world is kept from these networks, and so is everything that is done
+to the reference's layers. Their weights are what torch's layers draw for themselves, from a seed of the run's. They run
+on a CPU too, where they are tried first and exports are drawn from.
 """
 
 from __future__ import annotations

@@ -93,6 +93,12 @@ def test_a_gain_without_dimensions_resumes() -> None:
     assert saved["generator_optimizer.network.gain.square_avg"] == pytest.approx(0.1 * 0.25)
 
 
+def test_a_parameter_of_two_names_is_exported(tmp_path: Path) -> None:
+    generator, path = build_generator(ODD, SHAPE, 0, seeded(1, "weights")).eval(), tmp_path / "generator.safetensors"
+    save_export(generator, path, {})
+    assert torch.equal(render_range(load_export(path, ODD.generator), 0, 0, 5), render_range(generator, 0, 0, 5))
+
+
 @pytest.mark.parametrize("num_classes", [0, 3])
 def test_exports_and_onnx_give_the_same_images(num_classes: int, tmp_path: Path) -> None:
     generator = build_generator(GUIDE, (3, 16, 12), num_classes, seeded(1, "weights"))
