@@ -38,7 +38,7 @@ def save_export(generator: AnyGenerator, path: Path, provenance: dict[str, Any])
     header = {"format": FORMAT, "generator": json.dumps(generator.spec()), "provenance": json.dumps(provenance)}
     own = generator.state_dict()
     with replacing(path) as temporary:
-        # A copy of each: safetensors has no strides, and no two names for one tensor, which a network of the user's may have.
+        # Copies: safetensors has no strides, and no two names of one tensor, as a network of the user's may have.
         tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in own.items()}
         save_file(tensors, temporary, header)
 
