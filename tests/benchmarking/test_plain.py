@@ -8,9 +8,12 @@ from typing import Literal
 import pytest
 import torch
 
-from pipeline.benchmarking.plain import PlainTrainer, plain_state, same_padding
-from pipeline.config import Config, OptimizerConfig, TrainingConfig
+from pipeline.benchmarking.plain import PlainCritic, PlainGenerator, PlainTrainer, plain_state, same_padding
+from pipeline.config import Config, NetworkConfig, OptimizerConfig, TrainingConfig
 from pipeline.distributed.process import Runtime
+from pipeline.errors import UserError
+from pipeline.models.networks import Critic, Generator, initialise
+from pipeline.rng import seeded
 from pipeline.training.trainer import Trainer
 
 FALLING = OptimizerConfig(decay=0.1)
@@ -26,6 +29,28 @@ TRAINING = {
 @pytest.mark.parametrize(("size", "before", "after"), [(28, 1, 2), (14, 1, 2), (7, 2, 2)])
 def test_same_padding_with_stride_two_is_asymmetric(size: int, before: int, after: int) -> None:
     assert same_padding(size, stride=2) == (before, after)
+
+
+@pytest.mark.parametrize("side", [28, 40, 64])
+def test_the_plain_networks_are_the_same_at_any_depth(side: int) -> None:
+    config, shape = NetworkConfig(latent_dim=5, width=0.05), (3, side, side)
+    generator, critic = Generator(config, shape).double(), Critic(config, shape).double()
+    plain_generator, plain_critic = PlainGenerator(config, shape, 0).double(), PlainCritic(config, shape).double()
+    for network, plain in ((generator, plain_generator), (critic, plain_critic)):
+        initialise(network, seeded(side, "weights"))
+        plain.load_state_dict(plain_state(network))
+    with torch.no_grad():
+        images = generator(torch.linspace(-1, 1, 20, dtype=torch.float64).view(4, 5))
+        plain_images = plain_generator(torch.linspace(-1, 1, 20, dtype=torch.float64).view(4, 5))
+        torch.testing.assert_close(plain_images.flip(2, 3), images, rtol=0, atol=1e-12)
+        torch.testing.assert_close(plain_critic(plain_images)[0], critic(images)[0], rtol=0, atol=1e-12)
+    assert images.std() > 1e-3
+
+
+def test_there_is_no_plain_port_of_a_network_of_the_users(config: Config, runtime: Runtime) -> None:
+    own = NetworkConfig(generator="tests.odd_networks:Sound")
+    with pytest.raises(UserError, match=r"the plain port is of the reference's networks, leave yours out"):
+        PlainTrainer(Trainer(replace(config, network=own), runtime))
 
 
 @pytest.mark.parametrize("fakes", ["batch", "moving"])
