@@ -27,7 +27,8 @@ class Sound(nn.Module):
         self.layer = nn.Linear(network.latent_dim, math.prod(image_shape))
 
     def forward(self, latents: Tensor, labels: Tensor | None) -> Tensor:
-        return torch.sigmoid(self.layer(latents)).unflatten(1, self.image_shape)
+        images: Tensor = torch.sigmoid(self.layer(latents)).view(-1, *self.image_shape)
+        return images
 
 
 class Picky(Sound):

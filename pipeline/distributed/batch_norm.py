@@ -84,7 +84,7 @@ def convert_batch_norm(network: nn.Module) -> None:
     """Replaces every batch norm of a network by one over all ranks, in place; parameters and buffers stay the same."""
     for parent in list(network.modules()):
         for name, norm in parent.named_children():
-            if type(norm) in CONVERTED:
+            if isinstance(norm, CONVERTED) and type(norm) in CONVERTED:
                 converted = SyncBatchNorm(norm.num_features, norm.eps, norm.momentum)
                 converted._parameters, converted._buffers = norm._parameters, norm._buffers
                 setattr(parent, name, converted)

@@ -67,4 +67,5 @@ def test_the_plain_port_takes_the_same_steps(
         ours = ((real_loss + fake_loss) / 2, generator_loss)
         assert plain.take_step() == pytest.approx(ours, rel=1e-9)
     for plain_network, network in ((plain.generator, trainer.state.generator), (plain.critic, trainer.state.critic)):
+        assert isinstance(network, Generator | Critic)
         torch.testing.assert_close(plain_network.state_dict(), plain_state(network), rtol=0, atol=1e-9)
