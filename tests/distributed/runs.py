@@ -46,7 +46,7 @@ GUIDE: Settings = {
 }
 """The networks of the contributing guide."""
 SCORED: Settings = {"evaluation": {"every": STEPS, "num_images": 60, "features": ["torch.nn:Flatten"]}}
-LARGE: Settings = {"training": {"batch_size": 8, "objective": "gan", "clip_value": None}}
+LARGE: Settings = {"training": {"batch_size": 8, "n_critic": 1, "objective": "gan", "clip_value": None}}
 """On images of 64 x 64 x 3."""
 STOPS = (1, 7, 12)
 """Mid-epoch and right after a checkpoint alike."""

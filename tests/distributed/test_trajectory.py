@@ -175,7 +175,7 @@ def test_other_networks_walk_one_trajectory_resume_and_are_exported(trained: Tra
     assert_equal({f"ema.{key}": value for key, value in exported.state_dict().items()}, average)
     images = render_range(exported, 0, 0, 3)
     assert images.shape == ((3, 1, 8, 8) if name == "guide" else (3, 3, 64, 64))
-    assert len(images.unique()) > 1
+    assert images.min() < images.max()
 
 
 def test_a_network_of_ones_own_is_scored_and_its_files_name_it(trained: Trained) -> None:
