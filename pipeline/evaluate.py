@@ -31,7 +31,7 @@ def main() -> None:
         dataset = runtime.ranks.on_main(lambda: open_dataset(config.data))
         scorer = Scorer(config.evaluation, dataset, runtime, config.training.seed)
         steps = None if arguments.all else [arguments.step]
-        score_target(run.path, scorer, steps, arguments.out, Path(config.run.root))
+        score_target(run.path, scorer, steps, arguments.out, Path(config.run.root), config.network.generator)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ def main() -> int:
     parser.add_argument("--class", type=int | None, help="draw this class alone; image i is the seed's latent i")
     parser.add_argument("--interpolate", action="store_true", help="draw latent interpolations instead of a grid")
     parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="which weights of a checkpoint")
+    own = "module:NAME of the code that the generator takes, if it is a network of its user's own"
+    parser.add_argument("--network.generator", type=str | None, help=own)
     parser.add_argument("--seed", type=int, default=0, help="image i is a function of the seed and i")
     arguments = parser.parse_args()
     seed, count, label = arguments.seed, arguments.count, arguments["class"]
@@ -30,7 +32,7 @@ def main() -> int:
         raise UserError(f"--out is {out}: a picture is written as PNG, name it .png")
     if out.exists():
         raise UserError(f"{out}: exists already, choose another --out")
-    generator = load_generator(arguments.generator, arguments.weights)
+    generator = load_generator(arguments.generator, arguments.weights, arguments.network.generator)
     if label is not None and not generator.num_classes:
         raise UserError(f"--class is {label}: {arguments.generator} has no classes, leave it away")
     if label is not None and not 0 <= label < generator.num_classes:

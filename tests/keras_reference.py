@@ -50,7 +50,8 @@ def keras_generator(stages: Sequence[Mapping[str, Array]], base: tuple[int, int,
     """
     dense, *rest = stages
     x = (inputs @ dense["kernel"] + dense["bias"]).reshape(base)
-    for norm, convolution, stride in zip(rest[::2], rest[1::2], (2, 2, 1, 1), strict=True):
+    strides = [2] * (len(rest) // 2 - 2) + [1, 1]
+    for norm, convolution, stride in zip(rest[::2], rest[1::2], strides, strict=True):
         x = (x - norm["moving_mean"]) / np.sqrt(norm["moving_variance"] + 1e-3) * norm["gamma"] + norm["beta"]
         x = keras_conv_transpose(np.maximum(x, 0), convolution["kernel"], convolution["bias"], stride)
     return np.asarray(1 / (1 + np.exp(-x)))

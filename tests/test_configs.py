@@ -25,7 +25,7 @@ from pipeline.data.prepare import prepare_npz
 from pipeline.distributed.process import Runtime
 from pipeline.evaluation.metrics.frechet import Moments, frechet_distance
 from pipeline.export.images import render_range
-from pipeline.models.networks import Generator
+from pipeline.models.interface import AnyGenerator
 from pipeline.models.objectives import OBJECTIVES
 from pipeline.storage.run_folder import RunFolder
 from pipeline.training.trainer import Trainer
@@ -132,7 +132,7 @@ def shortened(name: str, config: Config, seed: int) -> Config:
     )
 
 
-def drawn(generator: Generator, count: int = 1000) -> Tensor:
+def drawn(generator: AnyGenerator, count: int = 1000) -> Tensor:
     """Pixels (count, 64) of generated images, classes in turn."""
     return render_range(generator, 0, 0, count).flatten(1) / 255
 

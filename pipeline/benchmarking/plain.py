@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.config import NetworkConfig, OptimizerConfig
 from pipeline.data import open_source
 from pipeline.errors import UserError
-from pipeline.models.networks import CRITIC_STRIDES, GENERATOR_STRIDES, KERNEL, LEAK, Critic, Generator, mirror_state
+from pipeline.models.networks import KERNEL, LEAK, Critic, Generator, mirror_state
 from pipeline.models.objectives import ScoreLoss, gradient_penalty, r1_penalty, with_class_loss
 from pipeline.models.spectral_norm import iterate_after_updates, raw_weights, use_spectral_norm
 from pipeline.rng import seeded
@@ -32,7 +32,7 @@ class PlainGenerator(Generator):
 
     def __init__(self, config: NetworkConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__(config, image_shape, num_classes)
-        for index, stride in enumerate(GENERATOR_STRIDES):
+        for index, stride in enumerate(self.strides):
             layer = self.convolutions[index]
             assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
             padding = 1 if stride == 2 else 2
@@ -41,7 +41,7 @@ class PlainGenerator(Generator):
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         images = self.first_maps(latents, labels).contiguous()
-        for norm, convolution, stride in zip(self.norms, self.convolutions, GENERATOR_STRIDES, strict=True):
+        for norm, convolution, stride in zip(self.norms, self.convolutions, self.strides, strict=True):
             images = convolution(F.relu(norm(images)))
             if stride == 2:
                 images = images[..., :-1, :-1]
@@ -58,7 +58,7 @@ class PlainCritic(Critic):
     """As a direct port has it: padded by hand, on images the right way round."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        for layer, stride in zip(self.convolutions, CRITIC_STRIDES, strict=True):
+        for layer, stride in zip(self.convolutions, self.strides, strict=True):
             assert isinstance(layer, nn.Conv2d)
             images = F.leaky_relu(images, LEAK)
             sides = [side for size in (images.shape[3], images.shape[2]) for side in same_padding(size, stride)]
@@ -72,7 +72,7 @@ def plain_state(network: Generator | Critic) -> dict[str, Tensor]:
     """The state dict of the plain network that computes the same; with spectral normalisation before that is put in."""
     tensors = mirror_state(network, raw_weights(network.state_dict()))
     if isinstance(network, Generator):
-        for index, stride in enumerate(GENERATOR_STRIDES):
+        for index, stride in enumerate(network.strides):
             if stride == 1:  # a convolution there: the transposed one has its kernel the other way round
                 name = f"convolutions.{index}.weight"
                 tensors[name] = tensors[name].flip(2, 3).transpose(0, 1)
@@ -91,6 +91,10 @@ class PlainTrainer:
         self._state = state = dataclasses.replace(trainer.state)
         source = open_source(trainer.config, trainer.dataset, runtime.ranks, runtime.device)
         self.inputs = InputStream(trainer.config, state, source, runtime.ranks, captured=False)
+        if not isinstance(state.generator, Generator) or not isinstance(state.critic, Critic):
+            raise UserError(
+                "network.generator, network.critic: the plain port is of the reference's networks, leave yours out"
+            )
         shapes = trainer.config.network, trainer.dataset.image_shape, state.generator.num_classes
         generator, self._bare_critic = PlainGenerator(*shapes), PlainCritic(*shapes)
         for network, original in ((generator, state.generator), (self._bare_critic, state.critic)):

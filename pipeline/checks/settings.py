@@ -13,14 +13,16 @@ from functools import reduce
 from typing import Any
 
 import torch
+from torch import nn
 
-from pipeline.config import Config, check_device, flatten
+from pipeline.checks.user_networks import check_user_networks
+from pipeline.config import Config, check_device, flatten, imported
 from pipeline.data import Dataset, check_source, source_kind
 from pipeline.distributed.process import check_trackers
 from pipeline.errors import UserError
 from pipeline.evaluation.selection import named_score
-from pipeline.models.networks import Critic, Generator
 from pipeline.models.objectives import choose
+from pipeline.models.user_networks import build_critic, build_generator
 from pipeline.storage.checkpoint import committed
 from pipeline.storage.run_folder import RunFolder
 from pipeline.yaml_files import read_yaml
@@ -36,13 +38,21 @@ class Plan:
     """None while it is not prepared: what depends on it is not checked."""
     has_cuda: bool = field(default_factory=torch.cuda.is_available)
 
-    def networks(self, dataset: Dataset) -> tuple[Generator, Critic]:
-        """On torch's meta device, where they have sizes but take no memory. Raises UserError for unfit images."""
-        num_classes = dataset.num_classes if choose(self.config.training).classifies else 0
+    def num_classes(self, dataset: Dataset) -> int:
+        """That the networks are told of."""
+        return dataset.num_classes if choose(self.config.training).classifies else 0
+
+    def networks(self, dataset: Dataset) -> tuple[nn.Module, nn.Module]:
+        """Generator and critic. The reference's are on torch's meta device, where they have sizes but take no memory.
+        Raises UserError for unfit images, and for code of the user's that fails."""
         dtype = torch.float64 if self.config.runtime.precision == "float64" else torch.float32
-        given = self.config.network, dataset.image_shape, num_classes
-        with torch.device("meta"):
-            return Generator(*given).to(dtype), Critic(*given).to(dtype)
+        network = self.config.network
+        given = network, dataset.image_shape, self.num_classes(dataset)
+        # Code of the user's may look at numbers, which there are none of on the meta device.
+        with torch.device("meta" if network.generator is None else "cpu"):
+            generator = build_generator(*given).to(dtype)
+        with torch.device("meta" if network.critic is None else "cpu"):
+            return generator, build_critic(*given).to(dtype)
 
 
 def refuse(plan: Plan) -> None:
@@ -85,9 +95,13 @@ def check_shares(plan: Plan) -> str:
 
 
 def check_networks(plan: Plan) -> str:
-    """Whether the networks take images of this size."""
+    """Whether the networks take images of this size, and those of the user's own do what is asked of them."""
+    for role in ("generator", "critic"):
+        if name := getattr(plan.config.network, role):
+            imported(f"network.{role}", name)
     if plan.dataset is None:
         return ""
+    check_user_networks(plan.config, plan.dataset.image_shape, plan.num_classes(plan.dataset))
     generator, critic = (sum(weight.numel() for weight in one.parameters()) for one in plan.networks(plan.dataset))
     return f"{generator:,} parameters of the generator, {critic:,} of the critic"
 

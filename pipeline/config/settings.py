@@ -7,6 +7,7 @@ References: Arjovsky et al. 2017 (arXiv 1701.07875, Algorithm 1); Gulrajani et a
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,8 +30,8 @@ def knob(
     `free` marks what may change between two launches of the same run, since it does not alter the trajectory.
     """
     metadata = {"low": low, "above": above, "high": high, "free": free}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -106,6 +107,12 @@ class NetworkConfig:
     """Length of a latent; its entries are uniform in [-1, 1]."""
     width: float = knob(1.0, above=0.0, high=100.0)
     """Multiplier of every hidden channel count (1.0: the reference's networks)."""
+    generator: str | None = knob(None)
+    """module:NAME of a generator of your own (pipeline/models/user_networks.py); null: the reference's."""
+    critic: str | None = knob(None)
+    """module:NAME of a critic of your own; null: the reference's."""
+    options: dict[str, Any] = knob({})
+    """What your networks take beside: any keys."""
 
 
 @dataclass(frozen=True)
@@ -267,6 +274,16 @@ class Config:
             raise UserError(
                 f"run.name is {self.run.name!r}: use letters, digits, '.', '_' and '-'; the folder above it is run.root"
             )
+        if self.network.options != _kept(self.network.options):
+            raise UserError(
+                f"network.options is {self.network.options}: files keep mappings from text, lists, text, numbers, "
+                "true, false and null, and nothing else"
+            )
+        if self.network.options and self.network.generator is None and self.network.critic is None:
+            raise UserError(
+                f"network.options is {self.network.options}, which are for networks of your own: name one, or leave "
+                "them out"
+            )
         if not self.evaluation.features:
             raise UserError("evaluation.features is empty: name one, or set evaluation.every to null for no scores")
         if self.run.profile is not None:
@@ -310,6 +327,14 @@ def _check_range(key: str, value: Any, item: dataclasses.Field[Any]) -> None:
         raise UserError(f"{key} is {value}: it must be greater than {above}")
     if high is not None and not value <= high:
         raise UserError(f"{key} is {value}: it must be at most {high}")
+
+
+def _kept(options: dict[str, Any]) -> Any:
+    """What comes back out of a file, or None."""
+    try:
+        return json.loads(json.dumps(options))
+    except (TypeError, ValueError):
+        return None
 
 
 def check_device(config: RuntimeConfig, has_cuda: bool) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from pipeline.models.networks import BATCHES_TOGETHER, StepGenerator
+from pipeline.models.networks import BATCHES_TOGETHER, Generator, StepGenerator
 
 
 class Statistics(NamedTuple):
@@ -41,11 +41,23 @@ def update_moving_averages(norm: nn.BatchNorm2d, statistics: Statistics) -> None
         torch._foreach_lerp_([norm.running_mean, norm.running_var], moments, norm.momentum)
 
 
+CONVERTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+"""The layers that `convert_batch_norm` replaces."""
+
+
 class SyncBatchNorm(nn.BatchNorm2d):
-    """Images (n, c, h, w) are normalised with the statistics of all ranks' images in training mode."""
+    """Images (n, c, h, w) are normalised with the statistics of all ranks' images in training mode; and so are (n, c)
+    and (n, c, ...) of a network of the user's."""
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.normalise([images], [1])[0] if self.training else super().forward(images)
+        if not self.training:
+            return super().forward(images)
+        if images.ndim == 4:
+            return self.normalise([images], [1])[0]
+        return self.normalise([images.reshape(*images.shape[:2], -1, 1)], [1])[0].reshape(images.shape)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any number of them."""
 
     def normalise(self, groups: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         """Groups of images, each of so many equal batches; every batch with its own statistics, all of them in one
@@ -72,7 +84,7 @@ def convert_batch_norm(network: nn.Module) -> None:
     """Replaces every batch norm of a network by one over all ranks, in place; parameters and buffers stay the same."""
     for parent in list(network.modules()):
         for name, norm in parent.named_children():
-            if type(norm) is nn.BatchNorm2d:
+            if isinstance(norm, CONVERTED) and type(norm) in CONVERTED:
                 converted = SyncBatchNorm(norm.num_features, norm.eps, norm.momentum)
                 converted._parameters, converted._buffers = norm._parameters, norm._buffers
                 setattr(parent, name, converted)
@@ -101,6 +113,7 @@ class LayerwiseStepGenerator(StepGenerator):
     def _layer_by_layer(self, groups: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """Images (k, b, C, H, W) of groups of k batches (k, b, latent_dim); only those of the last want gradients."""
         generator, sizes, batch_size = self.generator.train(), [len(z) for z, _ in groups], groups[-1][1].shape[1]
+        assert isinstance(generator, Generator), "others know no layers here"
 
         def each(layer: Callable[..., Tensor], groups: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
             with torch.no_grad():

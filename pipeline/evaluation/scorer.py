@@ -22,7 +22,7 @@ from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.features import PUBLISHED, FeatureExtractor, load_all
 from pipeline.export.generator_file import fingerprint
 from pipeline.export.images import render_range, save_grid
-from pipeline.models.networks import Generator
+from pipeline.models.interface import AnyGenerator
 from pipeline.reporting.formatting import few_images
 from pipeline.rng import evaluation_labels, seeded
 from pipeline.storage.files import write_text
@@ -50,7 +50,7 @@ class Scorer:
         other._seed = seed
         return other
 
-    def score_generator(self, generator: Generator, path: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    def score_generator(self, generator: AnyGenerator, path: Path, facts: dict[str, Any]) -> dict[str, Any]:
         """Scores evaluation images 0, ..., num_images - 1 of the generator, in eval mode: see `score`."""
         count, facts = self.config.num_images, facts | {"images_fingerprint": fingerprint(generator)}
         labels = evaluation_labels(0, count, generator.num_classes) if generator.num_classes else None

@@ -102,7 +102,7 @@ class Selection:
             runtime.say(f"no checkpoint has a {self.space} {self.key}: none is exported as the best")
             return
         checkpoint, evaluation, count = chosen
-        generator = generator_of(checkpoint, weights).to(runtime.device)
+        generator = generator_of(checkpoint, weights, self._config.network.generator).to(runtime.device)
         chosen_by = {"score": f"{self.space}.{self.key}", "value": evaluation.score(self.space, self.key)}
         facts: dict[str, object] = {
             **{"step": checkpoint.step, "weights": weights, "last_step": last_step},

@@ -30,7 +30,12 @@ TARGET = (
 
 
 def score_target(
-    target: Path, scorer: Scorer, steps: Sequence[int | None] | None, out: Path | None, root: Path
+    target: Path,
+    scorer: Scorer,
+    steps: Sequence[int | None] | None,
+    out: Path | None,
+    root: Path,
+    code: str | None = None,
 ) -> None:
     """Scores `target`, which is a TARGET, into `out` (by default into the run, or under `root`) and tells them.
 
@@ -38,6 +43,7 @@ def score_target(
         steps: the checkpoints of a run to score; None is the newest intact one. Without a list it is all of them, and
             those that are damaged are told and left out.
         root: the folder of all runs.
+        code: see `read_generator`.
 
     Raises:
         UserError: it is no TARGET or damaged, it does not suit the dataset, or what is to be written to holds scores of
@@ -46,12 +52,12 @@ def score_target(
     """
     runtime, dataset = scorer.runtime, scorer.dataset
     if RunFolder(target).has_begun:
-        _score_run(RunFolder(target), scorer, steps, out)
+        _score_run(RunFolder(target), scorer, steps, out, code)
         return
     facts: dict[str, Any] = {"target": str(target)}
     if target.suffix in EXPORT_SUFFIXES:
         path = out or scores_of(target, root)
-        generator = load_generator(target, scorer.config.weights).to(runtime.device)
+        generator = load_generator(target, scorer.config.weights, code).to(runtime.device)
         result = scorer.score_generator(generator, path, facts)
     elif target.exists():
         path, split = out or scores_of(target, root), open_images(target, dataset)
@@ -72,7 +78,9 @@ def score_target(
     runtime.say(f"{path}: {_summary(result)}")
 
 
-def _score_run(run: RunFolder, scorer: Scorer, steps: Sequence[int | None] | None, out: Path | None) -> None:
+def _score_run(
+    run: RunFolder, scorer: Scorer, steps: Sequence[int | None] | None, out: Path | None, code: str | None
+) -> None:
     weights, runtime, dataset = scorer.config.weights, scorer.runtime, scorer.dataset
     if out is None and runtime.ranks.on_main(lambda: run.dataset_fingerprint) not in (None, dataset.fingerprint):
         raise UserError(
@@ -87,7 +95,7 @@ def _score_run(run: RunFolder, scorer: Scorer, steps: Sequence[int | None] | Non
                 raise
             runtime.say(f"skipped: {error}")
             continue
-        generator = generator_of(checkpoint, weights).to(runtime.device)
+        generator = generator_of(checkpoint, weights, code).to(runtime.device)
         facts = {"step": checkpoint.step, "weights": weights}
         result = scorer.score_generator(generator, out or run.scores(checkpoint.step), facts)
         runtime.say(f"step {checkpoint.step}: {_summary(result)}")

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.models.interface import AnyGenerator
 from pipeline.models.networks import Generator, mirror_state
+from pipeline.models.user_networks import generator_of_spec
 from pipeline.storage.checkpoint import Checkpoint, find, read_checkpoint, sha256_of_tensor
 from pipeline.storage.files import replacing
 from pipeline.storage.run_folder import RunFolder
@@ -26,37 +29,40 @@ EXPORT_SUFFIXES = (".safetensors", *KERAS_SUFFIXES)
 """Single files that `load_generator` reads; its other sources are folders."""
 
 
-def save_export(generator: Generator, path: Path, provenance: dict[str, Any]) -> None:
+def save_export(generator: AnyGenerator, path: Path, provenance: dict[str, Any]) -> None:
     """Writes the generator's weights and moving statistics, atomically.
 
     Args:
         provenance: JSON-serialisable facts for the header (run, step, dataset fingerprint).
     """
     header = {"format": FORMAT, "generator": json.dumps(generator.spec()), "provenance": json.dumps(provenance)}
+    own = generator.state_dict()
     with replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in generator.state_dict().items()}, temporary, header)
+        # Copies: safetensors has no strides, and no two names of one tensor, as a network of the user's may have.
+        tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in own.items()}
+        save_file(tensors, temporary, header)
 
 
-def load_export(path: Path) -> Generator:
-    """The generator of an export, on the CPU in eval mode.
+def load_export(path: Path, code: str | None = None) -> AnyGenerator:
+    """The generator of an export, on the CPU in eval mode; `code`: see `read_generator`.
 
     Raises:
-        UserError: the file is missing, not an export, or its tensors do not fit its header.
+        UserError: the file is missing, not an export, its tensors do not fit its header, or it takes code.
     """
-    return _read_export(path)[0]
+    return _read_export(path, code)[0]
 
 
-def _read_export(path: Path) -> tuple[Generator, dict[str, Any]]:
+def _read_export(path: Path, code: str | None) -> tuple[AnyGenerator, dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         if header.get("format") not in {FORMAT, KERAS_FORMAT}:
             raise ValueError(f"its header does not say {FORMAT!r}")
-        generator = Generator.from_spec(json.loads(header["generator"]))
-        if header["format"] == KERAS_FORMAT:
+        generator = generator_of_spec(json.loads(header["generator"]), code, path)
+        if header["format"] == KERAS_FORMAT and isinstance(generator, Generator):
             tensors = mirror_state(generator, tensors)
-        generator.to(tensors["dense.weight"].dtype).load_state_dict(tensors)
+        _load(generator, tensors)
         provenance = dict(json.loads(header.get("provenance", "{}")))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give an export, e.g. runs/NAME/export/generator.safetensors") from None
@@ -66,31 +72,33 @@ def _read_export(path: Path) -> tuple[Generator, dict[str, Any]]:
     return _frozen(generator), provenance
 
 
-def generator_of(checkpoint: Checkpoint, weights: str) -> Generator:
-    """The generator of a checkpoint, on the CPU in eval mode; `weights`: "ema" or "raw"."""
+def generator_of(checkpoint: Checkpoint, weights: str, code: str | None = None) -> AnyGenerator:
+    """The generator of a checkpoint, on the CPU in eval mode. `weights`: "ema" or "raw". `code`: see
+    `read_generator`."""
     prefix = "ema." if weights == "ema" else "generator."
     tensors = checkpoint.tensors()
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    generator = Generator.from_spec(checkpoint.progress["generator"])
-    generator.to(own["dense.weight"].dtype).load_state_dict(own)
+    generator = generator_of_spec(checkpoint.progress["generator"], code, checkpoint.folder)
+    _load(generator, own)
     return _frozen(generator)
 
 
-def load_generator(path: Path, weights: str) -> Generator:
+def load_generator(path: Path, weights: str, code: str | None = None) -> AnyGenerator:
     """The generator alone of `read_generator`."""
-    return read_generator(path, weights)[0]
+    return read_generator(path, weights, code)[0]
 
 
-def read_generator(path: Path, weights: str) -> tuple[Generator, dict[str, Any]]:
+def read_generator(path: Path, weights: str, code: str | None = None) -> tuple[AnyGenerator, dict[str, Any]]:
     """The generator of an export, of a Keras notebook's .h5, of a checkpoint's folder, or of a run's folder (its newest
     intact checkpoint; damaged newer ones are named in the log), on the CPU in eval mode. `weights`, "ema" or "raw",
-    chooses among a checkpoint's.
+    chooses among a checkpoint's. `code` is module:NAME of the network, where it is one of its user's own: a file never
+    makes the program import what it names, only its reader does.
 
     With it comes where it is from: of a checkpoint "step" and "weights", of one in its run's folder also "run" and the
     "dataset"'s fingerprint (null where the run does not tell), of an export what its header says.
 
     Raises:
-        UserError: it is none of these, or damaged.
+        UserError: it is none of these, damaged, or takes code that the caller does not name.
     """
     if path.is_dir():
         run = RunFolder(path)
@@ -98,15 +106,15 @@ def read_generator(path: Path, weights: str) -> tuple[Generator, dict[str, Any]]
         facts: dict[str, Any] = {"step": checkpoint.step, "weights": weights}
         if (run := RunFolder(checkpoint.folder.resolve().parent.parent)).has_begun:
             facts |= {"run": run.path.name, "dataset": run.dataset_fingerprint}
-        return generator_of(checkpoint, weights), facts
+        return generator_of(checkpoint, weights, code), facts
     if path.suffix in KERAS_SUFFIXES:
         from pipeline.export.keras_h5 import load_keras  # h5py is for these files alone
 
         return _frozen(load_keras(path)), {}
-    return _read_export(path)
+    return _read_export(path, code)
 
 
-def fingerprint(generator: Generator) -> str:
+def fingerprint(generator: AnyGenerator) -> str:
     """SHA-256 of what the generator computes with: equal for the live network, its checkpoint and its export."""
     digest = sha256(json.dumps(generator.spec(), sort_keys=True).encode())
     for name, tensor in sorted(generator.state_dict().items()):
@@ -114,5 +122,11 @@ def fingerprint(generator: Generator) -> str:
     return digest.hexdigest()
 
 
-def _frozen(generator: Generator) -> Generator:
-    return generator.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+def _load(generator: AnyGenerator, tensors: dict[str, Tensor]) -> None:
+    name, _ = next(generator.named_parameters())
+    generator.to(tensors[name].dtype).load_state_dict(tensors)
+
+
+def _frozen(generator: AnyGenerator) -> AnyGenerator:
+    generator.eval().requires_grad_(False)
+    return generator.to(memory_format=torch.channels_last) if isinstance(generator, Generator) else generator

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.models.networks import Generator
+from pipeline.models.interface import AnyGenerator
 from pipeline.progress import bar
 from pipeline.rng import evaluation_labels, evaluation_latents
 from pipeline.storage.files import replacing
@@ -24,17 +24,17 @@ def to_uint8(pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def render(generator: Generator, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+def render(generator: AnyGenerator, latents: Tensor, labels: Tensor | None = None) -> Tensor:
     """uint8 images (n, C, H, W) on the CPU of latents (n, latent_dim), by a generator in eval mode.
 
     Here, and nowhere else, the generator's mirrored images are flipped back.
     """
-    weight = generator.dense.weight
+    weight = next(generator.parameters())
     mirrored = generator(latents.to(weight), None if labels is None else labels.to(weight.device))
     return to_uint8(mirrored).flip(2, 3).cpu()
 
 
-def render_range(generator: Generator, seed: int, start: int, stop: int, label: int | None = None) -> Tensor:
+def render_range(generator: AnyGenerator, seed: int, start: int, stop: int, label: int | None = None) -> Tensor:
     """Evaluation images start, ..., stop - 1 of a seed: uint8 (n, C, H, W). Classes come in turn, or each is `label`.
 
     Image i of a class is a function of (seed, i).
@@ -43,7 +43,7 @@ def render_range(generator: Generator, seed: int, start: int, stop: int, label: 
     return render(generator, latents, _labels(generator, start, stop, label))
 
 
-def sample_grid(generator: Generator, seed: int, label: int | None = None) -> tuple[Tensor, int]:
+def sample_grid(generator: AnyGenerator, seed: int, label: int | None = None) -> tuple[Tensor, int]:
     """Images 0, 1, ... of a seed, uint8 (n, C, H, W) row by row, and the number of columns: 16 images, or 10 a class.
 
     With classes and no `label`, row c shows images 0 to 9 of class c, for the first 10 classes.
@@ -54,7 +54,7 @@ def sample_grid(generator: Generator, seed: int, label: int | None = None) -> tu
     return torch.cat(rows), 10
 
 
-def interpolate(generator: Generator, seed: int, rows: int, columns: int, label: int | None = None) -> Tensor:
+def interpolate(generator: AnyGenerator, seed: int, rows: int, columns: int, label: int | None = None) -> Tensor:
     """`rows` straight lines between two latents each: uint8 (rows * columns, C, H, W), row by row.
 
     Each row has the next class, or all have `label`.
@@ -64,7 +64,7 @@ def interpolate(generator: Generator, seed: int, rows: int, columns: int, label:
     return render(generator, latents, _labels(generator, 0, rows, label).repeat_interleave(columns))
 
 
-def _labels(generator: Generator, start: int, stop: int, label: int | None) -> Tensor:
+def _labels(generator: AnyGenerator, start: int, stop: int, label: int | None) -> Tensor:
     if label is None:
         return evaluation_labels(start, stop, generator.num_classes or 1)  # without classes nothing reads them
     return torch.full((stop - start,), label)
@@ -86,7 +86,7 @@ def save_grid(images: Tensor, path: Path, columns: int, scale: int = 2) -> None:
         picture.save(temporary, format="PNG")
 
 
-def save_each(generator: Generator, seed: int, count: int, folder: Path, label: int | None = None) -> None:
+def save_each(generator: AnyGenerator, seed: int, count: int, folder: Path, label: int | None = None) -> None:
     """Writes `render_range`'s images 0, ..., count - 1 of a seed as 000000.png, ... in a new folder."""
     folder.mkdir(parents=True)
     for start in bar(iterable=range(0, count, BATCH), unit=f"{BATCH} images"):

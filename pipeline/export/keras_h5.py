@@ -22,8 +22,10 @@ from torch import nn
 
 from pipeline.config import NetworkConfig
 from pipeline.errors import UserError
-from pipeline.models.networks import GENERATOR_CHANNELS, GENERATOR_STRIDES, NORM_EPSILON, Generator, mirror, scaled
+from pipeline.models.depth import REFERENCE_DOUBLINGS, generator_layers
+from pipeline.models.networks import NORM_EPSILON, Generator, mirror, scaled
 
+CHANNELS, STRIDES = generator_layers(REFERENCE_DOUBLINGS)
 Layer = tuple[str, dict[str, Any]]
 """A layer of Keras: its name, and h5py datasets by variable (kernel, gamma, ...); or its class, and its settings."""
 MISSING: Layer = ("", {})
@@ -34,7 +36,7 @@ MODULES = [("dense", LINEAR)]
 """The generator's modules in the order of Keras's layers with weights: name, and name here of each Keras variable."""
 LAYERS: list[Layer] = [("Dense", {"activation": "linear", "use_bias": True}), ("Reshape", {})]
 """The reference's generator after its inputs. A setting that an older Keras did not write has the value given here."""
-for _i, _stride in enumerate(GENERATOR_STRIDES):
+for _i, _stride in enumerate(STRIDES):
     MODULES += [(f"norms.{_i}", NORM), (f"convolutions.{_i}", LINEAR)]
     LAYERS += [
         ("BatchNormalization", {"epsilon": NORM_EPSILON}),
@@ -179,7 +181,8 @@ def _generator(weights: list[Layer], height: int, width: int, num_classes: int) 
     latent_dim = every[0]["kernel"].shape[0] - num_classes
     config = NetworkConfig(latent_dim, _width([norm["gamma"].size for norm in every[1::2]]))
     with torch.device("meta"):  # takes no memory before the shapes are known to be the file's
-        generator = Generator(config, (every[-1]["bias"].size, 4 * height, 4 * width), num_classes)
+        shape = every[-1]["bias"].size, height << REFERENCE_DOUBLINGS, width << REFERENCE_DOUBLINGS
+        generator = Generator(config, shape, num_classes, REFERENCE_DOUBLINGS)
     state = generator.state_dict()
     for (layer, arrays), (path, names) in zip(weights, MODULES, strict=True):
         module = generator.get_submodule(path)
@@ -200,10 +203,10 @@ def _generator(weights: list[Layer], height: int, width: int, num_classes: int) 
 
 def _width(channels: list[int]) -> float:
     """The shortest number that multiplies the reference's channel counts to these."""
-    low = max((count - 0.5) / reference for count, reference in zip(channels, GENERATOR_CHANNELS, strict=True))
-    high = min((count + 0.5) / reference for count, reference in zip(channels, GENERATOR_CHANNELS, strict=True))
+    low = max((count - 0.5) / reference for count, reference in zip(channels, CHANNELS, strict=True))
+    high = min((count + 0.5) / reference for count, reference in zip(channels, CHANNELS, strict=True))
     for digits in range(16):
         width = round((low + high) / 2, digits)
-        if scaled(GENERATOR_CHANNELS, width) == channels:
+        if scaled(CHANNELS, width) == channels:
             return width
-    raise ValueError(f"its channel counts {channels} are no multiple of the reference's {list(GENERATOR_CHANNELS)}")
+    raise ValueError(f"its channel counts {channels} are no multiple of the reference's {CHANNELS}")

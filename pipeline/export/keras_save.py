@@ -12,7 +12,10 @@ import h5py
 import numpy as np
 from torch import nn
 
+from pipeline.errors import UserError
 from pipeline.export.keras_h5 import KERNEL_AXES, LAYERS, MODULES
+from pipeline.models.depth import REFERENCE_DOUBLINGS
+from pipeline.models.interface import AnyGenerator
 from pipeline.models.networks import KERNEL, Generator, mirror
 from pipeline.storage.files import replacing
 
@@ -20,9 +23,15 @@ KERAS_VERSION = "2.2.4"
 """The layout's; later versions of Keras read it."""
 
 
-def save_keras(generator: Generator, path: Path) -> None:
+def save_keras(generator: AnyGenerator, path: Path) -> None:
     """Writes the whole model, float32, atomically. Its inputs are latents (n, latent_dim) and, with classes, one-hot
-    classes (n, num_classes); its output is images (n, H, W, C), pixels in [0, 1], not mirrored."""
+    classes (n, num_classes); its output is images (n, H, W, C), pixels in [0, 1], not mirrored.
+
+    Raises:
+        UserError: it is another network than the notebooks'.
+    """
+    if not isinstance(generator, Generator) or generator.doublings != REFERENCE_DOUBLINGS:
+        raise UserError(f"{path}: the Keras notebooks have no network like this; write .safetensors or .onnx")
     layers = list(_layers(generator))
     inputs = [name for kind, name, _ in layers if kind == "InputLayer"]
     described, sources = list[dict[str, Any]](), inputs

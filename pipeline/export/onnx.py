@@ -9,18 +9,19 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import UserError
-from pipeline.models.networks import Generator
+from pipeline.models.interface import AnyGenerator
+from pipeline.models.user_networks import told
 from pipeline.storage.files import replacing
 
 
-def save_onnx(generator: Generator, path: Path) -> None:
+def save_onnx(generator: AnyGenerator, path: Path) -> None:
     """Writes the generator as ONNX, float32, atomically. n, the batch, is free.
 
     Inputs: `latents` float32 (n, latent_dim), entries in [-1, 1]; with classes also `labels` int64 (n,) in
     [0, num_classes). Output: `images` float32 (n, C, H, W), pixels in [0, 1], not mirrored.
 
     Raises:
-        UserError: the packages that write ONNX are not installed.
+        UserError: the packages that write ONNX are not installed, or code of the user's can't be written so.
     """
     unmirrored = deepcopy(generator).float().cpu()
     unmirrored.register_forward_hook(lambda module, inputs, images: images.flip(2, 3))
@@ -44,6 +45,8 @@ def save_onnx(generator: Generator, path: Path) -> None:
             )
     except ModuleNotFoundError as error:
         raise UserError(f"{path}: ONNX needs the package {error.name!r}: pip install 'gan-pipeline[onnx]'") from None
+    except torch.onnx.OnnxExporterError as error:  # code of the user's may do what no graph can
+        raise UserError(f"{path}: torch can't write this network as ONNX ({told(error)})") from error
     assert program is not None  # with dynamo=True
     with replacing(path) as temporary:
         program.save(temporary)

@@ -8,7 +8,6 @@ weights are stored mirrored (`mirror`). Keras flattens to height, width, channel
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,12 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config import NetworkConfig
-from pipeline.errors import UserError
+from pipeline.models.depth import check_sides, critic_layers, doublings_of, generator_layers, halvings_of
+from pipeline.models.interface import AnyGenerator
 
-GENERATOR_CHANNELS = (128, 128, 64, 32)
-GENERATOR_STRIDES = (2, 2, 1, 1)
-CRITIC_CHANNELS = (32, 64, 128, 256)
-CRITIC_STRIDES = (2, 2, 2, 1)
 KERNEL = 5
 LEAK = 0.2
 NORM_EPSILON = 1e-3
@@ -37,27 +33,38 @@ def scaled(channels: Sequence[int], width: float) -> list[int]:
     return [max(1, round(count * width)) for count in channels]
 
 
-class Generator(nn.Module):
+class Generator(AnyGenerator):
     """Latents (n, latent_dim), entries in [-1, 1] -> mirrored images (n, C, H, W), pixels in [0, 1].
 
     With classes, labels (n,) int64 in [0, num_classes) are concatenated one-hot to the latents.
     At 28 x 28 x 1, width 1 and no classes it has 1,301,505 parameters, counting the moving averages.
 
+    Args:
+        doublings: from the first feature maps to the images; None: as many as the size takes (depth.py).
+
     Raises:
-        UserError: a side of the images is no multiple of 4.
+        UserError: no doublings reach images of this size.
+        ValueError: those that are given don't.
     """
 
-    def __init__(self, config: NetworkConfig, image_shape: tuple[int, int, int], num_classes: int = 0) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        config: NetworkConfig,
+        image_shape: tuple[int, int, int],
+        num_classes: int = 0,
+        doublings: int | None = None,
+    ) -> None:
+        super().__init__(config, image_shape, num_classes)
         image_channels, height, width = image_shape
-        if height % 4 or width % 4:
-            raise UserError(
-                f"images of {height} x {width}: the generator doubles twice, so both sides must be multiples of 4 "
-                "(prepare the dataset with another --size)"
-            )
-        self.config, self.image_shape, self.num_classes = config, image_shape, num_classes
-        channels = [*scaled(GENERATOR_CHANNELS, config.width), image_channels]
-        self.base = (height // 4, width // 4)
+        if doublings is None:
+            check_sides(height, width)
+            doublings = doublings_of(height, width)
+        channels, self.strides = generator_layers(doublings)
+        if height % 2**doublings or width % 2**doublings:
+            raise ValueError(f"{doublings} doublings don't reach images of {height} x {width}")
+        self.doublings = doublings
+        channels = [*scaled(channels, config.width), image_channels]
+        self.base = (height >> doublings, width >> doublings)
         """Rows and columns of the first feature maps."""
         self.dense = nn.Linear(config.latent_dim + num_classes, math.prod(self.base) * channels[0])
         self.norms = nn.ModuleList(nn.BatchNorm2d(count, eps=NORM_EPSILON, momentum=0.01) for count in channels[:-1])
@@ -66,20 +73,12 @@ class Generator(nn.Module):
             nn.ConvTranspose2d(before, after, KERNEL, stride, padding=2, output_padding=1)
             if stride == 2
             else nn.Conv2d(before, after, KERNEL, padding=2)
-            for before, after, stride in zip(channels, channels[1:], GENERATOR_STRIDES, strict=False)
+            for before, after, stride in zip(channels, channels[1:], self.strides, strict=False)
         )
 
     def spec(self) -> dict[str, Any]:
-        """What `from_spec` rebuilds the network from, as JSON-serialisable values."""
-        return {
-            "network": dataclasses.asdict(self.config),
-            "image_shape": list(self.image_shape),
-            "num_classes": self.num_classes,
-        }
-
-    @classmethod
-    def from_spec(cls, spec: dict[str, Any]) -> Generator:
-        return cls(NetworkConfig(**spec["network"]), tuple(spec["image_shape"]), spec["num_classes"])
+        # Files of before there were others say nothing of two doublings.
+        return super().spec() | ({} if self.doublings == 2 else {"doublings": self.doublings})
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         images = self.first_maps(latents, labels)
@@ -88,7 +87,7 @@ class Generator(nn.Module):
         return torch.sigmoid(images)
 
     def first_maps(self, latents: Tensor, labels: Tensor | None) -> Tensor:
-        """(n, channels, H / 4, W / 4), before the first batch norm; channels-last in memory, as Keras reshapes."""
+        """(n, channels, *base), before the first batch norm; channels-last in memory, as Keras reshapes."""
         if self.num_classes:
             if labels is None:
                 raise ValueError("a generator with classes takes labels")
@@ -104,7 +103,7 @@ class StepGenerator(nn.Module):
         fakes_by_batch: in the critic's images batch norm takes the statistics of each batch, not the moving averages.
     """
 
-    def __init__(self, generator: Generator, fakes_by_batch: bool) -> None:
+    def __init__(self, generator: AnyGenerator, fakes_by_batch: bool) -> None:
         super().__init__()
         self.generator, self.fakes_by_batch = generator, fakes_by_batch
 
@@ -134,12 +133,13 @@ class Critic(nn.Module):
 
     def __init__(self, config: NetworkConfig, image_shape: tuple[int, int, int], num_classes: int = 0) -> None:
         super().__init__()
-        channels = [image_shape[0], *scaled(CRITIC_CHANNELS, config.width)]
+        channels, self.strides = critic_layers(halvings_of(*image_shape[1:]))
+        channels = [image_shape[0], *scaled(channels, config.width)]
         self.convolutions = nn.ModuleList(
             nn.Conv2d(before, after, KERNEL, stride, padding=2)
-            for before, after, stride in zip(channels, channels[1:], CRITIC_STRIDES, strict=False)
+            for before, after, stride in zip(channels, channels[1:], self.strides, strict=False)
         )
-        self.base = critic_base(image_shape)
+        self.base = critic_base(image_shape, math.prod(self.strides))
         """Rows and columns of the last feature maps."""
         features = math.prod(self.base) * channels[-1]
         self.score = nn.Linear(features, 1)
@@ -157,9 +157,9 @@ class Critic(nn.Module):
         return self.score(features).squeeze(1), logits
 
 
-def critic_base(image_shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of the critic's last feature maps for images (C, H, W)."""
-    height, width = (math.ceil(side / math.prod(CRITIC_STRIDES)) for side in image_shape[1:])
+def critic_base(image_shape: Sequence[int], stride: int) -> tuple[int, int]:
+    """Rows and columns of the last feature maps of a critic of this stride in all, for images (C, H, W)."""
+    height, width = (math.ceil(side / stride) for side in image_shape[1:])
     return height, width
 
 

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from pipeline.models.networks import Critic
-
 FIRST_ITERATIONS = 15
 """Power iterations before the first update, as in torch's own: u is random at first."""
 SINGULAR_VECTORS = (".u", ".v")
@@ -54,9 +52,9 @@ def _matrix(weight: Tensor) -> Tensor:
     return weight.movedim(1, -1).flatten(1)
 
 
-def use_spectral_norm(critic: Critic, random: torch.Generator) -> None:
-    """Divides every weight of the critic by its spectral norm from here on. Its parameters are then called
-    NAME.parametrizations.weight.original; u and v are buffers beside them."""
+def use_spectral_norm(critic: nn.Module, random: torch.Generator) -> None:
+    """Divides every weight of the critic's linear layers and convolutions by its spectral norm from here on. Its
+    parameters are then called NAME.parametrizations.weight.original; u and v are buffers beside them."""
     for layer in list(critic.modules()):
         if isinstance(layer, nn.Linear | nn.Conv2d):
             parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight.detach(), random))
@@ -77,7 +75,7 @@ def raw_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def iterate_after_updates(critic: Critic, optimizer: torch.optim.Optimizer) -> None:
+def iterate_after_updates(critic: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Has u and v follow each update of the critic, by a power iteration; forward passes in between only read them."""
     pairs = norms(critic)
 

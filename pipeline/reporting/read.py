@@ -108,7 +108,8 @@ class Run:
     def differences(self) -> dict[str, tuple[object, object]]:
         """Dotted key -> (value, default) where they differ."""
         defaults = {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(Config()).items()}
-        known = {key: (value, defaults.get(key, "not in this version")) for key, value in self.config.items()}
+        unknown = {key: "none" if key.startswith("network.options.") else "not in this version" for key in self.config}
+        known = {key: (value, (unknown | defaults)[key]) for key, value in self.config.items()}
         return {key: pair for key, pair in known.items() if pair[0] != pair[1]}
 
     @property

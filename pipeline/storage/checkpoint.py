@@ -104,7 +104,7 @@ class Checkpoint:
     def _mirrored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         shape = self.progress["generator"]["image_shape"]
         generator = (shape[1] // 4, shape[2] // 4)
-        bases = {"generator": generator, "ema": generator, "critic": critic_base(shape)}
+        bases = {"generator": generator, "ema": generator, "critic": critic_base(shape, 8)}
         for name, tensor in tensors.items():
             role, _, own_name = name.partition(".")
             if base := bases.get(role.removesuffix("_optimizer")):

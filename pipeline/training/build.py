@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.config import Config
 from pipeline.distributed.batch_norm import LayerwiseStepGenerator, convert_batch_norm
 from pipeline.distributed.process import Runtime
-from pipeline.models.networks import StepGenerator
+from pipeline.models.networks import Generator, StepGenerator
 from pipeline.models.objectives import Objective
 from pipeline.training.cuda_graph import CapturedStep
 from pipeline.training.diff_augment import AugmentedMicroBatchStep, AugmentedStep
@@ -20,8 +20,10 @@ def build_step(config: Config, objective: Objective, state: TrainingState, runti
     training, ranks, count = config.training, runtime.ranks, config.runtime.accumulation
     if ranks.world_size > 1 and count == 1:
         convert_batch_norm(state.generator)
+        convert_batch_norm(state.critic)  # the reference's has none, one of the user's may
     by_batch = training.critic_fakes == "batch"
     together = by_batch and (ranks.world_size > 1 or runtime.device.type == "cuda")
+    together = together and isinstance(state.generator, Generator)
     images = (LayerwiseStepGenerator if together else StepGenerator)(state.generator, by_batch)
     critic, generator = (runtime.wrap(each, data_parallel=count == 1) for each in (state.critic, images))
     given, augmented = (training, objective, state, critic, generator), bool(training.diff_augment)

@@ -132,7 +132,7 @@ class InputStream:
 
     def _make_buffers(self, count: int) -> _Buffers:
         config, generator = self._config, self._state.generator
-        weight, batches = generator.dense.weight, (count, self._rows.stop - self._rows.start)
+        weight, batches = next(generator.parameters()), (count, self._rows.stop - self._rows.start)
         numbers: dict[str, tuple[int, ...]] = {
             "critic_latents": (*batches, config.network.latent_dim),
             "generator_latents": (batches[1], config.network.latent_dim),

@@ -37,11 +37,17 @@ class MicroBatchStep(Step):
         size = num_images // self.count
         return [slice(start, start + size) for start in range(0, num_images, size)]
 
+    @property
+    def _generator(self) -> Generator:
+        generator = self.state.generator
+        assert isinstance(generator, Generator), "others are refused: nobody knows their layers"
+        return generator
+
     def make_images(self, inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Images for the critic's updates, and the generator's latents: its images are made in its update."""
-        self.state.generator.train(self.training.critic_fakes == "batch")
-        fakes = self._make_fakes(self.state.generator, inputs.critic_latents, inputs.critic_labels)
-        self.state.generator.train()
+        generator = self._generator.train(self.training.critic_fakes == "batch")
+        fakes = self._make_fakes(generator, inputs.critic_latents, inputs.critic_labels)
+        generator.train()
         return inputs.real.to(fakes.dtype) / 255, fakes, inputs.generator_latents
 
     def as_seen(self, images: Tensor, rows: slice) -> Tensor:
@@ -79,7 +85,7 @@ class MicroBatchStep(Step):
         carried on to what they were taken from: d mean / d x = 1 / N and d variance / d x = 2 (x - mean) / N. It costs
         about three times the work of one micro-batch.
         """
-        critic, generator, slices = self.state.critic, self.state.generator, self._slices(len(latents))
+        critic, generator, slices = self.state.critic, self._generator, self._slices(len(latents))
         critic.requires_grad_(False)
         self.state.generator_optimizer.zero_grad()
         statistics = [

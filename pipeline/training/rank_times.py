@@ -83,6 +83,7 @@ class RankTimes:
         weight = next(critic.parameters())
         images = torch.zeros(count, *self._state.generator.image_shape, dtype=weight.dtype, device=weight.device)
         seconds = []
+        critic.eval()  # batch norm, in one of the user's, is neither to wait for others here nor to take notice
         for _ in range(PROBE_PASSES):
             torch.cuda.synchronize()
             started = time.perf_counter()
@@ -90,4 +91,5 @@ class RankTimes:
                 critic(images)
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
+        critic.train()
         return min(seconds) * share / count * 6

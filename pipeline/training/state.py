@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from pipeline.config import Config, OptimizerConfig
 from pipeline.errors import UserError
 from pipeline.models.cpu_kernels import use_cpu_kernels
-from pipeline.models.networks import Critic, Generator, initialise
+from pipeline.models.interface import AnyGenerator
+from pipeline.models.networks import Critic, Generator
 from pipeline.models.spectral_norm import iterate_after_updates, use_spectral_norm
+from pipeline.models.user_networks import build_critic, build_generator
 from pipeline.rng import seeded
 
 
@@ -24,9 +26,9 @@ from pipeline.rng import seeded
 class TrainingState:
     """The networks are the bare modules; wrapping them for data parallelism shares their parameters."""
 
-    generator: Generator
-    critic: Critic
-    ema: Generator
+    generator: AnyGenerator
+    critic: nn.Module
+    ema: AnyGenerator
     generator_optimizer: torch.optim.Optimizer
     critic_optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -66,7 +68,7 @@ class TrainingState:
             state: dict[int, dict[str, Tensor]] = {}
             for index, (name, parameter) in enumerate(getattr(self, role).named_parameters()):
                 state[index] = _under(saved, name)
-                moments = {key: value for key, value in state[index].items() if value.ndim}
+                moments = {key: value for key, value in state[index].items() if key != "step"}
                 if not moments:
                     raise UserError(f"the checkpoint has no state of {role}_optimizer for {name}")
                 _check_same(f"{role}_optimizer.{name}", moments, dict.fromkeys(moments, parameter))
@@ -113,16 +115,17 @@ def build_state(
     can be part of a CUDA graph."""
     dtype = torch.float64 if config.runtime.precision == "float64" else torch.float32
     seed = config.training.seed
-    generator, ema = (Generator(config.network, image_shape, num_classes) for _ in range(2))
-    critic = Critic(config.network, image_shape, num_classes)
-    initialise(generator, seeded(seed, "generator weights"))
-    initialise(critic, seeded(seed, "critic weights"))
+    given = config.network, image_shape, num_classes
+    generator, ema = build_generator(*given, seeded(seed, "generator weights")), build_generator(*given)
+    critic = build_critic(*given, seeded(seed, "critic weights"))
     ema.load_state_dict(generator.state_dict())
     networks: tuple[nn.Module, ...] = (generator, critic, ema)
     for network in networks:
-        network.to(device, dtype).to(memory_format=torch.channels_last)
-        if device.type == "cpu":
-            use_cpu_kernels(network)
+        network.to(device, dtype)
+        if isinstance(network, Generator | Critic):  # the user's own are left as they are made
+            network.to(memory_format=torch.channels_last)
+            if device.type == "cpu":
+                use_cpu_kernels(network)
     ema.eval().requires_grad_(False)
     if config.training.spectral_norm:
         use_spectral_norm(critic, seeded(seed, "singular vectors"))

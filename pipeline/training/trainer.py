@@ -14,12 +14,12 @@ from pipeline.config import Config, flatten, to_yaml
 from pipeline.data import open_dataset, open_source
 from pipeline.distributed.process import Runtime
 from pipeline.distributed.slurm import job_id
-from pipeline.errors import Preempted
+from pipeline.errors import Preempted, UserError
 from pipeline.evaluation.scorer import Scorer
 from pipeline.evaluation.selection import Selection
 from pipeline.export.generator_file import save_export
 from pipeline.export.images import interpolate, sample_grid, save_grid
-from pipeline.models.networks import Generator
+from pipeline.models.interface import AnyGenerator
 from pipeline.models.objectives import choose
 from pipeline.progress import bar
 from pipeline.storage.checkpoint import newest_intact, sweep
@@ -137,6 +137,11 @@ class Trainer:
         for line in damaged:
             self.runtime.say(f"skipped a damaged checkpoint: {line}")
         if checkpoint is not None:
+            if checkpoint.progress["generator"] != self.state.generator.spec():
+                raise UserError(
+                    f"{checkpoint.folder}: its networks double less often than images of this size now have them "
+                    "doubled; score and export them as they are, and train others under another run.name"
+                )
             self.state.load(checkpoint.tensors(), checkpoint.step)
             self.log.elapsed_seconds = checkpoint.progress["elapsed_seconds"]
             self.log.evaluation_seconds = checkpoint.progress["evaluation_seconds"]
@@ -197,7 +202,7 @@ class Trainer:
                 images, columns = sample_grid(generator, self.config.training.seed)
                 save_grid(images, grid, columns)
 
-    def _evaluate(self, scorer: Scorer, generator: Generator) -> None:
+    def _evaluate(self, scorer: Scorer, generator: AnyGenerator) -> None:
         step, runtime, ends_at, started = self.state.step, self.runtime, self._ends_at, time.monotonic()
         scores = self.folder.scores(step)
         if not runtime.ranks.on_main(scores.exists):
@@ -217,7 +222,7 @@ class Trainer:
             runtime.say(f"step {step}: the run ends here, its scores do not get better")
             self._last_step = step
 
-    def _scored_generator(self) -> Generator:
+    def _scored_generator(self) -> AnyGenerator:
         if self.config.evaluation.weights == "ema":
             return self.state.ema
         self.state.generator.eval()

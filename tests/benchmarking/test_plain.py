@@ -8,11 +8,13 @@ from typing import Literal
 import pytest
 import torch
 
-from pipeline.benchmarking.plain import PlainTrainer, plain_state, same_padding
-from pipeline.config import Config, OptimizerConfig, TrainingConfig
+from pipeline.benchmarking.plain import PlainCritic, PlainGenerator, PlainTrainer, plain_state, same_padding
+from pipeline.config import Config, NetworkConfig, OptimizerConfig, TrainingConfig
 from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
+from pipeline.models.networks import Critic, Generator, initialise
 from pipeline.models.spectral_norm import raw_weights
+from pipeline.rng import seeded
 from pipeline.training.trainer import Trainer
 
 FALLING = OptimizerConfig(decay=0.1)
@@ -32,6 +34,28 @@ def test_same_padding_with_stride_two_is_asymmetric(size: int, before: int, afte
     assert same_padding(size, stride=2) == (before, after)
 
 
+@pytest.mark.parametrize("side", [28, 40, 64])
+def test_the_plain_networks_are_the_same_at_any_depth(side: int) -> None:
+    config, shape = NetworkConfig(latent_dim=5, width=0.05), (3, side, side)
+    generator, critic = Generator(config, shape).double(), Critic(config, shape).double()
+    plain_generator, plain_critic = PlainGenerator(config, shape, 0).double(), PlainCritic(config, shape).double()
+    for network, plain in ((generator, plain_generator), (critic, plain_critic)):
+        initialise(network, seeded(side, "weights"))
+        plain.load_state_dict(plain_state(network))
+    with torch.no_grad():
+        images = generator(torch.linspace(-1, 1, 20, dtype=torch.float64).view(4, 5))
+        plain_images = plain_generator(torch.linspace(-1, 1, 20, dtype=torch.float64).view(4, 5))
+        torch.testing.assert_close(plain_images.flip(2, 3), images, rtol=0, atol=1e-12)
+        torch.testing.assert_close(plain_critic(plain_images)[0], critic(images)[0], rtol=0, atol=1e-12)
+    assert images.std() > 1e-3
+
+
+def test_there_is_no_plain_port_of_a_network_of_the_users(config: Config, runtime: Runtime) -> None:
+    own = NetworkConfig(generator="tests.odd_networks:Sound")
+    with pytest.raises(UserError, match=r"the plain port is of the reference's networks, leave yours out"):
+        PlainTrainer(Trainer(replace(config, network=own), runtime))
+
+
 @pytest.mark.parametrize("fakes", ["batch", "moving"])
 @pytest.mark.parametrize("training", TRAINING.values(), ids=TRAINING)
 def test_the_plain_port_takes_the_same_steps(
@@ -46,6 +70,7 @@ def test_the_plain_port_takes_the_same_steps(
         ours = ((real_loss + fake_loss) / 2, generator_loss)
         assert plain.take_step() == pytest.approx(ours, rel=1e-9)
     for plain_network, network in ((plain.generator, trainer.state.generator), (plain.critic, trainer.state.critic)):
+        assert isinstance(network, Generator | Critic)
         torch.testing.assert_close(raw_weights(plain_network.state_dict()), plain_state(network), rtol=0, atol=1e-9)
 
 

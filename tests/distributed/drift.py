@@ -17,7 +17,7 @@ class Drifting(Trainer):
         super().take_step()
         if self.runtime.ranks.rank == 1 and self.state.step == 3:
             with torch.no_grad():
-                self.state.generator.dense.bias[0] += 1e-6
+                self.state.generator.get_parameter("dense.bias")[0] += 1e-6
 
 
 def main() -> int:

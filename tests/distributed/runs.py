@@ -57,6 +57,14 @@ EXACT: Settings = {"runtime": {"precision": "float64"}}
 EXACT_PARTS: Settings = {"runtime": {"precision": "float64", "accumulation": 4}}
 BF16: Settings = {"runtime": {"precision": "bf16"}}
 BF16_PARTS: Settings = {"runtime": {"precision": "bf16", "accumulation": 4}}
+GUIDE: Settings = {
+    "network": {"generator": "tests.guide:Generator", "critic": "tests.guide:Critic", "options": {"hidden": 12}},
+    "training": {"objective": "acgan", "clip_value": None},
+}
+"""The networks of the contributing guide."""
+SCORED: Settings = {"evaluation": {"every": STEPS, "num_images": 60, "features": ["torch.nn:Flatten"]}}
+LARGE: Settings = {"training": {"batch_size": 8, "n_critic": 1, "objective": "gan", "clip_value": None}}
+"""On images of 64 x 64 x 3."""
 STOPS = (1, 7, 12)
 """Mid-epoch and right after a checkpoint alike."""
 ELASTIC = [(4, 2), (2, 4), (4, 1)]
@@ -71,6 +79,7 @@ class Run:
     """(number of ranks, last step) of the jobs that train it one after the other."""
     settings: tuple[Settings, ...] = field(default=())
     """Applied one after the other."""
+    dataset: str = "tiny"
 
     def config(self, base: Config, name: str, last_step: int) -> Config:
         for settings in self.settings:
@@ -108,6 +117,11 @@ RUNS: dict[str, Run] = {
         for source, chosen in SOURCES.items()
         for before, after in ELASTIC
     },
+    # Other networks
+    **{f"guide-{w}": whole(w, GUIDE, EXACT, SCORED) for w in (1, 2)},
+    "guide-resumed-2": Run(((2, 7), (2, STEPS)), (GUIDE, EXACT)),
+    **{f"large-{w}": Run(((w, STEPS),), (LARGE, EXACT), "large") for w in (1, 2)},
+    "large-resumed-2": Run(((2, 7), (2, STEPS)), (LARGE, EXACT), "large"),
     "whole-48": whole(4, EXACT, {"training": {"batch_size": 48}}),
     "three": Run(((4, 9), (3, STEPS)), (EXACT, {"training": {"batch_size": 48}})),
     # Fewer digits
@@ -122,19 +136,20 @@ RUNS: dict[str, Run] = {
 class Trained:
     """All of RUNS, trained; what they left."""
 
-    def __init__(self, dataset: Path, root: Path) -> None:
+    def __init__(self, datasets: dict[str, Path], root: Path) -> None:
         self.root = root
-        base = tiny_config(run={"root": str(root)}, data={"dataset": str(dataset)}, training={"n_critic": 2})
-        left = {
-            name: [(Kind.of(run.config(base, name, last), w), run.config(base, name, last)) for w, last in run.jobs]
-            for name, run in RUNS.items()
-        }
+        left: dict[str, list[tuple[Kind, Config]]] = {}
+        for name, run in RUNS.items():
+            data = {"dataset": str(datasets[run.dataset])}
+            base = tiny_config(run={"root": str(root)}, data=data, training={"n_critic": 2})
+            jobs = [(w, run.config(base, name, last_step)) for w, last_step in run.jobs]
+            left[name] = [(Kind.of(config, w), config) for w, config in jobs]
         while any(left.values()):
             [(kind, _)] = Counter(jobs[0][0] for jobs in left.values() if jobs).most_common(1)
             configs = []
-            for name, jobs in left.items():
-                now = [config for _, config in takewhile(lambda job: job[0] == kind, jobs)]  # noqa: B023
-                left[name] = jobs[len(now) :]
+            for name, rest in left.items():
+                now = [config for _, config in takewhile(lambda job: job[0] == kind, rest)]  # noqa: B023
+                left[name] = rest[len(now) :]
                 configs += now
             train_many(configs, kind.world_size)
 

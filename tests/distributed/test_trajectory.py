@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import Config, RuntimeConfig
+from pipeline.data.prepare import ShardSizes, prepare_npz
 from pipeline.distributed.process import Runtime
+from pipeline.errors import UserError
+from pipeline.export.generator_file import load_export, load_generator
+from pipeline.export.images import render_range
+from pipeline.models.interface import AnyGenerator
+from pipeline.models.networks import Generator
 from pipeline.models.objectives import OBJECTIVES
 from pipeline.storage.run_folder import RunFolder
 from pipeline.training.trainer import Trainer
@@ -43,7 +52,11 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="session")
 def trained(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    return Trained(tiny_dataset, tmp_path_factory.mktemp("trained"))
+    root = tmp_path_factory.mktemp("large")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
+    np.savez(root / "large.npz", images=pixels)
+    large = prepare_npz(root, "large", {"train": root / "large.npz"}, ShardSizes(10, 20)).folder
+    return Trained({"tiny": tiny_dataset, "large": large}, tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture(scope="session")
@@ -157,6 +170,31 @@ def test_a_run_goes_on_with_three_ranks(trained: Trained) -> None:
     assert_close(trained.weights("whole-48"), trained.weights("three"), 1e-9)
 
 
+@pytest.mark.parametrize("name", ["guide", "large"])
+def test_other_networks_walk_one_trajectory_resume_and_are_exported(trained: Trained, name: str) -> None:
+    assert_close(trained.weights(f"{name}-1"), trained.weights(f"{name}-2"), 1e-9)
+    assert_equal(trained.weights(f"{name}-2"), trained.weights(f"{name}-resumed-2"))
+    path = RunFolder(trained.root / f"{name}-2").export
+    exported = load_export(path, "tests.guide:Generator" if name == "guide" else None)
+    average = {key: value for key, value in trained.weights(f"{name}-2").items() if key.startswith("ema.")}
+    assert_equal({f"ema.{key}": value for key, value in exported.state_dict().items()}, average)
+    images = render_range(exported, 0, 0, 3)
+    assert images.shape == ((3, 1, 8, 8) if name == "guide" else (3, 3, 64, 64))
+    assert images.min() < images.max()
+
+
+def test_a_network_of_ones_own_is_scored_and_its_files_name_it(trained: Trained) -> None:
+    one, two = (json.loads(RunFolder(trained.root / f"guide-{w}").scores(STEPS).read_text()) for w in (1, 2))
+    fids = [scores["features"]["torch.nn:Flatten"]["fid"] for scores in (one, two)]
+    assert fids[0] == pytest.approx(fids[1], rel=1e-6)
+    assert 0 < fids[0] < math.inf
+    path = RunFolder(trained.root / "guide-2").export
+    with pytest.raises(UserError, match=rf"^{path}: .* name it with --network.generator tests.guide:Generator$"):
+        load_export(path)
+    with pytest.raises(UserError, match=r"step-00000014: .* --network.generator tests.guide:Generator$"):
+        load_generator(trained.root / "guide-2", "ema")
+
+
 def test_replicas_hold_the_clip_and_share_the_work(trained: Trained) -> None:
     checkpoint = trained.checkpoint("wgan-4", STEPS)
     critic = {name: value for name, value in checkpoint.tensors().items() if name.startswith("critic.")}
@@ -194,6 +232,17 @@ def test_an_objective_of_the_users_own(base: Config, tmp_path: Path) -> None:
     result = launch_as_users_do(TRAIN, flags(config), folder=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert losses(config.folder)[0, 0] == pytest.approx(1, abs=0.2), "(1 - s + 1 + s) / 2 at small scores"
+
+
+def test_a_run_that_began_before_its_networks_grew_is_told(
+    base: Config, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All doubled twice once, whatever the size, and their checkpoints say so by saying nothing."""
+    config = changed(base, run={"name": "grown"}, training={"steps": 1})
+    Trainer(config, runtime).run()
+    monkeypatch.setattr(Generator, "spec", lambda self: AnyGenerator.spec(self) | {"doublings": 4})
+    with pytest.raises(UserError, match=r"step-00000001: its networks double less often .* another run.name"):
+        Trainer(changed(config, training={"steps": 2}), runtime).run()
 
 
 def test_parts_that_do_not_divide_a_ranks_share_are_refused(base: Config) -> None:

@@ -170,7 +170,7 @@ def assert_same_images(path: Path, saved: Saved, latent_dim: int, classes: int =
     generator = load_generator(path, "ema")
     assert (generator.config.latent_dim, generator.num_classes) == (latent_dim, classes)
     assert not generator.training
-    assert generator.dense.weight.dtype == torch.float32
+    assert generator.get_parameter("dense.weight").dtype == torch.float32
     random = np.random.default_rng(7)
     latents = random.uniform(-1, 1, (num_images, latent_dim)).astype(np.float32)
     labels = random.integers(0, max(classes, 1), num_images)

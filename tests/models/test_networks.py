@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from pipeline.config import NetworkConfig
 from pipeline.errors import UserError
 from pipeline.models.networks import Critic, Generator, initialise, mirror, mirror_state
+from pipeline.models.user_networks import generator_of_spec
 from pipeline.rng import seeded
 from tests.keras_reference import Array, keras_conv, keras_generator
 
@@ -20,9 +23,11 @@ def layers(network: torch.nn.Module, name: str) -> list[Any]:
     return list(getattr(network, name))
 
 
-def test_whole_generator_and_critic_match_the_numpy_reference() -> None:
+@pytest.mark.parametrize("shape", [(1, 28, 28), (1, 40, 40), pytest.param((1, 64, 64), marks=pytest.mark.slow)])
+def test_whole_generator_and_critic_match_the_numpy_reference(shape: tuple[int, int, int]) -> None:
     config = NetworkConfig(latent_dim=5, width=0.06)
-    generator, critic = Generator(config, (1, 28, 28)).double().eval(), Critic(config, (1, 28, 28)).double()
+    generator, critic = Generator(config, shape).double().eval(), Critic(config, shape).double()
+    doublings = len(generator.strides) - 2
     for network in (generator, critic):
         initialise(network, seeded(3, "weights"))
     random = torch.Generator().manual_seed(1)
@@ -38,19 +43,19 @@ def test_whole_generator_and_critic_match_the_numpy_reference() -> None:
     # The reference has Keras's orientation.
     weights = {name: numpy(tensor) for name, tensor in mirror_state(generator, generator.state_dict()).items()}
     stages = [{"kernel": weights["dense.weight"].T, "bias": weights["dense.bias"]}]
-    for i in range(4):
+    for i in range(doublings + 2):
         names = {"moving_mean": "running_mean", "moving_variance": "running_var", "gamma": "weight", "beta": "bias"}
         stages.append({theirs: weights[f"norms.{i}.{ours}"] for theirs, ours in names.items()})
         kernel = weights[f"convolutions.{i}.weight"]
         # With stride 1 ours is a convolution with the kernel flipped.
-        kernel = kernel.transpose(2, 3, 1, 0) if i < 2 else kernel[..., ::-1, ::-1].transpose(2, 3, 0, 1)
+        kernel = kernel.transpose(2, 3, 1, 0) if i < doublings else kernel[..., ::-1, ::-1].transpose(2, 3, 0, 1)
         stages.append({"kernel": kernel, "bias": weights[f"convolutions.{i}.bias"]})
     x = keras_generator(stages, (*generator.base, len(weights["norms.0.weight"])), numpy(latents)[0])
     images = generator(latents)
     np.testing.assert_allclose(numpy(images.flip(2, 3))[0].transpose(1, 2, 0), x, atol=1e-12)
 
     weights = {name: numpy(tensor) for name, tensor in mirror_state(critic, critic.state_dict()).items()}
-    for i, stride in enumerate((2, 2, 2, 1)):
+    for i, stride in enumerate([2] * (3 if doublings < 4 else doublings) + [1]):
         x = np.where(x > 0, x, 0.2 * x)
         kernel = weights[f"convolutions.{i}.weight"].transpose(2, 3, 1, 0)
         x = keras_conv(x, kernel, weights[f"convolutions.{i}.bias"], stride)
@@ -77,13 +82,90 @@ def test_shapes_follow_the_dataset(shape: tuple[int, int, int], num_classes: int
     assert images.shape == (3, *shape)
     assert scores.shape == (3,)
     assert (logits.shape == (3, 10)) if num_classes else (logits is None)
-    rebuilt = Generator.from_spec(generator.spec())
+    rebuilt = generator_of_spec(generator.spec(), None, Path("a file"))
     rebuilt.load_state_dict(generator.state_dict())
 
 
-def test_an_image_size_that_cannot_be_doubled_twice_is_refused() -> None:
-    with pytest.raises(UserError, match=r"30 x 28.*multiples of 4"):
-        Generator(NetworkConfig(), (1, 30, 28))
+WIDE = (512, 512, 512, 256, 128, 128, 64, 32)
+SIZES: dict[int, tuple[int, int, int, int]] = {
+    # side: doublings, sides of the first maps; halvings, sides of the last maps
+    **{16: (2, 4, 3, 2), 20: (2, 5, 3, 3), 24: (2, 6, 3, 3), 28: (2, 7, 3, 4)},
+    **{32: (3, 4, 3, 4), 40: (3, 5, 3, 5), 48: (3, 6, 3, 6), 56: (3, 7, 3, 7)},
+    **{64: (4, 4, 4, 4), 80: (4, 5, 4, 5), 96: (4, 6, 4, 6), 112: (4, 7, 4, 7)},
+    **{128: (5, 4, 5, 4), 160: (5, 5, 5, 5), 192: (5, 6, 5, 6), 224: (5, 7, 5, 7), 256: (6, 4, 6, 4)},
+}
+
+
+@pytest.mark.parametrize("side", SIZES)
+def test_depth_follows_the_size(side: int) -> None:
+    """Shapes and parameters of every size, counted layer by layer."""
+    doublings, first, halvings, last = SIZES[side]
+    with torch.device("meta"):
+        generator, critic = (network(NetworkConfig(), (3, side, side)) for network in (Generator, Critic))
+        images = generator(torch.zeros(2, 100))
+        scores, _ = critic(images)
+    assert (images.shape, scores.shape) == ((2, 3, side, side), (2,))
+    assert (generator.base, critic.base) == ((first, first), (last, last))
+    before, after = WIDE[-2 - doublings :], (32, 64, 128, 256, 512, 512, 512)[: halvings + 1]
+    sizes = 101 * first**2 * before[0] + sum(2 * count for count in before)
+    sizes += sum((25 * one + 1) * other for one, other in zip(before, (*before[1:], 3), strict=True))
+    assert sum(weight.numel() for weight in generator.parameters()) == sizes
+    sizes = (
+        1 + last**2 * after[-1] + sum((25 * one + 1) * other for one, other in zip((3, *after), after, strict=False))
+    )
+    assert sum(weight.numel() for weight in critic.parameters()) == sizes
+
+
+@pytest.mark.parametrize(("side", "generator_size", "critic_size"), [
+    (28, 1_302_403, 1_082_177), (32, 1_902_467, 1_082_177), (64, 5_594_243, 4_363_585), (256, 18_704_515, 17_471_809),
+])  # fmt: skip
+def test_parameter_counts_of_colour_images(side: int, generator_size: int, critic_size: int) -> None:
+    with torch.device("meta"):
+        networks = Generator(NetworkConfig(), (3, side, side)), Critic(NetworkConfig(), (3, side, side))
+    counts = tuple(sum(weight.numel() for weight in network.parameters()) for network in networks)
+    assert counts == (generator_size, critic_size)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [
+        ((1, 30, 28), "--size 28 or --size 32"),
+        ((3, 36, 36), "--size 32 or --size 40"),
+        ((3, 300, 300), "--size 256"),
+        ((3, 128, 48), "--size 48 or --size 128"),
+        ((1, 3, 3), "--size 4"),
+    ],
+)
+def test_sides_that_no_doublings_reach_are_refused_with_the_nearest(shape: tuple[int, int, int], sizes: str) -> None:
+    with pytest.raises(UserError, match=rf"{shape[1]} x {shape[2]}: .*\(prepare the dataset with {sizes}\)$"):
+        Generator(NetworkConfig(), shape)
+
+
+def test_every_side_from_16_to_256_has_networks_or_is_refused() -> None:
+    found = set()
+    with torch.device("meta"):
+        for side in range(16, 257):
+            with contextlib.suppress(UserError):
+                found.add(Generator(NetworkConfig(), (1, side, side)).image_shape[1])
+    assert found == set(SIZES)
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 64, 48)])
+def test_files_of_before_double_twice(shape: tuple[int, int, int]) -> None:
+    """They say nothing of depth: 64 x 48 images had a base of 16 x 12."""
+    spec = {"network": {"latent_dim": 7, "width": 0.1}, "image_shape": list(shape), "num_classes": 0}
+    generator = generator_of_spec(spec, None, Path("a file"))
+    assert isinstance(generator, Generator)
+    assert generator.base == (shape[1] // 4, shape[2] // 4)
+    assert generator(torch.zeros(2, 7)).shape == (2, *shape)
+    assert generator.spec() == spec, "fingerprints are of it"
+    deeper = spec | {"image_shape": [3, 64, 64], "doublings": 4}
+    assert generator_of_spec(deeper, None, Path("a file")).spec() == deeper
+    for wrong in (1, 7, 3.5, "2"):
+        with pytest.raises(ValueError, match="2 to 6 times"):
+            generator_of_spec(spec | {"doublings": wrong}, None, Path("a file"))
+    with pytest.raises(ValueError, match="don't reach"):
+        generator_of_spec(spec | {"image_shape": [1, 30, 28]}, None, Path("a file"))
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -88,6 +88,33 @@ def test_a_group_of_batches_is_normalised_batch_by_batch(seed: int, norm_type: t
         torch.testing.assert_close(norm.get_buffer(name), buffer, msg=name, **EXACT)
 
 
+@pytest.mark.parametrize(
+    ("norm_type", "shape"),
+    [
+        (nn.BatchNorm1d, (SIZE, 4)),
+        (nn.BatchNorm1d, (SIZE, 4, 5)),
+        (nn.BatchNorm2d, (SIZE, 4, 3, 5)),
+        (nn.BatchNorm3d, (SIZE, 4, 2, 3, 5)),
+    ],
+)
+def test_every_batch_norm_of_a_users_network_is_converted(norm_type: type[nn.Module], shape: tuple[int, ...]) -> None:
+    norm = nn.Sequential(norm_type(4)).double()
+    other = copy.deepcopy(norm)
+    convert_batch_norm(other)
+    assert isinstance(other[0], SyncBatchNorm)
+    for mode in (True, False):
+        found = []
+        for network in (norm.train(mode), other.train(mode)):
+            inputs = random(1, *shape).requires_grad_()
+            network.zero_grad()
+            outputs = network(inputs)
+            outputs.backward(random(2, *shape))
+            gradients = [weight.grad for weight in network.parameters()]
+            found.append([outputs, inputs.grad, *gradients, *network.buffers()])
+        for left, right in zip(*found, strict=True):
+            torch.testing.assert_close(left, right, **EXACT)
+
+
 def test_under_autocast_the_generators_own_images_have_gradients() -> None:
     """The critic's, made first, cast the same weights where none are wanted."""
     generator = a_generator(0, 0).float()

@@ -19,6 +19,7 @@ from pipeline.benchmarking.gpu_check.context import Context, take_steps
 from pipeline.benchmarking.gpu_check.table import REFERENCE_STEPS, Rows, row
 from pipeline.benchmarking.measure import time_in_turn
 from pipeline.benchmarking.plain import PlainTrainer
+from pipeline.models.networks import Generator
 from pipeline.training.trainer import Trainer
 
 WARM_UP_STEPS, BLOCK_STEPS, ROUNDS = 3, 20, 5
@@ -105,6 +106,7 @@ def _make_contiguous(trainer: Trainer) -> None:
     networks: tuple[nn.Module, ...] = (state.generator, state.critic, state.ema)
     for network in networks:
         network.to(memory_format=torch.contiguous_format)
+    assert isinstance(state.generator, Generator)
     first_maps = state.generator.first_maps
     state.generator.first_maps = lambda *given: first_maps(*given).contiguous()  # type: ignore[method-assign]
 
