@@ -1,4 +1,5 @@
-"""A trained generator in one safetensors file, with what it takes to rebuild it in the header."""
+"""A trained generator in one safetensors file, with what it takes to rebuild it in the header; the networks of
+checkpoints."""
 
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from pipeline.config import NetworkConfig
 from pipeline.errors import UserError
-from pipeline.models.networks import Generator, mirror_state
+from pipeline.models.networks import Critic, Generator, mirror_state
 from pipeline.storage.checkpoint import Checkpoint, find, read_checkpoint, sha256_of_tensor
 from pipeline.storage.files import replacing
 from pipeline.storage.run_folder import RunFolder
@@ -74,6 +76,17 @@ def generator_of(checkpoint: Checkpoint, weights: str) -> Generator:
     generator = Generator.from_spec(checkpoint.progress["generator"])
     generator.to(own["dense.weight"].dtype).load_state_dict(own)
     return _frozen(generator)
+
+
+def critic_of(checkpoint: Checkpoint) -> Critic | None:
+    """The critic of a checkpoint, on the CPU; None where it holds none."""
+    own = {name.removeprefix("critic."): t for name, t in checkpoint.tensors().items() if name.startswith("critic.")}
+    if not own:
+        return None
+    spec = checkpoint.progress["generator"]
+    critic = Critic(NetworkConfig(**spec["network"]), tuple(spec["image_shape"]), spec["num_classes"])
+    critic.to(own["score.weight"].dtype).load_state_dict(own)
+    return critic.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def load_generator(path: Path, weights: str) -> Generator:

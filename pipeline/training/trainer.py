@@ -204,7 +204,7 @@ class Trainer:
             try:
                 with runtime.tolerating(f"step {step}: evaluation"):
                     facts = {"step": step, "weights": self.config.evaluation.weights}
-                    found = scorer.score_generator(generator, scores, facts)["features"]
+                    found = scorer.score_generator(generator, scores, facts, self.state.critic)["features"]
                     fids = (f", {name} FID {values['fid']:.2f}" for name, values in found.items())
                     self._fids = f"{''.join(fids)} at step {step}"
                     self._comment()

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.config import NetworkConfig
+from pipeline.config import EvaluationConfig, NetworkConfig
 from pipeline.data import load_dataset
 from pipeline.data.resident import load_split
 from pipeline.distributed.collectives import Ranks
@@ -51,7 +51,7 @@ def main(folder: str, output: str, num_images: str, *batch_sizes: str) -> None:
             ImageSet(int(num_images), render, torch.arange(int(num_images)) % 10),
             dataset,
             [extractor],
-            batch_size=batch_size,
+            EvaluationConfig(batch_size=batch_size),
             seed=3,
             ranks=ranks,
         )

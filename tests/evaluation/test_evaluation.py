@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline.config import EvaluationConfig
 from pipeline.data import Dataset
 from pipeline.data.prepare import prepare_npz
 from pipeline.data.resident import load_split
@@ -140,9 +141,13 @@ def test_the_reference_can_be_either_split_and_the_other_gives_the_floor(
     digits: Dataset, extractor: FeatureExtractor
 ) -> None:
     images, _ = load_split(digits, "train")
-    against_test = evaluate_images(ImageSet.of_tensor(images[:1150]), digits, [extractor], reference="test")["mnist"]
+    against_test = evaluate_images(
+        ImageSet.of_tensor(images[:1150]), digits, [extractor], EvaluationConfig(reference="test")
+    )["mnist"]
     assert against_test["fid"] == pytest.approx(against_test["fid_floor"], rel=1e-9)
-    against_train = evaluate_images(ImageSet.of_tensor(images[:1150]), digits, [extractor], reference="train")["mnist"]
+    against_train = evaluate_images(
+        ImageSet.of_tensor(images[:1150]), digits, [extractor], EvaluationConfig(reference="train")
+    )["mnist"]
     assert against_train["fid"] == pytest.approx(0, abs=1e-6)
     assert against_train["fid_floor"] == pytest.approx(against_test["fid_floor"], rel=1e-9)
 
@@ -169,7 +174,7 @@ def test_a_dataset_of_one_split_has_no_floor(
     images, _ = load_split(dataset, "train")
     assert evaluate_images(ImageSet.of_tensor(images[:200]), dataset, [extractor])["mnist"]["fid_floor"] is None
     with pytest.raises(UserError, match="test"):
-        evaluate_images(ImageSet.of_tensor(images[:200]), dataset, [extractor], reference="test")
+        evaluate_images(ImageSet.of_tensor(images[:200]), dataset, [extractor], EvaluationConfig(reference="test"))
 
 
 def test_what_is_not_an_image_is_refused(digits: Dataset, extractor: FeatureExtractor) -> None:
@@ -192,11 +197,17 @@ def test_an_interrupted_evaluation_ends_without_a_score(digits: Dataset, extract
         done.append(stop - start)
         return images[start:stop]
 
-    evaluate_images(ImageSet(210, render), digits, [extractor], batch_size=100)
+    evaluate_images(ImageSet(210, render), digits, [extractor], EvaluationConfig(batch_size=100))
     assert done == [100, 100, 10]
     done.clear()
     with pytest.raises(Preempted, match="start it again"):
-        evaluate_images(ImageSet(610, render), digits, [extractor], batch_size=100, interrupted=lambda: len(done) == 2)
+        evaluate_images(
+            ImageSet(610, render),
+            digits,
+            [extractor],
+            EvaluationConfig(batch_size=100),
+            interrupted=lambda: len(done) == 2,
+        )
     assert done == [100, 100]
 
 
