@@ -101,9 +101,9 @@ def evaluate_images(
         shown = ranks.gather_on_main(space.shown)
         with interruptible(ranks, interrupted) as poll:
             if shown is not None and target is not None:  # the main rank
-                sides = (target, floor) if reference == "train" else (floor, target)
-                result = space.scores(target, floor, *sides, poll)
-                if training := sides[0]:
+                training, unseen = (target, floor) if reference == "train" else (floor, target)
+                result = space.scores(target, floor, training, unseen, poll)
+                if training:
                     result["nearest_training_images"] = _nearest(torch.cat(shown), training)
                 result["provenance"] = {
                     "extractor": space.extractor.fingerprint,

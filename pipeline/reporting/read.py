@@ -68,8 +68,12 @@ class Evaluation:
         known = provenance if isinstance(provenance, dict) else {}
         settings = {key: self.settings.get(key) for key in ("num_images", "reference", "weights")}
         used = {key: known.get(key) for key in ("dataset", "extractor")}
-        neighbours = {"neighbours": known.get("neighbours", USUAL_NEIGHBOURS)} if key in OF_NEIGHBOURS else {}
-        return settings | used | neighbours
+        return settings | used | ({"neighbours": self.neighbours(features)} if key in OF_NEIGHBOURS else {})
+
+    def neighbours(self, features: str) -> object:
+        """The k of precision and what is like it."""
+        provenance = self.features.get(features, {}).get("provenance")
+        return provenance.get("neighbours", USUAL_NEIGHBOURS) if isinstance(provenance, dict) else USUAL_NEIGHBOURS
 
     def band(self, features: str, value: float, spread: str) -> tuple[float, float]:
         """The [low, high] around a score; `spread` names it or a standard deviation, missing counts as 0."""
@@ -174,11 +178,8 @@ class Run:
 
     def of_critic(self, key: str) -> Curve:
         """A number of what evaluations found of their checkpoint's critic, among those of the newest's weights."""
-        alike = [
-            item
-            for item in self.evaluations
-            if item.settings.get("weights") == self.evaluations[-1].settings.get("weights")
-        ]
+        weights = self.latest.settings.get("weights") if self.latest else None
+        alike = [item for item in self.evaluations if item.settings.get("weights") == weights]
         pairs = [(float(item.step), finite(item.about("critic").get(key))) for item in alike]
         kept = [(step, value) for step, value in pairs if value is not None]
         return Curve([step for step, _ in kept], [value for _, value in kept])
