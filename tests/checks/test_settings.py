@@ -137,6 +137,11 @@ TABLE = {
         dataset={"class_names": ()},
         subject="training.objective",
     ),
+    "learning from images of no class": Bad(
+        r"evaluation.gan_train is true, but training.objective wgan makes images of no class: set it to false, or .*",
+        {"evaluation": {"gan_train": True}},
+        subject="training.objective",
+    ),
     "a batch that two can't share": Bad(
         r"training.batch_size 63 cannot be shared among 2 processes: choose .*",
         {"training": {"batch_size": 63}},

@@ -64,7 +64,15 @@ def test_scores_do_not_depend_on_world_size_or_batch_size(
     jobs: dict[int, tuple[Path, list[list[dict[str, Any]]]]],
 ) -> None:
     expected = dict(leaves(jobs[1][1][0][0]["scores"]))
-    assert {"fid", "fid_interval[1]", "recall", "fid_per_class.3", "class_accuracy", "kid_mean"} <= expected.keys()
+    assert {
+        "fid",
+        "fid_interval[1]",
+        "recall",
+        "fid_per_class.3",
+        "class_accuracy",
+        "kid_mean",
+        "authenticity",
+    } <= expected.keys()
     assert 0.1 < expected["precision"] < 0.99
     assert 0.1 < expected["recall"] < 0.99
     alone = [dict(leaves(result["scores"])) for result in jobs[1][1][0]]
@@ -78,6 +86,18 @@ def test_scores_do_not_depend_on_world_size_or_batch_size(
                     for other, tolerance in ((value, 1e-6), (alone[index][name], 1e-9)):
                         wanted = pytest.approx(other, rel=tolerance) if isinstance(value, float) else other
                         assert found[name] == wanted, (num_processes, batch_size, name)
+
+
+@pytest.mark.slow
+def test_what_is_told_of_a_critic_does_not_depend_on_the_world_size(
+    jobs: dict[int, tuple[Path, list[list[dict[str, Any]]]]],
+) -> None:
+    expected = dict(leaves(jobs[1][1][0][0]["critic"]))
+    assert [expected[f"images.{kind}"] for kind in ("train", "test", "generated")] == [1150, 610, 250]
+    assert expected["overfitting_error"] > 0
+    for _, ranks in jobs.values():
+        for rank in ranks:
+            assert dict(leaves(rank[0]["critic"])) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.slow
@@ -129,10 +149,13 @@ def test_labels_give_the_rate_of_the_asked_class(digits: Dataset, extractor: Fea
 def test_too_few_images_give_null_scores(digits: Dataset, extractor: FeatureExtractor) -> None:
     images, _ = load_split(digits, "test")
     scores = evaluate_images(ImageSet.of_tensor(images[:5]), digits, [extractor])["mnist"]
-    for key in ("precision", "recall", "density", "coverage", "fid_interval"):
+    for key in ("precision", "recall", "density", "coverage", "fid_interval", "fid_infinite"):
         assert scores[key] is None
     counts: Any = scores["images"]
     assert counts["kid"] == [5, 1150]
+    assert counts["sliced_wasserstein"] == [5, 5]
+    assert counts["authenticity"] == [5, 1150]
+    assert counts["authenticity_real"] == 5
     assert isinstance(scores["fid"], float)
     json.dumps(scores, allow_nan=False)
 
