@@ -77,7 +77,7 @@ def test_scores_hold_it_where_it_is_asked_for(digits: Dataset, tmp_path: Path, m
         asked, plain = (
             Scorer(EvaluationConfig(num_images=200, gan_train=wanted), digits, runtime, 0) for wanted in (True, False)
         )
-        with pytest.raises(UserError, match="evaluation.gan_train is true, but the images were asked for no classes"):
+        with pytest.raises(UserError, match=r"evaluation\.gan_train is true, but the images were asked for no classes"):
             score_target(tmp_path / "wgan.safetensors", asked, None, None, root)
         assert not root.exists()
         score_target(tmp_path / "acgan.safetensors", asked, None, None, root)
