@@ -65,11 +65,11 @@ def copies_in_words(evaluation: Evaluation, features: str) -> str:
     match evaluation.images(features):
         case {"authenticity": [scored, _], **others} if share is not None:
             words = (
-                f"Of {number(scored)} generated images {percent(share)} are further from the nearest training image "
+                f"In {features} features {percent(share)} of {number(scored)} generated images are further from the "
             )
-            words += "than that is from its own nearest one"
+            words += "nearest training image than that is from its own nearest one"
             if control is not None:
-                words += f", of {number(others.get('authenticity_real'))} other real ones {percent(control)}"
+                words += f", and {percent(control)} of {number(others.get('authenticity_real'))} other real images"
             return f"{words}: far fewer would mean copies."
     return ""
 

@@ -65,9 +65,9 @@ def test_report_says_everything_verdict_first(run: Path) -> None:
         "ab" * 32,
         "mnist features · extractor " + "cd" * 32,
         "generated its 3 nearest training images",
-        "Among 50,000 training images. Twins would mean that the generator memorised. Of 2,000 generated images 48.1% "
-        "are further from the nearest training image than that is from its own nearest one, of 1,990 other real ones "
-        "47.9%: far fewer",
+        "Among 50,000 training images. Twins would mean that the generator memorised. In mnist features 48.1% of 2,000 "
+        "generated images are further from the nearest training image than that is from its own nearest one, and 47.9% "
+        "of 1,990 other real images: far fewer",
         "Precision 0.800 k = 3",
         "GAN-test 91.5% asked class seen",
         "GAN-train 87.6% of 10,000 images",
@@ -98,7 +98,7 @@ def test_scores_of_earlier_versions_are_reported(run: Path) -> None:
     page = Page(write_report(run))
     assert "floor 0.904 That is" in page.text
     assert "Precision 0.800 k = 5" in page.text
-    for word in ("infinitely", "Critic on unseen", "GAN-train", "Of 2,000"):
+    for word in ("infinitely", "Critic on unseen", "GAN-train", "further from"):
         assert word not in page.text
     assert len(page.all("svg")) == 11
     assert "infinitely" not in (run / "report.md").read_text()
