@@ -64,10 +64,8 @@ def copies_in_words(evaluation: Evaluation, features: str) -> str:
     share, control = (evaluation.score(features, key) for key in ("authenticity", "authenticity_real"))
     match evaluation.images(features):
         case {"authenticity": [scored, _], **others} if share is not None:
-            words = (
-                f"In {features} features {percent(share)} of {number(scored)} generated images are further from the "
-            )
-            words += "nearest training image than that is from its own nearest one"
+            words = f"In {features} features {percent(share)} of {number(scored)} generated images are further from "
+            words += "the nearest training image than that is from its own nearest one"
             if control is not None:
                 words += f", and {percent(control)} of {number(others.get('authenticity_real'))} other real images"
             return f"{words}: far fewer would mean copies."
