@@ -116,7 +116,7 @@ def make_run(
             "images": {
                 **{"fid": [num_images, 60_000], "fid_floor": num_images, "fid_per_class_floor": 10_000},
                 **{"kid": [num_images, 50_000], "manifold": [num_images, num_images]},
-                **{"authenticity": [2000, 50_000], "authenticity_real": 1990},
+                **{"authenticity": [1000, 50_000], "authenticity_real": 990},
             },
             "provenance": {
                 "extractor": "cd" * 32,

@@ -65,9 +65,9 @@ def test_report_says_everything_verdict_first(run: Path) -> None:
         "ab" * 32,
         "mnist features · extractor " + "cd" * 32,
         "generated its 3 nearest training images",
-        "Among 50,000 training images. Twins would mean that the generator memorised. In mnist features 48.1% of 2,000 "
+        "Among 50,000 training images. Twins would mean that the generator memorised. In mnist features 48.1% of 1,000 "
         "generated images are further from the nearest training image than that is from its own nearest one, and 47.9% "
-        "of 1,990 other real images: far fewer",
+        "of 990 other real images: far fewer",
         "Precision 0.800 k = 3",
         "GAN-test 91.5% asked class seen",
         "GAN-train 87.6% of 10,000 images",

@@ -33,7 +33,7 @@ class Authenticity(SampleMetric):
 
     higher_is_better = True
 
-    def __init__(self, num_features: int, *, scored: int = 2_000, keep: int = 50_000, **options: Any) -> None:
+    def __init__(self, num_features: int, *, scored: int = 1_000, keep: int = 50_000, **options: Any) -> None:
         super().__init__(num_features, keep, **options)
         self.scored = scored
 
