@@ -45,7 +45,7 @@ def critic_estimates(critic: Critic, shares: Mapping[str, Tensor], ranks: Ranks)
     sums = torch.zeros(len(shares), 3, dtype=torch.float64)  # a row a kind: number, sum and sum of squares
     weight = critic.score.weight
     for row, images in zip(sums, shares.values(), strict=True):
-        for part in images.split(FORWARD_SIZE) if len(images) else ():
+        for part in torch.split(images, FORWARD_SIZE) if len(images) else ():
             # The networks live mirrored.
             scores, _ = critic(part.flip(2, 3).to(weight) / 255)
             scores = scores.double().cpu()

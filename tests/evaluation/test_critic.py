@@ -81,7 +81,7 @@ def test_a_critic_of_few_images_learns_them_by_heart(seed: int, digits: Dataset)
             other = test[torch.randint(300, (60,), generator=random)].flip(2, 3) / 255
             loss = loss + nn.functional.softplus(critic(other)[0]).mean()
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
         shares = {"train": train[:count], "test": test[300:], "generated": fakes}
         found: Any = critic_estimates(critic, shares, ALONE)["overfitting"]

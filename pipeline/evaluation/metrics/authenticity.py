@@ -22,7 +22,7 @@ def authenticity(features: Tensor, training: Tensor, poll: Poll = never_ends) ->
     its control are two numbers that anybody reads, for any number of images.
     """
     nearest, distances = nearest_neighbours(features, training, 1, poll)
-    chosen, places = nearest[:, 0].unique(return_inverse=True)
+    chosen, places = torch.unique(nearest[:, 0], return_inverse=True)
     _, own = nearest_neighbours(training[chosen], training, 2, poll)  # the nearest is the image itself
     return (distances[:, 0] > own[places, 1]).double().mean().item()
 
