@@ -51,7 +51,7 @@ def test_report_says_everything_verdict_first(run: Path) -> None:
     # The verdict: 45.2 / 0.904 = 50; the interval is 45.2 * 2950 / 3000 to 45.2 * 3050 / 3000.
     for words in (
         "finished, 3,000 steps",
-        "45.2 10,000 images · 95% interval 44.4 to 46.0 · floor 0.904 · 43.7 of infinitely many images",
+        "45.2 10,000 images · 95% interval 44.4 to 46.0 · floor 0.904 · 43.7 with infinitely many images",
         "That is 50 times the floor of 0.904, which 10,000 real test images score against the same real train images: "
         "a wide gap between generated and real images.",
         "Best FID 45.2 the last",
