@@ -68,7 +68,7 @@ def copies_in_words(evaluation: Evaluation, features: str) -> str:
             words += "the nearest training image than that is from its own nearest one"
             if control is not None:
                 words += f", and {percent(control)} of {number(others.get('authenticity_real'))} other real images"
-            return f"{words}: far fewer would mean copies."
+            return f"{words}: far fewer with a good FID would mean copies."
     return ""
 
 

@@ -67,7 +67,7 @@ def test_report_says_everything_verdict_first(run: Path) -> None:
         "generated its 3 nearest training images",
         "Among 50,000 training images. Twins would mean that the generator memorised. In mnist features 48.1% of 1,000 "
         "generated images are further from the nearest training image than that is from its own nearest one, and 47.9% "
-        "of 990 other real images: far fewer",
+        "of 990 other real images: far fewer with a good FID would mean copies.",
         "Precision 0.800 k = 3",
         "GAN-test 91.5% asked class seen",
         "GAN-train 87.6% of 10,000 images",
@@ -168,6 +168,7 @@ def test_same_folder_gives_same_bytes_and_no_other_file(run: Path) -> None:
             [
                 "FID in mnist features",
                 "Scores over training",
+                "Training",  # of the evaluations: the critic's scores
                 "A closer look at the samples",
                 "All evaluations",
                 "Provenance",
@@ -259,7 +260,7 @@ def test_json_summary_is_for_machines(run: Path) -> None:
     mail = (run / "report.md").read_text()
     assert mail.startswith(
         "# `made`: finished, 3,000 steps\n\n- **FID 45.2** (`mnist` of a classifier with test accuracy 0.995, "
-        "step 3,000, 10,000 images). That"
+        "step 3,000, 10,000 images; 43.7 with infinitely many). That"
     )
     assert "`training.n_critic=2`" in mail
     assert len(mail.splitlines()) < 10

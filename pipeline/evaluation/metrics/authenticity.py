@@ -15,9 +15,9 @@ def authenticity(features: Tensor, training: Tensor, poll: Poll = never_ends) ->
     """Share of images that are further from the training image nearest to them than that one is from the other training
     image nearest to it (Alaa et al. 2022, arXiv 2102.08921, the authenticity score).
 
-    Features [m, d] and [n, d], m >= 1 and n >= 2. 0 means copies of training images. No value means that there are
-    none: images far from all training images have 1. What unseen real images have is the level to compare with, and
-    less is suspicious. C_T (Meehan et al. 2020, arXiv 2004.05675) has that comparison built in, as a z-score that
+    Features [m, d] and [n, d], m >= 1 and n >= 2. Copies of training images have 0, images far from all of them 1. What
+    unseen real images have is the level to compare with, and less is suspicious where the images are good: those of an
+    untrained generator, all alike, have little as well if they lie where training images are far apart. C_T (Meehan et al. 2020, arXiv 2004.05675) has that comparison built in, as a z-score that
     grows with the number of images and takes a partition whose cells must each hold enough of three sets; a share and
     its control are two numbers that anybody reads, for any number of images.
     """
