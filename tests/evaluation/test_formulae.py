@@ -264,6 +264,8 @@ def test_authenticity_by_hand() -> None:
     training = torch.tensor([[0.0], [1.0], [10.0], [14.0]])
     assert authenticity(torch.tensor([[0.0], [3.0], [12.0], [20.0]]), training) == 0.5
     assert authenticity(training, training) == 0
+    stray = torch.cat([training, torch.tensor([[100.0]])])
+    assert authenticity(torch.full((9, 1), 101.0), stray) == 0, "also beside a training image that is alone"
     assert authenticity(torch.tensor([[0.0]]), torch.tensor([[0.0], [0.0]])) == 0, "a copy of a twin is a copy"
 
 

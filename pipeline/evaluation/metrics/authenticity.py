@@ -17,9 +17,11 @@ def authenticity(features: Tensor, training: Tensor, poll: Poll = never_ends) ->
 
     Features [m, d] and [n, d], m >= 1 and n >= 2. Copies of training images have 0, images far from all of them 1. What
     unseen real images have is the level to compare with, and less is suspicious where the images are good: those of an
-    untrained generator, all alike, have little as well if they lie where training images are far apart. C_T (Meehan et al. 2020, arXiv 2004.05675) has that comparison built in, as a z-score that
-    grows with the number of images and takes a partition whose cells must each hold enough of three sets; a share and
-    its control are two numbers that anybody reads, for any number of images.
+    untrained generator, all alike, have little as well if they lie where training images are far apart.
+
+    C_T (Meehan et al. 2020, arXiv 2004.05675) has the comparison with unseen images built in, as a z-score that grows
+    with the number of images, and takes a partition whose cells must each hold enough of three sets. A share and its
+    control are two numbers that anybody reads, for any number of images.
     """
     nearest, distances = nearest_neighbours(features, training, 1, poll)
     chosen, places = torch.unique(nearest[:, 0], return_inverse=True)
