@@ -40,7 +40,6 @@ from pipeline.evaluation.evaluate import evaluate_images
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.features.mnist import MnistFeatures
 from pipeline.evaluation.metrics.kernel import KID_SUBSET_SIZE
-from pipeline.evaluation.metrics.manifold import NEIGHBOURS
 from pipeline.export.images import render_range
 from pipeline.models.cpu_kernels import faster_form
 from pipeline.storage.provenance import device_name
@@ -314,11 +313,16 @@ def measure_scoring(config: Config, runtime: Runtime, dataset: Dataset) -> dict[
     (images, _), (real, _) = (load_split(dataset, split) for split in ("train", "test"))
     images, batch_size = images[: config.evaluation.num_images], config.evaluation.batch_size
     ours, extractors = ImageSet.of_tensor(images), [MnistFeatures(runtime.device)]
+    against_test = replace(config.evaluation, reference="test")
     theirs: dict[str, Any] = {"feature_extractor": "mnist", "batch_size": batch_size, "input2_cache_name": "mnist-test"}
-    theirs |= {"prc": True, "prc_neighborhood": NEIGHBOURS, "kid_subset_size": min(KID_SUBSET_SIZE, len(images))}
+    theirs |= {
+        "prc": True,
+        "prc_neighborhood": config.evaluation.neighbours,
+        "kid_subset_size": min(KID_SUBSET_SIZE, len(images)),
+    }
     with tempfile.TemporaryDirectory() as cache:
         works: Works = {
-            "scoring": lambda: evaluate_images(ours, dataset, extractors, reference="test", batch_size=batch_size),
+            "scoring": lambda: evaluate_images(ours, dataset, extractors, against_test),
             "torch_fidelity": lambda: fidelity_scores(images, real, cache_root=cache, **theirs),
         }
         seconds = time_in_turn(works, SCORING_ROUNDS, runtime)  # its warm-up fills the caches

@@ -76,6 +76,11 @@ def check_objective(plan: Plan) -> str:
     training, dataset = plan.config.training, plan.dataset
     if choose(training).classifies and dataset is not None and dataset.num_classes < 2:
         raise UserError(f"training.objective is {training.objective}, but {dataset.name} has no labels")
+    if plan.config.evaluation.gan_train and not choose(training).classifies:
+        raise UserError(
+            f"evaluation.gan_train is true, but training.objective {training.objective} makes images of no class: "
+            "set it to false, or use acgan"
+        )
     return training.objective
 
 

@@ -224,6 +224,12 @@ class EvaluationConfig:
     module:NAME of yours (pipeline/evaluation/features/custom.py)."""
     reference: Literal["train", "test"] = knob("train", free=True)
     """Real split that images are compared with; the other one gives the floor."""
+    neighbours: int = knob(5, low=1, high=100, free=True)
+    """The k of precision and recall, density and coverage: 5 as in Naeem et al. 2020 (2002.09797), where
+    Kynkaanniemi et al. 2019 (1904.06991) and many papers since take 3."""
+    gan_train: bool = knob(False, free=True)
+    """Also train a classifier on the images of a generator with classes and test it on real ones (GAN-train of Shmelkov
+    et al. 2018, 1807.09499): about a minute of two cores for 10,000 digits."""
     inception_weights: str | None = knob(None, free=True)
     """Path of torch-fidelity's Inception v3 weight file; null: its own download."""
     dinov2_weights: str | None = knob(None, free=True)

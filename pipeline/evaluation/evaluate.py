@@ -15,19 +15,29 @@ import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from pipeline.config import EvaluationConfig
 from pipeline.data.manifest import Dataset
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
 from pipeline.evaluation.extract import ALONE, ImageSet, extract_features, interruptible, never
 from pipeline.evaluation.features import FORWARD_SIZE, FeatureExtractor
-from pipeline.evaluation.metrics import ClassScores, FrechetDistance, InceptionScore, KernelDistance, ManifoldScores
+from pipeline.evaluation.metrics import (
+    Authenticity,
+    ClassScores,
+    ExtrapolatedFrechetDistance,
+    InceptionScore,
+    KernelDistance,
+    ManifoldScores,
+    SlicedWasserstein,
+)
 from pipeline.evaluation.metrics.base import FeatureMetric, Poll, SampleMetric
 from pipeline.evaluation.metrics.frechet import FrechetReference, Moments, frechet_interval
-from pipeline.evaluation.metrics.manifold import NEIGHBOURS, nearest_neighbours
+from pipeline.evaluation.metrics.manifold import nearest_neighbours
 from pipeline.evaluation.real_statistics import RealStatistics, real_statistics
 
-SHOWN_IMAGES = 8
-"""Images whose nearest training images are told."""
+SHOWN_IMAGES, SHOWN_NEIGHBOURS = 8, 5
+"""Images whose nearest training images are told, and how many of these."""
+DEFAULTS = EvaluationConfig()
 
 Scores = dict[str, object]
 
@@ -36,9 +46,8 @@ def evaluate_images(
     images: ImageSet,
     dataset: Dataset,
     extractors: Sequence[FeatureExtractor],
+    config: EvaluationConfig = DEFAULTS,
     *,
-    reference: str = "train",
-    batch_size: int = 500,
     seed: int = 0,
     ranks: Ranks = ALONE,
     interrupted: Callable[[], bool] = never,
@@ -46,21 +55,23 @@ def evaluate_images(
     """Scores images in every feature space, in one pass over them.
 
     Args:
-        reference: the real split to compare with. As many images of the other one give the floor: always the same ones
-            for a number, and as many as there are (or are kept, see real_statistics.py) where those are fewer.
-        batch_size: images to render at once, rounded up to a multiple of 100. Networks round differently in forward
-            passes of 7 and of 100 images, so features are always computed in the same blocks of 100.
-        seed: of the random choices inside the scores (subsets, splits, groups).
+        config: its `reference` is the real split to compare with. As many images of the other one give the floor:
+            always the same ones for a number, and as many as there are (or are kept, see real_statistics.py) where
+            those are fewer. `batch_size` images are rendered at once, rounded up to a multiple of 100: networks round
+            differently in forward passes of 7 and of 100 images, so features are always computed in the same blocks of
+            100. `neighbours` is the k of precision and what is like it.
+        seed: of the random choices inside the scores (subsets, splits, groups, projections).
         interrupted: asked before each batch and between scores whether to give up; ranks may disagree for a while.
 
     Returns on every rank, for each extractor's name:
-        "fid", "fid_floor" (null without another split), "fid_interval" [low, high], "is_mean", "is_std", "kid_mean",
-        "kid_std", "precision", "recall", "density", "coverage";
+        "fid", "fid_floor" (null without another split), "fid_interval" [low, high], "fid_infinite", "is_mean",
+        "is_std", "kid_mean", "kid_std", "precision", "recall", "density", "coverage", "sliced_wasserstein" and its
+        "..._floor", "authenticity" among the training images and "authenticity_real", that of other real ones;
         where the logits stand for the dataset's classes also "class_histogram" and "class_histogram_real" (share of
         each class by the classifier's verdict on either side), "class_total_variation", "confidence_mean",
         "fid_per_class" (null for a class with too few images), "fid_per_class_floor" (of all of the other split)
-        and, with labels, "class_accuracy": the rate at
-        which the classifier sees the class that was asked for;
+        and, with labels, "class_accuracy" (GAN-test): the rate at which the classifier sees the class asked for;
+        "images": how many the scores are of;
         "nearest_training_images" of the first 8 images (rows of 5 "indices" in shard order and "distances");
         "provenance": what the scores depend on besides the images.
         A score that this few images do not give is null.
@@ -70,6 +81,7 @@ def evaluate_images(
         Preempted: on every rank, when `interrupted` said so on any.
         ValueError: what is rendered, or the labels, is not what ImageSet describes.
     """
+    reference = config.reference
     dataset.shards(reference)
     images = _checked(images, dataset.image_shape)
     other = next((split for split in ("train", "test") if split != reference and split in dataset.splits), None)
@@ -78,19 +90,20 @@ def evaluate_images(
         return real_statistics(dataset, split, extractor, ranks, interrupted) if split else None
 
     sides = [(real(reference, extractor), real(other, extractor)) for extractor in extractors]
-    spaces = [_Space(extractor, dataset, seed) for extractor in extractors]
+    spaces = [_Space(extractor, dataset, config, seed) for extractor in extractors]
     takers = [(space.extractor, partial(space.take, images.labels)) for space in spaces]
-    batch_size = -(-batch_size // FORWARD_SIZE) * FORWARD_SIZE
+    batch_size = -(-config.batch_size // FORWARD_SIZE) * FORWARD_SIZE
     extract_features(images, takers, batch_size, "evaluation", ranks, interrupted)
     results: dict[str, Scores] = {}
     for space, (target, floor) in zip(spaces, sides, strict=True):
-        for metric in space.metrics.values():
+        for metric in space.fed.values():
             metric.merge(ranks)
         shown = ranks.gather_on_main(space.shown)
         with interruptible(ranks, interrupted) as poll:
             if shown is not None and target is not None:  # the main rank
-                result = space.scores(target, floor, poll)
-                if training := target if reference == "train" else floor:
+                training, unseen = (target, floor) if reference == "train" else (floor, target)
+                result = space.scores(target, floor, training, unseen, poll)
+                if training:
                     result["nearest_training_images"] = _nearest(torch.cat(shown), training)
                 result["provenance"] = {
                     "extractor": space.extractor.fingerprint,
@@ -98,6 +111,7 @@ def evaluate_images(
                     "reference": reference,
                     "reference_images": target.num_images,
                     "seed": seed,
+                    "neighbours": config.neighbours,
                     **space.extractor.facts,
                 }
                 results[space.extractor.name] = result
@@ -122,27 +136,35 @@ def _checked(images: ImageSet, image_shape: tuple[int, int, int]) -> ImageSet:
     return replace(images, render=render)
 
 
-REAL_SIDES = {"fid": "moments", "kid": "sample", "manifold": "sample", "classes": "classes"}
+REAL_SIDES = {
+    "fid": "moments",
+    "classes": "classes",
+    **dict.fromkeys(("kid", "manifold", "sliced_wasserstein", "authenticity"), "sample"),
+}
 """Field of RealStatistics that a metric's real side is."""
 
 
 class _Space:
     """The scores of one feature space. Another score is a metric here and, for its real side, a line in REAL_SIDES."""
 
-    def __init__(self, extractor: FeatureExtractor, dataset: Dataset, seed: int) -> None:
+    def __init__(self, extractor: FeatureExtractor, dataset: Dataset, config: EvaluationConfig, seed: int) -> None:
         self.extractor, self.seed, self.class_names = extractor, seed, dataset.class_names
         width, alone = extractor.num_features, {"sync_on_compute": False}  # see `merge`
-        self.fid, self.kid = FrechetDistance(width, **alone), KernelDistance(width, seed=seed, **alone)
-        self.metrics: dict[str, FeatureMetric] = {
-            "fid": self.fid,
-            "kid": self.kid,
-            "manifold": ManifoldScores(width, **alone),
-        }
+        self.fid = ExtrapolatedFrechetDistance(width, seed=seed, **alone)
+        self.fed: dict[str, FeatureMetric] = {"fid": self.fid}
+        """What images go into, batch by batch."""
         if extractor.num_classes:
-            self.metrics["inception_score"] = InceptionScore(extractor.num_classes, seed=seed, **alone)
+            self.fed["inception_score"] = InceptionScore(extractor.num_classes, seed=seed, **alone)
         if dataset.class_names and dataset.class_names == extractor.class_names:
-            self.metrics["classes"] = ClassScores(width, extractor.num_classes, **alone)
-        self._collection = MetricCollection({**self.metrics})
+            self.fed["classes"] = ClassScores(width, extractor.num_classes, **alone)
+        self.of_sample: dict[str, SampleMetric] = {
+            "kid": KernelDistance(width, seed=seed, **alone),
+            "manifold": ManifoldScores(width, neighbours=config.neighbours, **alone),
+            "sliced_wasserstein": SlicedWasserstein(width, seed=seed, **alone),
+            "authenticity": Authenticity(width, **alone),
+        }
+        """What takes the sample that `fid` keeps, so that it is held once."""
+        self._collection = MetricCollection({**self.fed})
         self.shown = torch.empty(0, width)
         """Features of this rank's images among the first SHOWN_IMAGES."""
 
@@ -151,32 +173,59 @@ class _Space:
         self._collection.update(features=features, logits=logits, real=False, indices=indices, labels=asked)
         self.shown = torch.cat([self.shown, features[indices < SHOWN_IMAGES]])
 
-    def scores(self, target: RealStatistics, floor: RealStatistics | None, poll: Poll) -> Scores:
-        """On the main rank, with the states of all."""
+    def scores(
+        self,
+        target: RealStatistics,
+        floor: RealStatistics | None,
+        training: RealStatistics | None,
+        unseen: RealStatistics | None,
+        poll: Poll,
+    ) -> Scores:
+        """On the main rank, with the states of all. `training` and `unseen` are the same two splits by what the
+        generator has seen of them."""
+        rows, indices = self.fid.sample(real=False)
+        generated = {"rows": rows, "indices": indices, "seen": self.fid.fake_seen}
         result: Scores = {"is_mean": None, "is_std": None}  # without classes
-        for name, metric in self.metrics.items():
+        numbers: dict[str, object] = {}
+        for name, metric in (self.fed | self.of_sample).items():
             poll()
             metric.poll = poll
-            if name in REAL_SIDES:
-                metric.load_side(getattr(target, REAL_SIDES[name]), real=True)
-            value = metric.compute()
-            for key, found in value.items() if isinstance(value, dict) else [(name, value)]:
-                result[key] = self._plain(found)
+            if name in self.of_sample:
+                metric.load_side(generated, real=False)
+            real = training if name == "authenticity" else target
+            if real and name in REAL_SIDES:
+                metric.load_side(getattr(real, REAL_SIDES[name]), real=True)
+            result |= {key: self._plain(found) for key, found in metric.compute().items()}
+            if isinstance(metric, SampleMetric):
+                numbers["fid_infinite" if metric is self.fid else name] = metric.num_used
         reference = FrechetReference(Moments.of_sums(target.moments))
-        features, _ = self.kid.sample(real=False)
-        count, fid = int(self.fid.fake_count), float(self.fid.compute())
+        count, fid = int(self.fid.fake_count), float(self.fid.compute()["fid"])
         at_floor = floor.moments_of(count) if floor else None
-        numbers = {"fid": [count, target.num_images], "fid_floor": at_floor.num_images if at_floor else None}
-        if floor and (classes := self.metrics.get("classes")):
+        numbers |= {"fid": [count, target.num_images], "fid_floor": at_floor.num_images if at_floor else None}
+        result["fid_floor"] = reference.distance(at_floor) if at_floor else None
+        result["fid_interval"] = frechet_interval(rows, count, fid, reference, self.seed, poll)
+        return result | self._controls(floor, unseen, count, numbers) | {"images": numbers}
+
+    def _controls(
+        self,
+        floor: RealStatistics | None,
+        unseen: RealStatistics | None,
+        count: int,
+        numbers: dict[str, object],
+    ) -> Scores:
+        """The same scores of as many real images, which take the place of the generated ones: this comes last."""
+        found: Scores = {"sliced_wasserstein_floor": None, "authenticity_real": None}
+        for key, real in zip(found, (floor, unseen), strict=True):
+            if real:
+                metric = self.of_sample[key.rpartition("_")[0]]
+                metric.load_side(real.sample_of(count), real=False)
+                (score,) = metric.compute().values()
+                found[key], numbers[key] = self._plain(score), metric.num_used[0]
+        if floor and (classes := self.fed.get("classes")):
             classes.load_side(floor.classes, real=False)
-            result["fid_per_class_floor"] = self._plain(classes.compute()["fid_per_class"])
+            found["fid_per_class_floor"] = self._plain(classes.compute()["fid_per_class"])
             numbers["fid_per_class_floor"] = floor.num_images
-        return result | {
-            "fid_floor": reference.distance(at_floor) if at_floor else None,
-            "fid_interval": frechet_interval(features, count, fid, reference, self.seed, poll),
-            "images": numbers
-            | {name: metric.num_used for name, metric in self.metrics.items() if isinstance(metric, SampleMetric)},
-        }
+        return found
 
     def _plain(self, score: Tensor) -> object:
         """A number, or one for each class; null where there is none."""
@@ -187,5 +236,5 @@ class _Space:
 
 def _nearest(features: Tensor, training: RealStatistics) -> dict[str, object]:
     among, indices = training.sample["rows"], training.sample["indices"]
-    nearest, distances = nearest_neighbours(features, among, NEIGHBOURS)
+    nearest, distances = nearest_neighbours(features, among, SHOWN_NEIGHBOURS)
     return {"indices": indices[nearest].tolist(), "distances": distances.tolist(), "among": len(among)}

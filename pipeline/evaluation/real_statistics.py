@@ -49,8 +49,12 @@ class RealStatistics(NamedTuple):
         """Of the first `count` images in `rng.sampling_order`: of all that are kept, if those are fewer."""
         if count >= self.num_images:
             return Moments.of_sums(self.moments)
+        return Moments.of_features(self.sample_of(count)["rows"])
+
+    def sample_of(self, count: int) -> State:
+        """Of these images, for one side of a SampleMetric."""
         first = sampling_order(self.sample["indices"]).argsort()[:count]
-        return Moments.of_features(self.sample["rows"][first])
+        return {name: self.sample[name][first] for name in ("rows", "indices")} | {"seen": torch.tensor(len(first))}
 
 
 def real_statistics(

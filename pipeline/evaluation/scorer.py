@@ -18,12 +18,15 @@ from pipeline.data.manifest import Dataset
 from pipeline.data.resident import load_images
 from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
-from pipeline.evaluation.extract import ImageSet
-from pipeline.evaluation.features import PUBLISHED, FeatureExtractor, load_all
+from pipeline.evaluation.critic import MOST_IMAGES, critic_estimates, share_of_real_images
+from pipeline.evaluation.extract import ImageSet, interruptible
+from pipeline.evaluation.features import FORWARD_SIZE, PUBLISHED, FeatureExtractor, load_all
 from pipeline.export.generator_file import fingerprint
 from pipeline.export.images import render_range, save_grid
 from pipeline.models.interface import AnyGenerator
+from pipeline.models.networks import Critic
 from pipeline.reporting.formatting import few_images
+from pipeline.reporting.read import USUAL_NEIGHBOURS
 from pipeline.rng import evaluation_labels, seeded
 from pipeline.storage.files import write_text
 from pipeline.storage.run_folder import neighbours, real_images
@@ -43,6 +46,7 @@ class Scorer:
         for weights in (PUBLISHED[name] for name in config.features if name in PUBLISHED):
             runtime.ranks.on_main(partial(weights.fetch, config))
         self.extractors = load_all(config, dataset, runtime.device)
+        self._real_shares: dict[str, Tensor] = {}
 
     def with_seed(self, seed: int) -> Scorer:
         """The same, of other evaluation images."""
@@ -50,22 +54,28 @@ class Scorer:
         other._seed = seed
         return other
 
-    def score_generator(self, generator: AnyGenerator, path: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    def score_generator(
+        self, generator: AnyGenerator, path: Path, facts: dict[str, Any], critic: Critic | None = None
+    ) -> dict[str, Any]:
         """Scores evaluation images 0, ..., num_images - 1 of the generator, in eval mode: see `score`."""
         count, facts = self.config.num_images, facts | {"images_fingerprint": fingerprint(generator)}
         labels = evaluation_labels(0, count, generator.num_classes) if generator.num_classes else None
-        return self.score(ImageSet(count, partial(render_range, generator, self._seed), labels), path, facts)
+        return self.score(ImageSet(count, partial(render_range, generator, self._seed), labels), path, facts, critic)
 
-    def score(self, images: ImageSet, path: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    def score(
+        self, images: ImageSet, path: Path, facts: dict[str, Any], critic: Critic | None = None
+    ) -> dict[str, Any]:
         """Scores images and writes `path` (JSON) and, beside it, `neighbours-....png`: a row for each of the first
         images, with the training images nearest to it in the first feature space; and some real images.
 
-        `facts` tell which images they are: "images_fingerprint" of their content; "target" may differ. Scores
-        in other feature spaces that `path` holds of the same images, measured in the same way, are kept. Returns what
-        was written, on every rank.
+        `facts` tell which images they are: "images_fingerprint" of their content; "target" may differ. A `critic`, of
+        the same checkpoint and trained on this dataset, adds what evaluation/critic.py finds as "critic", and
+        evaluation.gan_train adds what evaluation/gan_train.py finds as "gan_train". Scores that `path` holds of the
+        same images, measured in the same way, are kept. Returns what was written, on every rank.
 
         Raises:
-            UserError: before anything is done, when `path` holds scores of other images, or measured in another way.
+            UserError: before anything is done, when `path` holds scores of other images, or measured in another way, or
+                evaluation.gan_train is asked of images without classes.
             Preempted: a signal came.
             OSError: on the main process, the scores could not be written.
         """
@@ -73,9 +83,11 @@ class Scorer:
         from pipeline.evaluation.evaluate import evaluate_images
 
         config, ranks, dataset = self.config, self.runtime.ranks, self.dataset
+        if config.gan_train and (images.labels is None or not dataset.num_classes):
+            raise UserError("evaluation.gan_train is true, but the images were asked for no classes: set it to false")
         facts = facts | {"num_images": images.num_images, "reference": config.reference, "seed": self._seed}
         facts |= {"dataset": dataset.name, "dataset_fingerprint": dataset.fingerprint}
-        kept = ranks.on_main(lambda: _kept_scores(path, facts, self.extractors))
+        kept = ranks.on_main(lambda: _kept_scores(path, facts, self.extractors, config.neighbours))
         if (warning := few_images(images.num_images)) and not self._warned:
             self.runtime.say(warning)
             self._warned = True
@@ -83,13 +95,17 @@ class Scorer:
             images,
             dataset,
             self.extractors,
-            reference=config.reference,
-            batch_size=config.batch_size,
+            config,
             seed=self._seed,
             ranks=ranks,
             interrupted=self.runtime.stop.known,
         )
-        result = facts | ({"warning": warning} if warning else {}) | {"features": kept | scores}
+        if critic is not None and {"train", "test"} <= dataset.splits.keys():
+            kept["critic"] = self._estimates(critic, images)
+        if config.gan_train:
+            kept["gan_train"] = self._gan_train(images)
+        kept["features"] = kept.get("features", {}) | scores
+        result = facts | ({"warning": warning} if warning else {}) | kept
         if ranks.is_main:
             self._draw_real_images(10 if images.labels is not None else 4, path)
             write_text(path, json.dumps(result, indent=1))
@@ -97,6 +113,27 @@ class Scorer:
             if nearest is not None:
                 self._draw_neighbours(images, torch.tensor(nearest["indices"]), neighbours(path))
         return result
+
+    def _estimates(self, critic: Critic, images: ImageSet) -> dict[str, object]:
+        ranks = self.runtime.ranks
+        share = ranks.share(min(images.num_images, MOST_IMAGES), FORWARD_SIZE)
+        with interruptible(ranks, self.runtime.stop.known) as poll:
+            for split in ("train", "test"):
+                poll()
+                if split not in self._real_shares:  # once a run
+                    self._real_shares[split] = share_of_real_images(self.dataset, split, ranks)
+            parts = [images.render(start, min(start + FORWARD_SIZE, share.stop)) for start in share[::FORWARD_SIZE]]
+        generated = torch.cat(parts) if parts else self._real_shares["train"][:0]
+        return critic_estimates(critic.to(self.runtime.device), self._real_shares | {"generated": generated}, ranks)
+
+    def _gan_train(self, images: ImageSet) -> dict[str, object]:
+        from pipeline.evaluation.gan_train import gan_train  # it brings the command that trains classifiers
+
+        runtime, found = self.runtime, dict[str, object]()
+        with interruptible(runtime.ranks, runtime.stop.known) as poll:
+            if runtime.ranks.is_main:
+                found = gan_train(images, self.dataset, self._seed, runtime.device, poll)
+        return runtime.ranks.broadcast(found)
 
     def _draw_real_images(self, columns: int, scores: Path) -> None:
         """As many as a grid of samples has, drawn from the reference split; once for a folder."""
@@ -113,18 +150,22 @@ class Scorer:
         save_grid(rows.flatten(0, 1), path, columns=rows.shape[1])
 
 
-def _kept_scores(path: Path, facts: dict[str, Any], extractors: Sequence[FeatureExtractor]) -> dict[str, Any]:
-    """The scores by feature space that `path` already holds of what `facts` describe; those of `extractors` must be
-    by the same ones."""
+def _kept_scores(
+    path: Path, facts: dict[str, Any], extractors: Sequence[FeatureExtractor], neighbours: int
+) -> dict[str, Any]:
+    """What `path` already holds of what `facts` describe: "features", "critic", "gan_train". Scores in the spaces of
+    `extractors` must be by the same ones, and of as many neighbours."""
     if not path.exists():
         return {}
     try:
         before = json.loads(path.read_text())
-        kept = dict(before["features"])
+        kept = {key: dict(before[key]) for key in ("features", "critic", "gan_train") if key in before}
         pairs = [(key, before.get(key), value) for key, value in facts.items() if key != "target"]
         for extractor in extractors:
-            if scores := kept.get(extractor.name):
-                pairs.append((extractor.name, scores["provenance"]["extractor"], extractor.fingerprint))
+            if scores := kept["features"].get(extractor.name):
+                known = scores["provenance"]
+                pairs.append((extractor.name, known["extractor"], extractor.fingerprint))
+                pairs.append(("evaluation.neighbours", known.get("neighbours", USUAL_NEIGHBOURS), neighbours))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is damaged ({error}): delete it") from None
     differing = [f"{key} is {_told(there)} there and {_told(here)} here" for key, there, here in pairs if there != here]

@@ -13,14 +13,14 @@ from collections.abc import Iterable
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.evaluation.scorer import Scorer
-from pipeline.export.generator_file import generator_of, save_export
+from pipeline.export.generator_file import critic_of, generator_of, save_export
 from pipeline.reporting.read import Evaluation, read_evaluations
 from pipeline.rng import fresh_seed
 from pipeline.storage.checkpoint import Checkpoint, CheckpointError, committed, find
 from pipeline.storage.run_folder import RunFolder, step_of
 
 LOWER_IS_BETTER = {
-    **dict.fromkeys(("fid", "kid_mean"), True),
+    **dict.fromkeys(("fid", "fid_infinite", "kid_mean", "sliced_wasserstein"), True),
     **dict.fromkeys(("is_mean", "precision", "recall", "density", "coverage"), False),
 }
 """Scores that a checkpoint can be chosen by, as the files of scores name them."""
@@ -59,12 +59,14 @@ class Selection:
     def evaluations(self, last_step: int) -> list[Evaluation]:
         """Those of the training itself up to a step that were scored as they are now, oldest first."""
         every, end = self._config.evaluation.every, self._config.training.steps
+        neighbours = self._config.evaluation.neighbours
         return [
             item
             for item in read_evaluations(self._folder, [])
             if ((every and item.step % every == 0) or item.step == end)
             and item.step <= last_step
             and all(item.settings.get(key) == value for key, value in self._settings.items())
+            and item.way(self.space, self.key).get("neighbours", neighbours) == neighbours
         ]
 
     def ranked(self, steps: Iterable[int]) -> list[Evaluation]:
@@ -110,7 +112,7 @@ class Selection:
         }
         scorer = scorer.with_seed(fresh_seed(self._config.training.seed))
         if not runtime.ranks.on_main(lambda: self._is_scored(facts)):
-            scorer.score_generator(generator, folder.best_scores, facts)
+            scorer.score_generator(generator, folder.best_scores, facts, critic_of(checkpoint))
         run = {"run": self._config.run.name, "step": checkpoint.step, "dataset": scorer.dataset.fingerprint}
         runtime.ranks.on_main(lambda: save_export(generator, folder.best_export, run | {"chosen_by": chosen_by}))
 

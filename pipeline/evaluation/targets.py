@@ -17,7 +17,7 @@ from pipeline.data.resident import load_split
 from pipeline.errors import UserError
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.scorer import Scorer
-from pipeline.export.generator_file import EXPORT_SUFFIXES, generator_of, load_generator
+from pipeline.export.generator_file import EXPORT_SUFFIXES, critic_of, generator_of, load_generator
 from pipeline.reporting.formatting import number
 from pipeline.reporting.page import write_report
 from pipeline.storage.checkpoint import CheckpointError, committed, find
@@ -82,7 +82,8 @@ def _score_run(
     run: RunFolder, scorer: Scorer, steps: Sequence[int | None] | None, out: Path | None, code: str | None
 ) -> None:
     weights, runtime, dataset = scorer.config.weights, scorer.runtime, scorer.dataset
-    if out is None and runtime.ranks.on_main(lambda: run.dataset_fingerprint) not in (None, dataset.fingerprint):
+    is_its_own = runtime.ranks.on_main(lambda: run.dataset_fingerprint) in (None, dataset.fingerprint)
+    if out is None and not is_its_own:
         raise UserError(
             f"{run.path}: was not trained on this dataset ({dataset.folder}): name a file for the scores with --out"
         )
@@ -97,7 +98,8 @@ def _score_run(
             continue
         generator = generator_of(checkpoint, weights, code).to(runtime.device)
         facts = {"step": checkpoint.step, "weights": weights}
-        result = scorer.score_generator(generator, out or run.scores(checkpoint.step), facts)
+        critic = critic_of(checkpoint) if is_its_own else None
+        result = scorer.score_generator(generator, out or run.scores(checkpoint.step), facts, critic)
         runtime.say(f"step {checkpoint.step}: {_summary(result)}")
     if out is None:
         runtime.say(f"report: {runtime.ranks.on_main(lambda: write_report(run.path))}")

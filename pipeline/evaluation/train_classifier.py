@@ -22,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.features.base import FORWARD_SIZE, digest_of
 from pipeline.evaluation.features.classifier import Classifier
 from pipeline.evaluation.features.own import classifier_path
+from pipeline.evaluation.metrics.base import Poll, never_ends
 from pipeline.progress import bar
 from pipeline.rng import seeded
 from pipeline.storage.files import replacing
@@ -48,8 +49,16 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     return padded[torch.arange(count)[:, None, None], :, rows, columns].permute(0, 3, 1, 2).contiguous()
 
 
-def train(data: Labelled, num_classes: int, *, seed: int, epochs: int, device: torch.device) -> Classifier:
-    """Cross-entropy and Adam with one cycle of the learning rate."""
+def train(
+    data: Labelled,
+    num_classes: int,
+    *,
+    seed: int,
+    epochs: int,
+    device: torch.device,
+    poll: Poll = never_ends,
+) -> Classifier:
+    """Cross-entropy and Adam with one cycle of the learning rate. `poll` is called before each batch."""
     images, labels = data
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # initial weights and dropout
@@ -67,6 +76,7 @@ def train(data: Labelled, num_classes: int, *, seed: int, epochs: int, device: t
             shifts = seeded(seed, "classifier shifts", epoch)
             batches = torch.split(order[: num_batches * batch_size], batch_size)
             for batch in bar(iterable=batches, desc=f"epoch {epoch + 1} of {epochs}", leave=False):
+                poll()
                 _, logits = network(shifted(images[batch], shifts).to(device))
                 optimizer.zero_grad()
                 torch.autograd.backward(F.cross_entropy(logits, labels[batch].to(device)))

@@ -1,4 +1,5 @@
-"""A trained generator in one safetensors file, with what it takes to rebuild it in the header."""
+"""A trained generator in one safetensors file, with what it takes to rebuild it in the header; the networks of
+checkpoints."""
 
 from __future__ import annotations
 
@@ -12,9 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipeline.config import NetworkConfig
 from pipeline.errors import UserError
 from pipeline.models.interface import AnyGenerator
-from pipeline.models.networks import Generator, mirror_state
+from pipeline.models.networks import Critic, Generator, mirror_state
+from pipeline.models.spectral_norm import SINGULAR_VECTORS, use_spectral_norm
 from pipeline.models.user_networks import generator_of_spec
 from pipeline.storage.checkpoint import Checkpoint, find, read_checkpoint, sha256_of_tensor
 from pipeline.storage.files import replacing
@@ -81,6 +84,21 @@ def generator_of(checkpoint: Checkpoint, weights: str, code: str | None = None) 
     generator = generator_of_spec(checkpoint.progress["generator"], code, checkpoint.folder)
     _load(generator, own)
     return _frozen(generator)
+
+
+def critic_of(checkpoint: Checkpoint) -> Critic | None:
+    """The critic of a checkpoint, on the CPU; None where it holds none of the reference's."""
+    own = {name.removeprefix("critic."): t for name, t in checkpoint.tensors().items() if name.startswith("critic.")}
+    biases = own.get("score.bias")
+    if biases is None:
+        return None
+    spec = checkpoint.progress["generator"]
+    config = NetworkConfig(latent_dim=spec["network"]["latent_dim"], width=spec["network"]["width"])
+    critic = Critic(config, tuple(spec["image_shape"]), spec["num_classes"]).to(biases.dtype)
+    if any(name.endswith(SINGULAR_VECTORS) for name in own):
+        use_spectral_norm(critic, torch.Generator())
+    critic.load_state_dict(own)
+    return critic.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def load_generator(path: Path, weights: str, code: str | None = None) -> AnyGenerator:

@@ -28,8 +28,9 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def percent(share: float | None) -> str:
-    return MISSING if share is None else f"{share:.1%}"
+def percent(share: object) -> str:
+    known = finite(share)
+    return MISSING if known is None else f"{known:.1%}"
 
 
 def setting(value: object) -> str:
@@ -56,6 +57,34 @@ def counted(evaluation: Evaluation | None, features: str, metric: str = "fid") -
         case [fake, real] if real:
             return f"N\u00a0=\u00a0{number(fake)} generated, {number(real)} real."
     return f"N\u00a0=\u00a0{number(evaluation.settings.get('num_images'))} generated." if evaluation else ""
+
+
+def copies_in_words(evaluation: Evaluation, features: str) -> str:
+    """How many generated images are no copies of training images, beside real ones that cannot be; empty if unknown."""
+    share, control = (evaluation.score(features, key) for key in ("authenticity", "authenticity_real"))
+    match evaluation.images(features):
+        case {"authenticity": [scored, _], **others} if share is not None:
+            words = f"In {features} features {percent(share)} of {number(scored)} generated images are further from "
+            words += "the nearest training image than that is from its own nearest one"
+            if control is not None:
+                words += f", and {percent(control)} of {number(others.get('authenticity_real'))} other real images"
+            return f"{words}: far fewer with a good FID would mean copies."
+    return ""
+
+
+def critic_in_words(evaluation: Evaluation | None) -> str:
+    """The caption of how a critic scores images that it has seen and others."""
+    critic = evaluation.about("critic") if evaluation else {}
+    images, share = critic.get("images"), finite(critic.get("overfitting"))
+    words = "How far above generated images the critic scores real ones, those it trains on and those it never sees."
+    if share is not None:
+        words += f" In the last evaluation {percent(share)} of the distance lies between seen and unseen images"
+        words += f" (standard error {percent(critic.get('overfitting_error'))})."
+    if isinstance(images, dict):
+        kinds = {"train": "training", "test": "test", "generated": "generated"}
+        counts = ", ".join(f"{number(images.get(kind))} {name}" for kind, name in kinds.items())
+        words += f" N\u00a0=\u00a0{counts} images."
+    return words
 
 
 def differences(evaluation: Evaluation, other: Evaluation, features: str) -> list[str]:

@@ -18,7 +18,9 @@ from pipeline.reporting.charts import bar_chart, line_chart
 from pipeline.reporting.formatting import (
     MISSING,
     code,
+    copies_in_words,
     counted,
+    critic_in_words,
     differences,
     duration,
     few_images,
@@ -156,7 +158,7 @@ def _render(kind: str, **context: object) -> str:
     jinja = Environment(loader=loader, autoescape=escaped, trim_blocks=True, lstrip_blocks=True)
     jinja.filters |= {"number": number, "duration": duration, "percent": percent, "setting": setting, "code": code}
     jinja.globals |= {"line_chart": line_chart, "bar_chart": bar_chart, "verdict": verdict, "few_images": few_images}
-    jinja.globals |= {"counted": counted}
+    jinja.globals |= {"counted": counted, "copies_in_words": copies_in_words, "critic_in_words": critic_in_words}
     return jinja.get_template(f"page.{kind}.jinja").render(context)
 
 

@@ -12,6 +12,10 @@ from pipeline.errors import UserError
 from pipeline.storage.run_folder import RunFolder
 from pipeline.yaml_files import read_yaml
 
+OF_NEIGHBOURS = ("precision", "recall", "density", "coverage")
+USUAL_NEIGHBOURS = 5
+"""Their k in files of scores that do not tell it."""
+
 
 def parse_json(path: Path) -> object:
     """A JSON file; NaN and infinities are missing values."""
@@ -48,17 +52,28 @@ class Evaluation:
     def score(self, features: str, key: str) -> float | None:
         return finite(self.features.get(features, {}).get(key))
 
+    def about(self, key: str) -> dict[str, object]:
+        """What stands beside the feature sets: "critic" or "gan_train"; empty if it is not there."""
+        found = self.settings.get(key)
+        return found if isinstance(found, dict) else {}
+
     def images(self, features: str) -> dict[str, object]:
         """Metric -> how many images it took."""
         images = self.features.get(features, {}).get("images")
         return images if isinstance(images, dict) else {}
 
-    def way(self, features: str) -> dict[str, object]:
-        """How the images were scored: scores compare where all of this is equal. Fingerprints tell what was used."""
+    def way(self, features: str, key: str = "fid") -> dict[str, object]:
+        """How the images were scored: scores `key` compare where all of it is equal. Fingerprints tell what it was."""
         provenance = self.features.get(features, {}).get("provenance")
         known = provenance if isinstance(provenance, dict) else {}
         settings = {key: self.settings.get(key) for key in ("num_images", "reference", "weights")}
-        return settings | {key: known.get(key) for key in ("dataset", "extractor")}
+        used = {key: known.get(key) for key in ("dataset", "extractor")}
+        return settings | used | ({"neighbours": self.neighbours(features)} if key in OF_NEIGHBOURS else {})
+
+    def neighbours(self, features: str) -> object:
+        """The k of precision and what is like it."""
+        provenance = self.features.get(features, {}).get("provenance")
+        return provenance.get("neighbours", USUAL_NEIGHBOURS) if isinstance(provenance, dict) else USUAL_NEIGHBOURS
 
     def band(self, features: str, value: float, spread: str) -> tuple[float, float]:
         """The [low, high] around a score; `spread` names it or a standard deviation, missing counts as 0."""
@@ -162,11 +177,19 @@ class Run:
         kept = [(step, value) for step, value in pairs if step is not None and value is not None]
         return Curve([step for step, _ in kept], [value for _, value in kept])
 
+    def of_critic(self, key: str) -> Curve:
+        """A number of what evaluations found of their checkpoint's critic, among those of the newest's weights."""
+        weights = self.latest.settings.get("weights") if self.latest else None
+        alike = [item for item in self.evaluations if item.settings.get("weights") == weights]
+        pairs = [(float(item.step), finite(item.about("critic").get(key))) for item in alike]
+        kept = [(step, value) for step, value in pairs if value is not None]
+        return Curve([step for step, _ in kept], [value for _, value in kept])
+
     def scored(self, features: str, key: str, spread: str = "") -> Curve:
         """A score over the evaluations that compare with the newest, with a band where `spread` is given (see
         `Evaluation.band`)."""
         items, newest = self.evaluations, self.newest(features)
-        compared = [item for item in items if newest and item.way(features) == newest.way(features)]
+        compared = [item for item in items if newest and item.way(features, key) == newest.way(features, key)]
         kept = [(item, value) for item in compared if (value := item.score(features, key)) is not None]
         band = [item.band(features, value, spread) for item, value in kept] if spread else None
         return Curve([float(item.step) for item, _ in kept], [value for _, value in kept], band)

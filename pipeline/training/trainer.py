@@ -20,6 +20,7 @@ from pipeline.evaluation.selection import Selection
 from pipeline.export.generator_file import save_export
 from pipeline.export.images import interpolate, sample_grid, save_grid
 from pipeline.models.interface import AnyGenerator
+from pipeline.models.networks import Critic
 from pipeline.models.objectives import choose
 from pipeline.progress import bar
 from pipeline.storage.checkpoint import newest_intact, sweep
@@ -209,7 +210,9 @@ class Trainer:
             try:
                 with runtime.tolerating(f"step {step}: evaluation"):
                     facts = {"step": step, "weights": self.config.evaluation.weights}
-                    found = scorer.score_generator(generator, scores, facts)["features"]
+                    critic = self.state.critic
+                    own = critic if isinstance(critic, Critic) else None  # users' may change in a forward pass
+                    found = scorer.score_generator(generator, scores, facts, own)["features"]
                     fids = (f", {name} FID {values['fid']:.2f}" for name, values in found.items())
                     self._fids = f"{''.join(fids)} at step {step}"
                     self._comment()

@@ -194,6 +194,11 @@ TABLE = {
         dataset={"class_names": ()},
         subject="training.objective",
     ),
+    "learning from images of no class": Bad(
+        r"evaluation.gan_train is true, but training.objective wgan makes images of no class: set it to false, or .*",
+        {"evaluation": {"gan_train": True}},
+        subject="training.objective",
+    ),
     "a batch that two can't share": Bad(
         r"training.batch_size 63 cannot be shared among 2 processes: choose .*",
         {"training": {"batch_size": 63}},
@@ -238,7 +243,7 @@ TABLE = {
         subject="run.keep_best",
     ),
     "the best by no such score": Bad(
-        r"mnist.fids is no score to choose by: name one of fid, kid_mean, is_mean, .*",
+        r"mnist.fids is no score to choose by: name one of fid, fid_infinite, kid_mean, .*",
         {"run": {"keep_best": "mnist.fids"}, "evaluation": {"every": 5}},
         subject="run.keep_best",
     ),

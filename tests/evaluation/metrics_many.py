@@ -15,7 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from pipeline.evaluation.metrics import ClassScores, FrechetDistance, InceptionScore, KernelDistance, ManifoldScores
+from pipeline.evaluation.metrics import (
+    Authenticity,
+    ClassScores,
+    ExtrapolatedFrechetDistance,
+    InceptionScore,
+    KernelDistance,
+    ManifoldScores,
+    SlicedWasserstein,
+)
 
 NUM_FAKES, NUM_REALS, WIDTH, CLASSES = 10_001, 12_345, 12, 4
 CUTS = {1: (0.0, 1.0), 2: (0.0, 0.3, 1.0), 4: (0.0, 0.4, 0.4, 0.9, 1.0)}
@@ -36,10 +44,12 @@ def main(output: str, *batch_sizes: str) -> None:
     for batch_size in map(int, batch_sizes):
         metrics = MetricCollection(
             {
-                "fid": FrechetDistance(WIDTH),
+                "fid": ExtrapolatedFrechetDistance(WIDTH, keep=4000),
                 "inception_score": InceptionScore(CLASSES),
                 "kid": KernelDistance(WIDTH, keep=4000),
                 "manifold": ManifoldScores(WIDTH, keep=1000),
+                "sliced_wasserstein": SlicedWasserstein(WIDTH, keep=1000),
+                "authenticity": Authenticity(WIDTH, scored=500, keep=4000),
                 "classes": ClassScores(WIDTH, CLASSES),
             }
         )

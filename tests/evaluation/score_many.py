@@ -15,14 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.config import NetworkConfig
+from pipeline.config import EvaluationConfig, NetworkConfig
 from pipeline.data import load_dataset
 from pipeline.data.resident import load_split
 from pipeline.distributed.collectives import Ranks
+from pipeline.evaluation.critic import critic_estimates, share_of_real_images
 from pipeline.evaluation.evaluate import evaluate_images
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.features.mnist import MnistFeatures
-from pipeline.models.networks import Generator, initialise
+from pipeline.models.networks import Critic, Generator, initialise
 from pipeline.rng import evaluation_latents, seeded
 
 
@@ -35,6 +36,11 @@ def main(folder: str, output: str, num_images: str, *batch_sizes: str) -> None:
     extractor = MnistFeatures(torch.device("cpu"))
     generator = Generator(NetworkConfig(width=0.1), dataset.image_shape, 0).eval()
     initialise(generator, seeded(0, "test"))
+    critic = Critic(NetworkConfig(width=0.1), dataset.image_shape)
+    initialise(critic, seeded(0, "critic"))
+    real = {split: share_of_real_images(dataset, split, ranks) for split in ("train", "test")}
+    share = ranks.share(250, 100)
+    estimates = critic_estimates(critic, real | {"generated": digits[share.start : share.stop]}, ranks)
     calls: list[tuple[int, int]] = []
 
     @torch.inference_mode()
@@ -51,11 +57,11 @@ def main(folder: str, output: str, num_images: str, *batch_sizes: str) -> None:
             ImageSet(int(num_images), render, torch.arange(int(num_images)) % 10),
             dataset,
             [extractor],
-            batch_size=batch_size,
+            EvaluationConfig(batch_size=batch_size),
             seed=3,
             ranks=ranks,
         )
-        results.append({"scores": scores["mnist"], "calls": list(calls)})
+        results.append({"scores": scores["mnist"], "calls": list(calls), "critic": estimates})
     Path(f"{output}.{ranks.rank}").write_text(json.dumps(results))
     if ranks.world_size > 1:
         dist.destroy_process_group()

@@ -59,6 +59,29 @@ def test_the_test_split_scores_at_the_floor(score: Score, test_digits: tuple[Ten
         assert found[name] > 0.9
     assert found["density"] == pytest.approx(1, abs=0.1)
     assert all(score < 10 for score in found["fid_per_class"].values())
+    assert found["fid_infinite"] < found["fid"]
+    assert found["sliced_wasserstein"] == pytest.approx(found["sliced_wasserstein_floor"], rel=1e-6)
+    assert found["authenticity"] == pytest.approx(found["authenticity_real"], abs=0.05)
+
+
+def test_copies_of_training_images_are_not_authentic(
+    score: Score, real: dict[str, Any], mnist_dataset: Dataset
+) -> None:
+    """But for those whose originals are not among the 50,000 of 60,000 that are kept. FID praises them."""
+    found = score(load_split(mnist_dataset, "train")[0][:NUM_IMAGES])
+    assert found["authenticity"] < found["authenticity_real"] / 2
+    assert real["authenticity"] == pytest.approx(real["authenticity_real"], abs=0.06)
+    assert found["fid"] < 1.2 * real["fid"]
+
+
+def test_fid_of_infinitely_many_images_is_that_of_many(
+    score: Score, real: dict[str, Any], test_digits: tuple[Tensor, Tensor]
+) -> None:
+    """From 2,000 blurred digits as from 10,000, whose FID is nearer to it."""
+    blurred = gaussian_blur(test_digits[0], [5, 5], [0.5, 0.5])
+    few, many = score(blurred[:NUM_IMAGES]), score(blurred)
+    assert few["fid_infinite"] < many["fid"] < few["fid"]
+    assert abs(few["fid_infinite"] - many["fid_infinite"]) < abs(few["fid"] - many["fid_infinite"])
 
 
 def test_uniform_noise_is_far_from_everything(score: Score, real: dict[str, Any]) -> None:
@@ -66,6 +89,8 @@ def test_uniform_noise_is_far_from_everything(score: Score, real: dict[str, Any]
     found = score(torch.randint(0, 256, (NUM_IMAGES, 1, 28, 28), dtype=torch.uint8, generator=generator))
     assert found["fid"] > 300 * real["fid"]
     assert found["kid_mean"] > 10 * found["kid_std"]
+    assert found["sliced_wasserstein"] > 20 * found["sliced_wasserstein_floor"]
+    assert found["authenticity"] > 0.99
     assert found["is_mean"] < 2
     assert found["precision"] < 0.01
     assert found["recall"] < 0.01
@@ -95,6 +120,7 @@ def test_a_missing_class_is_a_loss_of_recall_not_of_precision(
     assert found["recall"] < real["recall"] - 0.05
     assert found["coverage"] < real["coverage"] - 0.05
     assert found["is_mean"] < real["is_mean"] - 0.5
+    assert found["sliced_wasserstein"] > 1.5 * real["sliced_wasserstein"]
     assert found["class_histogram"]["7"] < 0.005
     assert found["class_total_variation"] == pytest.approx(found["class_histogram_real"]["7"], abs=0.03)
     assert found["fid_per_class"]["7"] is None
@@ -108,6 +134,7 @@ def test_blur_loses_what_sets_digits_apart(
     digits = test_digits[0][:NUM_IMAGES]
     light, heavy = (score(gaussian_blur(digits, [13, 13], [sigma, sigma])) for sigma in (1.0, 2.0))
     assert 20 * real["fid"] < light["fid"] < heavy["fid"] / 2
+    assert 2 * real["sliced_wasserstein"] < light["sliced_wasserstein"] < heavy["sliced_wasserstein"]
     assert 20 * real["kid_mean"] < light["kid_mean"] < heavy["kid_mean"] / 1.2
     for name, margin in (("is_mean", 0.5), ("coverage", 0.1), ("confidence_mean", 0.02)):
         assert real[name] - margin > light[name] > heavy[name] + margin, name

@@ -88,7 +88,9 @@ def test_a_torchscript_file_is_a_feature_space(digits: Dataset, tmp_path: Path) 
     features, logits = rows(images)
     torch.testing.assert_close(features, images.float().mean((1, 3)) / 2)
     assert logits.shape == (610, 0)
-    scores = evaluate_images(ImageSet.of_tensor(images), digits, [rows], reference="test")["torchscript:rows"]
+    scores = evaluate_images(ImageSet.of_tensor(images), digits, [rows], EvaluationConfig(reference="test"))[
+        "torchscript:rows"
+    ]
     assert scores["fid"] == pytest.approx(0, abs=1e-6)
     assert scores["is_mean"] is scores["is_std"] is None  # it has no classes
     assert load(name, digits).fingerprint == rows.fingerprint

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline.config import EvaluationConfig
 from pipeline.data import Dataset
 from pipeline.data.prepare import prepare_npz
 from pipeline.data.resident import load_split
@@ -63,7 +64,15 @@ def test_scores_do_not_depend_on_world_size_or_batch_size(
     jobs: dict[int, tuple[Path, list[list[dict[str, Any]]]]],
 ) -> None:
     expected = dict(leaves(jobs[1][1][0][0]["scores"]))
-    assert {"fid", "fid_interval[1]", "recall", "fid_per_class.3", "class_accuracy", "kid_mean"} <= expected.keys()
+    assert {
+        "fid",
+        "fid_interval[1]",
+        "recall",
+        "fid_per_class.3",
+        "class_accuracy",
+        "kid_mean",
+        "authenticity",
+    } <= expected.keys()
     assert 0.1 < expected["precision"] < 0.99
     assert 0.1 < expected["recall"] < 0.99
     alone = [dict(leaves(result["scores"])) for result in jobs[1][1][0]]
@@ -77,6 +86,18 @@ def test_scores_do_not_depend_on_world_size_or_batch_size(
                     for other, tolerance in ((value, 1e-6), (alone[index][name], 1e-9)):
                         wanted = pytest.approx(other, rel=tolerance) if isinstance(value, float) else other
                         assert found[name] == wanted, (num_processes, batch_size, name)
+
+
+@pytest.mark.slow
+def test_what_is_told_of_a_critic_does_not_depend_on_the_world_size(
+    jobs: dict[int, tuple[Path, list[list[dict[str, Any]]]]],
+) -> None:
+    expected = dict(leaves(jobs[1][1][0][0]["critic"]))
+    assert [expected[f"images.{kind}"] for kind in ("train", "test", "generated")] == [1150, 610, 250]
+    assert expected["overfitting_error"] > 0
+    for _, ranks in jobs.values():
+        for rank in ranks:
+            assert dict(leaves(rank[0]["critic"])) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.slow
@@ -128,10 +149,13 @@ def test_labels_give_the_rate_of_the_asked_class(digits: Dataset, extractor: Fea
 def test_too_few_images_give_null_scores(digits: Dataset, extractor: FeatureExtractor) -> None:
     images, _ = load_split(digits, "test")
     scores = evaluate_images(ImageSet.of_tensor(images[:5]), digits, [extractor])["mnist"]
-    for key in ("precision", "recall", "density", "coverage", "fid_interval"):
+    for key in ("precision", "recall", "density", "coverage", "fid_interval", "fid_infinite"):
         assert scores[key] is None
     counts: Any = scores["images"]
     assert counts["kid"] == [5, 1150]
+    assert counts["sliced_wasserstein"] == [5, 5]
+    assert counts["authenticity"] == [5, 1150]
+    assert counts["authenticity_real"] == 5
     assert isinstance(scores["fid"], float)
     json.dumps(scores, allow_nan=False)
 
@@ -140,9 +164,13 @@ def test_the_reference_can_be_either_split_and_the_other_gives_the_floor(
     digits: Dataset, extractor: FeatureExtractor
 ) -> None:
     images, _ = load_split(digits, "train")
-    against_test = evaluate_images(ImageSet.of_tensor(images[:1150]), digits, [extractor], reference="test")["mnist"]
+    against_test = evaluate_images(
+        ImageSet.of_tensor(images[:1150]), digits, [extractor], EvaluationConfig(reference="test")
+    )["mnist"]
     assert against_test["fid"] == pytest.approx(against_test["fid_floor"], rel=1e-9)
-    against_train = evaluate_images(ImageSet.of_tensor(images[:1150]), digits, [extractor], reference="train")["mnist"]
+    against_train = evaluate_images(
+        ImageSet.of_tensor(images[:1150]), digits, [extractor], EvaluationConfig(reference="train")
+    )["mnist"]
     assert against_train["fid"] == pytest.approx(0, abs=1e-6)
     assert against_train["fid_floor"] == pytest.approx(against_test["fid_floor"], rel=1e-9)
 
@@ -169,7 +197,7 @@ def test_a_dataset_of_one_split_has_no_floor(
     images, _ = load_split(dataset, "train")
     assert evaluate_images(ImageSet.of_tensor(images[:200]), dataset, [extractor])["mnist"]["fid_floor"] is None
     with pytest.raises(UserError, match="test"):
-        evaluate_images(ImageSet.of_tensor(images[:200]), dataset, [extractor], reference="test")
+        evaluate_images(ImageSet.of_tensor(images[:200]), dataset, [extractor], EvaluationConfig(reference="test"))
 
 
 def test_what_is_not_an_image_is_refused(digits: Dataset, extractor: FeatureExtractor) -> None:
@@ -192,11 +220,17 @@ def test_an_interrupted_evaluation_ends_without_a_score(digits: Dataset, extract
         done.append(stop - start)
         return images[start:stop]
 
-    evaluate_images(ImageSet(210, render), digits, [extractor], batch_size=100)
+    evaluate_images(ImageSet(210, render), digits, [extractor], EvaluationConfig(batch_size=100))
     assert done == [100, 100, 10]
     done.clear()
     with pytest.raises(Preempted, match="start it again"):
-        evaluate_images(ImageSet(610, render), digits, [extractor], batch_size=100, interrupted=lambda: len(done) == 2)
+        evaluate_images(
+            ImageSet(610, render),
+            digits,
+            [extractor],
+            EvaluationConfig(batch_size=100),
+            interrupted=lambda: len(done) == 2,
+        )
     assert done == [100, 100]
 
 

@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from pipeline.evaluation.metrics import ClassScores, manifold
+from pipeline.evaluation.metrics import Authenticity, ClassScores, ManifoldScores, SlicedWasserstein, manifold
+from pipeline.evaluation.metrics.authenticity import authenticity
 from pipeline.evaluation.metrics.frechet import (
     JACKKNIFE_GROUPS,
     FrechetReference,
     Moments,
     frechet_distance,
+    frechet_extrapolated,
     frechet_interval,
 )
 from pipeline.evaluation.metrics.inception_score import inception_score
 from pipeline.evaluation.metrics.kernel import kernel_distance
 from pipeline.evaluation.metrics.manifold import manifold_scores, nearest_neighbours
+from pipeline.evaluation.metrics.sliced import PROJECTIONS, sliced_wasserstein
 from pipeline.rng import seeded
 
 
@@ -82,6 +85,36 @@ def test_frechet_interval_holds_the_score_and_needs_images() -> None:
     assert (low + high) / 2 == pytest.approx(score, rel=1e-9)
     assert interval(sample, reference, seed=0) == (low, high)
     assert interval(sample[:39], reference, seed=0) is None
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.1])
+def test_the_extrapolated_distance_has_no_bias_of_the_number_of_images(shift: float) -> None:
+    """Against N(0, I) itself the FID of N(shift, I) is |shift|^2; that of 400 images is 0.07 above it in the mean, that
+    of 100 images 0.28."""
+    reference, truth = FrechetReference(Moments(torch.zeros(8).double(), torch.eye(8).double(), 10**9)), 8 * shift**2
+    plain, extrapolated = [], []
+    for seed in range(40):
+        sample = normal(400, 8, seed, shift)
+        plain.append(reference.distance(Moments.of_features(sample)))
+        extrapolated.append(frechet_extrapolated(sample, 400, plain[-1], reference, seed) or math.nan)
+    assert np.mean(plain) - truth > 0.06
+    assert abs(np.mean(extrapolated) - truth) < 0.015  # three standard errors of the mean
+    assert np.std(extrapolated) < 1.5 * np.std(plain) + 0.01
+
+
+def test_the_extrapolated_distance_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of FIDs that are 7 + 90 / N the line gives 7, also where the images at hand are some of a larger number."""
+    reference = FrechetReference(Moments.of_features(normal(100, 3, 1)))
+    monkeypatch.setattr(FrechetReference, "distance", lambda self, ours: 7 + 90 / ours.num_images)
+    for count in (120, 1000):
+        found = frechet_extrapolated(normal(120, 3, 0), count, 7 + 90 / count, reference, seed=0)
+        assert found == pytest.approx(7, rel=1e-9)
+
+
+def test_the_extrapolated_distance_needs_full_covariances() -> None:
+    reference = FrechetReference(Moments.of_features(normal(100, 4, 1)))
+    assert frechet_extrapolated(normal(19, 4, 0), 19, 1.0, reference, seed=0) is None
+    assert frechet_extrapolated(normal(20, 4, 0), 20, 1.0, reference, seed=0) is not None
 
 
 def test_leaving_a_group_out_by_subtraction_is_exact() -> None:
@@ -194,6 +227,81 @@ def test_nearest_neighbours_by_hand_and_against_brute_force() -> None:
     torch.testing.assert_close(distances, brute.values[:, :3], rtol=1e-9, atol=1e-12)
 
 
+def test_sliced_wasserstein_by_hand() -> None:
+    """On a line every projection is the line: 0, 1, 5 and 2, 7, 3 are joined in order, so (4 + 4 + 4) / 3. In the plane
+    a shift by (3, 4) is one of 3 u1 + 4 u2 along u."""
+    fake, real = torch.tensor([[1.0], [5.0], [0.0]]), torch.tensor([[2.0], [3.0], [7.0]])
+    assert sliced_wasserstein(fake, real, seed=0) == pytest.approx(2.0)
+    rows = normal(50, 2, 0).double()
+    directions = torch.randn(2, PROJECTIONS, generator=seeded(5, "projections"), dtype=torch.float64)
+    along = torch.tensor([3.0, 4.0]).double() @ (directions / directions.norm(dim=0))
+    shifted = sliced_wasserstein(rows + torch.tensor([3.0, 4.0]), rows, seed=5)
+    assert shifted == pytest.approx(along.square().mean().sqrt().item(), rel=1e-9)
+    assert shifted == pytest.approx(math.sqrt(25 / 2), rel=0.2)  # the mean over all directions
+    assert sliced_wasserstein(rows.flip(0), rows, seed=5) == 0
+
+
+def test_sliced_wasserstein_sees_what_moments_do_not() -> None:
+    """Two modes against a normal distribution of the same mean and covariance: FID is nothing but its bias."""
+    random = torch.Generator().manual_seed(0)
+    modes = torch.randint(2, (2000, 3), generator=random) * 2.0 - 1
+    other, same = normal(2000, 3, 1), normal(2000, 3, 2)
+    assert frechet_distance(Moments.of_features(modes), Moments.of_features(other)) < 0.02
+    assert sliced_wasserstein(modes, other, 0) > 3 * sliced_wasserstein(same, other, 0)
+
+
+def test_sliced_wasserstein_takes_as_many_of_either_side() -> None:
+    metric = SlicedWasserstein(3)
+    metric.update(normal(50, 3, 0), real=False)
+    metric.update(normal(80, 3, 1), real=True)
+    assert metric.num_used == [50, 50]
+    assert metric.compute()["sliced_wasserstein"].item() > 0
+
+
+def test_authenticity_by_hand() -> None:
+    """Training images 0, 1, 10, 14 have their nearest other one at 1, 1, 4, 4. Generated: 0 is a copy (0 < 1), 3 is
+    2 from 1 (2 > 1), 12 is 2 from either (2 < 4), 20 is 6 from 14 (6 > 4)."""
+    training = torch.tensor([[0.0], [1.0], [10.0], [14.0]])
+    assert authenticity(torch.tensor([[0.0], [3.0], [12.0], [20.0]]), training) == 0.5
+    assert authenticity(training, training) == 0
+    stray = torch.cat([training, torch.tensor([[100.0]])])
+    assert authenticity(torch.full((9, 1), 101.0), stray) == 0, "also beside a training image that is alone"
+    assert authenticity(torch.tensor([[0.0]]), torch.tensor([[0.0], [0.0]])) == 0, "a copy of a twin is a copy"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_authenticity_falls_with_copies_and_tells_nothing_of_strangers(seed: int) -> None:
+    training, fresh = normal(3000, 4, seed), normal(1000, 4, seed + 10)
+    copies = training[:1000] + 0.01 * normal(1000, 4, seed + 20)
+
+    def share(generated: Tensor) -> float:
+        return authenticity(generated, training)
+
+    assert 0.4 < share(fresh) < 0.7
+    assert share(copies) < 0.05
+    assert share(torch.cat([copies[:500], fresh[:500]])) == pytest.approx((share(copies) + share(fresh)) / 2, abs=0.05)
+    assert share(fresh + 20) > 0.95
+
+
+def test_authenticity_takes_some_images_among_all_training_images() -> None:
+    metric = Authenticity(3, scored=40)
+    metric.update(normal(50, 3, 0), real=False)
+    metric.update(normal(80, 3, 1), real=True)
+    assert metric.num_used == [40, 80]
+    features, _ = metric.sample(real=False, count=40)
+    assert metric.compute()["authenticity"].item() == authenticity(features, normal(80, 3, 1))
+
+
+@pytest.mark.parametrize("neighbours", [1, 3, 10])
+def test_manifold_scores_for_other_neighbours(neighbours: int) -> None:
+    fake, real = normal(200, 4, 0, 0.5), normal(200, 4, 1)
+    metric = ManifoldScores(4, neighbours=neighbours)
+    metric.update(fake, real=False)
+    metric.update(real, real=True)
+    found = {name: score.item() for name, score in metric.compute().items()}
+    assert found == pytest.approx(plain_manifold(fake, real, neighbours), rel=1e-12)
+
+
 def test_class_scores_by_hand() -> None:
     """Fakes of classes 0 0 2 2 against one real of each of four: shares, distance, accuracy and confidence."""
     metric, features = ClassScores(2, 4), torch.zeros(4, 2)
@@ -239,5 +347,8 @@ def test_no_score_touches_the_global_random_state() -> None:
     inception_score(features, seed=1)
     kernel_distance(features, features, seed=1)
     interval(features, Moments.of_features(features), seed=1)
+    frechet_extrapolated(features, 100, 1.0, FrechetReference(Moments.of_features(features)), seed=1)
+    sliced_wasserstein(features, features, seed=1)
+    authenticity(features, features)
     manifold_scores(features, features)
     assert (torch.rand(1), np.random.rand()) == expected

@@ -17,7 +17,16 @@ from torchmetrics import MetricCollection
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from pipeline.evaluation.metrics import ClassScores, FrechetDistance, InceptionScore, KernelDistance, ManifoldScores
+from pipeline.evaluation.metrics import (
+    Authenticity,
+    ClassScores,
+    ExtrapolatedFrechetDistance,
+    FrechetDistance,
+    InceptionScore,
+    KernelDistance,
+    ManifoldScores,
+    SlicedWasserstein,
+)
 from pipeline.evaluation.metrics.base import FeatureMetric, SampleMetric
 from pipeline.rng import sampling_order
 from tests.evaluation.metrics_many import CLASSES, WIDTH, made_up
@@ -25,9 +34,12 @@ from tests.jobs import ROOT, launch
 
 MAKERS: dict[str, Callable[[], FeatureMetric]] = {
     "fid": lambda: FrechetDistance(WIDTH),
+    "fid_infinite": lambda: ExtrapolatedFrechetDistance(WIDTH, keep=150),
     "inception_score": lambda: InceptionScore(WIDTH, keep=150),
     "kid": lambda: KernelDistance(WIDTH, keep=150),
     "manifold": lambda: ManifoldScores(WIDTH, keep=150),
+    "sliced_wasserstein": lambda: SlicedWasserstein(WIDTH, keep=150),
+    "authenticity": lambda: Authenticity(WIDTH, scored=100, keep=150),
     "classes": lambda: ClassScores(WIDTH, WIDTH),
 }
 
@@ -71,11 +83,14 @@ def test_scores_depend_neither_on_the_ranks_nor_on_the_batches(tmp_path: Path) -
     expected = found[0]
     assert 0 < expected["precision"] < 1
     assert 0 < expected["recall"] < 1
+    assert 0 < expected["authenticity"] < 1
+    assert 0 < expected["fid_infinite"] < expected["fid"]
+    assert expected["sliced_wasserstein"] > 0
     assert all(score > 0 for score in expected["fid_per_class"])
     assert len(expected["class_histogram"]) == CLASSES
     for scores in found[1:]:
         for name, value in expected.items():
-            if name.startswith(("is_", "kid_", "precision", "recall", "density", "coverage")):
+            if name.startswith(("is_", "kid_", "precision", "recall", "density", "coverage", "sliced", "authentic")):
                 assert scores[name] == value, name  # in every bit: the same rows in the same order
             else:
                 assert scores[name] == pytest.approx(value, rel=1e-9, nan_ok=True), name
@@ -181,6 +196,8 @@ def test_a_collection_shares_no_states_that_will_differ() -> None:
         "large": KernelDistance(WIDTH, keep=200),
         "seed": KernelDistance(WIDTH, keep=200, seed=1),
         "manifold": ManifoldScores(WIDTH, keep=150),
+        "sliced": SlicedWasserstein(WIDTH, keep=150),
+        "authenticity": Authenticity(WIDTH, keep=200),
         "fid": FrechetDistance(WIDTH),
     }
     alone = {name: pickle.loads(pickle.dumps(metric)) for name, metric in metrics.items()}
@@ -195,7 +212,7 @@ def test_a_collection_shares_no_states_that_will_differ() -> None:
         for key, score in values(metric).items():
             matching = {f"{name}_{key}", key or name} & found.keys()
             assert [found[match].item() for match in matching] == [score], (name, key)
-    assert ["large", "seed"] in collection.compute_groups.values()
+    assert ["authenticity", "large", "seed"] in collection.compute_groups.values()
 
 
 class Identity(nn.Module):

@@ -69,6 +69,16 @@ def test_only_scores_that_compare_and_belong_to_the_training_count(tmp_path: Pat
     assert [item.step for item in chosen.evaluations(94)] == [10]
 
 
+def test_scores_of_other_neighbours_do_not_count(tmp_path: Path) -> None:
+    """Nor are those of the version before left out, which did not tell their five; FID knows of no neighbours."""
+    scores: dict[int, dict[str, Any]] = {step: {"precision": 0.1 * step, "fid": 1.0 * step} for step in (10, 20, 30)}
+    scores[10]["provenance"], scores[30]["provenance"] = {"neighbours": 5}, {"neighbours": 3}
+    steps = [10, 20, 30]
+    assert selection(tmp_path, scores, keep_best="precision").best_of(steps) == 20
+    assert selection(tmp_path / "fid", scores, keep_best="fid").best_of(steps) == 10
+    assert [item.step for item in selection(tmp_path / "all", scores, keep_best="fid").evaluations(95)] == steps
+
+
 def test_patience_counts_evaluations_since_the_best(tmp_path: Path) -> None:
     fids = {10: 9.0, 20: 7.0, 30: 7.0, 40: 8.0, 50: 6.0, 60: None, 70: 6.5}
     chosen = selection(tmp_path, {step: {"fid": fid} for step, fid in fids.items()}, keep_best="fid", patience=2)

@@ -161,11 +161,15 @@ def test_a_refilled_folder_of_the_same_name_and_count_is_refused(
             "weights is ema there and raw here",
         ),
         (
+            lambda scorer: setattr(scorer, "config", EvaluationConfig(num_images=NUM_IMAGES, neighbours=3)),
+            "evaluation.neighbours is 5 there and 3 here",
+        ),
+        (
             lambda scorer: setattr(scorer, "extractors", with_other_extractor(scorer).extractors),
             r"mnist is .{12}\.\.\. there and 000000000000\.\.\. here",
         ),
     ],
-    ids=["seed", "number", "reference", "weights", "extractor"],
+    ids=["seed", "number", "reference", "weights", "neighbours", "extractor"],
 )
 def test_scores_measured_in_another_way_are_refused_and_the_difference_named(
     change: Callable[[Scorer], None], difference: str, run: RunFolder, scorer: Scorer, tmp_path: Path
@@ -178,6 +182,17 @@ def test_scores_measured_in_another_way_are_refused_and_the_difference_named(
     ):
         score(run.path, changed, tmp_path)
     assert files(run.path) == before
+
+
+def test_scores_that_do_not_tell_their_neighbours_are_of_five(run: RunFolder, scorer: Scorer, tmp_path: Path) -> None:
+    """As files of the version before."""
+    score(run.path, scorer, tmp_path)
+    after = content(run.scores(20))
+    before = copy.deepcopy(after)
+    del before["features"]["mnist"]["provenance"]["neighbours"], before["features"]["mnist"]["authenticity"]
+    run.scores(20).write_text(json.dumps(before))
+    score(run.path, scorer, tmp_path)
+    assert content(run.scores(20)) == after
 
 
 def test_a_generator_is_known_by_its_weights_wherever_they_lie(

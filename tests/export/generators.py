@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.config import NetworkConfig
 from pipeline.distributed.collectives import Ranks
-from pipeline.models.networks import Generator, initialise
+from pipeline.models.networks import Critic, Generator, initialise
 from pipeline.rng import seeded
 from pipeline.storage.checkpoint import CheckpointWriter
 from pipeline.storage.run_folder import RunFolder
@@ -26,11 +26,14 @@ def random_generator(num_classes: int = 0, shape: tuple[int, int, int] = (1, 28,
     return generator.eval().requires_grad_(False)
 
 
-def saved_run(run: RunFolder, generator: Generator, dataset_fingerprint: str, *steps: int) -> RunFolder:
-    """A run on this dataset, all of whose checkpoints hold one generator."""
+def saved_run(
+    run: RunFolder, generator: Generator, dataset_fingerprint: str, *steps: int, critic: Critic | None = None
+) -> RunFolder:
+    """A run on this dataset, all of whose checkpoints hold one generator and maybe one critic."""
     run.path.mkdir(parents=True, exist_ok=True)
     run.config.touch()
     state = {f"{role}.{name}": value for role in ("ema", "generator") for name, value in generator.state_dict().items()}
+    state |= {f"critic.{name}": value for name, value in critic.state_dict().items()} if critic else {}
     writer = CheckpointWriter(run, Ranks(), keep_last=9, keep_every=None, clip_value=None)
     for step in steps:
         writer.save(state, step, {"generator": generator.spec()})

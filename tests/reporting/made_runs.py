@@ -91,6 +91,7 @@ def make_run(
         scores = {
             "fid": fid * 3000 / step,
             "fid_floor": 0.904,
+            "fid_infinite": fid * 2900 / step,
             "fid_interval": [fid * 2950 / step, fid * 3050 / step],
             "is_mean": 9.0 + step / 10_000,
             "is_std": 0.06,
@@ -100,6 +101,11 @@ def make_run(
             "recall": 0.6,
             "density": 0.75,
             "coverage": None,
+            "sliced_wasserstein": 1.25,
+            "sliced_wasserstein_floor": 0.11,
+            "authenticity": 0.481,
+            "authenticity_real": 0.479,
+            "class_accuracy": 0.915,
             "class_histogram": {str(digit): 0.05 + digit / 90 for digit in range(10)},
             "class_histogram_real": {str(digit): 0.1 for digit in range(10)},
             "class_total_variation": 0.1389,
@@ -110,10 +116,21 @@ def make_run(
             "images": {
                 **{"fid": [num_images, 60_000], "fid_floor": num_images, "fid_per_class_floor": 10_000},
                 **{"kid": [num_images, 50_000], "manifold": [num_images, num_images]},
+                **{"authenticity": [1000, 50_000], "authenticity_real": 990},
             },
-            "provenance": {"extractor": "cd" * 32, "dataset": dataset, "classifier_test_accuracy": 0.995},
+            "provenance": {
+                "extractor": "cd" * 32,
+                "dataset": dataset,
+                "classifier_test_accuracy": 0.995,
+                "neighbours": 3,
+            },
         }
-        content = {"step": step, "num_images": num_images, "reference": "train", "weights": "ema"}
+        critic = {
+            "images": {"train": 2000, "test": 1995, "generated": 1990},
+            **{"train_gap": 0.02, "test_gap": 0.02 - 1e-6 * step, "overfitting": 0.15, "overfitting_error": 0.021},
+        }
+        content = {"step": step, "num_images": num_images, "reference": "train", "weights": "ema", "critic": critic}
+        content["gan_train"] = {"accuracy": 0.876, "images": num_images, "real_images": 10_000}
         path = folder / "evaluation" / f"step-{step:08d}.json"
         path.write_text(json.dumps(content | {"features": {"mnist": scores}}))
     for step in range(500, 3001, 500):

@@ -42,15 +42,16 @@ def test_report_says_everything_verdict_first(run: Path) -> None:
         "Configuration",
         "Provenance",
     ]
-    titles = "FID,Inception score,KID,Fidelity and variety,Losses,Wasserstein estimate,Clipped weights,"
+    titles = "FID,Inception score,KID,Fidelity and variety,Losses,Wasserstein estimate,Critic on unseen images,"
+    titles += "Clipped weights,"
     titles += "Critic gradient norm,Classes of the samples,FID of each class,Nearest training images,Interpolation,"
     titles += "Throughput,Where 18 min went"
     assert page.texts_of("h3") == ["Generated", "Real", *titles.split(",")]
-    assert len(page.all("svg")) == 11
+    assert len(page.all("svg")) == 12
     # The verdict: 45.2 / 0.904 = 50; the interval is 45.2 * 2950 / 3000 to 45.2 * 3050 / 3000.
     for words in (
         "finished, 3,000 steps",
-        "45.2 10,000 images · 95% interval 44.4 to 46.0 · floor 0.904",
+        "45.2 10,000 images · 95% interval 44.4 to 46.0 · floor 0.904 · 43.7 with infinitely many images",
         "That is 50 times the floor of 0.904, which 10,000 real test images score against the same real train images: "
         "a wide gap between generated and real images.",
         "Best FID 45.2 the last",
@@ -64,18 +65,43 @@ def test_report_says_everything_verdict_first(run: Path) -> None:
         "ab" * 32,
         "mnist features · extractor " + "cd" * 32,
         "generated its 3 nearest training images",
-        "Among 50,000 training images.",
+        "Among 50,000 training images. Twins would mean that the generator memorised. In mnist features 48.1% of 1,000 "
+        "generated images are further from the nearest training image than that is from its own nearest one, and 47.9% "
+        "of 990 other real images: far fewer with a good FID would mean copies.",
+        "Precision 0.800 k = 3",
+        "GAN-test 91.5% asked class seen",
+        "GAN-train 87.6% of 10,000 images",
+        "In the last evaluation 15.0% of the distance lies between seen and unseen images (standard error 2.1%). "
+        "N = 2,000 training, 1,995 test, 1,990 generated images.",
         "Distance to the real images: lower is better. Dashed: the floor, real against real. N = 10,000 generated, "
         "60,000 real.",
         "Confident and varied classes: higher is better. N = 10,000 generated.",
         "unbiased: lower is better. N = 10,000 generated, 50,000 real.",
-        "how many real images the samples reach. N = 10,000 generated, 10,000 real.",
+        "how many real images the samples reach. k = 3. N = 10,000 generated, 10,000 real.",
         "mean confidence 0.930. N = 10,000 generated, 60,000 real.",
         "Marks: the floor, 10,000 other real images of all classes. N = 10,000 generated, 60,000 real.",
         "the package's own MNIST classifier (test accuracy 0.995): the FIDs of papers",
     ):
         assert words in page.text
     assert page.text.index("45.2") < page.text.index("Scores over training")
+
+
+def test_scores_of_earlier_versions_are_reported(run: Path) -> None:
+    """Of the version before, which had neither these scores nor told the k that it took."""
+    for path in (run / "evaluation").glob("step-*.json"):
+        content = json.loads(path.read_text())
+        del content["critic"], content["gan_train"], content["features"]["mnist"]["provenance"]["neighbours"]
+        for key in ("fid_infinite", "sliced_wasserstein", "sliced_wasserstein_floor", "authenticity"):
+            del content["features"]["mnist"][key]
+        del content["features"]["mnist"]["authenticity_real"], content["features"]["mnist"]["images"]["authenticity"]
+        path.write_text(json.dumps(content))
+    page = Page(write_report(run))
+    assert "floor 0.904 That is" in page.text
+    assert "Precision 0.800 k = 5" in page.text
+    for word in ("infinitely", "Critic on unseen", "GAN-train", "further from"):
+        assert word not in page.text
+    assert len(page.all("svg")) == 11
+    assert "infinitely" not in (run / "report.md").read_text()
 
 
 def test_grids_show_the_last_step_and_can_be_moved_through(run: Path) -> None:
@@ -142,6 +168,7 @@ def test_same_folder_gives_same_bytes_and_no_other_file(run: Path) -> None:
             [
                 "FID in mnist features",
                 "Scores over training",
+                "Training",  # of the evaluations: the critic's scores
                 "A closer look at the samples",
                 "All evaluations",
                 "Provenance",
@@ -233,7 +260,7 @@ def test_json_summary_is_for_machines(run: Path) -> None:
     mail = (run / "report.md").read_text()
     assert mail.startswith(
         "# `made`: finished, 3,000 steps\n\n- **FID 45.2** (`mnist` of a classifier with test accuracy 0.995, "
-        "step 3,000, 10,000 images). That"
+        "step 3,000, 10,000 images; 43.7 with infinitely many). That"
     )
     assert "`training.n_critic=2`" in mail
     assert len(mail.splitlines()) < 10
@@ -397,7 +424,7 @@ def test_scores_that_cannot_be_drawn_are_left_out(run: Path) -> None:
     content["features"]["mnist"] |= {"fid_interval": [1, 10**400], "class_histogram_real": {"0": "much", "1": 10**400}}
     path.write_text(json.dumps(content))
     page = Page(write_report(run))
-    assert len(page.all("svg")) == 11
+    assert len(page.all("svg")) == 12
 
 
 VALUES = st.recursive(

@@ -46,3 +46,20 @@ def test_feature_sets_have_one_order_the_packages_own_first(run: Path) -> None:
     content["features"] |= {name: {"fid": 1.0} for name in "gfedcba"}
     path.write_text(json.dumps(content))
     assert read_run(run).features == ["mnist", *"abcdefg"]
+
+
+def test_curves_hold_what_compares(run: Path) -> None:
+    """Scores of as many neighbours, and critics beside the same kind of weights."""
+    path = run / "evaluation" / "step-00001000.json"
+    content = json.loads(path.read_text())
+    content["features"]["mnist"]["provenance"]["neighbours"] = 5
+    path.write_text(json.dumps(content))
+    path = run / "evaluation" / "step-00002000.json"
+    content = json.loads(path.read_text()) | {"critic": "none"}
+    path.write_text(json.dumps(content))
+    found = read_run(run)
+    assert found.scored("mnist", "precision").steps == [2000, 3000]
+    assert found.scored("mnist", "fid").steps == [1000, 2000, 3000]
+    assert found.of_critic("test_gap") == Curve([1000, 3000], [0.019, 0.017])
+    path.write_text(json.dumps(content | {"critic": {"test_gap": 1.0}, "weights": "raw"}))
+    assert read_run(run).of_critic("test_gap").steps == [1000, 3000]

@@ -19,8 +19,9 @@ class ClassScores(FeatureMetric):
 
     Gives "class_histogram" and "class_histogram_real" [num_classes], which sum to 1; "class_total_variation" of the
     two, half their L1 distance, 0 equal and 1 disjoint; "confidence_mean", the mean probability of the generated
-    images' likeliest class; "class_accuracy", how often that is the class that was asked for; "fid_per_class"
-    [num_classes], NaN for a class with too few images on either side for a covariance of full rank.
+    images' likeliest class; "class_accuracy", how often that is the class that was asked for: GAN-test (Shmelkov et al.
+    2018, arXiv 1807.09499); "fid_per_class" [num_classes], NaN for a class with too few images on either side for a
+    covariance of full rank.
     """
 
     def __init__(self, num_features: int, num_classes: int, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""FID from sums over images, and its confidence interval."""
+"""FID from sums over images, its confidence interval, and what it would be of infinitely many images."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.metrics.base import FeatureMetric, Poll, State, never_ends
+from pipeline.evaluation.metrics.base import FeatureMetric, Poll, SampleMetric, State, never_ends
 from pipeline.rng import seeded
 
 JACKKNIFE_GROUPS = 20
 STUDENT_T_95 = 2.093
 """97.5 % point of Student's t with JACKKNIFE_GROUPS - 1 degrees of freedom."""
+MOST_PARTS = 4
+"""Parts into which the images are dealt at most to see how FID falls with their number."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,35 @@ def frechet_interval(
     return score - margin, score + margin
 
 
-class FrechetDistance(FeatureMetric):
-    """FID of any number of images, from float64 sums: a scalar, NaN with fewer than two images of a side."""
+def frechet_extrapolated(
+    features: Tensor, num_images: int, score: float, reference: FrechetReference, seed: int, poll: Poll = never_ends
+) -> float | None:
+    """FID of infinitely many images of the same source against a fixed reference, from the FID `score` of `num_images`
+    and the features [n, d] of all of them or of a sample.
+
+    FID's expectation is a constant and, to first order, a multiple of 1 / N: a line in 1 / N is laid through the FIDs
+    of several N by least squares and read at 0 (Chong & Forsyth 2020, arXiv 1911.07023). They draw each N's images at
+    random; here the images are dealt at random into 2, 3 and 4 parts and a point is the mean over the parts. Every
+    point is then of all images, so what is peculiar to them moves the whole line and not its slope. The bias
+    by the reference's own number of images remains. None where a fourth of the images is no more than there are
+    features: covariances of less than full rank are on no such line.
+    """
+    if len(features) // MOST_PARTS <= features.shape[1]:
+        return None
+    order = torch.randperm(len(features), generator=seeded(seed, "extrapolation parts")).to(features.device)
+    places, scores = [1 / num_images], [score]
+    for count in range(2, MOST_PARTS + 1):
+        found = []
+        for part in order.tensor_split(count):
+            poll()
+            found.append(reference.distance(Moments.of_features(features[part])))
+        places.append(count / len(features))
+        scores.append(float(np.mean(found)))
+    return float(np.polynomial.Polynomial.fit(places, scores, 1)(0.0))
+
+
+class SumsMetric(FeatureMetric):
+    """Keeps what moments come of: 8 (d + 1) d bytes a side, however many images there are."""
 
     higher_is_better = False
     fake_count: Tensor
@@ -121,7 +150,7 @@ class FrechetDistance(FeatureMetric):
             self.add_state(f"{prefix}sum", torch.zeros(num_features).double(), dist_reduce_fx="sum")
             self.add_state(f"{prefix}products", torch.zeros(num_features, num_features).double(), dist_reduce_fx="sum")
 
-    def update(self, features: Tensor, real: bool) -> None:
+    def add_sums(self, features: Tensor, real: bool) -> None:
         """Features [n, d]; n may be 0."""
         prefix = "real_" if real else "fake_"
         features = features.detach().to(self.device, torch.float64)
@@ -130,8 +159,50 @@ class FrechetDistance(FeatureMetric):
         setattr(self, f"{prefix}sum", total + features.sum(0))
         setattr(self, f"{prefix}products", torch.addmm(products, features.T, features))
 
-    def compute(self) -> Tensor:
+    def moments(self) -> tuple[Moments, Moments] | None:
+        """Of the generated and the real images; None with fewer than two of a side."""
         if min(self.fake_count, self.real_count) < 2:
-            return torch.tensor(torch.nan, dtype=torch.float64)
-        sides = [Moments.of_sums(self.side(real=real)) for real in (False, True)]
-        return torch.tensor(frechet_distance(*sides), dtype=torch.float64)
+            return None
+        names = ("count", "sum", "products")
+        fake, real = ({name: getattr(self, prefix + name) for name in names} for prefix in ("fake_", "real_"))
+        return Moments.of_sums(fake), Moments.of_sums(real)
+
+
+class FrechetDistance(SumsMetric):
+    """FID of all images, NaN with fewer than two images of a side."""
+
+    def update(self, features: Tensor, real: bool) -> None:
+        """Features [n, num_features]; n may be 0."""
+        self.add_sums(features, real)
+
+    def compute(self) -> Tensor:
+        moments = self.moments()
+        return torch.tensor(frechet_distance(*moments) if moments else torch.nan, dtype=torch.float64)
+
+
+class ExtrapolatedFrechetDistance(SumsMetric, SampleMetric):
+    """ "fid" of all images, and "fid_infinite", which `frechet_extrapolated` finds from it and a sample of at most
+    `keep` generated ones; NaN with too few images. Of the real ones it keeps sums alone."""
+
+    def __init__(self, num_features: int, *, seed: int = 0, keep: int = 50_000, **options: Any) -> None:
+        super().__init__(num_features, num_columns=num_features, keep=keep, **options)
+        self.seed = seed
+
+    def update(self, features: Tensor, real: bool, indices: Tensor | None = None) -> None:
+        """Features [n, num_features] of the images with these indices: see SampleMetric.add."""
+        self.add_sums(features, real)
+        if not real:
+            self.add(features, real, indices)
+
+    def compute(self) -> dict[str, Tensor]:
+        score, extrapolated = torch.nan, None
+        if moments := self.moments():
+            ours, reference = moments[0], FrechetReference(moments[1])
+            score, (sample, _) = reference.distance(ours), self.sample(real=False)
+            extrapolated = frechet_extrapolated(sample, ours.num_images, score, reference, self.seed, self.poll)
+        found = {"fid": score, "fid_infinite": torch.nan if extrapolated is None else extrapolated}
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
+
+    @property
+    def num_used(self) -> list[int]:
+        return [super().num_used[0], int(self.real_count)]

@@ -50,12 +50,14 @@ def manifold_scores(
     }
 
 
-def nearest_neighbours(features: Tensor, training: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def nearest_neighbours(
+    features: Tensor, training: Tensor, count: int, poll: Poll = never_ends
+) -> tuple[Tensor, Tensor]:
     """The `count` nearest rows of `training` [n, d] to each row of `features` [m, d], nearest first.
 
     Returns indices int64 [m, count] and Euclidean distances float64 [m, count].
     """
-    indices, squares = _Pairs(features, training).nearest(count)
+    indices, squares = _Pairs(features, training).nearest(count, poll)
     return indices, squares.sqrt()
 
 
