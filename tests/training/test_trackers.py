@@ -25,7 +25,7 @@ from tests.ranks import Job
 TRAIN = ROOT / "pipeline/train.py"
 STEPS = 14
 BLOCK = 1 << 15
-OFFLINE = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+OFFLINE = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
 
 
 def tracked(digits: Dataset, root: Path, *trackers: str, steps: int = STEPS) -> Config:
