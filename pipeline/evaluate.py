@@ -4,19 +4,17 @@ import sys
 from pathlib import Path
 
 from pipeline.config import make_parser, parse
-from pipeline.data import open_dataset
-from pipeline.distributed.failures import closing
 from pipeline.distributed.launcher import run_program
-from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
-from pipeline.evaluation.scorer import Scorer
-from pipeline.evaluation.targets import TARGET, score_target
 from pipeline.storage.run_folder import RunFolder
+
+CONCERNED = ("evaluation", "data", "runtime", "run.root", "training.seed")
 
 
 def main() -> None:
-    parser = make_parser("Score images. A run is evaluated with its own configuration, overrides apply.")
-    parser.add_argument("target", type=Path, help=TARGET)
+    parser = make_parser("Score images. A run is evaluated with its own configuration, overrides apply.", CONCERNED)
+    target = "a run's folder, an exported generator, a folder of images, an .npz file, or the word train or test"
+    parser.add_argument("target", type=Path, help=target)
     parser.add_argument("--step", type=int | None, help="the checkpoint to score; the newest intact one by default")
     parser.add_argument("--all", action="store_true", help="score every checkpoint of the run")
     parser.add_argument("--out", type=Path | None, help="where the scores go (the run, or evaluations/ under run.root)")
@@ -26,6 +24,12 @@ def main() -> None:
         config, arguments = parse(parser, ["--config", str(run.config), *sys.argv[1:]])
     if arguments.all and (arguments.out or arguments.step is not None):
         raise UserError("--all scores every checkpoint into the run: leave out --step and --out")
+    from pipeline.data import open_dataset  # here: `--help` and mistakes need no torch
+    from pipeline.distributed.failures import closing
+    from pipeline.distributed.process import Runtime
+    from pipeline.evaluation.scorer import Scorer
+    from pipeline.evaluation.targets import score_target
+
     runtime = Runtime(config.runtime)
     with closing(runtime, config):
         dataset = runtime.ranks.on_main(lambda: open_dataset(config.data))

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.distributed.launcher import run_program
-from pipeline.reporting.page import compare, write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,6 +14,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, metavar="FILE", help="page that compares the runs (comparison.html beside the first)"
     )
     options = parser.parse_args(arguments)
+
+    from pipeline.reporting.page import compare, write_report  # here: `--help` needs no matplotlib
+
     if len(options.runs) == 1 and not options.out:
         print(write_report(options.runs[0]))
     else:

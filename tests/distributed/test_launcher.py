@@ -1,4 +1,9 @@
+"""What a launcher tells its processes, and what they tell it."""
+
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import pytest
 
@@ -23,3 +28,13 @@ def test_what_no_launcher_says_is_one_line(variables: dict[str, str], line: str)
     assert result.returncode == 2
     assert line in result.stderr.splitlines()[-1]  # torch's own log may stand above it
     assert "Traceback" not in result.stderr
+
+
+def test_the_launchers_page_about_a_failed_rank_ends_with_what_the_rank_said(tmp_path: Path) -> None:
+    """In the form that torchrun's agent reads."""
+    told = tmp_path / "error.json"
+    config = tiny_config(training={"clip_value": None})
+    result = launch(ROOT / "pipeline/train.py", flags(config), variables={"TORCHELASTIC_ERROR_FILE": str(told)})
+    message = json.loads(told.read_text())["message"]
+    assert message["extraInfo"]["py_callstack"] == result.stderr.splitlines()[-1]
+    assert message["message"].startswith("error: training.clip_value is null")

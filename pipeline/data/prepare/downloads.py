@@ -12,9 +12,10 @@ from hashlib import sha256
 from pathlib import Path
 from urllib.request import urlopen
 
-from tqdm import tqdm
+from tqdm.utils import CallbackIOWrapper
 
 from pipeline.data.manifest import DataError
+from pipeline.progress import bar
 from pipeline.storage.files import fsync, replacing
 
 TIMEOUT_SECONDS = 10.0
@@ -66,6 +67,7 @@ def download(url: str) -> bytes:
     """Raises OSError or HTTPException."""
     with (
         urlopen(url, timeout=TIMEOUT_SECONDS) as response,
-        tqdm.wrapattr(response, "read", total=response.length, desc=url.rpartition("/")[2]) as reader,
+        bar(total=response.length, desc=url.rpartition("/")[2], unit="B", unit_scale=True) as progress,
     ):
+        reader = CallbackIOWrapper(progress.update, response, "read")
         return b"".join(iter(partial(reader.read, 1 << 16), b""))
