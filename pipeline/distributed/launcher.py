@@ -13,10 +13,12 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 import psutil
 
+from pipeline.distributed.interrupt import on_interrupt
 from pipeline.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -59,6 +61,13 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     must know whether to queue the job again.
     """
     rank = code = world_size = 0
+    interrupts: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    on_interrupt(interrupt)
     try:
         rank, world_size = told("RANK", 0), told("WORLD_SIZE", 1)
         code = main() or 0
@@ -82,6 +91,10 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
         _say(f"error: {error.filename}: {error.strerror}; nothing more was written")
         code = EXIT_FAILED
     except KeyboardInterrupt:  # before a Runtime was there to take it
+        code = EXIT_INTERRUPTED
+    except Exception:
+        if not interrupts:  # what a package makes of an interrupt that met its import
+            raise
         code = EXIT_INTERRUPTED
     if code == EXIT_PREEMPTED and rank == 0 and (path := stop_file()) is not None:
         path.unlink(missing_ok=True)

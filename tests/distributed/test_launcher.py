@@ -1,8 +1,16 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from tests.jobs import ROOT, flags, launch, tiny_config
+from pipeline.config import RuntimeConfig
+from pipeline.distributed import process
+from pipeline.errors import UserError
+from tests.jobs import ROOT, flags, launch, process_kept, tiny_config
 
 
 @pytest.mark.parametrize(
@@ -23,3 +31,34 @@ def test_what_no_launcher_says_is_one_line(variables: dict[str, str], line: str)
     assert result.returncode == 2
     assert line in result.stderr.splitlines()[-1]  # torch's own log may stand above it
     assert "Traceback" not in result.stderr
+
+
+INTERRUPTED = """
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(30)
+except KeyboardInterrupt:
+    raise ImportError("half a module") from None
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "code"),
+    [(["pipeline/prepare.py", "mnist"], -2), (["pipeline/train.py"], 130)],
+    ids=["before", "in main"],
+)
+def test_an_interrupt_while_packages_are_imported_is_no_traceback(
+    program: list[str], code: int, tmp_path: Path
+) -> None:
+    """The first that is imported of torch sends it; packages make another error of it."""
+    (tmp_path / "torch.py").write_text(INTERRUPTED)
+    variables = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    result = subprocess.run([sys.executable, *program], cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (code, "")
+
+
+def test_a_launcher_of_no_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "processes_asked_for", lambda: 0)
+    with process_kept(), pytest.raises(UserError, match="was told --num_processes 0 but started 1: ask for some"):
+        process.Runtime(RuntimeConfig(device="cpu"))
