@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import errno
 import os
 import signal
 import sys
@@ -32,6 +33,8 @@ from pipeline.errors import (
     UserError,
 )
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a write, which does not tell its file."""
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl."""
 
@@ -86,9 +89,10 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = EXIT_FAILED
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in FULL:
             raise
-        _say(f"error: {error.filename}: {error.strerror}; nothing more was written")
+        what = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+        _say(f"error: {what}; nothing more was written")
         code = EXIT_FAILED
     except KeyboardInterrupt:  # before a Runtime was there to take it
         code = EXIT_INTERRUPTED

