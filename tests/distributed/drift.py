@@ -37,7 +37,7 @@ def moment(trainer: Trainer) -> Tensor:
 
 
 FAULTS: dict[str, Callable[[Trainer], object]] = {
-    "weight": lambda trainer: flip(trainer.state.critic.score.weight),
+    "weight": lambda trainer: flip(trainer.state.generator.dense.weight),
     "average": lambda trainer: flip(trainer.state.ema.dense.bias),
     "moment": lambda trainer: flip(moment(trainer)),
     "gradient": flip_gradient,

@@ -206,19 +206,20 @@ def test_what_a_fault_of_one_rank_changed_is_never_committed(tiny_dataset: Path,
     config = interruptible(tiny_dataset, tmp_path, "faulty", steps=8)
     result = launch(ROOT / "tests/distributed/drift.py", flags(changed(config, run={"checkpoint_every": 1})), 2)
     assert result.returncode == 0, result.stderr[-3000:]
-    images = "rank 1: the training images in the memory of cpu are not those that were read; is it faulty?"
+    images = r"rank 1: the training images in the memory of cpu are not those that were read; is it faulty\?"
     found = {
-        "weight": "critic.score.weight differs between rank 0 and rank(s) 1",
-        "average": "ema.dense.bias differs between rank 0 and rank(s) 1",
-        "moment": "critic_optimizer.score.weight.square_avg differs between rank 0 and rank(s) 1",
-        "gradient": "generator.dense.weight differs between rank 0 and rank(s) 1",
+        "weight": r"generator\.dense\.weight differs between rank 0 and rank\(s\) 1",
+        "average": r"ema\.dense\.bias differs between rank 0 and rank\(s\) 1",
+        "moment": r"critic_optimizer\.score\.weight\.square_avg differs between rank 0 and rank\(s\) 1",
+        # The weight itself may round to the same.
+        "gradient": r"generator(_optimizer)?\.dense\.weight\S* differs between rank 0 and rank\(s\) 1",
         "images": images,
         "labels": images,
     }
     assert found.keys() == FAULTS.keys()
     for fault, reason in found.items():
         good = 3 if fault == "gradient" else 2
-        line = rf"^{fault}: step \d: must not be saved, {re.escape(reason)}; the last good checkpoint is step {good}$"
+        line = rf"^{fault}: step \d: must not be saved, {reason}; the last good checkpoint is step {good}$"
         assert re.search(line, result.stdout, re.MULTILINE), (fault, result.stdout)
         assert find(RunFolder(tmp_path / fault)).step == good
 
