@@ -178,7 +178,7 @@ def killable_programs(tiny_dataset: Path, mnist: Dataset, root: Path) -> list[Ki
 
     def taken(*paths: Path) -> Callable[[], object]:
         def take() -> object:
-            found = {}
+            found = dict[str, str]()
             for path in paths:
                 files = sorted(path.rglob("*")) if path.is_dir() else [path]
                 found |= {str(file): sha256(file.read_bytes()).hexdigest() for file in files}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import make_parser, parse
+from pipeline.data.resident import ResidentSource
 from pipeline.distributed.launcher import run_program
 from pipeline.distributed.process import Runtime
 from pipeline.errors import TrainingFailed
@@ -20,7 +21,8 @@ BIT = 1 << 18
 """Of a float32's 23 of mantissa: no rounding hides it."""
 
 
-def flip(tensor: Tensor) -> None:
+def flip(tensor: Tensor | None) -> None:
+    assert tensor is not None
     with torch.no_grad():
         tensor.view(-1)[:1].view(torch.int32).bitwise_xor_(BIT)
 
@@ -33,7 +35,14 @@ def flip_gradient(trainer: Trainer) -> None:
 
 def moment(trainer: Trainer) -> Tensor:
     state = trainer.state
-    return state.critic_optimizer.state[state.critic.score.weight]["square_avg"]
+    found = state.critic_optimizer.state[state.critic.score.weight]["square_avg"]
+    assert isinstance(found, Tensor)
+    return found
+
+
+def resident(trainer: Trainer) -> ResidentSource:
+    assert isinstance(trainer.inputs._source, ResidentSource)
+    return trainer.inputs._source
 
 
 FAULTS: dict[str, Callable[[Trainer], object]] = {
@@ -41,8 +50,8 @@ FAULTS: dict[str, Callable[[Trainer], object]] = {
     "average": lambda trainer: flip(trainer.state.ema.dense.bias),
     "moment": lambda trainer: flip(moment(trainer)),
     "gradient": flip_gradient,
-    "images": lambda trainer: trainer.inputs._source._images[-1, -1, -1, -1:].bitwise_xor_(1),
-    "labels": lambda trainer: trainer.inputs._source._labels[-1:].bitwise_xor_(1),
+    "images": lambda trainer: resident(trainer)._images[-1, -1, -1, -1:].bitwise_xor_(1),
+    "labels": lambda trainer: resident(trainer)._labels[-1:].bitwise_xor_(1),
 }
 
 

@@ -14,9 +14,10 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 CALLS = (
@@ -223,20 +224,26 @@ class Disk:
         changes = [change for node in nodes if isinstance(node, Folder) for change in node.changes]
         files = [(node, node.choices(chance)) for node in nodes if isinstance(node, File)]
         dirty = [(node, choices) for node, choices in files if len(choices) > 1]
-        options: list[list[bytes] | list[bool]] = [[True, False] for _ in changes]
-        options += [choices for _, choices in dirty]
-        count = 1
-        for each in options:
-            count *= len(each)
-        picked: Iterable[tuple[bytes | bool, ...]] = itertools.product(*options)
-        if count > limit:
-            ends = [tuple(each[end] for each in options) for end in (0, -1)]
-            names_alone = (*(True for _ in changes), *(chance.choice(choices[1:]) for _, choices in dirty))
-            some = [tuple(chance.choice(each) for each in options) for _ in range(max(0, limit - 3))]
-            picked = [*ends, names_alone, *some][:limit]
-        for outcome in picked:
-            done = {id(change) for change, there in zip(changes, outcome, strict=False) if there}
-            contents = {id(node): content for (node, _), content in zip(dirty, outcome[len(changes) :], strict=True)}
+        kinds = [choices for _, choices in dirty]
+        outcomes: Iterable[tuple[Sequence[bool], Sequence[bytes]]]
+        if 2 ** len(changes) * prod(map(len, kinds)) <= limit:
+            outcomes = itertools.product(
+                itertools.product((True, False), repeat=len(changes)), itertools.product(*kinds)
+            )
+        else:
+            everything, nothing = [True] * len(changes), [False] * len(changes)
+            outcomes = [
+                (everything, [kind[0] for kind in kinds]),
+                (nothing, [kind[1] for kind in kinds]),
+                (everything, [chance.choice(kind[1:]) for kind in kinds]),  # the names without the bytes
+                *(
+                    ([chance.random() < 0.5 for _ in changes], [chance.choice(kind) for kind in kinds])
+                    for _ in range(limit - 3)
+                ),
+            ]
+        for there, found in outcomes:
+            done = {id(change) for change, made in zip(changes, there, strict=True) if made}
+            contents = {id(node): content for (node, _), content in zip(dirty, found, strict=True)}
             yield _tree(self.folder, "", done, contents)
 
     def now(self) -> Tree:
