@@ -109,6 +109,8 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    # The interpreter's end is no place for a traceback either; in a program that goes on, ^C stays as it is.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
     sys.exit(code)
 
 

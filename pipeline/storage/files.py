@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-from safetensors.torch import save
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -53,6 +55,8 @@ def write_text(path: Path, text: str) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Replaces a safetensors file atomically. Not by safetensors' own writer: it takes another temporary file, which
     outlives a kill, makes the file readable by its owner alone, and tells of a full disk in an error of its own."""
+    from safetensors.torch import save  # here: a run's folder needs no torch
+
     with replacing(path) as temporary:
         temporary.write_bytes(save(dict(tensors), metadata))
 

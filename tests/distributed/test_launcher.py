@@ -58,6 +58,13 @@ def test_an_interrupt_while_packages_are_imported_is_no_traceback(
     assert (result.returncode, result.stderr) == (code, "")
 
 
+def test_an_interrupt_at_the_interpreters_end_is_no_traceback() -> None:
+    ending = "import atexit, os, signal, time; from pipeline.distributed.launcher import run_program\n"
+    ending += "atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(30)))\nrun_program(lambda: 0)"
+    result = subprocess.run([sys.executable, "-c", ending], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (-2, "")
+
+
 def test_a_launcher_of_no_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "processes_asked_for", lambda: 0)
     with process_kept(), pytest.raises(UserError, match="was told --num_processes 0 but started 1: ask for some"):

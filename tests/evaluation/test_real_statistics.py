@@ -169,7 +169,7 @@ def test_a_full_disk_costs_only_the_cache(
         with Path("/dev/full").open("wb", buffering=0) as file:
             file.write(b"0")
 
-    monkeypatch.setattr("pipeline.storage.files.save", full)
+    monkeypatch.setattr("safetensors.torch.save", full)
     assert get(digits, counting).num_images == 610
     assert "No space left" in capsys.readouterr().err
     assert not list((digits.folder / "features").iterdir())
