@@ -23,7 +23,7 @@ from pipeline.training.trainer import Trainer
 from tests.distributed.network import Network
 from tests.jobs import ROOT, launch
 
-MEGABITS, DELAYS = (20, 100, 500), (0.001, 0.01, 0.04)
+MEGABITS, DELAYS_SECONDS = (20, 100, 500), (0.001, 0.01, 0.04)
 WARM_UP, STEPS = 2, 7
 COLLECTIVES, DELAYS = 14, 5
 """Of a step of the reference; one-way delays of each over gloo, where two messages follow one another, each after the
@@ -73,7 +73,7 @@ def compare(arguments: list[str]) -> None:
         free = measured(arguments, None, 0.0)
         print(f"{free['bytes'] / 1e6:.2f} MB of gradients a step, {free['seconds']:.3f} s a step without limits")
         print("| Mb/s | delay, ms | predicted, s | seen, s | seen / predicted |\n| ---: | ---: | ---: | ---: | ---: |")
-        for megabits, delay in itertools.product(MEGABITS, DELAYS):
+        for megabits, delay in itertools.product(MEGABITS, DELAYS_SECONDS):
             expected = predicted(free["bytes"], megabits, delay)
             seen = measured(arguments, megabits, delay)["seconds"] - free["seconds"]
             row = f"| {megabits} | {delay * 1e3:.0f} | {expected:.3f} | {seen:.3f} | {seen / expected:.2f} |"
