@@ -107,7 +107,8 @@ def no_waiting() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2] if "POWER_CUTS" in os.environ else [1])
 def test_what_a_power_cut_leaves_goes_on(ranks: int, tiny_dataset: Path, tmp_path: Path) -> None:
     """A run of six steps, and the same command after the newest checkpoint has rotted."""
     (tmp_path / "disk").mkdir()
