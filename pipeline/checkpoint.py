@@ -3,12 +3,11 @@
 from pathlib import Path
 
 from jsonargparse import auto_cli
-from safetensors.torch import save_file
 
 from pipeline.distributed.launcher import run_program
 from pipeline.errors import EXIT_USER_ERROR, UserError
 from pipeline.storage.checkpoint import CheckpointError, committed, find, read_checkpoint
-from pipeline.storage.files import replacing
+from pipeline.storage.files import write_tensors
 from pipeline.storage.run_folder import RunFolder
 
 
@@ -33,8 +32,7 @@ def consolidate(run: Path, out: Path, step: int | None = None) -> None:
     checkpoint = find(RunFolder(run), step)
     if out.exists():
         raise UserError(f"{out}: exists already, name another file")
-    with replacing(out) as temporary:
-        save_file(checkpoint.tensors(), temporary, {"step": str(checkpoint.step), "orientation": "mirrored"})
+    write_tensors(out, checkpoint.tensors(), {"step": str(checkpoint.step), "orientation": "mirrored"})
     print(out)
 
 

@@ -3,7 +3,7 @@
 Give it the launcher and the settings of the training, before that is submitted or as the first act of its job. Prints a
 line for each finding, `ok|warning|error  subject: finding; fix`, and exits with 2 if one is an error. It neither makes
 nor changes a run: it only makes a file for a moment in the nearest folder above the run that exists. Takes less than
-ten seconds, unless all checksums of a large dataset are asked for.
+ten seconds, unless all checksums of a large dataset, or with `--thorough` some steps of large networks, are asked for.
 """
 
 import dataclasses
@@ -22,15 +22,18 @@ def main() -> int:
     parser = make_parser("Check a run before it starts: ranks, data, features, folder, disk, time limit.")
     help_text = "verify a few seconds' worth, or all"
     parser.add_argument("--checksums", type=Literal["sampled", "all"], default="sampled", help=help_text)
+    help_text = "let each rank take the same steps, and compare their results bit for bit"
+    parser.add_argument("--thorough", action="store_true", help=help_text)
     config, arguments = parse(parser)
 
     from pipeline.checks.findings import Finding, findings_of_all  # here: `--help` and mistakes need no torch
     from pipeline.checks.machine import check_ranks, examine
     from pipeline.distributed.failures import closing
     from pipeline.distributed.process import Runtime
+    from pipeline.training.same_step import compare_ranks
 
     patience = config.runtime.timeout_seconds
-    if arguments.checksums == "sampled":
+    if arguments.checksums == "sampled" and not arguments.thorough:
         patience = min(patience, PATIENCE_SECONDS)
     try:
         runtime = Runtime(dataclasses.replace(config.runtime, timeout_seconds=patience))
@@ -42,7 +45,9 @@ def main() -> int:
         return EXIT_USER_ERROR
     code = 0
     with closing(runtime, config):
-        for findings in chain([communication], examine(config, runtime.ranks, arguments.checksums == "all")):
+        examined = examine(config, runtime.ranks, arguments.checksums == "all")
+        compared = compare_ranks(config, runtime) if arguments.thorough else []
+        for findings in chain([communication], examined, compared):
             for finding in findings:
                 code = EXIT_USER_ERROR if finding.level == "error" else code
                 if runtime.ranks.is_main:

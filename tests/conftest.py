@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).parent.parent
 LONGEST_FIRST = (
     *("slurm/test_slurm.py", "distributed/test_trajectory.py", "distributed/test_interruptions.py"),
     *("distributed/test_chaos.py", "distributed/test_pipeline.py", "distributed/test_two_launchers.py"),
+    "distributed/test_network.py",
     *(
         "benchmarking/test_measure.py",
         "test_configs.py",

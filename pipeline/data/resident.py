@@ -61,6 +61,8 @@ class ResidentSource:
         self._batch_size, self._seed, self._rows = batch_size, seed, ranks.rows(batch_size)
         images, labels = load_split(dataset, "train", mirror=True)
         self._images, self._labels = images.to(device), labels.to(device)
+        # Of what came out of verified shards, before anything could happen to it on the device.
+        self._sums = sum_of(images), sum_of(labels)
 
     def batches(self, first: int) -> Iterator[Batch]:
         number = first
@@ -74,3 +76,16 @@ class ResidentSource:
             rows = rows.to(self._images.device, non_blocking=True)
             yield from map(Batch, self._images[rows], self._labels[rows])
             number = drawn.stop
+
+    def damage(self) -> str | None:
+        if (sum_of(self._images), sum_of(self._labels)) == self._sums:
+            return None
+        return f"the training images in the memory of {self._images.device} are not those that were read; is it faulty?"
+
+
+def sum_of(values: torch.Tensor) -> int:
+    """Of the bytes of a contiguous tensor as 64-bit numbers, modulo 2^64: any flipped bit changes it. It takes the time
+    that reading the memory once does."""
+    content = values.view(-1).view(torch.uint8)
+    whole = len(content) // 8 * 8
+    return int(content[:whole].view(torch.int64).sum()) + int(content[whole:].sum())

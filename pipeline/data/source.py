@@ -30,3 +30,7 @@ class Source(Protocol):
         Close the iterator (or drop it) to release what it holds. Raises DataError for a damaged shard.
         """
         ...
+
+    def damage(self) -> str | None:
+        """What has become of the images that are held in memory for the whole run, in words; None: nothing."""
+        ...

@@ -83,6 +83,10 @@ class StreamingSource:
                 Batch, images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
             )
 
+    def damage(self) -> str | None:
+        """Nothing stays: shards are read and verified again in each epoch."""
+        return None
+
 
 def pieces(num_images: Sequence[int], seed: int, lanes: int, lane: int, position: int) -> Iterator[Piece]:
     """What a lane reads from sample `position` of its stream on, without end; `num_images` counts each shard's."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -16,10 +17,12 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 import psutil
 
+from pipeline.distributed.interrupt import on_interrupt
 from pipeline.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -33,6 +36,8 @@ from pipeline.errors import (
     UserError,
 )
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a write, which does not tell its file."""
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl."""
 
@@ -68,6 +73,13 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     must know whether to queue the job again.
     """
     rank = code = world_size = 0
+    interrupts: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    on_interrupt(interrupt)
     try:
         rank, world_size = told("RANK", 0), told("WORLD_SIZE", 1)
         code = main() or 0
@@ -86,11 +98,16 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = EXIT_FAILED
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in FULL:
             raise
-        _say(f"error: {error.filename}: {error.strerror}; nothing more was written")
+        what = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+        _say(f"error: {what}; nothing more was written")
         code = EXIT_FAILED
     except KeyboardInterrupt:  # before a Runtime was there to take it
+        code = EXIT_INTERRUPTED
+    except Exception:
+        if not interrupts:  # what a package makes of an interrupt that met its import
+            raise
         code = EXIT_INTERRUPTED
     if code == EXIT_PREEMPTED and rank == 0 and (path := stop_file()) is not None:
         path.unlink(missing_ok=True)
@@ -101,6 +118,8 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    # The interpreter's end is no place for a traceback either; in a program that goes on, ^C stays as it is.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
     sys.exit(code)
 
 

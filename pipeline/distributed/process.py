@@ -45,11 +45,9 @@ class Runtime:
         check_device(config, torch.cuda.is_available())
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()
         asked, world_size = processes_asked_for(), told("WORLD_SIZE", 1)
-        if asked > 1 and asked != world_size:
-            raise UserError(
-                f"the launcher was told --num_processes {asked} but started {world_size}: "
-                "add --multi_gpu (on CPUs too), or use a file of launch/accelerate/"
-            )
+        if asked not in (1, world_size):
+            fix = "add --multi_gpu (on CPUs too), or use a file of launch/accelerate/" if asked > 1 else "ask for some"
+            raise UserError(f"the launcher was told --num_processes {asked} but started {world_size}: {fix}")
         self.before_close = contextlib.ExitStack()
         """What has to end before the process group does: graphs that hold its collectives."""
         if on_cpu:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torchmetrics import MetricCollection
 
@@ -22,7 +21,7 @@ from pipeline.evaluation.metrics import ClassScores, FrechetDistance, KernelDist
 from pipeline.evaluation.metrics.base import FeatureMetric, State
 from pipeline.evaluation.metrics.frechet import Moments
 from pipeline.rng import sampling_order
-from pipeline.storage.files import replacing
+from pipeline.storage.files import write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -124,9 +123,8 @@ def _write(path: Path, key: str, real: RealStatistics) -> None:
     """Whole or not at all; when it can't be written, that is said in one line."""
     tensors = {f"{side}.{name}": tensor for side, state in real._asdict().items() for name, tensor in state.items()}
     try:
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, {"key": key, "sha256": _digest(tensors)})
-    except (OSError, SafetensorError) as error:
+        write_tensors(path, tensors, {"key": key, "sha256": _digest(tensors)})
+    except OSError as error:
         logger.warning("cannot keep the real statistics in %s (%s): going on without", path.parent, error)
 
 

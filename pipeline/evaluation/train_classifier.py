@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.config import DataConfig, RuntimeConfig, check_device
@@ -25,7 +24,7 @@ from pipeline.evaluation.features.own import classifier_path
 from pipeline.evaluation.metrics.base import Poll, never_ends
 from pipeline.progress import bar
 from pipeline.rng import seeded
-from pipeline.storage.files import replacing
+from pipeline.storage.files import write_tensors
 
 BATCH_SIZE = 128
 LEARNING_RATE = 2e-3
@@ -147,9 +146,7 @@ def write_classifier(
         "torch": torch.__version__,
     }
     try:
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata)
-            temporary.chmod(0o644)  # safetensors makes it readable by its owner alone
+        write_tensors(path, tensors, metadata)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     print(f"test accuracy {result:.2%} ({len(testing[0])} images): {path}")

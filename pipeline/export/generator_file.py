@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.config import NetworkConfig
@@ -20,7 +19,7 @@ from pipeline.models.networks import Critic, Generator, mirror_state
 from pipeline.models.spectral_norm import SINGULAR_VECTORS, use_spectral_norm
 from pipeline.models.user_networks import generator_of_spec
 from pipeline.storage.checkpoint import Checkpoint, find, read_checkpoint, sha256_of_tensor
-from pipeline.storage.files import replacing
+from pipeline.storage.files import write_tensors
 from pipeline.storage.run_folder import RunFolder
 
 FORMAT = "gan-pipeline generator 2"
@@ -40,10 +39,9 @@ def save_export(generator: AnyGenerator, path: Path, provenance: dict[str, Any])
     """
     header = {"format": FORMAT, "generator": json.dumps(generator.spec()), "provenance": json.dumps(provenance)}
     own = generator.state_dict()
-    with replacing(path) as temporary:
-        # Copies: safetensors has no strides, and no two names of one tensor, as a network of the user's may have.
-        tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in own.items()}
-        save_file(tensors, temporary, header)
+    # Copies: safetensors has no strides, and no two names of one tensor, as a network of the user's may have.
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in own.items()}
+    write_tensors(path, tensors, header)
 
 
 def load_export(path: Path, code: str | None = None) -> AnyGenerator:

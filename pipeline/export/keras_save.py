@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def save_keras(generator: AnyGenerator, path: Path) -> None:
     model = {"class_name": "Model", "config": {"name": "generator", "layers": described, **ends}}
     weighted = [name for kind, name, _ in layers if kind in {"Dense", "BatchNormalization", "Conv2DTranspose"}]
     arrays = dict(zip(weighted, _arrays(generator), strict=True))
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    content = BytesIO()  # HDF5 tells of a full disk in its own ways, and again and again
+    with h5py.File(content, "w") as file:
         root = file.create_group("model_weights")
         for holder in (file, root):
             holder.attrs["keras_version"], holder.attrs["backend"] = KERAS_VERSION.encode(), b"tensorflow"
@@ -56,6 +58,8 @@ def save_keras(generator: AnyGenerator, path: Path) -> None:
             group.attrs["weight_names"] = [f"{name}/{key}:0".encode() for key in held] or np.zeros(0)
             for key, array in held.items():
                 group[f"{name}/{key}:0"] = array
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 def _layers(generator: Generator) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -16,6 +16,7 @@ import math
 import shutil
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -209,15 +210,19 @@ class CheckpointWriter:
         """Step of the newest checkpoint that this writer committed."""
         self.failures_in_a_row = 0
 
-    def save(self, tensors: dict[str, Tensor], step: int, progress: dict[str, Any]) -> None:
-        """Starts to save; raises what the previous save ended with (see `finish`)."""
+    def save(self, tensors: dict[str, Tensor], step: int, progress: dict[str, Any], damage: str | None = None) -> None:
+        """Starts to save; raises what the previous save ended with (see `finish`).
+
+        Args:
+            damage: why this rank's state must not be saved, if it is known already.
+        """
         self.finish()
         # Half a second at the first save (it brings DTensor), so not at start-up; and in this thread, because of two
         # threads that import the same packages at once one may meet half a module.
         importlib.import_module("torch.distributed.checkpoint")
         # The one copy that the training thread pays for; contiguous, as safetensors has no strides.
         staged = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        self._pending = _in_daemon_thread(lambda: self._save(staged, step, progress))
+        self._pending = _in_daemon_thread(lambda: self._save(staged, step, progress, damage))
 
     def finish(self) -> None:
         """Waits for the save under way.
@@ -232,11 +237,11 @@ class CheckpointWriter:
 
     # -- in the thread -------------------------------------------------------------------------------------------------
 
-    def _save(self, staged: dict[str, Tensor], step: int, progress: dict[str, Any]) -> None:
+    def _save(self, staged: dict[str, Tensor], step: int, progress: dict[str, Any], damage: str | None) -> None:
         ranks, final = self._ranks, self._run.checkpoint(step)
         temporary = final.with_suffix(".tmp")
         try:
-            ranks.on_every_rank(lambda: self._check(staged), EXPECTED)
+            ranks.on_every_rank(lambda: self._check(staged, damage), EXPECTED)
             self._compare_replicas(staged)
             ranks.on_every_rank(lambda: self._make_anew(temporary) if ranks.is_main else None, EXPECTED)
             self._write_shards(staged, temporary)
@@ -257,7 +262,9 @@ class CheckpointWriter:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
 
-    def _check(self, staged: dict[str, Tensor]) -> None:
+    def _check(self, staged: dict[str, Tensor], damage: str | None) -> None:
+        if damage is not None:
+            raise IntegrityError(damage)
         for name, tensor in staged.items():
             if not torch.isfinite(tensor).all():
                 raise IntegrityError(f"{name} holds a number that is not finite")
@@ -273,9 +280,10 @@ class CheckpointWriter:
         digests = self._ranks.gather({name: sha256_of_tensor(tensor) for name, tensor in staged.items()})
         for name in staged:
             values = [digest.get(name) for digest in digests]
-            if len(set(values)) > 1:
-                odd = [rank for rank, value in enumerate(values) if value != values[0]]
-                raise IntegrityError(f"{name} differs between rank 0 and rank(s) {', '.join(map(str, odd))}")
+            [(usual, _)] = Counter(values).most_common(1)  # of two ranks, rank 0's
+            if odd := [rank for rank, value in enumerate(values) if value != usual]:
+                others = ", ".join(map(str, odd))
+                raise IntegrityError(f"{name} differs between rank {values.index(usual)} and rank(s) {others}")
 
     def _write_shards(self, staged: dict[str, Tensor], temporary: Path) -> None:
         from torch.distributed.checkpoint.api import CheckpointException  # `save` has imported the package
@@ -305,6 +313,7 @@ class CheckpointWriter:
         path.write_text(json.dumps(manifest | {"sha256": _sha256_of_json(manifest)}, indent=1))
         fsync(path)
         fsync(temporary)
+        self._run.settle()
         if final.exists():
             # Only a damaged checkpoint is ever written again (a run resumes from the newest intact one).
             _remove(final)

@@ -1,33 +1,72 @@
-"""Files that are either the old content or the new one, whatever happens in between."""
+"""Files that are either the old content or the new one, whatever happens in between, a power cut included."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, whose folder is made; on success it takes the name `path`, readable by
-    whom the umask allows (safetensors would have it readable by its owner alone)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    """Yields a temporary path beside `path`, whose folder is made; on success it takes the name `path`.
+
+    Raises:
+        OSError: it can't be written; its filename is `path`.
+    """
+    make_folder(path.parent)
+    temporary = temporary_beside(path)
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)
+        fsync(temporary)  # or the name could come to the disk without the bytes
         temporary.replace(path)
+        fsync(path.parent)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name for what is to become `path`. What processes of this machine that are gone left of theirs is removed."""
+    prefix = f".{path.name}.{os.uname().nodename}."
+    for other in path.parent.iterdir():
+        pid = other.name.removeprefix(prefix).removesuffix(".tmp")
+        if other.name == f"{prefix}{pid}.tmp" and pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            other.unlink(missing_ok=True)
+    return path.with_name(f"{prefix}{os.getpid()}.tmp")
 
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a text file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Replaces a safetensors file atomically. Not by safetensors' own writer: it takes another temporary file, which
+    outlives a kill, makes the file readable by its owner alone, and tells of a full disk in an error of its own."""
+    from safetensors.torch import save  # here: a run's folder needs no torch
+
+    with replacing(path) as temporary:
+        temporary.write_bytes(save(dict(tensors), metadata))
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and what is missing above it, and waits until their names are on the disk."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        fsync(folder.parent)
 
 
 def fsync(path: Path) -> None:

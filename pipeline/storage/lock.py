@@ -10,12 +10,12 @@ import contextlib
 import json
 import os
 import threading
-import time
 from pathlib import Path
 
 import psutil
 
 from pipeline.errors import UserError
+from pipeline.storage.files import fsync, make_folder, temporary_beside
 from pipeline.storage.run_folder import RunFolder
 
 HEARTBEAT_SECONDS = 10
@@ -36,14 +36,15 @@ class RunLock:
     def __init__(self, run: RunFolder) -> None:
         self._path = run.lock
         self._released = threading.Event()
-        run.path.mkdir(parents=True, exist_ok=True)
-        process = psutil.Process()
-        owner = {"host": os.uname().nodename, "pid": process.pid, "started": process.create_time()}
-        draft = run.lock.with_name(f".lock.{owner['host']}.{process.pid}")
+        make_folder(run.path)
+        owner = {"host": os.uname().nodename, "pid": os.getpid(), "started": _start_of(os.getpid())}
+        draft = temporary_beside(run.lock)
         draft.write_text(json.dumps(owner))
+        fsync(draft)  # a power cut must not leave a lock that names nobody
         try:
             while not self._take(draft):
-                if holder := _living_owner(self._path):
+                # By the file's clock: that of this machine may be hours from the one that the heartbeat is told in.
+                if holder := _living_owner(self._path, now=draft.stat().st_mtime):
                     reason = f"is being written by {holder}: stop that one first, or use another run.name"
                     raise UserError(f"{run.path}: {reason}")
                 # Renamed first: of two processes that find the same stale lock, only one gets to remove it.
@@ -73,18 +74,25 @@ class RunLock:
                 continue
 
 
-def _living_owner(path: Path) -> str | None:
+def _living_owner(path: Path, now: float) -> str | None:
     """Who holds the lock, or None if it is gone or stale."""
     try:
         owner = json.loads(path.read_text())
-        host, pid, started = str(owner["host"]), int(owner["pid"]), float(owner["started"])
-        name, age_seconds = f"process {pid} on {host}", time.time() - path.stat().st_mtime
+        host, pid, started = str(owner["host"]), int(owner["pid"]), owner["started"]
+        name, age_seconds = f"process {pid} on {host}", now - path.stat().st_mtime
         if host == os.uname().nodename:
             process = psutil.Process(pid)
-            alive = process.create_time() == started and process.status() != psutil.STATUS_ZOMBIE
-            return name if alive else None
+            # A number is an earlier version's.
+            same = started == _start_of(pid) if isinstance(started, str) else float(started) == process.create_time()
+            return name if same and process.status() != psutil.STATUS_ZOMBIE else None
     except (FileNotFoundError, psutil.NoSuchProcess):
         return None
     except (OSError, ValueError, ArithmeticError, LookupError, TypeError, psutil.Error) as error:
         return f"the unknown owner of {path} ({error}; delete that file if nothing writes there)"
     return f"{name} (heartbeat {age_seconds:.0f} s ago)" if age_seconds < STALE_SECONDS else None
+
+
+def _start_of(pid: int) -> str:
+    """When a process began, in ticks since which boot: not by the clock, which may be set while the process lives."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]} of {boot}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.storage.files import write_text
+from pipeline.storage.files import fsync, write_text
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,13 @@ class RunFolder:
     def append_metrics(self, line: dict[str, Any]) -> None:
         with self.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+    def settle(self) -> None:
+        """Waits until the log's lines and the names in the folder are on the disk: a checkpoint must not outlive the
+        lines of the steps before it, nor the name of the folder that it is in."""
+        for path in (self.metrics, self.path):
+            if path.exists():
+                fsync(path)
 
     def trim_metrics(self, last_step: int) -> None:
         """Drops the lines after `last_step`, which will be written again, and one that a kill cut short."""

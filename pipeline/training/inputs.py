@@ -126,6 +126,10 @@ class InputStream:
         taken: dict[str, Any] = {"mix": None} | rates | buffers.numbers.device | buffers.classes.device
         return StepInputs(real=buffers.real, real_labels=buffers.real_labels, **taken)
 
+    def damage(self) -> str | None:
+        """What has become of the real images in memory since they were read, in words; None: nothing."""
+        return self._source.damage()
+
     def close(self) -> None:
         """Lets go of the source's workers and chunks."""
         self._batches, self._next_batch = iter(()), -1

@@ -23,6 +23,7 @@ class Saver:
 
     Args:
         progress: what a resumed run wants back beside the state, as JSON-serialisable values.
+        damage: what is wrong with this rank's memory beside the state, in words; None: nothing.
 
     Its methods raise TrainingFailed on all ranks: the state must not be saved, or saving failed too often.
     """
@@ -33,9 +34,10 @@ class Saver:
         state: TrainingState,
         runtime: Runtime,
         progress: Callable[[], dict[str, Any]],
+        damage: Callable[[], str | None],
         selection: Selection | None,
     ) -> None:
-        self._state, self._runtime, self._progress = state, runtime, progress
+        self._state, self._runtime, self._progress, self._damage = state, runtime, progress, damage
         self._allowed_failures = config.run.max_save_failures
         self.writer = CheckpointWriter(
             RunFolder(config.folder),
@@ -60,7 +62,7 @@ class Saver:
     def save(self) -> None:
         """Starts a checkpoint, and notices how the one before it ended."""
         state = self._state
-        self._note_outcome(lambda: self.writer.save(state.tensors(), state.step, self._progress()))
+        self._note_outcome(lambda: self.writer.save(state.tensors(), state.step, self._progress(), self._damage()))
 
     def save_now(self) -> None:
         """Makes sure that this very step is on the disk."""

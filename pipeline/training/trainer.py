@@ -66,7 +66,7 @@ class Trainer:
             Scorer(config.evaluation, self.dataset, runtime, training.seed) if config.evaluation.every else None
         )
         self.selection = Selection(config) if config.run.keep_best else None
-        self.saver = Saver(config, self.state, runtime, self._progress, self.selection)
+        self.saver = Saver(config, self.state, runtime, self._progress, self.inputs.damage, self.selection)
         self._last_step = training.steps
         self._ends_at = ends_at or (self.selection.is_over if self.selection else None)
         self._lock: RunLock | None = None

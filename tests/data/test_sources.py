@@ -12,7 +12,7 @@ import torch
 
 from pipeline.config import Config, DataConfig, TrainingConfig
 from pipeline.data import Dataset, Source, check_source, open_dataset, open_source
-from pipeline.data.resident import ResidentSource, load_split
+from pipeline.data.resident import ResidentSource, load_split, sum_of
 from pipeline.data.streaming import StreamingSource
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
@@ -162,3 +162,16 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path: Path) -> None:
     dataset = numbered_dataset(tmp_path, [100])
     with pytest.raises(UserError, match=r"batch_size 64 .* 3 processes"):
         source_of(dataset, world_size=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_every_flipped_bit_changes_the_sum(dtype: torch.dtype) -> None:
+    """Also in the bytes after the last whole 64-bit number."""
+    values = torch.randint(100, (3, 1, 3, 3), dtype=dtype, generator=torch.Generator().manual_seed(0))
+    before, content = sum_of(values), values.view(-1).view(torch.uint8)
+    for position in range(len(content)):
+        for bit in range(8):
+            content[position] ^= 1 << bit
+            assert sum_of(values) != before, (position, bit)
+            content[position] ^= 1 << bit
+    assert sum_of(values) == before

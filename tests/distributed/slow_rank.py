@@ -27,6 +27,9 @@ class SlowSource:
             time.sleep(BURDEN_SECONDS)
             yield batch
 
+    def damage(self) -> str | None:
+        return self._source.damage()
+
 
 class BurdenedTrainer(Trainer):
     def take_step(self) -> None:

@@ -1,4 +1,7 @@
-"""SIGKILLs and rot at random moments, and in the end the weights of an uninterrupted run, bit for bit."""
+"""SIGKILLs and rot at random moments, and in the end the weights of an uninterrupted run, bit for bit.
+
+By hand, as many kills as one likes: `CHAOS_KILLS=1000 CHAOS_SEED=0 pytest -s -k by_hand` and this file print a table of
+what was killed how often."""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.data import Dataset
 from pipeline.storage.checkpoint import committed, newest_intact
 from pipeline.storage.run_folder import RunFolder
+from tests.distributed.chaos import Campaign, killable_programs
 from tests.distributed.interrupting import assert_same_end, interruptible, job, kill_tree, last_step, wait_for_step
 from tests.jobs import ROOT, flags, launch
 
@@ -62,3 +67,19 @@ def rot(checkpoint: Path, chance: random.Random) -> None:
         os.truncate(victim, chance.randrange(victim.stat().st_size))
     else:
         victim.unlink()
+
+
+@pytest.mark.skipif("CHAOS_KILLS" not in os.environ, reason="by hand: it takes five seconds of two cores a kill")
+def test_by_hand(tiny_dataset: Path, mnist_dataset: Dataset, tmp_path: Path) -> None:
+    """Trainings and programs: each ends as if nothing had been, and leaves nothing else behind."""
+    kills, seed = int(os.environ["CHAOS_KILLS"]), int(os.environ.get("CHAOS_SEED", "0"))
+    chance, campaign = random.Random(seed), Campaign(tiny_dataset, tmp_path, seed)
+    programs = killable_programs(tiny_dataset, mnist_dataset, tmp_path)
+    try:
+        while (left := kills - campaign.count) > 0:
+            if chance.random() < 0.4:
+                campaign.train(min(left, chance.randint(3, 8)))
+            else:
+                campaign.program(*chance.choice(programs))
+    finally:
+        print("", *campaign.rows(), sep="\n")

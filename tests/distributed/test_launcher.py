@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.jobs import ROOT, flags, launch, tiny_config
+from pipeline.config import RuntimeConfig
+from pipeline.distributed import process
+from pipeline.errors import UserError
+from tests.jobs import ROOT, flags, launch, process_kept, tiny_config
 
 
 @pytest.mark.parametrize(
@@ -38,3 +44,41 @@ def test_the_launchers_page_about_a_failed_rank_ends_with_what_the_rank_said(tmp
     message = json.loads(told.read_text())["message"]
     assert message["extraInfo"]["py_callstack"] == result.stderr.splitlines()[-1]
     assert message["message"].startswith("error: training.clip_value is null")
+
+
+INTERRUPTED = """
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(30)
+except KeyboardInterrupt:
+    raise ImportError("half a module") from None
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "code"),
+    [(["pipeline/prepare.py", "mnist"], -2), (["pipeline/train.py"], 130)],
+    ids=["before", "in main"],
+)
+def test_an_interrupt_while_packages_are_imported_is_no_traceback(
+    program: list[str], code: int, tmp_path: Path
+) -> None:
+    """The first that is imported of torch sends it; packages make another error of it."""
+    (tmp_path / "torch.py").write_text(INTERRUPTED)
+    variables = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    result = subprocess.run([sys.executable, *program], cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (code, "")
+
+
+def test_an_interrupt_at_the_interpreters_end_is_no_traceback() -> None:
+    ending = "import atexit, os, signal, time; from pipeline.distributed.launcher import run_program\n"
+    ending += "atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(30)))\nrun_program(lambda: 0)"
+    result = subprocess.run([sys.executable, "-c", ending], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (-2, "")
+
+
+def test_a_launcher_of_no_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "processes_asked_for", lambda: 0)
+    with process_kept(), pytest.raises(UserError, match="was told --num_processes 0 but started 1: ask for some"):
+        process.Runtime(RuntimeConfig(device="cpu"))

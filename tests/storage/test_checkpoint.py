@@ -6,14 +6,18 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import stat
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import pytest
 import torch
@@ -37,6 +41,8 @@ from pipeline.storage.checkpoint import (
 from pipeline.storage.run_folder import RunFolder, step_of
 from tests.jobs import ROOT, launch
 from tests.trap import Trap
+
+T = TypeVar("T")
 
 
 def random_state(seed: int, scale: float = 0.01) -> dict[str, Tensor]:
@@ -282,7 +288,7 @@ def test_a_save_that_waits_for_a_lost_rank_does_not_keep_the_process(tmp_path: P
     waiting += "from pipeline.distributed.collectives import Ranks\n"
     waiting += "from pipeline.storage.checkpoint import CheckpointWriter\n"
     waiting += "from pipeline.storage.run_folder import RunFolder\n"
-    waiting += "class Lost(CheckpointWriter):\n    def _check(self, staged): threading.Event().wait()\n"
+    waiting += "class Lost(CheckpointWriter):\n    def _check(self, *state): threading.Event().wait()\n"
     waiting += "out = Lost(RunFolder(Path(sys.argv[1])), Ranks(), keep_last=1, keep_every=None, clip_value=None)\n"
     waiting += "out.save({'x': torch.zeros(1)}, 1, {}); sys.exit(3)"
     assert subprocess.run([sys.executable, "-c", waiting, str(tmp_path)], cwd=ROOT, timeout=60).returncode == 3
@@ -308,6 +314,20 @@ def test_a_state_that_broke_its_invariants_is_never_committed(
         out.finish()
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000001"]
     assert out.committed_step == 1
+
+
+@pytest.mark.parametrize(("odd", "message"), [(0, "rank 1 and rank(s) 0"), (2, "rank 0 and rank(s) 2")])
+def test_of_three_ranks_the_one_that_differs_is_named(odd: int, message: str, run: RunFolder) -> None:
+    @dataclass(frozen=True)
+    class Three(Ranks):
+        """As rank 0 sees them when rank `odd` holds other numbers."""
+
+        def gather(self, value: T) -> list[T]:
+            return [cast("T", dict(value) | {"x": "other"} if rank == odd else value) for rank in range(3)]  # type: ignore[call-overload]
+
+    out = CheckpointWriter(run, Three(), keep_last=1, keep_every=None, clip_value=None)
+    with pytest.raises(IntegrityError, match=re.escape(f"x differs between {message}")):
+        out._compare_replicas({"x": torch.zeros(3)})
 
 
 @pytest.fixture
@@ -347,6 +367,20 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(small_disk: Path) -> No
     out.finish()
     assert out.committed_step == 9
     assert out.failures_in_a_row == 0
+
+
+def test_saves_leave_no_descriptor_and_no_thread_behind(run: RunFolder) -> None:
+    out = writer(run, keep_last=1)
+
+    def save(steps: range) -> tuple[int, int]:
+        for step in steps:
+            out.save({"x": torch.zeros(3)}, step, {})
+        out.finish()
+        time.sleep(0.1)  # for the last thread to end
+        return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+
+    before = save(range(1, 4))
+    assert save(range(4, 64)) == before
 
 
 def test_a_lost_folder_is_an_error_that_passes(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -40,6 +41,15 @@ def test_a_second_writer_is_refused_and_a_killed_one_is_replaced_at_once(tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_clock_that_was_set_frees_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process's beginning in seconds is reckoned from the boot's, which moves with the clock."""
+    lock, created = RunLock(RunFolder(tmp_path)), psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: created(process) + 120)
+    with pytest.raises(UserError, match=f"is being written by process {os.getpid()} on"):
+        RunLock(RunFolder(tmp_path))
+    lock.release()
+
+
 def test_another_hosts_lock_counts_until_its_heartbeat_stops(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 0.0}))
@@ -48,6 +58,14 @@ def test_another_hosts_lock_counts_until_its_heartbeat_stops(tmp_path: Path) -> 
     past = path.stat().st_mtime - STALE_SECONDS - 1
     os.utime(path, (past, past))
     RunLock(RunFolder(tmp_path)).release()
+
+
+@pytest.mark.parametrize("hours", [-5, 5])
+def test_a_clock_that_is_wrong_takes_no_lock(hours: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 0.0}))
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() + hours * 3600)
+    with pytest.raises(UserError, match=r"process 1 on elsewhere \(heartbeat 0 s ago\)"):
+        RunLock(RunFolder(tmp_path))
 
 
 def test_a_process_number_that_was_given_out_again_does_not_hold_the_lock(tmp_path: Path) -> None:

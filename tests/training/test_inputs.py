@@ -34,6 +34,9 @@ class Numbered:
             )
             first += 1
 
+    def damage(self) -> str | None:
+        return None
+
 
 def config_of(seed: int, precision: str = "float32") -> Config:
     return tiny_config(

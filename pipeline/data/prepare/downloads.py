@@ -16,7 +16,7 @@ from tqdm.utils import CallbackIOWrapper
 
 from pipeline.data.manifest import DataError
 from pipeline.progress import bar
-from pipeline.storage.files import fsync, replacing
+from pipeline.storage.files import replacing
 
 TIMEOUT_SECONDS = 10.0
 """Of silence, after which a server is given up."""
@@ -43,7 +43,6 @@ def fetch(title: str, checksums: Mapping[str, str], origins: Mapping[str, Fetche
                 files[name] = verified(name, content, checksums[name], origin)
                 with replacing(kept / name) as temporary:
                     temporary.write_bytes(content)
-                    fsync(temporary)
         except (DataError, OSError, http.client.HTTPException, tarfile.TarError, subprocess.SubprocessError) as error:
             failures.append(f"{origin}: {' '.join(str(error).split())}")
             continue
