@@ -25,3 +25,6 @@ class FlippedSource:
                 flips = flips.pin_memory()  # or the copy would wait for the device
             flips = flips.to(images.device, non_blocking=True).view(-1, 1, 1, 1)
             yield Batch(torch.where(flips, images.flip(3), images), labels)
+
+    def damage(self) -> str | None:
+        return self._source.damage()

@@ -29,10 +29,8 @@ def flip(tensor: Tensor | None) -> None:
 
 def flip_gradient(trainer: Trainer) -> None:
     """After it was averaged over the ranks; before, it would be all ranks' gradient."""
-    state = trainer.state
-    state.generator_optimizer.register_step_pre_hook(
-        lambda *_: flip(state.generator.get_parameter("dense.weight").grad)
-    )
+    weight = trainer.state.generator.get_parameter("dense.weight")
+    trainer.state.generator_optimizer.register_step_pre_hook(lambda *_: flip(weight.grad))
 
 
 def moment(trainer: Trainer) -> Tensor:
