@@ -233,7 +233,7 @@ class EvaluationConfig:
     Kynkaanniemi et al. 2019 (1904.06991) and many papers since take 3."""
     gan_train: bool = knob(False, free=True)
     """Also train a classifier on the images of a generator with classes and test it on real ones (GAN-train of Shmelkov
-    et al. 2018, 1807.09499): about a minute of two cores for 10,000 digits."""
+    et al. 2018, 1807.09499), five epochs on at most 10,000 of them."""
     inception_weights: str | None = knob(None, free=True)
     """Path of torch-fidelity's Inception v3 weight file; null: its own download."""
     dinov2_weights: str | None = knob(None, free=True)

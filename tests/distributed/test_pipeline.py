@@ -67,7 +67,20 @@ def test_the_evaluation_has_the_designs_form(run: Path) -> None:
     result = json.loads((run / "evaluation/step-00000020.json").read_text())
     assert (result["step"], result["num_images"]) == (20, 501)
     scores = result["features"]["mnist"]
-    for key in ("fid", "is_mean", "is_std", "kid_mean", "kid_std", "precision", "recall", "density", "coverage"):
+    for key in (
+        "fid",
+        "is_mean",
+        "is_std",
+        "kid_mean",
+        "kid_std",
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+        "sliced_wasserstein",
+        "authenticity",
+        "authenticity_real",
+    ):
         assert math.isfinite(scores[key]), key
     assert 5 < scores["fid_floor"] < 20, "of as few real images; all 10,000 have 1.04"
     assert scores["fid"] > 20 * scores["fid_floor"], "20 steps do not make digits"
@@ -81,6 +94,9 @@ def test_evaluating_again_gives_the_same_scores_for_another_number_of_ranks(run:
     for key, value in before["features"]["mnist"].items():
         if isinstance(value, float):
             assert after["features"]["mnist"][key] == pytest.approx(value, rel=1e-6), key
+    # Of the live critic of two processes, and of the checkpoint's.
+    assert after["critic"]["mean_scores"] == pytest.approx(before["critic"]["mean_scores"], rel=1e-4)
+    assert after["critic"]["images"] == {"train": 2000, "test": 2000, "generated": 501}
     assert (run / "evaluation/step-00000010.json").exists()
 
 
