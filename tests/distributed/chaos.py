@@ -219,7 +219,7 @@ class Campaign:
     """Kills runs, and lets each end as it would have."""
 
     def __init__(self, dataset: Path, root: Path, seed: int) -> None:
-        self._dataset, self._root, self._chance = dataset, root, random.Random(seed)
+        self._dataset, self._root, self._chance = dataset, root, random.Random(f"campaign {seed}")
         self._log, self._references = root / "log", dict[object, Path]()
         self.table: Counter[tuple[str, str]] = Counter()
         """(kind, outcome) -> how often."""
