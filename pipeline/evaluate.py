@@ -3,14 +3,11 @@
 import sys
 from pathlib import Path
 
+from pipeline import evaluate
 from pipeline.config import make_parser, parse
-from pipeline.data import open_dataset
-from pipeline.distributed.failures import closing
 from pipeline.distributed.launcher import run_program
-from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
-from pipeline.evaluation.scorer import Scorer
-from pipeline.evaluation.targets import TARGET, score_target
+from pipeline.evaluation.targets import TARGET
 from pipeline.storage.run_folder import RunFolder
 
 
@@ -26,12 +23,8 @@ def main() -> None:
         config, arguments = parse(parser, ["--config", str(run.config), *sys.argv[1:]])
     if arguments.all and (arguments.out or arguments.step is not None):
         raise UserError("--all scores every checkpoint into the run: leave out --step and --out")
-    runtime = Runtime(config.runtime)
-    with closing(runtime, config):
-        dataset = runtime.ranks.on_main(lambda: open_dataset(config.data))
-        scorer = Scorer(config.evaluation, dataset, runtime, config.training.seed)
-        steps = None if arguments.all else [arguments.step]
-        score_target(run.path, scorer, steps, arguments.out, Path(config.run.root))
+    steps = "all" if arguments.all else "newest" if arguments.step is None else [arguments.step]
+    evaluate(run.path, config, steps=steps, out=arguments.out)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from argparse import ArgumentError
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,31 @@ from pipeline.yaml_files import read_yaml
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
-def make_parser(description: str) -> ArgumentParser:
+def make_parser(description: str, *, exit_on_error: bool = True) -> ArgumentParser:
     """A parser whose `--help` documents every key; entries add their own arguments to it."""
     usage = "%(prog)s [--config FILE] [--KEY VALUE ...]"
-    parser = ArgumentParser(description=description, usage=usage)
+    parser = ArgumentParser(description=description, usage=usage, exit_on_error=exit_on_error)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file that lists differences from the defaults")
     parser.add_class_arguments(Config, instantiate=True)
     return parser
+
+
+def configure(
+    file: str | Path | None = None, settings: Mapping[str, object] = MappingProxyType({})
+) -> Config:
+    """The configuration of a YAML file, by default the defaults, and over it `settings` by their dotted keys:
+    `configure("quickstart", {"run.name": "first", "training.steps": 500})`.
+
+    Raises:
+        UserError: naming the key, the value and the fix.
+    """
+    files = [] if file is None else ["--config", str(file)]
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
+    parser = make_parser("configure", exit_on_error=False)
+    try:
+        return parse(parser, [*files, *(f"--{key}={text}" for key, text in texts.items())])[0]
+    except ArgumentError as error:
+        raise UserError(str(error)) from None
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> tuple[Config, Namespace]:

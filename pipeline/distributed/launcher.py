@@ -6,11 +6,13 @@ The only environment variables that the pipeline reads are named in this package
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
@@ -61,7 +63,8 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     rank = code = world_size = 0
     try:
         rank, world_size = told("RANK", 0), told("WORLD_SIZE", 1)
-        code = main() or 0
+        with _ending_at_second_interrupt():
+            code = main() or 0
     except Preempted as stop:
         _say(str(stop) if rank == 0 else "")
         code = EXIT_PREEMPTED
@@ -93,6 +96,30 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _ending_at_second_interrupt() -> Iterator[None]:
+    """A Python signal handler has to wait until the main thread comes out of a collective. This thread does not."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch() -> None:
+        interrupts = 0
+        while received := os.read(reader, 64):
+            interrupts += received.count(signal.SIGINT)
+            if interrupts > 1:
+                os.write(sys.stderr.fileno(), b"stopped at once by a second interrupt\n")
+                os._exit(EXIT_INTERRUPTED)
+        os.close(reader)
+
+    threading.Thread(target=watch, daemon=True).start()
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
 
 
 def _say(line: str) -> None:

@@ -31,8 +31,9 @@ TARGET = (
 
 def score_target(
     target: Path, scorer: Scorer, steps: Sequence[int | None] | None, out: Path | None, root: Path
-) -> None:
-    """Scores `target`, which is a TARGET, into `out` (by default into the run, or under `root`) and tells them.
+) -> list[dict[str, Any]]:
+    """Scores `target`, which is a TARGET, into `out` (by default into the run, or under `root`), tells and returns what
+    was written.
 
     Args:
         steps: the checkpoints of a run to score; None is the newest intact one. Without a list it is all of them, and
@@ -46,8 +47,7 @@ def score_target(
     """
     runtime, dataset = scorer.runtime, scorer.dataset
     if RunFolder(target).has_begun:
-        _score_run(RunFolder(target), scorer, steps, out)
-        return
+        return _score_run(RunFolder(target), scorer, steps, out)
     facts: dict[str, Any] = {"target": str(target)}
     if target.suffix in EXPORT_SUFFIXES:
         path = out or scores_of(target, root)
@@ -70,10 +70,13 @@ def score_target(
     else:
         raise UserError(f"{target}: there is nothing of that name; give {TARGET}")
     runtime.say(f"{path}: {_summary(result)}")
+    return [result]
 
 
-def _score_run(run: RunFolder, scorer: Scorer, steps: Sequence[int | None] | None, out: Path | None) -> None:
-    weights, runtime, dataset = scorer.config.weights, scorer.runtime, scorer.dataset
+def _score_run(
+    run: RunFolder, scorer: Scorer, steps: Sequence[int | None] | None, out: Path | None
+) -> list[dict[str, Any]]:
+    weights, runtime, dataset, results = scorer.config.weights, scorer.runtime, scorer.dataset, list[dict[str, Any]]()
     if out is None and runtime.ranks.on_main(lambda: run.dataset_fingerprint) not in (None, dataset.fingerprint):
         raise UserError(
             f"{run.path}: was not trained on this dataset ({dataset.folder}): name a file for the scores with --out"
@@ -89,10 +92,11 @@ def _score_run(run: RunFolder, scorer: Scorer, steps: Sequence[int | None] | Non
             continue
         generator = generator_of(checkpoint, weights).to(runtime.device)
         facts = {"step": checkpoint.step, "weights": weights}
-        result = scorer.score_generator(generator, out or run.scores(checkpoint.step), facts)
-        runtime.say(f"step {checkpoint.step}: {_summary(result)}")
+        results.append(scorer.score_generator(generator, out or run.scores(checkpoint.step), facts))
+        runtime.say(f"step {checkpoint.step}: {_summary(results[-1])}")
     if out is None:
         runtime.say(f"report: {runtime.ranks.on_main(lambda: write_report(run.path))}")
+    return results
 
 
 def _fingerprint(target: Path, files: Sequence[Path]) -> str:

@@ -76,9 +76,10 @@ def generator_of(checkpoint: Checkpoint, weights: str) -> Generator:
     return _frozen(generator)
 
 
-def load_generator(path: Path, weights: str) -> Generator:
-    """The generator alone of `read_generator`."""
-    return read_generator(path, weights)[0]
+def load_generator(path: str | Path, weights: str = "ema") -> Generator:
+    """The generator alone of `read_generator`: latents (n, latent_dim) -> mirrored images (n, C, H, W) in [0, 1], which
+    `render_range` and `render` of pipeline/export/images.py turn into uint8 ones, the right way round."""
+    return read_generator(Path(path), weights)[0]
 
 
 def read_generator(path: Path, weights: str) -> tuple[Generator, dict[str, Any]]:
