@@ -13,7 +13,7 @@ from pipeline.distributed.launcher import run_program
 
 
 def parse() -> Namespace:
-    parser = ArgumentParser(prog="prepare.py", description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     mnist = commands.add_parser("mnist", help="MNIST, fetched and verified")
     mnist.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="folder with the four IDX files")

@@ -19,13 +19,14 @@ from pipeline.errors import UserError
 from pipeline.yaml_files import read_yaml
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+CONFIG = "YAML file that lists differences from the defaults, or the name of one of the package's, like quickstart"
 
 
 def make_parser(description: str, *, exit_on_error: bool = True) -> ArgumentParser:
     """A parser whose `--help` documents every key; entries add their own arguments to it."""
     usage = "%(prog)s [--config FILE] [--KEY VALUE ...]"
     parser = ArgumentParser(description=description, usage=usage, exit_on_error=exit_on_error)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file that lists differences from the defaults")
+    parser.add_argument("--config", action=ActionConfigFile, help=CONFIG)
     parser.add_class_arguments(Config, instantiate=True)
     return parser
 
@@ -33,8 +34,8 @@ def make_parser(description: str, *, exit_on_error: bool = True) -> ArgumentPars
 def configure(
     file: str | Path | None = None, settings: Mapping[str, object] = MappingProxyType({})
 ) -> Config:
-    """The configuration of a YAML file, by default the defaults, and over it `settings` by their dotted keys:
-    `configure("quickstart", {"run.name": "first", "training.steps": 500})`.
+    """The configuration of a YAML file, or of one of the package's by its name, and over it `settings` by their dotted
+    keys: `configure("quickstart", {"run.name": "first", "training.steps": 500})`. Without a file: the defaults.
 
     Raises:
         UserError: naming the key, the value and the fix.
@@ -65,11 +66,22 @@ def _files_first(arguments: Sequence[str]) -> list[str]:
     for argument in following:
         name, _, value = argument.partition("=")
         if name == "--config" and (value := value or next(following, "")):
-            _check_sections(Path(value), read_yaml(Path(value)), Config())
-            files += ["--config", value]
+            file = _settings_file(value)
+            _check_sections(file, read_yaml(file), Config())
+            files += ["--config", str(file)]
         else:
             rest.append(argument)
     return files + rest
+
+
+def _settings_file(name: str) -> Path:
+    """The file of this path; where there is none, the package's own file of a name like quickstart."""
+    shipped = {path.stem: path for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))}
+    if Path(name).exists() or not (stem := name.removeprefix("configs/").removesuffix(".yaml")) or "/" in stem:
+        return Path(name)
+    if stem in shipped:
+        return shipped[stem]
+    raise UserError(f"--config is {name}: no such file, and none of the package's: {', '.join(shipped)}")
 
 
 def _check_sections(path: Path, given: dict[str, Any], config: Any, prefix: str = "") -> None:

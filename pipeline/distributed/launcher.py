@@ -35,6 +35,9 @@ from pipeline.errors import (
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl."""
 
+EXIT_TERMINATED = 128 + signal.SIGTERM
+"""As a shell counts it: before a Runtime was there to take the signal."""
+
 
 def told(name: str, default: int) -> int:
     """A number that the launcher put into the environment (RANK, WORLD_SIZE, LOCAL_RANK, ...).
@@ -61,6 +64,8 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     must know whether to queue the job again.
     """
     rank = code = world_size = 0
+    if os.getpid() == 1:  # a container's: the kernel drops signals to it that it has no handler for
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
     try:
         rank, world_size = told("RANK", 0), told("WORLD_SIZE", 1)
         with _ending_at_second_interrupt():

@@ -1,0 +1,105 @@
+"""An installation as it is without a checkout: the wheel that the sdist makes, its command, and the containers' files."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from pipeline.storage.checkpoint import find
+from pipeline.storage.run_folder import RunFolder
+from tests.distributed.test_interruptions import wait_for_step
+from tests.jobs import ROOT, changed, flags, tiny_config
+from tests.reporting.made_runs import make_run
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the package and its command, from the wheel that the sdist makes. What it takes is there already."""
+    folder = tmp_path_factory.mktemp("installed")
+    source = folder / "source"
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, files.split("\0")):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
+    build = [sys.executable, "-m", "build", "--no-isolation", "--sdist", str(source), "--outdir", str(folder)]
+    subprocess.run(build, check=True, capture_output=True)
+    (sdist,) = folder.glob("*.tar.gz")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", str(folder / "site"), str(sdist)], check=True, capture_output=True)
+    with tarfile.open(sdist) as archive:
+        assert not [member.name for member in archive if member.issym()]
+    return folder / "site"
+
+
+def command(installed: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PYTHONPATH": str(installed)}
+    program = [sys.executable, str(installed / "bin/gan-pipeline"), *arguments]
+    return subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_an_installation_has_all_it_takes(installed: Path, tmp_path: Path) -> None:
+    shipped = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+    assert sorted(path.name for path in (installed / "pipeline/configs").glob("*.yaml")) == shipped
+    shown = command(installed, tmp_path, "train", "--config", "quickstart", "--print_config")
+    assert "name: quickstart" in shown.stdout, shown.stderr
+    assert command(installed, tmp_path, "report", str(make_run(tmp_path / "made"))).stdout == f"{tmp_path}/made/report.html\n"
+    refused = command(installed, tmp_path, "generate", "-g", "nothing.safetensors")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "usage: gan-pipeline prepare" in command(installed, tmp_path, "prepare", "--help").stdout
+
+
+def test_commands_are_the_programs() -> None:
+    told = subprocess.run([sys.executable, "-m", "pipeline", "--help"], cwd=ROOT, capture_output=True, text=True)
+    for name in ("train", "evaluate", "generate", "prepare", "report", "doctor"):
+        assert f"  {name} " in told.stdout
+    wrong = subprocess.run([sys.executable, "-m", "pipeline", "trian"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "invalid choice: 'trian'" in wrong.stderr
+
+
+def test_containers_copy_what_is_there() -> None:
+    dockerfile = (ROOT / "launch/Dockerfile").read_text()
+    allowed = re.findall(r"^!(.+)", (ROOT / "launch/Dockerfile.dockerignore").read_text(), re.MULTILINE)
+    copied = [source for line in re.findall(r"^COPY (.+) \S+$", dockerfile, re.MULTILINE) for source in line.split()]
+    definition = (ROOT / "launch/container.def").read_text()
+    files = re.findall(r"^    (\S+) /opt", definition.split("%files")[1].split("%post")[0], re.MULTILINE)
+    assert set(copied) == set(allowed)
+    assert {"pyproject.toml", "pipeline"} <= set(files) <= set(copied)
+    assert all((ROOT / source).exists() for source in [*copied, *files])
+    assert 'ENTRYPOINT ["gan-pipeline"]' in dockerfile
+    assert "gan-pipeline =" in (ROOT / "pyproject.toml").read_text()
+
+
+def can_be_process_1() -> bool:
+    return subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("unshare") is None or not can_be_process_1(), reason="no process namespaces here")
+def test_a_container_that_is_stopped_saves_first(tiny_dataset: Path, tmp_path: Path) -> None:
+    """`docker stop` sends SIGTERM to process 1 of a namespace."""
+    settings = {"root": str(tmp_path), "checkpoint_every": 10**6}
+    config = tiny_config(data={"dataset": str(tiny_dataset)}, run=settings)
+    config = changed(config, training={"steps": 10**6, "batch_size": 8, "n_critic": 1})
+    run, log = RunFolder(config.folder), tmp_path / "log"
+    arguments = ["unshare", "--pid", "--fork", sys.executable, "-m", "pipeline", "train", *flags(config)]
+    with log.open("w") as output:
+        container = subprocess.Popen(arguments, cwd=ROOT, stdout=output, stderr=output)
+        try:
+            wait_for_step(run.path, 5, container, log)
+            children = Path(f"/proc/{container.pid}/task/{container.pid}/children").read_text()
+            (first,) = map(int, children.split())
+            os.kill(first, signal.SIGTERM)
+            assert container.wait(timeout=60) == 75
+        finally:
+            container.kill()
+    assert f"stopped after step {find(run).step}, which is saved" in log.read_text()
