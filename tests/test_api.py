@@ -104,10 +104,10 @@ def test_a_call_leaves_the_process_as_it_was(
         assert process_as_it_is() == before
         run = train(config)
         assert process_as_it_is() == before
-        with pytest.raises(UserError, match="num_images"):
-            train(changed(config, run={"name": "none"}, evaluation={"every": 1, "num_images": 10**9}))
-        with pytest.raises(UserError, match="nowhere"):
-            evaluate(tmp_path / "nowhere", config)
+        with pytest.raises(UserError, match=r"runtime\.accumulation is 3"):
+            train(changed(config, run={"name": "none"}, runtime={"accumulation": 3}))
+        with pytest.raises(UserError, match="mnist"):
+            evaluate(config.folder)
         assert process_as_it_is() == before
     assert (os.sched_getaffinity(0), torch.get_num_threads()) == (cores, threads)
     assert exact.log[0]["critic_loss"] == pytest.approx(run.log[0]["critic_loss"], rel=1e-3)

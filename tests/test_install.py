@@ -15,8 +15,8 @@ import pytest
 
 from pipeline.storage.checkpoint import find
 from pipeline.storage.run_folder import RunFolder
-from tests.distributed.test_interruptions import wait_for_step
-from tests.jobs import ROOT, changed, flags, tiny_config
+from tests.distributed.interrupting import interruptible, wait_for_step
+from tests.jobs import ROOT, changed, flags
 from tests.reporting.made_runs import make_run
 
 
@@ -87,12 +87,11 @@ def can_be_process_1() -> bool:
 @pytest.mark.skipif(shutil.which("unshare") is None or not can_be_process_1(), reason="no process namespaces here")
 def test_a_container_that_is_stopped_saves_first(tiny_dataset: Path, tmp_path: Path) -> None:
     """`docker stop` sends SIGTERM to process 1 of a namespace."""
-    settings = {"root": str(tmp_path), "checkpoint_every": 10**6}
-    config = tiny_config(data={"dataset": str(tiny_dataset)}, run=settings)
-    config = changed(config, training={"steps": 10**6, "batch_size": 8, "n_critic": 1})
+    config = interruptible(tiny_dataset, tmp_path, "contained", steps=10**6)
+    config = changed(config, run={"checkpoint_every": 10**6})
     run, log = RunFolder(config.folder), tmp_path / "log"
-    arguments = ["unshare", "--pid", "--fork", sys.executable, "-m", "pipeline", "train", *flags(config)]
-    with log.open("w") as output:
+    arguments = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-m", "pipeline", "train", *flags(config)]
+    with log.open("wb") as output:
         container = subprocess.Popen(arguments, cwd=ROOT, stdout=output, stderr=output)
         try:
             wait_for_step(run.path, 5, container, log)

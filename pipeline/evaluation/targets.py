@@ -17,14 +17,14 @@ from pipeline.data.resident import load_split
 from pipeline.errors import UserError
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.scorer import Scorer
-from pipeline.export.generator_file import EXPORT_SUFFIXES, generator_of, load_generator
+from pipeline.export.generator_file import EXPORT_SUFFIXES, HUB_WEIGHTS, generator_of, load_generator
 from pipeline.reporting.formatting import number
 from pipeline.reporting.page import write_report
 from pipeline.storage.checkpoint import CheckpointError, committed, find
 from pipeline.storage.run_folder import RunFolder, scores_of, step_of
 
 TARGET = (
-    "a run's folder, an exported generator (.safetensors, .h5), a folder of images, an .npz file, "
+    "a run's folder, an exported generator (.safetensors, .h5, a Hugging Face folder), a folder of images, an .npz file, "
     "or the word train or test: that split of the real images"
 )
 
@@ -49,7 +49,7 @@ def score_target(
     if RunFolder(target).has_begun:
         return _score_run(RunFolder(target), scorer, steps, out)
     facts: dict[str, Any] = {"target": str(target)}
-    if target.suffix in EXPORT_SUFFIXES:
+    if target.suffix in EXPORT_SUFFIXES or (target / HUB_WEIGHTS).is_file():
         path = out or scores_of(target, root)
         generator = load_generator(target, scorer.config.weights).to(runtime.device)
         result = scorer.score_generator(generator, path, facts)

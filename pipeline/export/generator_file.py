@@ -24,6 +24,8 @@ KERAS_FORMAT = "gan-pipeline generator 1"
 KERAS_SUFFIXES = (".h5", ".hdf5")
 EXPORT_SUFFIXES = (".safetensors", *KERAS_SUFFIXES)
 """Single files that `load_generator` reads; its other sources are folders."""
+HUB_WEIGHTS = "model.safetensors"
+"""An export by the name that it has in a folder of the Hugging Face Hub."""
 
 
 def save_export(generator: Generator, path: Path, provenance: dict[str, Any]) -> None:
@@ -83,9 +85,9 @@ def load_generator(path: str | Path, weights: str = "ema") -> Generator:
 
 
 def read_generator(path: Path, weights: str) -> tuple[Generator, dict[str, Any]]:
-    """The generator of an export, of a Keras notebook's .h5, of a checkpoint's folder, or of a run's folder (its newest
-    intact checkpoint; damaged newer ones are named in the log), on the CPU in eval mode. `weights`, "ema" or "raw",
-    chooses among a checkpoint's.
+    """The generator of an export or a folder that is one for the Hugging Face Hub, of a Keras notebook's .h5, of a
+    checkpoint's folder, or of a run's folder (its newest intact checkpoint; damaged newer ones are named in the log), on
+    the CPU in eval mode. `weights`, "ema" or "raw", chooses among a checkpoint's.
 
     With it comes where it is from: of a checkpoint "step" and "weights", of one in its run's folder also "run" and the
     "dataset"'s fingerprint (null where the run does not tell), of an export what its header says.
@@ -93,6 +95,8 @@ def read_generator(path: Path, weights: str) -> tuple[Generator, dict[str, Any]]
     Raises:
         UserError: it is none of these, or damaged.
     """
+    if (path / HUB_WEIGHTS).is_file():
+        return _read_export(path / HUB_WEIGHTS)
     if path.is_dir():
         run = RunFolder(path)
         checkpoint = find(run) if run.has_begun else read_checkpoint(path).verify()
