@@ -112,7 +112,7 @@ class Hub(BaseHTTPRequestHandler):
     refuses: bool
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         host = f"http://{self.headers['Host']}"
         status, answer = 200, {}
         if self.refuses:
