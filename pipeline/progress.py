@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 
 def bar(**options: Any) -> tqdm[Any]:
-    """tqdm on standard error, or a notebook's widget; a file that collects a job's output gets a line every ten seconds,
-    not ten a second."""
+    """tqdm on standard error, or a notebook's widget; a file that collects a job's output gets a line every ten
+    seconds, not ten a second."""
     watched = sys.stderr.isatty() or "ipykernel" in sys.modules
     return tqdm(mininterval=0.5 if watched else 10, **options)

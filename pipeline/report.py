@@ -1,4 +1,4 @@
-"""Reports on a run, `python pipeline/report.py RUN`, or compares several on one page: `... RUN RUN | 'runs/*' [--out FILE]`."""
+"""Reports on a run, `python pipeline/report.py RUN`, or compares several on one page: `... 'runs/*' [--out FILE]`."""
 
 import argparse
 import os

@@ -116,4 +116,3 @@ def train_many(configs: Sequence[Config], num_processes: int) -> None:
 
 def final_state(run: Path, step: int) -> dict[str, Tensor]:
     return find(RunFolder(run), step).tensors()
-

@@ -136,7 +136,7 @@ def test_settings_by_their_keys(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             configure(None, {key: value})
-    with pytest.raises(UserError, match="nothing.yaml: can't be read"):
+    with pytest.raises(UserError, match=r"nothing\.yaml: can't be read"):
         configure(tmp_path / "nothing.yaml")
 
 
@@ -144,7 +144,9 @@ def test_every_name_is_there_and_stays() -> None:
     """Importing a program as a module takes the place of nothing."""
     for name in pipeline.__all__:
         assert getattr(pipeline, name).__doc__
-    code = "import pipeline, pipeline.train, pipeline.evaluate; print(pipeline.train.__name__, pipeline.evaluate.__name__)"
+    code = (
+        "import pipeline, pipeline.train, pipeline.evaluate; print(pipeline.train.__name__, pipeline.evaluate.__name__)"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["train", "evaluate"]
     with pytest.raises(AttributeError, match="has no attribute 'trian'"):
@@ -209,7 +211,9 @@ def test_a_notebook(mnist_dataset: Any, tmp_path: Path) -> None:
         texts = [text.replace(f'"{name}', f'"{value}') for text in texts]
     cells = [nbformat.v4.new_code_cell(text) for text in texts]
     notebook = nbformat.v4.new_notebook(cells=cells)
-    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+    ).execute()
     outputs = [json.dumps(cell.outputs) for cell in notebook.cells]
     assert "application/vnd.jupyter.widget-view+json" in outputs[0]
     assert re.search(r"said: stopped after step \d+, which is saved", outputs[2])

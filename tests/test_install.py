@@ -1,4 +1,4 @@
-"""An installation as it is without a checkout: the wheel that the sdist makes, its command, and the containers' files."""
+"""An installation without a checkout: the wheel that the sdist makes, its command, and the containers' files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.reporting.made_runs import make_run
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the package and its command, from the wheel that the sdist makes. What it takes is there already."""
+    """A folder with the package and its command, from the wheel that the sdist makes; what it takes is there."""
     folder = tmp_path_factory.mktemp("installed")
     source = folder / "source"
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -40,7 +40,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(installed: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PYTHONPATH": str(installed)}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
+        "PYTHONPATH": str(installed)
+    }
     program = [sys.executable, str(installed / "bin/gan-pipeline"), *arguments]
     return subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True)
 
@@ -51,7 +53,10 @@ def test_an_installation_has_all_it_takes(installed: Path, tmp_path: Path) -> No
     assert sorted(path.name for path in (installed / "pipeline/configs").glob("*.yaml")) == shipped
     shown = command(installed, tmp_path, "train", "--config", "quickstart", "--print_config")
     assert "name: quickstart" in shown.stdout, shown.stderr
-    assert command(installed, tmp_path, "report", str(make_run(tmp_path / "made"))).stdout == f"{tmp_path}/made/report.html\n"
+    assert (
+        command(installed, tmp_path, "report", str(make_run(tmp_path / "made"))).stdout
+        == f"{tmp_path}/made/report.html\n"
+    )
     refused = command(installed, tmp_path, "generate", "-g", "nothing.safetensors")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "usage: gan-pipeline prepare" in command(installed, tmp_path, "prepare", "--help").stdout
@@ -90,7 +95,17 @@ def test_a_container_that_is_stopped_saves_first(tiny_dataset: Path, tmp_path: P
     config = interruptible(tiny_dataset, tmp_path, "contained", steps=10**6)
     config = changed(config, run={"checkpoint_every": 10**6})
     run, log = RunFolder(config.folder), tmp_path / "log"
-    arguments = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-m", "pipeline", "train", *flags(config)]
+    arguments = [
+        "unshare",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        sys.executable,
+        "-m",
+        "pipeline",
+        "train",
+        *flags(config),
+    ]
     with log.open("wb") as output:
         container = subprocess.Popen(arguments, cwd=ROOT, stdout=output, stderr=output)
         try:

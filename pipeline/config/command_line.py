@@ -7,8 +7,8 @@ import json
 import sys
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -31,9 +31,7 @@ def make_parser(description: str, *, exit_on_error: bool = True) -> ArgumentPars
     return parser
 
 
-def configure(
-    file: str | Path | None = None, settings: Mapping[str, object] = MappingProxyType({})
-) -> Config:
+def configure(file: str | Path | None = None, settings: Mapping[str, object] = MappingProxyType({})) -> Config:
     """The configuration of a YAML file, or of one of the package's by its name, and over it `settings` by their dotted
     keys: `configure("quickstart", {"run.name": "first", "training.steps": 500})`. Without a file: the defaults.
 

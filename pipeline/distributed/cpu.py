@@ -65,7 +65,7 @@ def _keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Freed memory goes back to the system, now and later, as it does in a process whose largest freed block had 32 MiB:
+    """Freed memory goes back to the system, now and later, as it does in a process that has freed a block of 32 MiB:
     glibc moves its thresholds with the blocks that are freed until somebody sets one."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")

@@ -21,8 +21,8 @@ STOP_FILE_SECONDS = 1.0
 
 
 class StopRequest:
-    """Takes over STOP_SIGNALS of this process. A second SIGINT is a KeyboardInterrupt as ever; a program ends at it even
-    while it waits in a collective (run_program). In another thread than the main one there are no signals to take."""
+    """Takes over STOP_SIGNALS of this process. A second SIGINT is a KeyboardInterrupt as ever; a program ends at it
+    even while it waits in a collective (run_program). In a thread beside the main one there are no signals to take."""
 
     def __init__(self) -> None:
         self.ranks = Ranks()
@@ -78,4 +78,3 @@ class StopRequest:
         work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.ranks.host_group, async_op=True)
         self._pending = (work, flag)
         return agreed
-

@@ -24,8 +24,8 @@ from pipeline.storage.checkpoint import CheckpointError, committed, find
 from pipeline.storage.run_folder import RunFolder, scores_of, step_of
 
 TARGET = (
-    "a run's folder, an exported generator (.safetensors, .h5, a Hugging Face folder), a folder of images, an .npz file, "
-    "or the word train or test: that split of the real images"
+    "a run's folder, an exported generator (.safetensors, .h5, a Hugging Face folder), a folder of images, an .npz "
+    "file, or the word train or test: that split of the real images"
 )
 
 

@@ -35,9 +35,13 @@ def convert(
         data_licence: Of the images that it was trained on, for the card, in words.
     """
     if out.suffix not in {".safetensors", ".onnx", ".h5", ""}:
-        raise UserError(f"{out}: unknown kind of file, name it .safetensors, .onnx or .h5, or a folder without a suffix")
+        raise UserError(
+            f"{out}: unknown kind of file, name it .safetensors, .onnx or .h5, or a folder without a suffix"
+        )
     if out.suffix and (push or licence or data_licence):
-        raise UserError(f"{out} is a file: --push, --licence and --data_licence go with a folder, a name without suffix")
+        raise UserError(
+            f"{out} is a file: --push, --licence and --data_licence go with a folder, a name without suffix"
+        )
     if out.exists():
         raise UserError(f"{out}: exists already, name another {'file' if out.suffix else 'folder'}")
     if push is not None:

@@ -86,8 +86,8 @@ def load_generator(path: str | Path, weights: str = "ema") -> Generator:
 
 def read_generator(path: Path, weights: str) -> tuple[Generator, dict[str, Any]]:
     """The generator of an export or a folder that is one for the Hugging Face Hub, of a Keras notebook's .h5, of a
-    checkpoint's folder, or of a run's folder (its newest intact checkpoint; damaged newer ones are named in the log), on
-    the CPU in eval mode. `weights`, "ema" or "raw", chooses among a checkpoint's.
+    checkpoint's folder, or of a run's folder (its newest intact checkpoint; damaged newer ones are named in the log),
+    on the CPU in eval mode. `weights`, "ema" or "raw", chooses among a checkpoint's.
 
     With it comes where it is from: of a checkpoint "step" and "weights", of one in its run's folder also "run" and the
     "dataset"'s fingerprint (null where the run does not tell), of an export what its header says.

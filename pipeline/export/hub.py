@@ -1,7 +1,7 @@
 """A trained generator as a folder of the Hugging Face Hub: weights, config.json, a model card, scores and samples.
 
-The card's metadata are the Hub's (YAML before the text, with a model-index of the scores). Of the run only what made the
-weights is told: no paths, no machine.
+The card's metadata are the Hub's: YAML before the text, with a model-index of the scores. Of the run only what made
+the weights is told: no paths, no machine.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def check_push(name: str) -> None:
 
 
 def push(folder: Path, name: str) -> str:
-    """Sends the folder's files to the model repository `name` of the Hub (or what HF_ENDPOINT names), which is made if it
-    is not there; a commit on top of what is. Returns its address.
+    """Sends the folder's files to the model repository `name` of the Hub (or what HF_ENDPOINT names), which is made if
+    it is not there; a commit on top of what is. Returns its address.
 
     Raises:
         UserError: it was not taken. The folder stays.
@@ -155,8 +155,8 @@ def _card(
         f"# {name}",
         "",
         f"A generator of {height} x {width} images ({channels} channel{'s' if channels > 1 else ''}"
-        f"{f', {generator.num_classes} classes' if generator.num_classes else ''}), trained on {code(dataset)} with the "
-        f"objective {code(objective)}{_steps(provenance)}.",
+        f"{f', {generator.num_classes} classes' if generator.num_classes else ''}), trained on {code(dataset)} with "
+        f"the objective {code(objective)}{_steps(provenance)}.",
         "",
         f"![samples]({SAMPLES})",
         "",
@@ -174,8 +174,8 @@ def _card(
         "",
         "## Data",
         "",
-        f"Trained on {code(dataset)} (fingerprint {code(str(provenance.get('dataset') or 'not told'))}). Licence of the "
-        f"data: {data_licence or known or 'not stated'}.",
+        f"Trained on {code(dataset)} (fingerprint {code(str(provenance.get('dataset') or 'not told'))}). Licence of "
+        f"the data: {data_licence or known or 'not stated'}.",
         "",
     ]
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n\n" + "\n".join(lines)
@@ -187,7 +187,13 @@ def _steps(provenance: Mapping[str, Any]) -> str:
 
 
 def _model_index(name: str, dataset: str, evaluation: Evaluation) -> dict[str, Any]:
-    kinds = {"fid": "FID", "is_mean": "Inception Score", "kid_mean": "KID", "precision": "precision", "recall": "recall"}
+    kinds = {
+        "fid": "FID",
+        "is_mean": "Inception Score",
+        "kid_mean": "KID",
+        "precision": "precision",
+        "recall": "recall",
+    }
     metrics = [
         {"type": key.removesuffix("_mean"), "name": f"{title} ({features} features)", "value": value}
         for features in evaluation.features
@@ -213,7 +219,7 @@ def _score_table(evaluation: Evaluation | None) -> list[str]:
         *rows,
         "",
         f"Of {number(evaluation.settings.get('num_images'))} images against the "
-        f"{evaluation.settings.get('reference')} split; the floor is what real images of the other split score. Scores of "
-        f"two feature spaces do not compare. All of them: {SCORES}.",
+        f"{evaluation.settings.get('reference')} split; the floor is what real images of the other split score. Scores "
+        f"of two feature spaces do not compare. All of them: {SCORES}.",
         "",
     ]

@@ -1,4 +1,4 @@
-"""Several runs beside each other: the best first, what differs in their settings, and seeds of one configuration together."""
+"""Runs beside each other: the best first, what differs in their settings, seeds of one configuration together."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ class Comparison:
     @property
     def best_fid(self) -> float | None:
         """The lowest of those that compare, of which there must be two."""
-        alike = [fid for letter in self.runs if letter not in self.unlike if (fid := self.score(letter, "fid")) is not None]
+        alike = [
+            fid for letter in self.runs if letter not in self.unlike if (fid := self.score(letter, "fid")) is not None
+        ]
         return min(alike) if len(alike) > 1 else None
 
     @cached_property
@@ -77,19 +79,22 @@ class Comparison:
 
     @cached_property
     def configurations(self) -> list[Seeds]:
-        """Runs that differ in nothing but the seed together, the best median first; nothing where none has two seeds."""
+        """Runs that differ in the seed alone together, the best median first; empty where none has two seeds."""
         together: dict[str, list[str]] = {}
         for letter, run in self.runs.items():
             shared = {key: value for key, value in run.config.items() if key in CONFIGURATION}
             if shared and letter not in self.unlike and self.score(letter, "fid") is not None:
                 together.setdefault(json.dumps(shared, sort_keys=True, default=str), []).append(letter)
-        if all(len({str(self.runs[letter].config.get(SEED)) for letter in letters}) < 2 for letters in together.values()):
+        if all(
+            len({str(self.runs[letter].config.get(SEED)) for letter in letters}) < 2 for letters in together.values()
+        ):
             return []
         return sorted(map(self._seeds, together.values()), key=lambda seeds: seeds.median("fid") or 0.0)
 
     def _seeds(self, letters: list[str]) -> Seeds:
         names = [self.runs[letter].name for letter in letters]
-        name = re.sub(r"[-_.]?(seed)?[-_.]?$", "", os.path.commonprefix(names)) if len(names) > 1 else names[0]
+        shared = os.path.commonprefix(names)  # noqa: RUF071 (letters are meant)
+        name = re.sub(r"[-_.]?(seed)?[-_.]?$", "", shared) if len(names) > 1 else shared
         found = {key: [self.score(letter, key) for letter in letters] for key in SCORES}
         return Seeds(
             name or names[0], letters, {key: [each for each in row if each is not None] for key, row in found.items()}
@@ -128,7 +133,9 @@ class Comparison:
             scores = [self.score(letter, key) for key in (*SCORES, "fid_floor")]
             facts = [newest.step, newest.settings.get("num_images")] if newest else [None, None]
             values = [row[place] for row in self.settings.values()]
-            rows.append([run.name, *scores, *facts, letter not in self.unlike and newest is not None, run.status, *values])
+            rows.append(
+                [run.name, *scores, *facts, letter not in self.unlike and newest is not None, run.status, *values]
+            )
         return rows
 
 
@@ -172,7 +179,9 @@ def find_runs(patterns: Sequence[str]) -> list[Path]:
         runs = [run for path in paths for run in _runs_below(path)]
         if not runs and not (len(patterns) > 1 and is_beside_runs(literal)):
             kind = "a folder" if literal.is_file() or not literal.exists() else "a run"
-            raise UserError(f"{pattern} is not {kind}: give the folder of a run, such as runs/wgan, or a pattern: 'runs/*'")
+            raise UserError(
+                f"{pattern} is not {kind}: give the folder of a run, such as runs/wgan, or a pattern: 'runs/*'"
+            )
         found |= {run.resolve(): run for run in runs}
     return list(found.values())
 

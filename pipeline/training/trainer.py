@@ -22,6 +22,8 @@ from pipeline.export.images import interpolate, sample_grid, save_grid
 from pipeline.models.networks import Generator
 from pipeline.models.objectives import choose
 from pipeline.progress import bar
+from pipeline.reporting.formatting import in_brief
+from pipeline.reporting.read import read_run
 from pipeline.storage.checkpoint import newest_intact, sweep
 from pipeline.storage.files import write_text
 from pipeline.storage.lock import RunLock
@@ -69,7 +71,6 @@ class Trainer:
         self._last_step = training.steps
         self._ends_at = ends_at or (self.selection.is_over if self.selection else None)
         self._lock: RunLock | None = None
-        self._fids = ""
 
     def run(self) -> None:
         """Trains to the last step, or until run.patience is at its end, from the newest intact checkpoint if there is
@@ -184,7 +185,11 @@ class Trainer:
         return {**seconds, "generator": self.state.generator.spec()}
 
     def _comment(self, *, last: bool = False) -> None:
-        self.runtime.comment(f"step {self.state.step} of {self.config.training.steps}{self._fids}", last=last)
+        if self.runtime.ranks.is_main and job_id() is not None:
+            told = ", ".join(
+                [f"step {self.state.step} of {self.config.training.steps}", *in_brief(read_run(self.folder.path))]
+            )
+            self.runtime.comment(told, last=last)
 
     def _sample_and_evaluate(self) -> None:
         """Idempotent: what exists already for this step is left alone."""
@@ -204,9 +209,7 @@ class Trainer:
             try:
                 with runtime.tolerating(f"step {step}: evaluation"):
                     facts = {"step": step, "weights": self.config.evaluation.weights}
-                    found = scorer.score_generator(generator, scores, facts)["features"]
-                    fids = (f", {name} FID {values['fid']:.2f}" for name, values in found.items())
-                    self._fids = f"{''.join(fids)} at step {step}"
+                    scorer.score_generator(generator, scores, facts)
                     self._comment()
             except Preempted:
                 if self._due(self.config.run.log_every) and self.log.has_steps:

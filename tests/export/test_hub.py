@@ -123,7 +123,10 @@ class Hub(BaseHTTPRequestHandler):
         elif self.path == "/api/validate-yaml":
             answer = {"errors": [], "warnings": []}
         elif self.path == "/api/models/me/digits/preupload/main":
-            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
             answer = {"files": files}
         elif self.path == "/api/models/me/digits/commit/main":
             for line in map(json.loads, body.splitlines()):
@@ -164,7 +167,12 @@ def test_a_push_sends_every_file_and_a_refusal_is_one_line(
 
     def push(out: Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "pipeline.export", str(run), str(out), "--push", "me/digits"]
-        there = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_none", "HF_HUB_DISABLE_XET": "1"}
+        there = {
+            "HF_ENDPOINT": address,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_TOKEN": "hf_none",
+            "HF_HUB_DISABLE_XET": "1",
+        }
         return subprocess.run(command, cwd=ROOT, env=environment() | there, capture_output=True, text=True, timeout=120)
 
     sent = push(tmp_path / "sent")

@@ -39,7 +39,11 @@ def test_runs_come_in_the_order_of_their_scores(tmp_path: Path) -> None:
     for seed in range(3):
         random.Random(seed).shuffle(mixed)
         found = compared([read_run(path) for path in mixed])
-        assert [run.name for run in found.runs.values()] == [*(f"run-{fid}" for fid in sorted(fids)), "unlike", "unscored"]
+        assert [run.name for run in found.runs.values()] == [
+            *(f"run-{fid}" for fid in sorted(fids)),
+            "unlike",
+            "unscored",
+        ]
         assert found.unlike == {"F": ["num_images is 5,000, not 10,000"]}
         assert (found.best_fid, found.standard) == (9.5, "A")
 
@@ -71,7 +75,7 @@ def test_runs_of_one_seed_are_not_taken_together(tmp_path: Path) -> None:
 
 
 def test_the_numbers_are_beside_the_page(tmp_path: Path) -> None:
-    runs = [seeded(tmp_path / "b,\"quoted\"", 45.25, 1, 5), make_run(tmp_path / "a", 30.5)]
+    runs = [seeded(tmp_path / 'b,"quoted"', 45.25, 1, 5), make_run(tmp_path / "a", 30.5)]
     compare(runs, tmp_path / "out.html")
     with (tmp_path / "out.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -105,5 +109,5 @@ def test_runs_are_found_by_path_pattern_and_folder(
     ]:
         with pytest.raises(UserError, match=message):
             find_runs([wrong])
-    with pytest.raises(UserError, match="--out is page.txt: name a page .html"):
+    with pytest.raises(UserError, match=r"--out is page\.txt: name a page \.html"):
         main(["runs/a", "--out", "page.txt"])

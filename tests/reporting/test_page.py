@@ -278,9 +278,7 @@ def test_compare_sets_runs_side_by_side_the_best_first(tmp_path: Path) -> None:
     page = Page(out)
     assert page.texts_of("h2") == ["Settings that differ", "Scores", "Scores over training", "Newest samples"]
     settings_text = page.text.partition("Settings that differ")[2]
-    assert settings_text.startswith(
-        " Run FID training.n_critic A second 30.1 5 B first 45.2 2 C third 60 2 Scores"
-    )
+    assert settings_text.startswith(" Run FID training.n_critic A second 30.1 5 B first 45.2 2 C third 60 2 Scores")
     marked = page.source.partition('<tr class="marked">')[2].partition("</tr>")[0]
     assert "A second" in marked
     assert "30.1" in marked
