@@ -64,9 +64,9 @@ def train(config: Config) -> Run:
     """Trains the run that the configuration describes, from its newest checkpoint if there is one, and returns what its
     folder then holds: `log` has the metrics, `evaluations` the scores, `grids` the samples' PNG files.
 
-    In a process alone, or on all ranks that `accelerate launch` or `notebook_launcher` started. While it runs, SIGINT
-    (a notebook's interrupt), SIGTERM and SIGUSR1 stop it after saving; a second SIGINT stops it at once. The process
-    gets back its signal handlers, cores, threads and arithmetic.
+    In a process alone, or on all ranks that a launcher started. While it runs, SIGINT (a notebook's interrupt), SIGTERM
+    and SIGUSR1 stop it after saving; a second SIGINT stops it at once. The process gets back its signal handlers,
+    cores, threads and arithmetic.
 
     Raises:
         UserError: what is asked for contradicts itself, the number of ranks, the dataset or the run's folder.

@@ -23,8 +23,8 @@ def main() -> None:
         config, arguments = parse(parser, ["--config", str(run.config), *sys.argv[1:]])
     if arguments.all and (arguments.out or arguments.step is not None):
         raise UserError("--all scores every checkpoint into the run: leave out --step and --out")
-    steps = "all" if arguments.all else "newest" if arguments.step is None else [arguments.step]
-    evaluate(run.path, config, steps=steps, out=arguments.out)
+    which = [] if arguments.step is None else [arguments.step]
+    evaluate(run.path, config, steps="all" if arguments.all else which or "newest", out=arguments.out)
 
 
 if __name__ == "__main__":

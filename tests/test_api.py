@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -45,6 +47,7 @@ def tiny_lines(folder: Path, dataset: Path) -> str:
     return lines
 
 
+@pytest.mark.slow
 def test_the_readmes_lines(mnist_dataset: Any, tmp_path: Path) -> None:
     seen: dict[str, Any] = {}
     exec(tiny_lines(tmp_path, mnist_dataset.folder), seen)
@@ -57,6 +60,7 @@ def test_the_readmes_lines(mnist_dataset: Any, tmp_path: Path) -> None:
     assert seen["images"].shape == (16, 1, 28, 28)
     assert seen["images"].dtype == torch.uint8
     # Checkpoints are every 1,000 steps: the last one alone is there to be scored again, and has the same score.
+    assert run.latest is not None
     assert seen["fids"] == [pytest.approx(run.latest.score("mnist", "fid"), rel=1e-9)]
 
 
@@ -76,7 +80,7 @@ def process_as_it_is() -> dict[str, Any]:
         "environment": dict(os.environ),
         "folder": Path.cwd(),
         "gradients": torch.is_grad_enabled(),
-        "generator": torch.get_rng_state().tolist(),
+        "random": (torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())),
     }
 
 

@@ -30,7 +30,7 @@ LAYERS = [
     {"checks"},
     {"training"},
     {"benchmarking", "tuning"},
-    {"train", "evaluate", "generate", "prepare", "report", "doctor", "benchmark", "checkpoint", "tune"},
+    {"train", "evaluate", "generate", "prepare", "report", "doctor", "benchmark", "checkpoint", "tune", "__main__"},
 ]
 PROGRAM_LINES, FLAT_MODULES = 60, 15
 
@@ -131,12 +131,14 @@ def test_the_readme_names_every_folder_and_every_file_at_the_top() -> None:
     ("command", "imported"),
     [
         (["pipeline/train.py", "--help"], {"torch", "accelerate", "matplotlib", "torchvision", "webdataset"}),
+        (["-c", "import pipeline"], {"torch", "numpy", "yaml", "jsonargparse"}),
+        (["-c", "from pipeline import Config, configure; configure('quickstart')"], {"torch", "numpy", "tqdm"}),
         (
             ["-c", "import pipeline.training.trainer"],
             {"matplotlib", "torchvision", "torch_fidelity", "torch._dynamo", "h5py"},
         ),
     ],
-    ids=["help", "trainer"],
+    ids=["help", "package", "settings", "trainer"],
 )
 def test_a_program_imports_what_it_runs(command: list[str], imported: set[str]) -> None:
     result = subprocess.run(

@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
 
+from pipeline.errors import EXIT_PREEMPTED
 from pipeline.storage.checkpoint import find
 from pipeline.storage.run_folder import RunFolder
 from tests.distributed.interrupting import interruptible, wait_for_step
@@ -88,32 +90,48 @@ def can_be_process_1() -> bool:
     return subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True).returncode == 0
 
 
+IN_A_CONTAINER = ("unshare", "--pid", "--fork", "--kill-child", sys.executable)
+AS_PROCESS_1 = pytest.mark.skipif(
+    shutil.which("unshare") is None or not can_be_process_1(), reason="no process namespaces here"
+)
+
+
+def stop(container: subprocess.Popen[bytes]) -> int:
+    """As `docker stop` does: SIGTERM to process 1 of the namespace. The exit code."""
+    children = Path(f"/proc/{container.pid}/task/{container.pid}/children").read_text()
+    (first,) = map(int, children.split())
+    os.kill(first, signal.SIGTERM)
+    return container.wait(timeout=60)
+
+
+@AS_PROCESS_1
+def test_a_container_that_is_stopped_while_it_starts_ends(tmp_path: Path) -> None:
+    """The kernel would drop the signal: process 1 has no default of its own."""
+    started = tmp_path / "started"
+    program = "import sys, time; from pathlib import Path; from pipeline.distributed.launcher import run_program\n"
+    program += f"run_program(lambda: (Path({str(started)!r}).touch(), time.sleep(100))[1])"
+    container = subprocess.Popen([*IN_A_CONTAINER, "-c", program], cwd=ROOT)
+    try:
+        while not started.exists():
+            assert container.poll() is None
+            time.sleep(0.01)
+        assert stop(container) == 128 + signal.SIGTERM
+    finally:
+        container.kill()
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("unshare") is None or not can_be_process_1(), reason="no process namespaces here")
+@AS_PROCESS_1
 def test_a_container_that_is_stopped_saves_first(tiny_dataset: Path, tmp_path: Path) -> None:
-    """`docker stop` sends SIGTERM to process 1 of a namespace."""
     config = interruptible(tiny_dataset, tmp_path, "contained", steps=10**6)
     config = changed(config, run={"checkpoint_every": 10**6})
     run, log = RunFolder(config.folder), tmp_path / "log"
-    arguments = [
-        "unshare",
-        "--pid",
-        "--fork",
-        "--kill-child",
-        sys.executable,
-        "-m",
-        "pipeline",
-        "train",
-        *flags(config),
-    ]
     with log.open("wb") as output:
+        arguments = [*IN_A_CONTAINER, "-m", "pipeline", "train", *flags(config)]
         container = subprocess.Popen(arguments, cwd=ROOT, stdout=output, stderr=output)
         try:
             wait_for_step(run.path, 5, container, log)
-            children = Path(f"/proc/{container.pid}/task/{container.pid}/children").read_text()
-            (first,) = map(int, children.split())
-            os.kill(first, signal.SIGTERM)
-            assert container.wait(timeout=60) == 75
+            assert stop(container) == EXIT_PREEMPTED
         finally:
             container.kill()
     assert f"stopped after step {find(run).step}, which is saved" in log.read_text()

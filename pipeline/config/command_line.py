@@ -73,13 +73,18 @@ def _files_first(arguments: Sequence[str]) -> list[str]:
 
 
 def _settings_file(name: str) -> Path:
-    """The file of this path; where there is none, the package's own file of a name like quickstart."""
-    shipped = {path.stem: path for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))}
-    if Path(name).exists() or not (stem := name.removeprefix("configs/").removesuffix(".yaml")) or "/" in stem:
-        return Path(name)
-    if stem in shipped:
-        return shipped[stem]
-    raise UserError(f"--config is {name}: no such file, and none of the package's: {', '.join(shipped)}")
+    """The file of this path; where there is none, the one of the package: quickstart, or configs/quickstart.yaml."""
+    path, shipped = Path(name), Path(__file__).parents[1] / "configs"
+    if path.exists():
+        return path
+    if path.parent.name == "configs" and (shipped / path.name).is_file():
+        return shipped / path.name
+    if path.name != name or path.suffix:
+        return path
+    if (shipped / f"{name}.yaml").is_file():
+        return shipped / f"{name}.yaml"
+    known = ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))
+    raise UserError(f"--config is {name}: no such file, and none of the package's: {known}")
 
 
 def _check_sections(path: Path, given: dict[str, Any], config: Any, prefix: str = "") -> None:

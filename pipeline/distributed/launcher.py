@@ -69,7 +69,12 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     try:
         rank, world_size = told("RANK", 0), told("WORLD_SIZE", 1)
         with _ending_at_second_interrupt():
-            code = main() or 0
+            try:
+                code = main() or 0
+            finally:
+                if world_size > 1:  # the launcher sends SIGTERM to who is not through yet when another rank has ended
+                    for number in (signal.SIGTERM, signal.SIGUSR1):
+                        signal.signal(number, lambda *_: None)
     except Preempted as stop:
         _say(str(stop) if rank == 0 else "")
         code = EXIT_PREEMPTED

@@ -20,8 +20,10 @@ PR_GET_PDEATHSIG, PR_SET_PDEATHSIG = 2, 1
 
 @contextlib.contextmanager
 def process_kept() -> Iterator[None]:
-    """Signal handlers, cores, threads, arithmetic and accelerate's idea of the device are afterwards what they were."""
+    """Signal handlers, cores, threads, arithmetic, torch's random numbers and accelerate's idea of the device are
+    afterwards what they were."""
     with contextlib.ExitStack() as end:
+        end.enter_context(torch.random.fork_rng(devices=[]))  # networks draw weights, which are then overwritten
         for part in (_signals, _accelerate, _arithmetic, _cores):
             end.enter_context(part())
         yield

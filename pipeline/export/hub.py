@@ -106,10 +106,10 @@ def push(folder: Path, name: str) -> str:
 
 def _run_of(source: Path) -> Run | None:
     """The run that a run's folder, an export in it or one of its checkpoints is of."""
-    for folder in (source, source.resolve().parent.parent):
-        if folder.is_dir() and RunFolder(folder).has_begun:
-            return read_run(folder)
-    return None
+    above = RunFolder(source.resolve().parent.parent)
+    within = source.resolve().parent in (above.export.parent, above.checkpoints)
+    run = above if within else RunFolder(source)
+    return read_run(run.path) if run.has_begun else None
 
 
 def _scores_of(run: Run | None, generator: Generator) -> Evaluation | None:

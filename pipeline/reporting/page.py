@@ -73,9 +73,9 @@ def compare(runs: Sequence[Path], out: Path) -> Path:
         for step, path in run.grids[-1:]
         if (image := data_uri(path, IMAGE_BYTES // len(runs), run.notes))
     }
+    _write(out, _render("html", runs=comparison.runs, comparison=comparison, newest=newest))
     _write(out.with_suffix(".csv"), comparison.to_csv())
     _write(out.with_suffix(".json"), comparison.to_json())
-    _write(out, _render("html", runs=comparison.runs, comparison=comparison, newest=newest))
     return out
 
 

@@ -1,7 +1,7 @@
-"""Grids of settings: `python -m pipeline.tuning.grid [--task I | --unfinished] KEY=VALUE,VALUE ... -- [--KEY VALUE ...]`.
+"""Grids of settings: `python -m pipeline.tuning.grid [--task I | --unfinished] KEY=VALUE,VALUE ... -- [--KEY ...]`.
 
-For launch/slurm/sweep.sh. Prints the folder of each run; or the command line of run I, an argument a line; or the numbers
-of the runs that have steps left, as `sbatch --array` takes them.
+For launch/slurm/sweep.sh. Prints the folder of each run; or the command line of run I, an argument a line; or the
+numbers of the runs that have steps left, as `sbatch --array` takes them.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from base64 import b64decode
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,13 +92,13 @@ def test_what_cannot_be_written_or_sent_is_refused_before_any_work(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "there").mkdir()
-    for out, options, message in [
-        (tmp_path / "there", {}, "there: exists already, name another folder"),
-        (tmp_path / "a.onnx", {"push": "me/digits"}, r"a\.onnx is a file: --push"),
-        (tmp_path / "hub", {"push": "me/digits/of mine"}, "--push is 'me/digits/of mine'"),
+    for out, name, message in [
+        (tmp_path / "there", None, "there: exists already, name another folder"),
+        (tmp_path / "a.onnx", "me/digits", r"a\.onnx is a file: --push"),
+        (tmp_path / "hub", "me/digits/of mine", "--push is 'me/digits/of mine'"),
     ]:
         with pytest.raises(UserError, match=message):
-            convert(run, out, **options)
+            convert(run, out, push=name)
     monkeypatch.setattr("pipeline.export.hub.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'gan-pipeline\[hub\]'"):
         convert(run, tmp_path / "hub", push="me/digits")
@@ -114,7 +115,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         host = f"http://{self.headers['Host']}"
-        status, answer = 200, {}
+        status, answer = 200, dict[str, Any]()
         if self.refuses:
             status, answer = 401, {"error": "Invalid username or password."}
         elif self.path == "/api/repos/create":
