@@ -77,7 +77,8 @@ def process_as_it_is() -> dict[str, Any]:
         "dtype": torch.get_default_dtype(),
         "flags": (cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, matmul.allow_tf32),
         "accelerate": [dict(state._shared_state) for state in (PartialState, AcceleratorState)],
-        "environment": dict(os.environ),
+        # But for what torch sets at the first import of its compiler.
+        "environment": {key: value for key, value in os.environ.items() if key != "TORCHINDUCTOR_CACHE_DIR"},
         "folder": Path.cwd(),
         "gradients": torch.is_grad_enabled(),
         "random": (torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())),
