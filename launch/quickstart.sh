@@ -7,8 +7,5 @@ python=${PYTHON:-python3}
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 echo "installing (the first time: a few GB, some minutes)" >&2
 .venv/bin/python -m pip install --quiet -e .
-settings=launch/accelerate/cpu.yaml
-if command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus >/dev/null 2>&1; then
-  settings=launch/accelerate/gpu.yaml
-fi
-.venv/bin/accelerate launch --config_file "$settings" pipeline/train.py --config configs/quickstart.yaml "$@"
+.venv/bin/python pipeline/train.py --config configs/quickstart.yaml "$@"
+echo "README's commands take this environment: source .venv/bin/activate" >&2

@@ -82,7 +82,7 @@ def train(config: Config) -> Run:
 
     folder = RunFolder(config.folder)
     with process_kept():
-        runtime = Runtime(config.runtime, trackers=config.run.trackers, tracker_folder=folder.trackers)
+        runtime = Runtime(config.runtime)
         with closing(runtime, config):
             Trainer(config, runtime).run()
             return runtime.ranks.on_main(lambda: read_run(folder.path))

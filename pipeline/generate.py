@@ -7,8 +7,6 @@ from jsonargparse import ArgumentParser
 
 from pipeline.distributed.launcher import run_program
 from pipeline.errors import UserError
-from pipeline.export.generator_file import load_generator
-from pipeline.export.images import interpolate, sample_grid, save_each, save_grid
 
 
 def main() -> int:
@@ -30,6 +28,10 @@ def main() -> int:
         raise UserError(f"--out is {out}: a picture is written as PNG, name it .png")
     if out.exists():
         raise UserError(f"{out}: exists already, choose another --out")
+
+    from pipeline.export.generator_file import load_generator  # here: `--help` and mistakes need no torch
+    from pipeline.export.images import interpolate, sample_grid, save_each, save_grid
+
     generator = load_generator(arguments.generator, arguments.weights)
     if label is not None and not generator.num_classes:
         raise UserError(f"--class is {label}: {arguments.generator} has no classes, leave it away")

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from pipeline.distributed.launcher import run_program
 from pipeline.errors import UserError
-from pipeline.reporting.comparison import find_runs
-from pipeline.reporting.page import compare, write_report
 from pipeline.storage.run_folder import comparison
 
 
@@ -21,6 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.out and options.out.suffix != ".html":
         raise UserError(f"--out is {options.out}: name a page .html; its numbers go beside it as .csv and .json")
+
+    from pipeline.reporting.comparison import find_runs  # here: `--help` and mistakes need no matplotlib
+    from pipeline.reporting.page import compare, write_report
+
     runs = find_runs(options.runs)
     if len(runs) == 1 and len(options.runs) == 1 and not options.out:
         print(write_report(runs[0]))

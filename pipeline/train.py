@@ -2,12 +2,14 @@
 
 from pipeline import train
 from pipeline.config import make_parser, parse
-from pipeline.distributed.launcher import run_program
+from pipeline.distributed.launcher import announce, run_program
 from pipeline.storage.run_folder import RunFolder
 
 
 def main() -> None:
     config, _ = parse(make_parser("Train a GAN. The same command again goes on from the newest checkpoint."))
+    training = config.training
+    announce(f"{training.objective} on {config.data.dataset}, {training.steps:,} steps, in {config.folder}")
     from pipeline.distributed.failures import record_collectives  # here: `--help` and mistakes need no torch
 
     record_collectives(RunFolder(config.folder).collectives)

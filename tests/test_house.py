@@ -133,12 +133,16 @@ def test_the_readme_names_every_folder_and_every_file_at_the_top() -> None:
         (["pipeline/train.py", "--help"], {"torch", "accelerate", "matplotlib", "torchvision", "webdataset"}),
         (["-c", "import pipeline"], {"torch", "numpy", "yaml", "jsonargparse"}),
         (["-c", "from pipeline import Config, configure; configure('quickstart')"], {"torch", "numpy", "tqdm"}),
+        *(
+            ([f"pipeline/{name}.py", *arguments], {"torch", "matplotlib"})
+            for name, *arguments in (("evaluate", "--help"), ("generate", "--help"), ("report", "--help"))
+        ),
         (
             ["-c", "import pipeline.training.trainer"],
             {"matplotlib", "torchvision", "torch_fidelity", "torch._dynamo", "h5py"},
         ),
     ],
-    ids=["help", "package", "settings", "trainer"],
+    ids=["train", "package", "settings", "evaluate", "generate", "report", "trainer"],
 )
 def test_a_program_imports_what_it_runs(command: list[str], imported: set[str]) -> None:
     result = subprocess.run(

@@ -16,7 +16,7 @@ import torch
 
 from pipeline.config import Config, check_device, flatten
 from pipeline.data import Dataset, check_source, source_kind
-from pipeline.distributed.process import check_trackers
+from pipeline.distributed.tracking import check_trackers
 from pipeline.errors import UserError
 from pipeline.evaluation.selection import named_score
 from pipeline.models.networks import Critic, Generator
@@ -58,7 +58,7 @@ def check_runtime(plan: Plan) -> str:
 
 
 def check_tracker_names(plan: Plan) -> str:
-    return check_trackers(plan.config.run.trackers)
+    return check_trackers(plan.config.run.trackers, plan.config.run.tracker_options)
 
 
 def check_objective(plan: Plan) -> str:

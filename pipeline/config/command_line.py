@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from argparse import ArgumentError
+from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from pipeline.config.settings import Config
 from pipeline.errors import UserError
@@ -22,12 +23,22 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 CONFIG = "YAML file that lists differences from the defaults, or the name of one of the package's, like quickstart"
 
 
-def make_parser(description: str, *, exit_on_error: bool = True) -> ArgumentParser:
-    """A parser whose `--help` documents every key; entries add their own arguments to it."""
+def make_parser(description: str, concerned: tuple[str, ...] = ("",)) -> ArgumentParser:
+    """A parser of every key; programs add their own arguments to it.
+
+    Args:
+        concerned: what the keys begin with that `--help` documents, the others being of no concern to the program.
+    """
     usage = "%(prog)s [--config FILE] [--KEY VALUE ...]"
-    parser = ArgumentParser(description=description, usage=usage, exit_on_error=exit_on_error)
+    others = None if concerned == ("",) else "The other keys of a run are taken too: see train.py --help."
+    parser = ArgumentParser(description=description, usage=usage, epilog=others)
     parser.add_argument("--config", action=ActionConfigFile, help=CONFIG)
     parser.add_class_arguments(Config, instantiate=True)
+    sections = [item.name for item in dataclasses.fields(Config)]
+    for action in parser._actions:
+        section, _, key = action.dest.partition(".")
+        if section in sections and not (key and action.dest.startswith(concerned)):
+            action.help = SUPPRESS
     return parser
 
 
@@ -40,11 +51,7 @@ def configure(file: str | Path | None = None, settings: Mapping[str, object] = M
     """
     files = [] if file is None else ["--config", str(file)]
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
-    parser = make_parser("configure", exit_on_error=False)
-    try:
-        return parse(parser, [*files, *(f"--{key}={text}" for key, text in texts.items())])[0]
-    except ArgumentError as error:
-        raise UserError(str(error)) from None
+    return parse(make_parser("configure"), [*files, *(f"--{key}={text}" for key, text in texts.items())])[0]
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> tuple[Config, Namespace]:
@@ -54,7 +61,12 @@ def parse(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> tup
         UserError: naming the key, the value and the fix.
     """
     given = _files_first(sys.argv[1:] if arguments is None else arguments)
-    namespace = parser.instantiate(parser.parse_args(given))
+    parser.exit_on_error = False  # it would print its usage above the error
+    try:
+        namespace = parser.instantiate(parser.parse_args(given))
+    except ArgumentError as mistake:
+        files = "".join(f" and {value}" for name, value in pairwise(given) if name == "--config")
+        raise UserError(f"{' '.join(str(mistake).split())}; look at --help{files}") from None
     return Config(**{item.name: namespace[item.name] for item in dataclasses.fields(Config)}), namespace
 
 

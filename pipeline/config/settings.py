@@ -29,8 +29,8 @@ def knob(
     `free` marks what may change between two launches of the same run, since it does not alter the trajectory.
     """
     metadata = {"low": low, "above": above, "high": high, "free": free}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -60,7 +60,11 @@ class RunConfig:
     max_save_failures: int = knob(3, low=0, free=True)
     """Consecutive failed saves (full disk, lost folder) that the run tolerates before it stops."""
     trackers: list[str] = knob(["tensorboard"], free=True)
-    """Accelerate trackers to log to, by name: tensorboard, wandb, trackio, ..."""
+    """Accelerate trackers to log to, by name: tensorboard, wandb, trackio, mlflow, ..."""
+    project: str = knob("gan-pipeline", free=True)
+    """Project (experiment) of the trackers that have such; in it this is the run `run.name`."""
+    tracker_options: dict[str, dict[str, Any]] = knob({}, free=True)
+    """More arguments of a tracker's start, what accelerate calls init_kwargs: {wandb: {entity: NAME, group: NAME}}."""
     profile: str | None = knob(None, free=True)
     """FROM:TO, steps to trace with torch's profiler, both included, each rank into a file of the run's folder profile/;
     null: none."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -57,6 +59,12 @@ def stop_file() -> Path | None:
     return Path(path) if path else None
 
 
+def announce(line: str) -> None:
+    """Tells, on the first rank, what is about to happen, before the libraries are loaded that it takes."""
+    if told("RANK", 0) == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
 def run_program(main: Callable[[], int | None]) -> NoReturn:
     """Runs a program's main and turns its outcome into an exit code (pipeline/errors.py) and at most one line.
 
@@ -76,13 +84,13 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
                     for number in (signal.SIGTERM, signal.SIGUSR1):
                         signal.signal(number, lambda *_: None)
     except Preempted as stop:
-        _say(str(stop) if rank == 0 else "")
+        _say(str(stop), rank)
         code = EXIT_PREEMPTED
     except LocalError as error:
         _say(f"{f'[rank {rank}] ' if world_size > 1 else ''}error: {error}")
         code = EXIT_USER_ERROR
     except (UserError, TrainingFailed) as error:
-        _say(f"error: {error}" if rank == 0 else "")
+        _say(f"error: {error}", rank)
         code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
     except RankLost:
         code = EXIT_RANK_LOST
@@ -132,11 +140,18 @@ def _ending_at_second_interrupt() -> Iterator[None]:
         os.close(writer)
 
 
-def _say(line: str) -> None:
-    """Control characters, as a file's name may hold them, are written out: a terminal would obey them."""
-    if line:
-        shown = (each if each.isprintable() or each == "\n" else f"\\x{ord(each):02x}" for each in line)
-        print("".join(shown), file=sys.stderr, flush=True)
+def _say(line: str, rank: int = 0) -> None:
+    """On the first rank, for a line that every rank has. Control characters, as a file's name may hold them, are
+    written out: a terminal would obey them."""
+    shown = "".join(each if each.isprintable() or each == "\n" else f"\\x{ord(each):02x}" for each in line)
+    if rank == 0:
+        print(shown, file=sys.stderr, flush=True)
+    # torchrun, and so `accelerate launch` with several ranks, has a page of its own to say when a rank fails: what this
+    # file holds comes last on it, and not "<NA>".
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        text = {"message": shown, "extraInfo": {"py_callstack": shown, "timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": text}))
 
 
 def end_with_launcher() -> None:

@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, ProjectConfiguration
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
@@ -34,22 +33,16 @@ from pipeline.errors import LocalError, UserError
 class Runtime:
     """This process as the programs see it.
 
-    Args:
-        trackers: accelerate's trackers by name; they write to `tracker_folder`.
-
     Raises:
         UserError: no CUDA device where one was asked for, or the launcher started another number of processes than it
             was told to.
     """
 
-    def __init__(
-        self, config: RuntimeConfig, *, trackers: list[str] | None = None, tracker_folder: Path | None = None
-    ) -> None:
+    def __init__(self, config: RuntimeConfig) -> None:
         self.cores = sorted(os.sched_getaffinity(0))
         """Of this machine, for its ranks to share on a CPU."""
         self.stop = StopRequest()
         check_device(config, torch.cuda.is_available())
-        check_trackers(trackers or [])
         on_cpu = config.device == "cpu" or not torch.cuda.is_available()
         asked, world_size = processes_asked_for(), told("WORLD_SIZE", 1)
         if asked > 1 and asked != world_size:
@@ -70,8 +63,6 @@ class Runtime:
         self.accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
-            log_with=list(trackers or []) or None,
-            project_config=ProjectConfiguration(logging_dir=str(tracker_folder)) if tracker_folder else None,
             kwargs_handlers=[
                 # A network's gradients in one collective. At 25 MiB, the default, torch makes a first bucket of 1 MiB.
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=26, comm_hook=hook)
@@ -125,6 +116,11 @@ class Runtime:
         single = copy.copy(self)
         single.ranks = Ranks()
         return single
+
+    def __str__(self) -> str:
+        """How many ranks on which device."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        return f"{self.ranks.world_size} rank{'s' * (self.ranks.world_size > 1)} on {name}"
 
     # -- what a person sees --------------------------------------------------------------------------------------------
 
@@ -191,17 +187,3 @@ def _join_process_group(backend: str, timeout: timedelta) -> None:
             f"the ranks did not meet at {place} within runtime.timeout_seconds {timeout.seconds} ({reason}); "
             "the launcher's main_process_ip must name a host that every rank reaches"
         ) from None
-
-
-def check_trackers(names: list[str]) -> str:
-    """Raises UserError for a tracker that accelerate does not know, or whose package is missing."""
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    known = set(LOGGER_TYPE_TO_CLASS)
-    available = {str(kind.value) for kind in get_available_trackers()}
-    for name in names:
-        if name not in known:
-            raise UserError(f"run.trackers holds {name!r}: choose from {', '.join(sorted(known))}")
-        if name not in available:
-            raise UserError(f"run.trackers holds {name!r}, whose package is missing: pip install {name}")
-    return ", ".join(names) or "none"

@@ -56,6 +56,11 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def tracker_runs(self) -> Path:
+        """The names that trackers have for this run, JSON: a launch that goes on with it goes on in them."""
+        return self.path / "trackers.json"
+
+    @property
     def export(self) -> Path:
         """The last step's generator."""
         return self.path / "export" / "generator.safetensors"

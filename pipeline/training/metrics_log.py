@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import TrainingConfig
+from pipeline.data import Dataset
 from pipeline.distributed.process import Runtime
 from pipeline.storage.run_folder import RunFolder
 from pipeline.training.rank_times import RankTimes
@@ -23,6 +24,13 @@ class MetricsLog:
         """Of the whole run, over all its launches; training alone, evaluation alone."""
         self._rank_times = RankTimes(training, state, runtime)
         self.begin()
+
+    def introduce(self, dataset: Dataset) -> None:
+        """A line about what trains: ranks, device, images, networks."""
+        shape, count = "x".join(map(str, dataset.image_shape)), dataset.num_images("train")
+        networks = {"generator": self._state.generator, "critic": self._state.critic}
+        sizes = (f"{name} {sum(w.numel() for w in each.parameters()):,}" for name, each in networks.items())
+        self._runtime.say(f"{self._runtime}; {count:,} images of {shape}; parameters: {', '.join(sizes)}")
 
     def begin(self) -> None:
         """Begins an interval."""

@@ -45,6 +45,17 @@ class Saver:
             clip_value=config.training.clip_value,
             **{} if selection is None else {"best_of": selection.best_of},
         )
+        self._told: int | None = None
+
+    def begin(self, step: int) -> None:
+        """The run goes on from the checkpoint of this step."""
+        self.writer.committed_step = self._told = step
+
+    def tell(self) -> None:
+        """A line about a checkpoint that has become whole since the last call."""
+        if (step := self.writer.committed_step) != self._told:
+            self._told = step
+            self._runtime.say(f"step {step}: saved")
 
     def save(self) -> None:
         """Starts a checkpoint, and notices how the one before it ended."""
@@ -59,6 +70,7 @@ class Saver:
             self._note_outcome(self.writer.finish)
         if self.writer.committed_step != self._state.step:
             self.fail(f"step {self._state.step} could not be saved")
+        self.tell()
 
     def fail(self, reason: str) -> NoReturn:
         """Ends the run, and tells which checkpoint is left."""

@@ -7,10 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from tqdm import tqdm
-
 from pipeline.checks.settings import Plan, refuse
-from pipeline.config import Config, flatten, to_yaml
+from pipeline.config import Config, to_yaml
 from pipeline.data import open_dataset, open_source
 from pipeline.distributed.process import Runtime
 from pipeline.distributed.slurm import job_id
@@ -21,7 +19,7 @@ from pipeline.export.generator_file import save_export
 from pipeline.export.images import interpolate, sample_grid, save_grid
 from pipeline.models.networks import Generator
 from pipeline.models.objectives import choose
-from pipeline.progress import bar
+from pipeline.progress import TrainingBar, messages_above_bars
 from pipeline.reporting.formatting import in_brief
 from pipeline.reporting.read import read_run
 from pipeline.storage.checkpoint import newest_intact, sweep
@@ -35,6 +33,7 @@ from pipeline.training.metrics_log import MetricsLog
 from pipeline.training.profiler import profiled
 from pipeline.training.saving import Saver
 from pipeline.training.state import build_state
+from pipeline.training.trackers import Trackers
 
 
 class Trainer:
@@ -63,6 +62,7 @@ class Trainer:
         self.inputs = InputStream(config, self.state, source, ranks, runtime.captures)
         self.step = build_step(config, self.objective, self.state, runtime)
         self.log = MetricsLog(training, self.state, runtime, self.folder)
+        self.trackers = Trackers(config, runtime, self.folder)
         self.scorer = (
             Scorer(config.evaluation, self.dataset, runtime, training.seed) if config.evaluation.every else None
         )
@@ -84,20 +84,22 @@ class Trainer:
         try:
             self._open_folder()
             self._resume()
-            self._sample_and_evaluate()  # what a stop right after the checkpoint left undone
-            self.log.begin()
+            self.trackers.begin(self.state.step)
             take_step = profiled(self.take_step, run, self.state, self.runtime, self.folder)
-            with self._progress_bar() as progress:
+            with messages_above_bars(), self._progress_bar() as self._bar:
+                self._sample_and_evaluate()  # what a stop right after the checkpoint left undone
+                self.log.begin()
                 while self.state.step < self._last_step:
                     take_step()
-                    progress.update()
+                    self._bar.update()
+                    self.saver.tell()
                     if self._due(run.log_every):
                         self._check_losses()
                     if self._due(run.checkpoint_every) or (run.keep_best and self._due(self.config.evaluation.every)):
                         self._save()
                     self._sample_and_evaluate()
                     if self._due(run.log_every):
-                        progress.set_postfix(self._write_log(), refresh=False)
+                        self._bar.facts |= self._write_log()
                     if self.runtime.stop.agreed():
                         self._stop()
             self.saver.save_now()
@@ -117,12 +119,8 @@ class Trainer:
     # -- beginning and end ---------------------------------------------------------------------------------------------
 
     def _open_folder(self) -> None:
-        runtime = self.runtime
-        runtime.ranks.on_main(self._describe)
-        if self.config.run.trackers:
-            settings = flatten(self.config).items()
-            plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings}
-            runtime.accelerator.init_trackers(self.config.run.name, plain)
+        self.runtime.ranks.on_main(self._describe)
+        self.log.introduce(self.dataset)
 
     def _describe(self) -> None:
         self._lock, runtime, dataset = RunLock(self.folder), self.runtime, self.dataset
@@ -141,13 +139,13 @@ class Trainer:
             self.state.load(checkpoint.tensors(), checkpoint.step)
             self.log.elapsed_seconds = checkpoint.progress["elapsed_seconds"]
             self.log.evaluation_seconds = checkpoint.progress["evaluation_seconds"]
-            self.saver.writer.committed_step = checkpoint.step
+            self.saver.begin(checkpoint.step)
             self.runtime.say(f"going on from {checkpoint.folder}, written by {checkpoint.world_size} process(es)")
         self.runtime.ranks.on_main(lambda: self.folder.trim_metrics(self.state.step))
 
-    def _progress_bar(self) -> tqdm[Any]:
+    def _progress_bar(self) -> TrainingBar:
         name, last_step, quiet = self.config.run.name, self.config.training.steps, not self.runtime.ranks.is_main
-        return bar(total=last_step, initial=self.state.step, desc=name, unit="step", disable=quiet)
+        return TrainingBar(last_step, self.state.step, name, self.config.evaluation.every, disable=quiet)
 
     def _stop(self) -> NoReturn:
         self.saver.save_now()
@@ -197,25 +195,31 @@ class Trainer:
         if self.scorer is not None and step and self._due(self.config.evaluation.every):
             self._evaluate(self.scorer, generator)  # first: it may make this step the last one
         grid = self.folder.grid(step)
-        if step and self._due(self.config.run.sample_every) and runtime.ranks.is_main and not grid.exists():
-            with runtime.tolerating(f"step {step}: samples"):
-                images, columns = sample_grid(generator, self.config.training.seed)
-                save_grid(images, grid, columns)
+        if step and self._due(self.config.run.sample_every) and runtime.ranks.is_main:
+            if is_new := not grid.exists():
+                with runtime.tolerating(f"step {step}: samples"):
+                    images, columns = sample_grid(generator, self.config.training.seed)
+                    save_grid(images, grid, columns)
+            self.trackers.log_grid(step, is_new=is_new)
 
     def _evaluate(self, scorer: Scorer, generator: Generator) -> None:
         step, runtime, ends_at, started = self.state.step, self.runtime, self._ends_at, time.monotonic()
         scores = self.folder.scores(step)
-        if not runtime.ranks.on_main(scores.exists):
+        if is_new := not runtime.ranks.on_main(scores.exists):
             try:
                 with runtime.tolerating(f"step {step}: evaluation"):
                     facts = {"step": step, "weights": self.config.evaluation.weights}
-                    scorer.score_generator(generator, scores, facts)
+                    found = scorer.score_generator(generator, scores, facts)["features"]
+                    fids = ", ".join(f"{name} FID {values['fid']:.2f}" for name, values in found.items())
+                    self._bar.add_evaluation(seconds := time.monotonic() - started)
+                    runtime.say(f"step {step}: {fids}, scored in {seconds:.0f} s")
                     self._comment()
             except Preempted:
                 if self._due(self.config.run.log_every) and self.log.has_steps:
                     self._write_log()
                 self._stop()
         self.log.add_evaluation(time.monotonic() - started)
+        self.trackers.log_scores(step, is_new=is_new)
         if step < self._last_step and ends_at and runtime.ranks.on_main(lambda: ends_at(step)):
             runtime.say(f"step {step}: the run ends here, its scores do not get better")
             self._last_step = step

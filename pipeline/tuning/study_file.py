@@ -45,7 +45,7 @@ class StudyFile:
         """Whether a configuration takes every end and choice of the space, and gives the score.
 
         Raises:
-            UserError, SystemExit: naming the key and the value.
+            UserError: naming the key and the value.
         """
         config = configure({})
         if config.evaluation.every is None:

@@ -215,6 +215,16 @@ TABLE = {
         {"run": {"trackers": ["nosuch"]}},
         subject="run.trackers",
     ),
+    "a tracker whose package is missing": Bad(
+        r"run.trackers holds 'dvclive', whose package is missing: pip install dvclive",
+        {"run": {"trackers": ["dvclive"]}},
+        subject="run.trackers",
+    ),
+    "options of a tracker that is not there": Bad(
+        r"run.tracker_options names wandb, which run.trackers \['tensorboard'\] does not: add it there",
+        {"run": {"trackers": ["tensorboard"], "tracker_options": {"wandb": {"entity": "we"}}}},
+        subject="run.trackers",
+    ),
     "a run on other images": Bad(
         r".*checked: was trained on another version of tiny: use another run.name",
         {},

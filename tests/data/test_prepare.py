@@ -184,7 +184,6 @@ def test_mnist_from_a_local_folder_is_the_same_dataset(
     result = run("mnist", "--from", idx_folder if kind == "raw" else gz_folder, "--root", tmp_path / "deep" / "data")
     assert (result.returncode, result.stdout.strip()) == (0, str(tmp_path / "deep" / "data" / "mnist"))
     assert "60,000 train, 10,000 test" in result.stderr
-    assert "writing train: 100%" in result.stderr
     dataset = load_dataset(result.stdout.strip())
     # Bytes are reproducible, wherever the files came from.
     assert dataset.fingerprint == mnist_dataset.fingerprint
@@ -250,7 +249,6 @@ def test_mnist_from_a_mirror(
     mirrors.insert(0, "http://127.0.0.1:9/")
     result = run("mnist", "--root", tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "train-images-idx3-ubyte.gz: 100%" in result.stderr
     assert load_dataset(tmp_path / "mnist").fingerprint == mnist_dataset.fingerprint
     assert mirror.requests == [f"{name}.gz" for name in MNIST_SHA256]
     assert {path.name for path in tmp_path.iterdir()} == {"mnist", ".mnist.lock"}

@@ -1,5 +1,8 @@
+"""What a launcher tells its processes, and what they tell it."""
+
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -65,3 +68,13 @@ run_program(interrupted)
     )
     assert (result.returncode, result.stderr) == (75, "stopped\n")
     assert not stop.exists()
+
+
+def test_the_launchers_page_about_a_failed_rank_ends_with_what_the_rank_said(tmp_path: Path) -> None:
+    """In the form that torchrun's agent reads."""
+    told = tmp_path / "error.json"
+    config = tiny_config(training={"clip_value": None})
+    result = launch(ROOT / "pipeline/train.py", flags(config), variables={"TORCHELASTIC_ERROR_FILE": str(told)})
+    message = json.loads(told.read_text())["message"]
+    assert message["extraInfo"]["py_callstack"] == result.stderr.splitlines()[-1]
+    assert message["message"].startswith("error: training.clip_value is null")

@@ -18,12 +18,13 @@ from urllib.request import urlopen
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
+from tqdm.utils import CallbackIOWrapper
 
 from pipeline.data.images import Split
 from pipeline.data.manifest import DataError, Dataset
 from pipeline.data.prepare.commit import DEFAULT_SIZES, ShardSizes, commit, keep_existing, preparing, say, write_shards
 from pipeline.data.resident import load_split
+from pipeline.progress import bar
 from pipeline.storage.files import fsync, replacing
 
 DOWNLOAD_TIMEOUT_SECONDS = 10.0
@@ -151,8 +152,9 @@ def _from_mirror(mirror: str, names: Iterable[str]) -> Iterator[tuple[str, bytes
         url = f"{mirror}{name}.gz"
         with (
             urlopen(url, timeout=DOWNLOAD_TIMEOUT_SECONDS) as response,
-            tqdm.wrapattr(response, "read", total=response.length, desc=f"{name}.gz") as reader,
+            bar(total=response.length, desc=f"{name}.gz", unit="B", unit_scale=True) as progress,
         ):
+            reader = CallbackIOWrapper(progress.update, response, "read")
             content = b"".join(iter(partial(reader.read, 1 << 16), b""))
         yield name, _decompressed(content, url)
 
