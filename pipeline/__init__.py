@@ -1,5 +1,135 @@
-"""A GAN training pipeline; README.md has the table of its folders."""
+"""A GAN training pipeline, and its interface for Python: the programs call the functions below. README.md has the table
+of its folders.
+
+What is named here is imported when it is used, and so is torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from pkgutil import resolve_name
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.distributed.interrupt import end_quietly_while_importing
 
 end_quietly_while_importing()  # before anything that takes long
+
+if TYPE_CHECKING:
+    from pipeline.config import Config, configure
+    from pipeline.data.prepare import prepare_folder, prepare_mnist, prepare_npz
+    from pipeline.export.generator_file import load_generator
+    from pipeline.export.images import render_range
+    from pipeline.reporting.read import Run, read_run
+
+__all__ = [
+    "Config",
+    "Run",
+    "configure",
+    "evaluate",
+    "load_generator",
+    "prepare_folder",
+    "prepare_mnist",
+    "prepare_npz",
+    "read_run",
+    "render_range",
+    "train",
+]
+
+_HOMES = {
+    **dict.fromkeys(("Config", "configure"), "pipeline.config"),
+    **dict.fromkeys(("prepare_folder", "prepare_mnist", "prepare_npz"), "pipeline.data.prepare"),
+    "load_generator": "pipeline.export.generator_file",
+    "render_range": "pipeline.export.images",
+    **dict.fromkeys(("Run", "read_run"), "pipeline.reporting.read"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return resolve_name(f"{_HOMES[name]}:{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _Package(ModuleType):
+    """`train` and `evaluate` stay functions where the programs of these names are imported as modules."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def train(config: Config) -> Run:
+    """Trains the run that the configuration describes, from its newest checkpoint if there is one, and returns what its
+    folder then holds: `log` has the metrics, `evaluations` the scores, `grids` the samples' PNG files.
+
+    In a process alone, or on all ranks that a launcher started. While it runs, SIGINT (a notebook's interrupt), SIGTERM
+    and SIGUSR1 stop it after saving; a second SIGINT stops it at once. The process gets back its signal handlers,
+    cores, threads and arithmetic.
+
+    Raises:
+        UserError: what is asked for contradicts itself, the number of ranks, the dataset or the run's folder.
+        Preempted: it was stopped; called again it goes on.
+        TrainingFailed: a loss or weight is not finite, replicas differ, or saving failed too often.
+    """
+    from pipeline.distributed.failures import closing
+    from pipeline.distributed.process import Runtime
+    from pipeline.distributed.restoring import process_kept
+    from pipeline.reporting.read import read_run
+    from pipeline.storage.run_folder import RunFolder
+    from pipeline.training.trainer import Trainer
+
+    folder = RunFolder(config.folder)
+    with process_kept():
+        runtime = Runtime(config.runtime)
+        with closing(runtime, config):
+            Trainer(config, runtime).run()
+            return runtime.ranks.on_main(lambda: read_run(folder.path))
+
+
+def evaluate(
+    target: str | Path,
+    config: Config | None = None,
+    *,
+    steps: Sequence[int] | Literal["newest", "all"] = "newest",
+    out: str | Path | None = None,
+) -> list[dict[str, Any]]:
+    """Scores images, and returns what was written: a dict a checkpoint, scores in ["features"][FEATURE SPACE][SCORE].
+
+    Args:
+        target: a run's folder, an exported generator (.safetensors, .h5), a folder of images, an .npz file, or the word
+            train or test: that split of the real images.
+        config: of a run by default its own; otherwise the defaults.
+        steps: the checkpoints of a run.
+        out: where the scores go: by default into the run, or evaluations/ under run.root.
+
+    Raises:
+        UserError: it is nothing of these or damaged, does not suit the dataset, or other scores are there already.
+        Preempted: it was stopped.
+    """
+    from pipeline.config import Config, configure
+    from pipeline.data import open_dataset
+    from pipeline.distributed.failures import closing
+    from pipeline.distributed.process import Runtime
+    from pipeline.distributed.restoring import process_kept
+    from pipeline.evaluation.scorer import Scorer
+    from pipeline.evaluation.targets import score_target
+    from pipeline.storage.run_folder import RunFolder
+
+    run = RunFolder(Path(target))
+    if config is None:
+        config = configure(run.config) if run.config.is_file() else Config()
+    with process_kept():
+        runtime = Runtime(config.runtime)
+        with closing(runtime, config):
+            dataset = runtime.ranks.on_main(lambda: open_dataset(config.data))
+            scorer = Scorer(config.evaluation, dataset, runtime, config.training.seed)
+            wanted = [None] if steps == "newest" else None if steps == "all" else list(steps)
+            return score_target(
+                run.path, scorer, wanted, Path(out) if out else None, Path(config.run.root), config.network.generator
+            )

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from pipeline import evaluate
 from pipeline.config import make_parser, parse
 from pipeline.distributed.launcher import run_program
 from pipeline.errors import UserError
@@ -24,18 +25,8 @@ def main() -> None:
         config, arguments = parse(parser, ["--config", str(run.config), *sys.argv[1:]])
     if arguments.all and (arguments.out or arguments.step is not None):
         raise UserError("--all scores every checkpoint into the run: leave out --step and --out")
-    from pipeline.data import open_dataset  # here: `--help` and mistakes need no torch
-    from pipeline.distributed.failures import closing
-    from pipeline.distributed.process import Runtime
-    from pipeline.evaluation.scorer import Scorer
-    from pipeline.evaluation.targets import score_target
-
-    runtime = Runtime(config.runtime)
-    with closing(runtime, config):
-        dataset = runtime.ranks.on_main(lambda: open_dataset(config.data))
-        scorer = Scorer(config.evaluation, dataset, runtime, config.training.seed)
-        steps = None if arguments.all else [arguments.step]
-        score_target(run.path, scorer, steps, arguments.out, Path(config.run.root), config.network.generator)
+    which = [] if arguments.step is None else [arguments.step]
+    evaluate(run.path, config, steps="all" if arguments.all else which or "newest", out=arguments.out)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pipeline.distributed.launcher import run_program
 
 
 def parse() -> Namespace:
-    parser = ArgumentParser(prog="prepare.py", description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in KNOWN:
         known = commands.add_parser(name, help="fetched and verified")

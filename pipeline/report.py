@@ -1,26 +1,34 @@
-"""Reports on runs: `python pipeline/report.py RUN`, or compares several on one page: `... RUN RUN [--out FILE]`."""
+"""Reports on a run, `python pipeline/report.py RUN`, or compares several on one page: `... 'runs/*' [--out FILE]`."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.distributed.launcher import run_program
+from pipeline.errors import UserError
+from pipeline.storage.run_folder import comparison
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Report on a run, or compare several on one page.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, such as runs/wgan")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="page that compares the runs (comparison.html beside the first)"
-    )
+    runs_help = "a run's folder, such as runs/wgan, a pattern such as 'runs/*', or a folder of runs"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=runs_help)
+    out_help = "page that compares the runs (comparison.html in the folder of all); its numbers go beside it"
+    parser.add_argument("--out", type=Path, metavar="FILE.html", help=out_help)
     options = parser.parse_args(arguments)
+    if options.out and options.out.suffix != ".html":
+        raise UserError(f"--out is {options.out}: name a page .html; its numbers go beside it as .csv and .json")
 
-    from pipeline.reporting.page import compare, write_report  # here: `--help` needs no matplotlib
+    from pipeline.reporting.comparison import find_runs  # here: `--help` and mistakes need no matplotlib
+    from pipeline.reporting.page import compare, write_report
 
-    if len(options.runs) == 1 and not options.out:
-        print(write_report(options.runs[0]))
+    runs = find_runs(options.runs)
+    if len(runs) == 1 and len(options.runs) == 1 and not options.out:
+        print(write_report(runs[0]))
     else:
-        print(compare(options.runs, options.out or options.runs[0].resolve().parent / "comparison.html"))
+        together = Path(os.path.commonpath([run.resolve().parent for run in runs]))
+        print(compare(runs, options.out or comparison(together)))
     return 0
 
 

@@ -1,5 +1,6 @@
 """Trains a run: `accelerate launch pipeline/train.py [--config FILE] [--KEY VALUE ...]`."""
 
+from pipeline import train
 from pipeline.config import make_parser, parse
 from pipeline.distributed.launcher import announce, run_program
 from pipeline.storage.run_folder import RunFolder
@@ -9,15 +10,10 @@ def main() -> None:
     config, _ = parse(make_parser("Train a GAN. The same command again goes on from the newest checkpoint."))
     training = config.training
     announce(f"{training.objective} on {config.data.dataset}, {training.steps:,} steps, in {config.folder}")
-    from pipeline.distributed.failures import closing, record_collectives  # here: `--help` and mistakes need no torch
-    from pipeline.distributed.process import Runtime
-    from pipeline.training.trainer import Trainer
+    from pipeline.distributed.failures import record_collectives  # here: `--help` and mistakes need no torch
 
-    folder = RunFolder(config.folder)
-    record_collectives(folder.collectives)
-    runtime = Runtime(config.runtime)
-    with closing(runtime, config):
-        Trainer(config, runtime).run()
+    record_collectives(RunFolder(config.folder).collectives)
+    train(config)
 
 
 if __name__ == "__main__":

@@ -6,21 +6,18 @@ import dataclasses
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import tempfile
 from base64 import b64encode
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pipeline.config import Config, flatten
-from pipeline.distributed.stopping import STOP_SIGNALS
+from pipeline.distributed.restoring import process_kept as process_kept
 from pipeline.storage.checkpoint import find
 from pipeline.storage.run_folder import RunFolder
 from tests.ranks import ROOT as ROOT
@@ -119,16 +116,3 @@ def train_many(configs: Sequence[Config], num_processes: int) -> None:
 
 def final_state(run: Path, step: int) -> dict[str, Tensor]:
     return find(RunFolder(run), step).tensors()
-
-
-@contextmanager
-def process_kept() -> Iterator[None]:
-    """A Runtime in the test's own process takes over its signals and arithmetic: they are given back."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(-1)
-        torch.set_flush_denormal(False)

@@ -67,6 +67,20 @@ def test_a_file_comes_before_other_arguments_wherever_it_stands() -> None:
         assert (config.run.name, config.training.steps, config.training.n_critic) == ("mine", 7, 1)
 
 
+def test_the_packages_files_go_by_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    expected = from_arguments("--config", str(ROOT / "configs/lsgan.yaml"))
+    for name in ("lsgan", "configs/lsgan.yaml"):
+        assert from_arguments("--config", name) == expected
+        assert from_arguments(f"--config={name}", "--training.seed", "3").training.seed == 3
+    with pytest.raises(
+        UserError, match="--config is lsgam: no such file, and none of the package's: acgan, gan, lsgan,"
+    ):
+        from_arguments("--config", "lsgam")
+    (tmp_path / "lsgan").write_text("training: {objective: gan}")
+    assert from_arguments("--config", "lsgan").training.objective == "gan", "a file that is there comes first"
+
+
 def test_a_file_that_is_not_there_is_named() -> None:
     with pytest.raises(UserError, match=r"nowhere.yaml: can't be read \(No such file or directory\)"):
         from_arguments("--config", "nowhere.yaml")

@@ -30,7 +30,7 @@ LAYERS = [
     {"checks"},
     {"training"},
     {"benchmarking", "tuning"},
-    {"train", "evaluate", "generate", "prepare", "report", "doctor", "benchmark", "checkpoint", "tune"},
+    {"train", "evaluate", "generate", "prepare", "report", "doctor", "benchmark", "checkpoint", "tune", "__main__"},
 ]
 PROGRAM_LINES, FLAT_MODULES = 60, 15
 
@@ -131,6 +131,8 @@ def test_the_readme_names_every_folder_and_every_file_at_the_top() -> None:
     ("command", "imported"),
     [
         (["pipeline/train.py", "--help"], {"torch", "accelerate", "matplotlib", "torchvision", "webdataset"}),
+        (["-c", "import pipeline"], {"torch", "numpy", "yaml", "jsonargparse"}),
+        (["-c", "from pipeline import Config, configure; configure('quickstart')"], {"torch", "numpy", "tqdm"}),
         *(
             ([f"pipeline/{name}.py", *arguments], {"torch", "matplotlib"})
             for name, *arguments in (("evaluate", "--help"), ("generate", "--help"), ("report", "--help"))
@@ -140,7 +142,7 @@ def test_the_readme_names_every_folder_and_every_file_at_the_top() -> None:
             {"matplotlib", "torchvision", "torch_fidelity", "torch._dynamo", "h5py"},
         ),
     ],
-    ids=["train", "evaluate", "generate", "report", "trainer"],
+    ids=["train", "package", "settings", "evaluate", "generate", "report", "trainer"],
 )
 def test_a_program_imports_what_it_runs(command: list[str], imported: set[str]) -> None:
     result = subprocess.run(

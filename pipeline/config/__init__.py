@@ -1,6 +1,6 @@
 """Every setting of a run, where settings come from, and the user's objects that they name."""
 
-from pipeline.config.command_line import make_parser, parse, to_yaml
+from pipeline.config.command_line import configure, make_parser, parse, to_yaml
 from pipeline.config.settings import (
     Config,
     DataConfig,
@@ -27,6 +27,7 @@ __all__ = [
     "TrainingConfig",
     "captures_steps",
     "check_device",
+    "configure",
     "flatten",
     "imported",
     "make_parser",

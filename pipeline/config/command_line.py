@@ -6,9 +6,10 @@ import dataclasses
 import json
 import sys
 from argparse import SUPPRESS
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -19,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.yaml_files import read_yaml
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+CONFIG = "YAML file that lists differences from the defaults, or the name of one of the package's, like quickstart"
 
 
 def make_parser(description: str, concerned: tuple[str, ...] = ("",)) -> ArgumentParser:
@@ -30,7 +32,7 @@ def make_parser(description: str, concerned: tuple[str, ...] = ("",)) -> Argumen
     usage = "%(prog)s [--config FILE] [--KEY VALUE ...]"
     others = None if concerned == ("",) else "The other keys of a run are taken too: see train.py --help."
     parser = ArgumentParser(description=description, usage=usage, epilog=others)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file that lists differences from the defaults")
+    parser.add_argument("--config", action=ActionConfigFile, help=CONFIG)
     parser.add_class_arguments(Config, instantiate=True)
     sections = [item.name for item in dataclasses.fields(Config)]
     for action in parser._actions:
@@ -38,6 +40,18 @@ def make_parser(description: str, concerned: tuple[str, ...] = ("",)) -> Argumen
         if section in sections and not (key and action.dest.startswith(concerned)):
             action.help = SUPPRESS
     return parser
+
+
+def configure(file: str | Path | None = None, settings: Mapping[str, object] = MappingProxyType({})) -> Config:
+    """The configuration of a YAML file, or of one of the package's by its name, and over it `settings` by their dotted
+    keys: `configure("quickstart", {"run.name": "first", "training.steps": 500})`. Without a file: the defaults.
+
+    Raises:
+        UserError: naming the key, the value and the fix.
+    """
+    files = [] if file is None else ["--config", str(file)]
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
+    return parse(make_parser("configure"), [*files, *(f"--{key}={text}" for key, text in texts.items())])[0]
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> tuple[Config, Namespace]:
@@ -62,11 +76,27 @@ def _files_first(arguments: Sequence[str]) -> list[str]:
     for argument in following:
         name, _, value = argument.partition("=")
         if name == "--config" and (value := value or next(following, "")):
-            _check_sections(Path(value), read_yaml(Path(value)), Config())
-            files += ["--config", value]
+            file = _settings_file(value)
+            _check_sections(file, read_yaml(file), Config())
+            files += ["--config", str(file)]
         else:
             rest.append(argument)
     return files + rest
+
+
+def _settings_file(name: str) -> Path:
+    """The file of this path; where there is none, the one of the package: quickstart, or configs/quickstart.yaml."""
+    path, shipped = Path(name), Path(__file__).parents[1] / "configs"
+    if path.exists():
+        return path
+    if path.parent.name == "configs" and (shipped / path.name).is_file():
+        return shipped / path.name
+    if path.name != name or path.suffix:
+        return path
+    if (shipped / f"{name}.yaml").is_file():
+        return shipped / f"{name}.yaml"
+    known = ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))
+    raise UserError(f"--config is {name}: no such file, and none of the package's: {known}")
 
 
 def _check_sections(path: Path, given: dict[str, Any], config: Any, prefix: str = "") -> None:

@@ -12,6 +12,10 @@ import torch
 
 from pipeline.distributed.launcher import told
 
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+"""Of glibc's mallopt."""
+LARGEST_MMAP_THRESHOLD = 32 * 2**20
+
 
 def use_cpu(cores: list[int], threads: int | None) -> None:
     """Settles this process on its share of `cores`, the machine's; `threads` None: one a core of the share."""
@@ -56,6 +60,14 @@ def _keep_freed_memory() -> None:
     step of small networks. Kept, they are used again at once."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        trim_threshold, mmap_threshold = -1, -3
-        mallopt(mmap_threshold, 32 * 2**20)  # its most
-        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
+        mallopt(TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_back_freed_memory() -> None:
+    """Freed memory goes back to the system, now and later, as it does in a process that has freed a block of 32 MiB:
+    glibc moves its thresholds with the blocks that are freed until somebody sets one."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(TRIM_THRESHOLD, 2 * LARGEST_MMAP_THRESHOLD)
+        libc.malloc_trim(0)

@@ -13,8 +13,9 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
@@ -40,6 +41,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a write, which does not tell its file."""
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl."""
+
+EXIT_TERMINATED = 128 + signal.SIGTERM
+"""As a shell counts it: before a Runtime was there to take the signal."""
 
 
 def told(name: str, default: int) -> int:
@@ -80,9 +84,17 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
         raise KeyboardInterrupt
 
     on_interrupt(interrupt)
+    if os.getpid() == 1:  # a container's: the kernel drops signals to it that it has no handler for
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
     try:
         rank, world_size = told("RANK", 0), told("WORLD_SIZE", 1)
-        code = main() or 0
+        with _ending_at_second_interrupt():
+            try:
+                code = main() or 0
+            finally:
+                if world_size > 1:  # the launcher sends SIGTERM to who is not through yet when another rank has ended
+                    for number in (signal.SIGTERM, signal.SIGUSR1):
+                        signal.signal(number, lambda *_: None)
     except Preempted as stop:
         _say(str(stop), rank)
         code = EXIT_PREEMPTED
@@ -121,6 +133,30 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     # The interpreter's end is no place for a traceback either; in a program that goes on, ^C stays as it is.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _ending_at_second_interrupt() -> Iterator[None]:
+    """A Python signal handler has to wait until the main thread comes out of a collective. This thread does not."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch() -> None:
+        interrupts = 0
+        while received := os.read(reader, 64):
+            interrupts += received.count(signal.SIGINT)
+            if interrupts > 1:
+                os.write(sys.stderr.fileno(), b"stopped at once by a second interrupt\n")
+                os._exit(EXIT_INTERRUPTED)
+        os.close(reader)
+
+    threading.Thread(target=watch, daemon=True).start()
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
 
 
 def _say(line: str, rank: int = 0) -> None:

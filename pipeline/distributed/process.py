@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from pipeline.config import RuntimeConfig, captures_steps, check_device
 from pipeline.distributed.collectives import Ranks
-from pipeline.distributed.cpu import use_cpu
+from pipeline.distributed.cpu import give_back_freed_memory, use_cpu
 from pipeline.distributed.launcher import processes_asked_for, told
 from pipeline.distributed.slurm import JobComment
 from pipeline.distributed.spinning import sharing_the_cores
@@ -147,6 +147,8 @@ class Runtime:
             self.accelerator.end_training()
         if dist.is_initialized():
             dist.destroy_process_group()
+        if self.device.type == "cpu":
+            give_back_freed_memory()
 
 
 def _with_strides(strides: tuple[int, ...], gradient: Tensor) -> Tensor:

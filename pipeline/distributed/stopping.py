@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 import threading
 import time
 from types import FrameType
@@ -16,7 +14,6 @@ from torch import Tensor
 
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.launcher import end_with_launcher, stop_file
-from pipeline.errors import EXIT_INTERRUPTED
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOP_FILE_SECONDS = 1.0
@@ -24,20 +21,24 @@ STOP_FILE_SECONDS = 1.0
 
 
 class StopRequest:
-    """Takes over STOP_SIGNALS of this process; a second SIGINT ends it at once."""
+    """Takes over STOP_SIGNALS of this process. A second SIGINT is a KeyboardInterrupt as ever; a program ends at it
+    even while it waits in a collective (run_program). In a thread beside the main one there are no signals to take."""
 
     def __init__(self) -> None:
         self.ranks = Ranks()
         """To agree with; set once they have met."""
-        self._signalled = False
+        self._signalled = self._interrupted = False
         self._file, self._looked = stop_file(), 0.0
         self._pending: tuple[Any, Tensor] | None = None
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                signal.signal(number, self._on_signal)
         end_with_launcher()
-        _exit_at_second_interrupt()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = self._interrupted or number == signal.SIGINT
         self._signalled = True
 
     @property
@@ -77,19 +78,3 @@ class StopRequest:
         work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.ranks.host_group, async_op=True)
         self._pending = (work, flag)
         return agreed
-
-
-def _exit_at_second_interrupt() -> None:
-    """A Python signal handler has to wait until the main thread comes out of a collective. This thread does not."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-
-    def watch() -> None:
-        interrupts = 0
-        while interrupts < 2:
-            interrupts += os.read(reader, 64).count(signal.SIGINT)
-        os.write(sys.stderr.fileno(), b"stopped at once by a second interrupt\n")
-        os._exit(EXIT_INTERRUPTED)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -17,15 +17,15 @@ from pipeline.data.resident import load_split
 from pipeline.errors import UserError
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.scorer import Scorer
-from pipeline.export.generator_file import EXPORT_SUFFIXES, critic_of, generator_of, load_generator
+from pipeline.export.generator_file import EXPORT_SUFFIXES, HUB_WEIGHTS, critic_of, generator_of, load_generator
 from pipeline.reporting.formatting import number
 from pipeline.reporting.page import write_report
 from pipeline.storage.checkpoint import CheckpointError, committed, find
 from pipeline.storage.run_folder import RunFolder, scores_of, step_of
 
 TARGET = (
-    "a run's folder, an exported generator (.safetensors, .h5), a folder of images, an .npz file, "
-    "or the word train or test: that split of the real images"
+    "a run's folder, an exported generator (.safetensors, .h5, a Hugging Face folder), a folder of images, an .npz "
+    "file, or the word train or test: that split of the real images"
 )
 
 
@@ -36,8 +36,9 @@ def score_target(
     out: Path | None,
     root: Path,
     code: str | None = None,
-) -> None:
-    """Scores `target`, which is a TARGET, into `out` (by default into the run, or under `root`) and tells them.
+) -> list[dict[str, Any]]:
+    """Scores `target`, which is a TARGET, into `out` (by default into the run, or under `root`), tells and returns what
+    was written.
 
     Args:
         steps: the checkpoints of a run to score; None is the newest intact one. Without a list it is all of them, and
@@ -52,10 +53,9 @@ def score_target(
     """
     runtime, dataset = scorer.runtime, scorer.dataset
     if RunFolder(target).has_begun:
-        _score_run(RunFolder(target), scorer, steps, out, code)
-        return
+        return _score_run(RunFolder(target), scorer, steps, out, code)
     facts: dict[str, Any] = {"target": str(target)}
-    if target.suffix in EXPORT_SUFFIXES:
+    if target.suffix in EXPORT_SUFFIXES or (target / HUB_WEIGHTS).is_file():
         path = out or scores_of(target, root)
         generator = load_generator(target, scorer.config.weights, code).to(runtime.device)
         result = scorer.score_generator(generator, path, facts)
@@ -76,12 +76,13 @@ def score_target(
     else:
         raise UserError(f"{target}: there is nothing of that name; give {TARGET}")
     runtime.say(f"{path}: {_summary(result)}")
+    return [result]
 
 
 def _score_run(
     run: RunFolder, scorer: Scorer, steps: Sequence[int | None] | None, out: Path | None, code: str | None
-) -> None:
-    weights, runtime, dataset = scorer.config.weights, scorer.runtime, scorer.dataset
+) -> list[dict[str, Any]]:
+    weights, runtime, dataset, results = scorer.config.weights, scorer.runtime, scorer.dataset, list[dict[str, Any]]()
     is_its_own = runtime.ranks.on_main(lambda: run.dataset_fingerprint) in (None, dataset.fingerprint)
     if out is None and not is_its_own:
         raise UserError(
@@ -99,10 +100,11 @@ def _score_run(
         generator = generator_of(checkpoint, weights, code).to(runtime.device)
         facts = {"step": checkpoint.step, "weights": weights}
         critic = critic_of(checkpoint) if is_its_own else None
-        result = scorer.score_generator(generator, out or run.scores(checkpoint.step), facts, critic)
-        runtime.say(f"step {checkpoint.step}: {_summary(result)}")
+        results.append(scorer.score_generator(generator, out or run.scores(checkpoint.step), facts, critic))
+        runtime.say(f"step {checkpoint.step}: {_summary(results[-1])}")
     if out is None:
         runtime.say(f"report: {runtime.ranks.on_main(lambda: write_report(run.path))}")
+    return results
 
 
 def _fingerprint(target: Path, files: Sequence[Path]) -> str:

@@ -1,4 +1,4 @@
-"""Converts a trained generator: `python -m pipeline.export SOURCE FILE`."""
+"""Converts a trained generator, `python -m pipeline.export SOURCE FILE`, or publishes it, `... SOURCE FOLDER/`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from jsonargparse import auto_cli
 from pipeline.distributed.launcher import run_program
 from pipeline.errors import UserError
 from pipeline.export.generator_file import read_generator, save_export
+from pipeline.export.hub import check_push, write_hub_folder
+from pipeline.export.hub import push as push_folder
 from pipeline.export.onnx import save_onnx
 
 
@@ -21,22 +23,42 @@ class NetworkCode:
 
 
 def convert(
-    source: Path, out: Path, weights: Literal["ema", "raw"] = "ema", network: NetworkCode = NetworkCode()
+    source: Path,
+    out: Path,
+    weights: Literal["ema", "raw"] = "ema",
+    network: NetworkCode = NetworkCode(),
+    push: str | None = None,
+    licence: str | None = None,
+    data_licence: str | None = None,
 ) -> int:
-    """Writes a generator as a safetensors export, as ONNX, or as the Keras notebooks' whole-model .h5.
+    """Writes a generator as a safetensors export, as ONNX, as the Keras notebooks' whole-model .h5, or as a folder of
+    the Hugging Face Hub: weights, config.json, a model card, scores and samples.
 
     Args:
         source: An export, a Keras notebook's .h5, a checkpoint or a run's folder.
-        out: The .safetensors, .onnx or .h5 file to write; it must not exist.
+        out: The .safetensors, .onnx or .h5 file, or else the folder, to write; it must not exist.
         weights: Which weights of a checkpoint.
         network: The user's own.
+        push: Send the folder to this model repository of the Hub, OWNER/NAME (takes huggingface_hub and its login).
+        licence: Of the weights, for the card: an identifier of the Hub's, such as mit.
+        data_licence: Of the images that it was trained on, for the card, in words.
     """
-    if out.suffix not in {".safetensors", ".onnx", ".h5"}:
-        raise UserError(f"{out}: unknown kind of file, name it .safetensors, .onnx or .h5")
+    if out.suffix not in {".safetensors", ".onnx", ".h5", ""}:
+        raise UserError(
+            f"{out}: unknown kind of file, name it .safetensors, .onnx or .h5, or a folder without a suffix"
+        )
+    if out.suffix and (push or licence or data_licence):
+        raise UserError(
+            f"{out} is a file: --push, --licence and --data_licence go with a folder, a name without suffix"
+        )
     if out.exists():
-        raise UserError(f"{out}: exists already, name another file")
+        raise UserError(f"{out}: exists already, name another {'file' if out.suffix else 'folder'}")
+    if push is not None:
+        check_push(push)
     generator, provenance = read_generator(source, weights, network.generator)
-    if out.suffix == ".onnx":
+    if not out.suffix:
+        write_hub_folder(generator, provenance | {"source": source.name}, source, out, licence, data_licence)
+    elif out.suffix == ".onnx":
         save_onnx(generator, out)
     elif out.suffix == ".h5":
         from pipeline.export.keras_save import save_keras  # h5py is for these files alone
@@ -45,6 +67,8 @@ def convert(
     else:
         save_export(generator, out, provenance | {"source": source.name})
     print(out)
+    if push is not None:
+        print(push_folder(out, push))
     return 0
 
 

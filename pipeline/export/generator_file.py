@@ -29,6 +29,8 @@ KERAS_FORMAT = "gan-pipeline generator 1"
 KERAS_SUFFIXES = (".h5", ".hdf5")
 EXPORT_SUFFIXES = (".safetensors", *KERAS_SUFFIXES)
 """Single files that `load_generator` reads; its other sources are folders."""
+HUB_WEIGHTS = "model.safetensors"
+"""An export by the name that it has in a folder of the Hugging Face Hub."""
 
 
 def save_export(generator: AnyGenerator, path: Path, provenance: dict[str, Any]) -> None:
@@ -99,16 +101,18 @@ def critic_of(checkpoint: Checkpoint) -> Critic | None:
     return critic.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def load_generator(path: Path, weights: str, code: str | None = None) -> AnyGenerator:
-    """The generator alone of `read_generator`."""
-    return read_generator(path, weights, code)[0]
+def load_generator(path: str | Path, weights: str = "ema", code: str | None = None) -> AnyGenerator:
+    """The generator alone of `read_generator`: latents (n, latent_dim) -> mirrored images (n, C, H, W) in [0, 1], which
+    `render_range` and `render` of pipeline/export/images.py turn into uint8 ones, the right way round."""
+    return read_generator(Path(path), weights, code)[0]
 
 
 def read_generator(path: Path, weights: str, code: str | None = None) -> tuple[AnyGenerator, dict[str, Any]]:
-    """The generator of an export, of a Keras notebook's .h5, of a checkpoint's folder, or of a run's folder (its newest
-    intact checkpoint; damaged newer ones are named in the log), on the CPU in eval mode. `weights`, "ema" or "raw",
-    chooses among a checkpoint's. `code` is module:NAME of the network, where it is one of its user's own: a file never
-    makes the program import what it names, only its reader does.
+    """The generator of an export or a folder that is one for the Hugging Face Hub, of a Keras notebook's .h5, of a
+    checkpoint's folder, or of a run's folder (its newest intact checkpoint; damaged newer ones are named in the log),
+    on the CPU in eval mode. `weights`, "ema" or "raw", chooses among a checkpoint's. `code` is module:NAME of the
+    network, where it is one of its user's own: a file never makes the program import what it names, only its reader
+    does.
 
     With it comes where it is from: of a checkpoint "step" and "weights", of one in its run's folder also "run" and the
     "dataset"'s fingerprint (null where the run does not tell), of an export what its header says.
@@ -116,6 +120,8 @@ def read_generator(path: Path, weights: str, code: str | None = None) -> tuple[A
     Raises:
         UserError: it is none of these, damaged, or takes code that the caller does not name.
     """
+    if (path / HUB_WEIGHTS).is_file():
+        return _read_export(path / HUB_WEIGHTS, code)
     if path.is_dir():
         run = RunFolder(path)
         checkpoint = find(run) if run.has_begun else read_checkpoint(path).verify()

@@ -4,7 +4,7 @@ import json
 import math
 import re
 
-from pipeline.reporting.read import Evaluation, finite
+from pipeline.reporting.read import Evaluation, Run, finite
 
 MISSING = "—"
 FEW_IMAGES = 2_000
@@ -100,6 +100,18 @@ def differences(evaluation: Evaluation, other: Evaluation, features: str) -> lis
     here, there = evaluation.way(features), other.way(features)
     keys = [key for key in here if here[key] != there[key]]
     return [f"{key} is {shown(evaluation, key)}, not {shown(other, key)}" for key in keys]
+
+
+def in_brief(run: Run) -> list[str]:
+    """Of each feature space the newest FID, its floor, and the best one where that is another."""
+    lines = []
+    for features in run.features:
+        newest, best = run.newest(features), run.best.get(features)
+        if newest is not None and best is not None:
+            fid, floor = (number(newest.score(features, key)) for key in ("fid", "fid_floor"))
+            other = "" if best["step"] == newest.step else f", best {number(best['fid'])} at step {best['step']:.0f}"
+            lines.append(f"{features} FID {fid} (floor {floor}) at step {newest.step}{other}")
+    return lines
 
 
 def verdict(evaluation: Evaluation, features: str) -> str:

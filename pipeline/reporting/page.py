@@ -15,13 +15,12 @@ from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.reporting.charts import bar_chart, line_chart
+from pipeline.reporting.comparison import compared
 from pipeline.reporting.formatting import (
-    MISSING,
     code,
     copies_in_words,
     counted,
     critic_in_words,
-    differences,
     duration,
     few_images,
     number,
@@ -60,7 +59,8 @@ def write_report(run: Path) -> Path:
 
 
 def compare(runs: Sequence[Path], out: Path) -> Path:
-    """Writes one page with runs side by side to `out` and returns it: scores, newest grids, settings that differ.
+    """Writes one page with runs side by side to `out` and returns it: settings that differ, scores (seeds of one
+    configuration by median and spread), newest grids. Its numbers are beside it, as .csv and .json.
 
     A best is named among those that were scored in the same way, of which there must be two; of the others is told
     what differs.
@@ -68,36 +68,16 @@ def compare(runs: Sequence[Path], out: Path) -> Path:
     Raises:
         UserError: one of `runs` is not a run's folder, or `out` cannot be written.
     """
-    contents = {chr(ord("A") + i % 26) + str(i // 26 or ""): read_run(run) for i, run in enumerate(runs)}
-    names = [name for run in contents.values() for name in run.features]
-    features = max(names, key=names.count, default="")
-    scored = {letter: item for letter, run in contents.items() if (item := run.newest(features))}
-    ways = [item.way(features) for item in scored.values()]
-    # The others are compared with the first of those that were scored in the commonest way.
-    standard = max(scored, key=lambda letter: ways.count(scored[letter].way(features)), default="")
-    reasons = {letter: differences(item, scored[standard], features) for letter, item in scored.items()}
-    unlike = {letter: why for letter, why in reasons.items() if why}
-    alike = [item.score(features, "fid") for letter, item in scored.items() if letter not in unlike]
-    fids = [fid for fid in alike if fid is not None]
-    keys = dict.fromkeys(key for run in contents.values() for key in run.config if key != "run.name")
-    settings = {key: [setting(run.config.get(key, MISSING)) for run in contents.values()] for key in keys}
+    comparison = compared([read_run(run) for run in runs])
     newest = {
         letter: (step, image)
-        for letter, run in contents.items()
+        for letter, run in comparison.runs.items()
         for step, path in run.grids[-1:]
         if (image := data_uri(path, IMAGE_BYTES // len(runs), run.notes))
     }
-    page = _render(
-        "html",
-        runs=contents,
-        features=features,
-        best_fid=min(fids) if len(fids) > 1 else None,
-        unlike=unlike,
-        standard=standard,
-        newest=newest,
-        settings={key: values for key, values in settings.items() if len(set(values)) > 1},
-    )
-    _write(out, page)
+    _write(out, _render("html", runs=comparison.runs, comparison=comparison, newest=newest))
+    _write(out.with_suffix(".csv"), comparison.to_csv())
+    _write(out.with_suffix(".json"), comparison.to_json())
     return out
 
 

@@ -195,6 +195,12 @@ class Run:
         return Curve([float(item.step) for item, _ in kept], [value for _, value in kept], band)
 
 
+def is_run(path: Path) -> bool:
+    """Whether anything in a folder belongs to a run."""
+    folder = RunFolder(path)
+    return any(part.exists() for part in (folder.config, folder.metrics, folder.evaluation, folder.samples))
+
+
 def read_run(path: Path) -> Run:
     """What a report needs from a run's folder; anything damaged becomes a note.
 
@@ -204,7 +210,7 @@ def read_run(path: Path) -> Run:
     if not path.is_dir():
         raise UserError(f"{path} is not a folder: give the folder of a run, such as runs/wgan")
     folder, notes = RunFolder(path), list[str]()
-    if not any(part.exists() for part in (folder.config, folder.metrics, folder.evaluation, folder.samples)):
+    if not is_run(path):
         raise UserError(f"{path} is not a run: it has no config.yaml, metrics.jsonl, evaluation or samples")
     log = _read_log(folder.metrics, notes)
     return Run(

@@ -177,6 +177,16 @@ def step_of(path: Path) -> int | None:
     return int(found[1]) if found else None
 
 
+def comparison(folder: Path) -> Path:
+    """The page that compares the runs of a folder; its numbers are beside it as .csv and .json."""
+    return folder / "comparison.html"
+
+
+def is_beside_runs(path: Path) -> bool:
+    """Whether a path has the name of what is written among runs but is none: comparisons, scores of other images."""
+    return path.name == "evaluations" or path.stem == comparison(path).stem
+
+
 def scores_of(target: Path, root: Path) -> Path:
     """Where the scores go of images that belong to no run's step: under `root`, the folder of all runs."""
     path, root = target.resolve(), root.resolve()

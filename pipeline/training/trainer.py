@@ -21,6 +21,8 @@ from pipeline.models.interface import AnyGenerator
 from pipeline.models.networks import Critic
 from pipeline.models.objectives import choose
 from pipeline.progress import TrainingBar, messages_above_bars
+from pipeline.reporting.formatting import in_brief
+from pipeline.reporting.read import read_run
 from pipeline.storage.checkpoint import newest_intact, sweep
 from pipeline.storage.files import write_text
 from pipeline.storage.lock import RunLock
@@ -70,7 +72,6 @@ class Trainer:
         self._last_step = training.steps
         self._ends_at = ends_at or (self.selection.is_over if self.selection else None)
         self._lock: RunLock | None = None
-        self._fids = ""
 
     def run(self) -> None:
         """Trains to the last step, or until run.patience is at its end, from the newest intact checkpoint if there is
@@ -188,7 +189,11 @@ class Trainer:
         return {**seconds, "generator": self.state.generator.spec()}
 
     def _comment(self, *, last: bool = False) -> None:
-        self.runtime.comment(f"step {self.state.step} of {self.config.training.steps}{self._fids}", last=last)
+        if self.runtime.ranks.is_main and job_id() is not None:
+            told = ", ".join(
+                [f"step {self.state.step} of {self.config.training.steps}", *in_brief(read_run(self.folder.path))]
+            )
+            self.runtime.comment(told, last=last)
 
     def _sample_and_evaluate(self) -> None:
         """Idempotent: what exists already for this step is left alone."""
@@ -214,7 +219,6 @@ class Trainer:
                     own = critic if isinstance(critic, Critic) else None  # users' may change in a forward pass
                     found = scorer.score_generator(generator, scores, facts, own)["features"]
                     fids = ", ".join(f"{name} FID {values['fid']:.2f}" for name, values in found.items())
-                    self._fids = f", {fids} at step {step}"
                     self._bar.add_evaluation(seconds := time.monotonic() - started)
                     runtime.say(f"step {step}: {fids}, scored in {seconds:.0f} s")
                     self._comment()

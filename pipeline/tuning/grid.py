@@ -1,20 +1,26 @@
-"""Grids of settings: `python -m pipeline.tuning.grid [--task I] KEY=VALUE,VALUE ... -- [--KEY VALUE ...]`.
+"""Grids of settings: `python -m pipeline.tuning.grid [--task I | --unfinished] KEY=VALUE,VALUE ... -- [--KEY ...]`.
 
-For launch/slurm/sweep.sh. Prints the folder of each run, or the command line of run I, an argument a line.
+For launch/slurm/sweep.sh. Prints the folder of each run; or the command line of run I, an argument a line; or the
+numbers of the runs that have steps left, as `sbatch --array` takes them.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.config import make_parser, parse
+from safetensors import SafetensorError, safe_open
+
+from pipeline.config import Config, make_parser, parse
 from pipeline.distributed.launcher import run_program
 from pipeline.errors import UserError
+from pipeline.reporting.read import read_run
+from pipeline.storage.run_folder import RunFolder
 
 COMMA = re.compile(r",(?![^\[{(]*[\]})])")
 """Between values, but not within the brackets of one."""
@@ -57,6 +63,17 @@ def _label(key: str, keys: list[str]) -> str:
     return next((end for end in shorter if sum(f".{other}".endswith(f".{end}") for other in keys) == 1), key)
 
 
+def is_finished(config: Config) -> bool:
+    """Whether the last step's generator is exported, which is what a run does at its end."""
+    folder = RunFolder(config.folder)
+    try:
+        with safe_open(folder.export, "np") as file:
+            step = json.loads(file.metadata()["provenance"])["step"]
+        return bool(step >= config.training.steps or step == read_run(folder.path).chosen.get("last_step"))
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, UserError):
+        return False
+
+
 def main() -> None:
     arguments = sys.argv[1:]
     given = arguments[arguments.index("--") + 1 :] if "--" in arguments else []
@@ -64,8 +81,12 @@ def main() -> None:
     if grid[:1] == ["--task"]:
         print("\n".join(runs_of(grid[2:], given)[int(grid[1])]))
         return
-    parser = make_parser("grid")
-    print("\n".join([str(parse(parser, run)[0].folder) for run in runs_of(grid, given)]))
+    only_unfinished, parser = grid[:1] == ["--unfinished"], make_parser("grid")
+    configs = [parse(parser, run)[0] for run in runs_of(grid[1:] if only_unfinished else grid, given)]
+    if only_unfinished:
+        print(",".join(str(task) for task, config in enumerate(configs) if not is_finished(config)))
+    else:
+        print("\n".join(str(config.folder) for config in configs))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 from pipeline.config import RuntimeConfig
 from pipeline.distributed import process
 from pipeline.errors import UserError
-from tests.jobs import ROOT, flags, launch, process_kept, tiny_config
+from tests.jobs import ROOT, environment, flags, launch, process_kept, tiny_config
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,44 @@ def test_what_no_launcher_says_is_one_line(variables: dict[str, str], line: str)
     assert result.returncode == 2
     assert line in result.stderr.splitlines()[-1]  # torch's own log may stand above it
     assert "Traceback" not in result.stderr
+
+
+def test_a_rank_that_has_saved_ends_whatever_the_launcher_sends_it(tmp_path: Path) -> None:
+    """When another one was faster. Its own last act is to remove the stop file, or no job is queued again."""
+    stop = tmp_path / "stop"
+    stop.touch()
+    program = """
+import atexit, os, signal
+from pipeline.distributed.launcher import run_program
+from pipeline.distributed.restoring import process_kept
+from pipeline.distributed.stopping import StopRequest
+from pipeline.errors import Preempted
+
+def main():
+    with process_kept():
+        StopRequest()
+        raise Preempted("stopped")
+
+class Reports:
+    def __str__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return "stopped"
+
+def interrupted():
+    try:
+        main()
+    except Preempted as stop:
+        raise Preempted(Reports()) from stop
+
+atexit.register(os.kill, os.getpid(), signal.SIGTERM)
+run_program(interrupted)
+"""
+    variables = {"WORLD_SIZE": "2", "RANK": "0", "PIPELINE_STOP_FILE": str(stop)}
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment() | variables, capture_output=True, text=True, cwd=ROOT
+    )
+    assert (result.returncode, result.stderr) == (75, "stopped\n")
+    assert not stop.exists()
 
 
 def test_the_launchers_page_about_a_failed_rank_ends_with_what_the_rank_said(tmp_path: Path) -> None:

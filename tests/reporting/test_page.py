@@ -293,7 +293,7 @@ def test_data_uri_is_lossless_where_it_fits_and_never_larger(tmp_path: Path) -> 
     assert few_pixels
 
 
-def test_compare_sets_runs_side_by_side(tmp_path: Path) -> None:
+def test_compare_sets_runs_side_by_side_the_best_first(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / "first", fid=45.2),
         make_run(tmp_path / "second", fid=30.1, n_critic=5),
@@ -303,13 +303,13 @@ def test_compare_sets_runs_side_by_side(tmp_path: Path) -> None:
     out = tmp_path / "new" / "out.html"
     assert compare(runs, out) == out
     page = Page(out)
-    assert page.texts_of("h2") == ["Scores", "Scores over training", "Newest samples", "Settings that differ"]
+    assert page.texts_of("h2") == ["Settings that differ", "Scores", "Scores over training", "Newest samples"]
+    settings_text = page.text.partition("Settings that differ")[2]
+    assert settings_text.startswith(" Run FID training.n_critic A second 30.1 5 B first 45.2 2 C third 60 2 Scores")
     marked = page.source.partition('<tr class="marked">')[2].partition("</tr>")[0]
-    assert "B second" in marked
+    assert "A second" in marked
     assert "30.1" in marked
     assert page.source.count('class="marked"') == 1
-    settings_text = page.text.partition("Settings that differ")[2]
-    assert settings_text.startswith(" Setting A first B second C third training.n_critic 2 5 2 One file")
     assert "not comparable" not in page.text
     fid_chart = re.findall(r"<svg.*?</svg>", page.source, flags=re.DOTALL)[0]
     assert [letter for letter in "ABC" if f">{letter}</text>" in fid_chart] == ["A", "B", "C"]
@@ -329,14 +329,13 @@ def test_a_best_is_named_among_scores_that_compare_alone(tmp_path: Path) -> None
     fashion = make_run(tmp_path / "fashion", 3.0, dataset="ef" * 32)
     few = make_run(tmp_path / "few", 2.0, num_images=5000)
     page = Page(compare([fashion, first, second, few], tmp_path / "out.html"))
-    assert marked_best(page) == ["B first"]
-    assert "A fashion does not compare with B: dataset is efefefef, not abababab." in page.text
-    assert "D few does not compare with B: num_images is 5,000, not 10,000." in page.text
+    assert marked_best(page) == ["A first"]
+    assert "D fashion does not compare with A: dataset is efefefef, not abababab." in page.text
+    assert "C few does not compare with A: num_images is 5,000, not 10,000." in page.text
     fid_chart = re.findall(r"<svg.*?</svg>", page.source, flags=re.DOTALL)[0]
-    assert [letter for letter in "ABCD" if f">{letter}</text>" in fid_chart] == ["B", "C"]
-    # A run keeps its colour, whoever is left out.
-    assert set(re.findall(r"var\(--line-\d\)", fid_chart)) == {"var(--line-1)", "var(--line-2)"}
-    assert '<span class="key key-1">B first</span> <span class="key key-2">C second</span>' in page.source
+    assert [letter for letter in "ABCD" if f">{letter}</text>" in fid_chart] == ["A", "B"]
+    assert set(re.findall(r"var\(--line-\d\)", fid_chart)) == {"var(--line-0)", "var(--line-1)"}
+    assert '<span class="key key-0">A first</span> <span class="key key-1">B second</span>' in page.source
     for other in (fashion, few):
         assert marked_best(Page(compare([first, other], tmp_path / "out.html"))) == []
     path = make_run(third, 1.0) / "evaluation" / "step-00003000.json"
@@ -411,7 +410,8 @@ def test_script_runs_without_torch(run: Path, tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "pipeline" / "report.py"
     done = subprocess.run([sys.executable, script, run], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stdout == f"{run / 'report.html'}\n"
-    subprocess.run([sys.executable, script, run, run], capture_output=True, cwd=tmp_path, check=True)
+    make_run(tmp_path / "other")
+    subprocess.run([sys.executable, script, f"{tmp_path}/*"], capture_output=True, cwd=tmp_path, check=True)
     assert "2 runs side by side" in Page(tmp_path / "comparison.html").text
     for module, heavy in (("pipeline.report", "torch"), ("pipeline.reporting.read", "matplotlib")):
         code = f"import sys, {module}; sys.exit('{heavy}' in sys.modules)"

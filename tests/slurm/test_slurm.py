@@ -224,7 +224,9 @@ def test_a_sweep_ends_with_a_comparison(project: Project) -> None:
         assert (run / "evaluation/step-00000002.json").exists()
     tasks = comments_of(project, array)
     assert len(tasks) == 4
-    assert all(re.fullmatch(r"step 2 of 2, mnist FID [\d.]+ at step 2", comment) for comment in tasks), tasks
+    assert all(
+        re.fullmatch(r"step 2 of 2, mnist FID [\d,.]+ \(floor [\d,.]+\) at step 2", comment) for comment in tasks
+    ), tasks
 
 
 def test_the_help_of_a_sweep_needs_no_cluster(project: Project) -> None:

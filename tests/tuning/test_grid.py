@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from pipeline.config import make_parser, parse
 from pipeline.errors import UserError
-from pipeline.tuning.grid import runs_of
+from pipeline.export.generator_file import save_export
+from pipeline.storage.run_folder import RunFolder
+from pipeline.tuning.grid import main, runs_of
+from tests.export.generators import random_generator
 from tests.jobs import ROOT, launch
 
 WGAN, LSGAN = (str(ROOT / f"configs/{name}.yaml") for name in ("wgan", "lsgan"))
@@ -55,6 +61,34 @@ def test_settings_of_any_key_and_kind() -> None:
 def test_grids_without_a_name_for_each_run_are_refused(grid: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         names(grid, [])
+
+
+def test_a_run_is_finished_once_its_last_steps_generator_is_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unfinished(steps: int) -> str:
+        given = ["--run.root", str(tmp_path), "--training.steps", str(steps)]
+        monkeypatch.setattr("sys.argv", ["grid", "--unfinished", "training.seed=0,1,2,3,4", "--", *given])
+        main()
+        return capsys.readouterr().out.strip()
+
+    def export(seed: int, step: int) -> RunFolder:
+        folder = RunFolder(tmp_path / f"wgan-seed-{seed}")
+        save_export(random_generator(), folder.export, {"step": step})
+        return folder
+
+    assert unfinished(20) == "0,1,2,3,4"
+    export(1, 20)
+    patient = export(2, 6)
+    patient.evaluation.mkdir()
+    patient.best_scores.write_text(json.dumps({"last_step": 6}))  # no better score came
+    export(3, 10).export.write_bytes(b"cut short")
+    export(4, 10)
+    assert unfinished(20) == "0,3,4"
+    assert unfinished(30) == "0,1,3,4", "of more steps than it was trained for"
+    for seed in (0, 3, 4):
+        export(seed, 20)
+    assert unfinished(20) == ""
 
 
 def test_a_wrong_value_is_refused_before_anything_is_submitted() -> None:

@@ -1,0 +1,199 @@
+"""Runs beside each other: the best first, what differs in their settings, seeds of one configuration together."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from pipeline.config import Config, flatten
+from pipeline.errors import UserError
+from pipeline.reporting.formatting import MISSING, differences, setting
+from pipeline.reporting.read import Run, is_run
+from pipeline.storage.run_folder import is_beside_runs
+
+SEED = "training.seed"
+CONFIGURATION = {*flatten(Config(), free=False), "training.steps"} - {SEED}
+"""Settings that two seeds of one configuration share."""
+SCORES = ("fid", "is_mean", "kid_mean")
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Runs of one configuration, whose scores compare."""
+
+    name: str
+    letters: list[str]
+    scores: dict[str, list[float]]
+    """Of each of SCORES the runs' values."""
+
+    def median(self, score: str) -> float | None:
+        return statistics.median(self.scores[score]) if self.scores[score] else None
+
+    def spread(self, score: str) -> tuple[float | None, float | None]:
+        """The least and the greatest."""
+        values = self.scores[score]
+        return (min(values), max(values)) if values else (None, None)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs by a letter each, in the order of their FIDs; those whose scores do not compare, and those without, last."""
+
+    runs: dict[str, Run]
+    features: str
+    """The feature space that most of them are scored in."""
+    unlike: dict[str, list[str]]
+    """Letter of a run that was scored in another way -> what differs."""
+
+    @property
+    def standard(self) -> str:
+        """The letter of the run that the unlike ones are compared with."""
+        return next((letter for letter, run in self.runs.items() if run.newest(self.features)), "")
+
+    def score(self, letter: str, key: str) -> float | None:
+        newest = self.runs[letter].newest(self.features)
+        return newest.score(self.features, key) if newest else None
+
+    @property
+    def best_fid(self) -> float | None:
+        """The lowest of those that compare, of which there must be two."""
+        alike = [
+            fid for letter in self.runs if letter not in self.unlike if (fid := self.score(letter, "fid")) is not None
+        ]
+        return min(alike) if len(alike) > 1 else None
+
+    @cached_property
+    def settings(self) -> dict[str, list[str]]:
+        """Settings that differ -> a value a run."""
+        keys = dict.fromkeys(key for run in self.runs.values() for key in run.config if key != "run.name")
+        values = {key: [setting(run.config.get(key, MISSING)) for run in self.runs.values()] for key in keys}
+        return {key: row for key, row in values.items() if len(set(row)) > 1}
+
+    @cached_property
+    def configurations(self) -> list[Seeds]:
+        """Runs that differ in the seed alone together, the best median first; empty where none has two seeds."""
+        together: dict[str, list[str]] = {}
+        for letter, run in self.runs.items():
+            shared = {key: value for key, value in run.config.items() if key in CONFIGURATION}
+            if shared and letter not in self.unlike and self.score(letter, "fid") is not None:
+                together.setdefault(json.dumps(shared, sort_keys=True, default=str), []).append(letter)
+        if all(
+            len({str(self.runs[letter].config.get(SEED)) for letter in letters}) < 2 for letters in together.values()
+        ):
+            return []
+        return sorted(map(self._seeds, together.values()), key=lambda seeds: seeds.median("fid") or 0.0)
+
+    def _seeds(self, letters: list[str]) -> Seeds:
+        names = [self.runs[letter].name for letter in letters]
+        shared = os.path.commonprefix(names)  # noqa: RUF071 (letters are meant)
+        name = re.sub(r"[-_.]?(seed)?[-_.]?$", "", shared) if len(names) > 1 else shared
+        found = {key: [self.score(letter, key) for letter in letters] for key in SCORES}
+        return Seeds(
+            name or names[0], letters, {key: [each for each in row if each is not None] for key, row in found.items()}
+        )
+
+    def to_json(self) -> str:
+        """For machines: what the page says in numbers."""
+        rows = [dict(zip(self._header, row, strict=True)) for row in self._rows]
+        groups = [
+            {
+                "configuration": seeds.name,
+                "runs": [self.runs[letter].name for letter in seeds.letters],
+                **{key: {"median": seeds.median(key), "spread": seeds.spread(key)} for key in SCORES},
+            }
+            for seeds in self.configurations
+        ]
+        unlike = {self.runs[letter].name: reasons for letter, reasons in self.unlike.items()}
+        content = {"features": self.features, "runs": rows, "configurations": groups, "not_compared": unlike}
+        return json.dumps(content, indent=1) + "\n"
+
+    def to_csv(self) -> str:
+        """A line a run, the best first; empty where nothing was measured."""
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([self._header, *self._rows])
+        return text.getvalue()
+
+    @property
+    def _header(self) -> list[str]:
+        return ["run", *SCORES, "fid_floor", "step", "num_images", "compares", "status", *self.settings]
+
+    @property
+    def _rows(self) -> list[list[object]]:
+        rows: list[list[object]] = []
+        for place, (letter, run) in enumerate(self.runs.items()):
+            newest = run.newest(self.features)
+            scores = [self.score(letter, key) for key in (*SCORES, "fid_floor")]
+            facts = [newest.step, newest.settings.get("num_images")] if newest else [None, None]
+            values = [row[place] for row in self.settings.values()]
+            rows.append(
+                [run.name, *scores, *facts, letter not in self.unlike and newest is not None, run.status, *values]
+            )
+        return rows
+
+
+def compared(runs: Sequence[Run]) -> Comparison:
+    """The runs by the FID of the newest evaluation of each, where it was made in the commonest way."""
+    names = [name for run in runs for name in run.features]
+    features = max(names, key=names.count, default="")
+    newest = [run.newest(features) for run in runs]
+    ways = [item.way(features) for item in newest if item]
+    commonest = max(ways, key=ways.count, default={})
+    alike = [item for item in newest if item and item.way(features) == commonest]
+
+    def place(index: int) -> tuple[bool, bool, bool, float, int]:
+        item = newest[index]
+        fid = item.score(features, "fid") if item else None
+        return item is None, item not in alike, fid is None, fid or 0.0, index
+
+    order = sorted(range(len(runs)), key=place)
+    letters = {index: chr(ord("A") + i % 26) + str(i // 26 or "") for i, index in enumerate(order)}
+    unlike = {
+        letters[index]: differences(item, alike[0], features)
+        for index in order
+        if (item := newest[index]) is not None and item.way(features) != commonest
+    }
+    return Comparison({letters[index]: runs[index] for index in order}, features, unlike)
+
+
+def find_runs(patterns: Sequence[str]) -> list[Path]:
+    """The folders of the runs that paths and patterns such as `runs/*` name, each once.
+
+    A folder that is no run stands for all runs below it. What comparisons and evaluations leave beside runs is passed
+    over.
+
+    Raises:
+        UserError: a path or pattern names no run.
+    """
+    found: dict[Path, Path] = {}
+    for pattern in patterns:
+        literal = Path(pattern)
+        paths = [literal] if literal.exists() or not set("*?[") & set(pattern) else sorted(_matching(pattern))
+        runs = [run for path in paths for run in _runs_below(path)]
+        if not runs and not (len(patterns) > 1 and is_beside_runs(literal)):
+            kind = "a folder" if literal.is_file() or not literal.exists() else "a run"
+            raise UserError(
+                f"{pattern} is not {kind}: give the folder of a run, such as runs/wgan, or a pattern: 'runs/*'"
+            )
+        found |= {run.resolve(): run for run in runs}
+    return list(found.values())
+
+
+def _matching(pattern: str) -> list[Path]:
+    path = Path(pattern)
+    return list(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+
+
+def _runs_below(path: Path) -> list[Path]:
+    if is_run(path):
+        return [path]
+    if not path.is_dir() or is_beside_runs(path):
+        return []
+    return [run for child in sorted(path.iterdir()) if child.is_dir() for run in _runs_below(child)]
