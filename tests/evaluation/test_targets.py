@@ -22,7 +22,7 @@ from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
 from pipeline.evaluation.scorer import Scorer
 from pipeline.evaluation.targets import score_target
-from pipeline.export.generator_file import save_export
+from pipeline.export.generator_file import HUB_WEIGHTS, save_export
 from pipeline.storage.run_folder import RunFolder
 from tests.export.generators import damage, random_generator, saved_run
 from tests.jobs import process_kept
@@ -202,8 +202,12 @@ def test_a_generator_is_known_by_its_weights_wherever_they_lie(
     save_export(random_generator(), run.export, {})
     score(run.export, scorer, tmp_path)
     out = tmp_path / "runs/evaluations/run-export-generator.safetensors.json"
+    hub = tmp_path / "runs/hub"
+    save_export(random_generator(), hub / HUB_WEIGHTS, {})  # a folder of the Hugging Face Hub
+    [result] = score_target(hub, scorer, [None], None, tmp_path / "runs")
+    assert json.loads(json.dumps(result)) == content(tmp_path / "runs/evaluations/hub.json")
     known = {content(path)["images_fingerprint"] for path in (run.scores(10), run.scores(20), out)}
-    assert len(known) == 1
+    assert known == {result["images_fingerprint"]}
     generator = random_generator()
     with torch.no_grad():
         generator.dense.bias[3] += 1e-6

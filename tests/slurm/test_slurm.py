@@ -231,7 +231,7 @@ def test_a_sweep_ends_with_a_comparison(project: Project) -> None:
 
 def test_the_help_of_a_sweep_needs_no_cluster(project: Project) -> None:
     told = project.cluster.run("launch/slurm/sweep.sh", "--help", folder=project.folder)
-    assert "sweep.sh KEY=VALUE,VALUE,..." in told
+    assert "sweep.sh [--dry-run] KEY=VALUE,VALUE,..." in told
 
 
 def test_the_tasks_of_an_array_work_on_one_study_and_go_on_after_a_requeue(project: Project) -> None:
