@@ -148,7 +148,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The algorithm. A step is one generator update, preceded by n_critic critic iterations or those of a burn-in."""
+    """The algorithm. A step is one generator update after n_critic critic iterations, or a burn-in's."""
 
     objective: str = knob("wgan")
     """wgan, wgan_gp, lsgan, gan, acgan, or module:NAME of an Objective of yours (pipeline/models/objectives.py)."""
