@@ -16,9 +16,19 @@ from safetensors.torch import save_file
 from pipeline.config import NetworkConfig
 from pipeline.errors import UserError
 from pipeline.export.__main__ import convert
-from pipeline.export.generator_file import fingerprint, load_export, load_generator, read_generator, save_export
+from pipeline.export.generator_file import (
+    critic_of,
+    fingerprint,
+    load_export,
+    load_generator,
+    read_generator,
+    save_export,
+)
 from pipeline.export.images import render_range
-from pipeline.models.networks import mirror_state
+from pipeline.models.networks import Critic, initialise, mirror_state
+from pipeline.models.spectral_norm import use_spectral_norm
+from pipeline.rng import seeded
+from pipeline.storage.checkpoint import read_checkpoint
 from pipeline.storage.run_folder import RunFolder
 from tests.export.generators import damage, random_generator, saved_run
 from tests.jobs import ROOT, environment
@@ -125,3 +135,17 @@ def test_a_run_without_a_checkpoint_is_told(tmp_path: Path) -> None:
     begun = saved_run(RunFolder(tmp_path / "begun"), random_generator(), "ab" * 32)
     with pytest.raises(UserError, match=r"begun: holds no checkpoint, one would be in .*begun/checkpoints"):
         load_generator(begun.path, "ema")
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_a_checkpoints_critic_scores_as_the_one_that_was_saved(normalised: bool, tmp_path: Path) -> None:
+    generator = random_generator(shape=(3, 64, 64))
+    critic = Critic(generator.config, generator.image_shape)
+    initialise(critic, seeded(3, "weights"))
+    if normalised:
+        use_spectral_norm(critic, seeded(3, "singular vectors"))
+    run = saved_run(RunFolder(tmp_path / "run"), generator, "ab" * 32, 10, critic=critic)
+    found = critic_of(read_checkpoint(run.checkpoint(10)))
+    assert found is not None
+    images = torch.rand(3, 3, 64, 64)
+    torch.testing.assert_close(found(images)[0], critic(images)[0])
