@@ -57,7 +57,7 @@ def compare(found: dict[str, float], expected: dict[str, float], kernel: float =
     size, is well above it, its digits are fewer, and which depends on the processor."""
     for name in found:
         tolerance = 1e-5 if name.startswith("is") else 1e-6
-        rounding = 1e-6 * kernel if name == "kid_mean" else None
+        rounding = 1e-6 * kernel if name.startswith("kid") else None
         assert found[name] == pytest.approx(expected[name], rel=tolerance, abs=rounding), name
 
 
