@@ -49,7 +49,7 @@ ROUNDS, SCORING_ROUNDS, EVALUATION_ROUNDS, KERNEL_ROUNDS = 7, 3, 3, 5
 DATA_BATCHES = 600
 """Batches of a round; at 64 images each a little more than half an epoch of MNIST."""
 WARM_UP_STEPS, SAVE_EVERY = 3, 10
-NEIGHBOUR_STEPS = 5
+NEIGHBOUR_ROUNDS, SETTLING_SECONDS, NEIGHBOUR_SECONDS = 2, 3.0, 2.0
 """Of a round, alone and beside another process."""
 MATMUL_SIZE = 2048
 EVALUATION_IMAGES = 500
@@ -235,19 +235,28 @@ def _evaluation_rate(trainer: Trainer) -> float | None:
 
 
 def measure_neighbour(trainer: Trainer) -> float:
-    """How many times as long steps take beside another process of this machine that never waits."""
-    runtime = trainer.runtime
+    """How many times as long steps take beside another process of this machine that never waits.
 
-    def alone() -> None:
-        for _ in range(NEIGHBOUR_STEPS):
-            _take_step(trainer)
-
-    def beside() -> None:
-        with _busy_process(runtime.cores) if runtime.ranks.is_main else nullcontext():
-            alone()
-
-    seconds = time_in_turn({"beside": beside, "alone": alone}, ROUNDS, runtime)
+    It takes 20 seconds: threads need some of them to find that they are not alone, or are again
+    (distributed/spinning.py).
+    """
+    runtime, seconds = trainer.runtime, Seconds(beside=[], alone=[])
+    for _ in range(NEIGHBOUR_ROUNDS):
+        for name, found in seconds.items():
+            comes = name == "beside" and runtime.ranks.is_main
+            with _busy_process(runtime.cores) if comes else nullcontext():
+                _seconds_a_step(trainer, SETTLING_SECONDS)
+                found.append(_seconds_a_step(trainer, NEIGHBOUR_SECONDS))
     return runtime.ranks.on_main(lambda: ratio(seconds["beside"], seconds["alone"]))
+
+
+def _seconds_a_step(trainer: Trainer, at_least: float) -> float:
+    """Over so many seconds."""
+    started, steps = time.perf_counter(), 0
+    while trainer.runtime.ranks.any(time.perf_counter() - started < at_least):
+        _take_step(trainer)
+        steps += 1
+    return (time.perf_counter() - started) / steps
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -67,18 +68,18 @@ def test_every_form_in_use_is_in_the_table(
 def test_the_neighbour_is_there_in_every_second_round_and_gone_afterwards(
     config: Config, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    seen: list[int] = []
 
     def take_step(trainer: Trainer) -> None:
         trainer.take_step()
-        seen.append([child.status() for child in psutil.Process().children() if "getppid" in "".join(child.cmdline())])
+        seen.append(sum("getppid" in "".join(child.cmdline()) for child in psutil.Process().children()))
 
     monkeypatch.setattr(measure, "_take_step", take_step)
+    monkeypatch.setattr(measure, "SETTLING_SECONDS", 0.5)
+    monkeypatch.setattr(measure, "NEIGHBOUR_SECONDS", 0.5)
     assert measure.measure_neighbour(Trainer(config, runtime)) > 0
-    rounds = [seen[first : first + measure.NEIGHBOUR_STEPS] for first in range(0, len(seen), measure.NEIGHBOUR_STEPS)]
-    assert len(rounds) == 2 * (1 + measure.ROUNDS)
-    assert [len(rounds[index][-1]) for index in range(len(rounds))] == [1, 0] * (1 + measure.ROUNDS)
-    assert not any(any(alone) for alone in rounds[1::2])
+    changes = [after for before, after in pairwise(seen) if before != after]
+    assert changes == ([0] if seen[0] else [1, 0]) + [1, 0] * (measure.NEIGHBOUR_ROUNDS - 1)
 
 
 @pytest.mark.slow
