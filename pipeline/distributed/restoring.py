@@ -12,9 +12,10 @@ from collections.abc import Iterator
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from pipeline.distributed.launcher import PR_SET_PDEATHSIG
 from pipeline.distributed.stopping import STOP_SIGNALS
 
-PR_GET_PDEATHSIG, PR_SET_PDEATHSIG = 2, 1
+PR_GET_PDEATHSIG = 2
 """Of Linux's prctl."""
 
 

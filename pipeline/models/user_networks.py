@@ -14,7 +14,7 @@ on a CPU too, where they are tried first and exports are drawn from.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from pipeline.models.interface import AnyGenerator
 from pipeline.models.networks import Critic, Generator, initialise
 
 ImageShape = tuple[int, int, int]
+Network = TypeVar("Network", Generator, Critic)
 
 
 class UserGenerator(AnyGenerator):
@@ -70,10 +71,7 @@ def build_generator(
     """
     if config.generator is not None:
         return UserGenerator(config, image_shape, num_classes, random)
-    generator = Generator(config, image_shape, num_classes)
-    if random is not None:
-        initialise(generator, random)
-    return generator
+    return _drawn(Generator(config, image_shape, num_classes), random)
 
 
 def build_critic(
@@ -82,10 +80,7 @@ def build_critic(
     """The critic: see `build_generator`."""
     if config.critic is not None:
         return UserCritic(config, image_shape, num_classes, random)
-    critic = Critic(config, image_shape, num_classes)
-    if random is not None:
-        initialise(critic, random)
-    return critic
+    return _drawn(Critic(config, image_shape, num_classes), random)
 
 
 def generator_of_spec(spec: dict[str, Any], code: str | None, source: Path) -> AnyGenerator:
@@ -110,6 +105,12 @@ def generator_of_spec(spec: dict[str, Any], code: str | None, source: Path) -> A
             f"--network.generator {named}"
         )
     return build_generator(NetworkConfig(**network, generator=code), image_shape, num_classes)
+
+
+def _drawn(network: Network, random: torch.Generator | None) -> Network:
+    if random is not None:
+        initialise(network, random)
+    return network
 
 
 def _made(
