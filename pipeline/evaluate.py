@@ -7,6 +7,7 @@ from pipeline import evaluate
 from pipeline.config import make_parser, parse
 from pipeline.distributed.launcher import run_program
 from pipeline.errors import UserError
+from pipeline.evaluation import TARGET
 from pipeline.storage.run_folder import RunFolder
 
 CONCERNED = ("evaluation", "data", "runtime", "run.root", "training.seed")
@@ -14,8 +15,7 @@ CONCERNED = ("evaluation", "data", "runtime", "run.root", "training.seed")
 
 def main() -> None:
     parser = make_parser("Score images. A run is evaluated with its own configuration, overrides apply.", CONCERNED)
-    target = "a run's folder, an exported generator, a folder of images, an .npz file, or the word train or test"
-    parser.add_argument("target", type=Path, help=target)
+    parser.add_argument("target", type=Path, help=TARGET)
     parser.add_argument("--step", type=int | None, help="the checkpoint to score; the newest intact one by default")
     parser.add_argument("--all", action="store_true", help="score every checkpoint of the run")
     parser.add_argument("--out", type=Path | None, help="where the scores go (the run, or evaluations/ under run.root)")

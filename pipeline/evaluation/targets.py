@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.data.images import open_images
 from pipeline.data.resident import load_split
 from pipeline.errors import UserError
+from pipeline.evaluation import TARGET
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.scorer import Scorer
 from pipeline.export.generator_file import EXPORT_SUFFIXES, HUB_WEIGHTS, critic_of, generator_of, load_generator
@@ -22,11 +23,6 @@ from pipeline.reporting.formatting import number
 from pipeline.reporting.page import write_report
 from pipeline.storage.checkpoint import CheckpointError, committed, find
 from pipeline.storage.run_folder import RunFolder, scores_of, step_of
-
-TARGET = (
-    "a run's folder, an exported generator (.safetensors, .h5, a Hugging Face folder), a folder of images, an .npz "
-    "file, or the word train or test: that split of the real images"
-)
 
 
 def score_target(

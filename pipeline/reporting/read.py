@@ -3,7 +3,7 @@
 import functools
 import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -173,17 +173,13 @@ class Run:
 
     def logged(self, key: str) -> Curve:
         """A column of the log of metrics."""
-        pairs = [(finite(line["step"]), finite(line.get(key))) for line in self.log]
-        kept = [(step, value) for step, value in pairs if step is not None and value is not None]
-        return Curve([step for step, _ in kept], [value for _, value in kept])
+        return _curve((finite(line["step"]), finite(line.get(key))) for line in self.log)
 
     def of_critic(self, key: str) -> Curve:
         """A number of what evaluations found of their checkpoint's critic, among those of the newest's weights."""
         weights = self.latest.settings.get("weights") if self.latest else None
         alike = [item for item in self.evaluations if item.settings.get("weights") == weights]
-        pairs = [(float(item.step), finite(item.about("critic").get(key))) for item in alike]
-        kept = [(step, value) for step, value in pairs if value is not None]
-        return Curve([step for step, _ in kept], [value for _, value in kept])
+        return _curve((float(item.step), finite(item.about("critic").get(key))) for item in alike)
 
     def scored(self, features: str, key: str, spread: str = "") -> Curve:
         """A score over the evaluations that compare with the newest, with a band where `spread` is given (see
@@ -193,6 +189,12 @@ class Run:
         kept = [(item, value) for item in compared if (value := item.score(features, key)) is not None]
         band = [item.band(features, value, spread) for item, value in kept] if spread else None
         return Curve([float(item.step) for item, _ in kept], [value for _, value in kept], band)
+
+
+def _curve(points: Iterable[tuple[float | None, float | None]]) -> Curve:
+    """Of the points that are known."""
+    kept = [(step, value) for step, value in points if step is not None and value is not None]
+    return Curve([step for step, _ in kept], [value for _, value in kept])
 
 
 def is_run(path: Path) -> bool:

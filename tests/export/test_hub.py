@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipeline.config import Config, to_yaml
 from pipeline.errors import UserError
-from pipeline.evaluation.targets import TARGET
+from pipeline.evaluation import TARGET
 from pipeline.export.__main__ import convert
 from pipeline.export.generator_file import fingerprint, load_generator, save_export
 from pipeline.export.images import render_range
