@@ -33,7 +33,7 @@ from pipeline.evaluation.metrics import (
 from pipeline.evaluation.metrics.base import FeatureMetric, Poll, SampleMetric
 from pipeline.evaluation.metrics.frechet import FrechetReference, Moments, frechet_interval
 from pipeline.evaluation.metrics.manifold import nearest_neighbours
-from pipeline.evaluation.real_statistics import RealStatistics, real_statistics
+from pipeline.evaluation.real_statistics import RealStatistics, real_scores, real_statistics
 
 SHOWN_IMAGES, SHOWN_NEIGHBOURS = 8, 5
 """Images whose nearest training images are told, and how many of these."""
@@ -148,7 +148,8 @@ class _Space:
     """The scores of one feature space. Another score is a metric here and, for its real side, a line in REAL_SIDES."""
 
     def __init__(self, extractor: FeatureExtractor, dataset: Dataset, config: EvaluationConfig, seed: int) -> None:
-        self.extractor, self.seed, self.class_names = extractor, seed, dataset.class_names
+        self.extractor, self.seed, self.dataset, self.reference = extractor, seed, dataset, config.reference
+        self.class_names = dataset.class_names
         width, alone = extractor.num_features, {"sync_on_compute": False}  # see `merge`
         self.fid = ExtrapolatedFrechetDistance(width, seed=seed, **alone)
         self.fed: dict[str, FeatureMetric] = {"fid": self.fid}
@@ -204,17 +205,15 @@ class _Space:
         numbers |= {"fid": [count, target.num_images], "fid_floor": at_floor.num_images if at_floor else None}
         result["fid_floor"] = reference.distance(at_floor) if at_floor else None
         result["fid_interval"] = frechet_interval(rows, count, fid, reference, self.seed, poll)
-        return result | self._controls(floor, unseen, count, numbers) | {"images": numbers}
+        facts = {"controls": count, "reference": self.reference, "seed": self.seed}
+        compute = partial(self._controls, floor, unseen, count)
+        controls: dict[str, Scores] = real_scores(self.dataset, self.extractor, facts, compute)
+        return result | controls["scores"] | {"images": numbers | controls["images"]}
 
-    def _controls(
-        self,
-        floor: RealStatistics | None,
-        unseen: RealStatistics | None,
-        count: int,
-        numbers: dict[str, object],
-    ) -> Scores:
-        """The same scores of as many real images, which take the place of the generated ones: this comes last."""
+    def _controls(self, floor: RealStatistics | None, unseen: RealStatistics | None, count: int) -> dict[str, Scores]:
+        """The same "scores" of as many real "images", which take the place of the generated ones: this comes last."""
         found: Scores = {"sliced_wasserstein_floor": None, "authenticity_real": None}
+        numbers: dict[str, object] = {}
         for key, real in zip(found, (floor, unseen), strict=True):
             if real:
                 metric = self.of_sample[key.rpartition("_")[0]]
@@ -225,7 +224,7 @@ class _Space:
             classes.load_side(floor.classes, real=False)
             found["fid_per_class_floor"] = self._plain(classes.compute()["fid_per_class"])
             numbers["fid_per_class_floor"] = floor.num_images
-        return found
+        return {"scores": found, "images": numbers}
 
     def _plain(self, score: Tensor) -> object:
         """A number, or one for each class; null where there is none."""

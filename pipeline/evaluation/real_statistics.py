@@ -1,12 +1,13 @@
-"""Statistics of the real splits, kept beside the dataset so that only its first evaluation pays for them."""
+"""Statistics and scores of the real splits, kept beside the dataset so that only its first evaluation pays for them."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -70,12 +71,11 @@ def real_statistics(
     or not at all, and its content is the same but for the rounding of sums. No rank holds more than a shard of images.
     Raises Preempted when `interrupted` says so on any rank.
     """
-    key = hashlib.sha256(f"{FORMAT}:{dataset.fingerprint}:{split}:{extractor.fingerprint}".encode()).hexdigest()
-    path = dataset.folder / "features" / f"{extractor.name}-{split}-{key[:16]}.safetensors"
+    key, path = _place(dataset, extractor, split)
     keep = not dataset.base_url  # a dataset behind a URL has no folder to write to
     kept = _read(path, key) if keep and ranks.is_main else None
     if ranks.broadcast(kept is not None):
-        return kept
+        return _sides(kept) if kept else None
     metrics: dict[str, FeatureMetric] = {
         "moments": FrechetDistance(extractor.num_features),
         "sample": KernelDistance(extractor.num_features),
@@ -95,11 +95,44 @@ def real_statistics(
         return None
     real = RealStatistics(**{"classes": {}} | {name: metric.side(real=True) for name, metric in metrics.items()})
     if keep:
-        _write(path, key, real)
+        sides = real._asdict().items()
+        _write(path, key, {f"{side}.{name}": tensor for side, state in sides for name, tensor in state.items()})
     return real
 
 
-def _read(path: Path, key: str) -> RealStatistics | None:
+def real_scores(
+    dataset: Dataset,
+    extractor: FeatureExtractor,
+    facts: Mapping[str, object],
+    compute: Callable[[], dict[str, Any]],
+) -> dict[str, Any]:
+    """Scores of real images, kept or computed, on the calling rank: JSON, determined by dataset, extractor and `facts`.
+    Files are missing, damaged or not written as those of `real_statistics`."""
+    if dataset.base_url:
+        return compute()
+    key, path = _place(dataset, extractor, "-".join(f"{name}-{value}" for name, value in facts.items()))
+    if kept := _read(path, key):
+        return dict(json.loads(kept["json"].numpy().tobytes()))
+    found = compute()
+    _write(path, key, {"json": torch.frombuffer(bytearray(json.dumps(found).encode()), dtype=torch.uint8)})
+    return found
+
+
+def _place(dataset: Dataset, extractor: FeatureExtractor, what: str) -> tuple[str, Path]:
+    """The key of what is kept, and its file."""
+    key = hashlib.sha256(f"{FORMAT}:{dataset.fingerprint}:{what}:{extractor.fingerprint}".encode()).hexdigest()
+    return key, dataset.folder / "features" / f"{extractor.name}-{what}-{key[:16]}.safetensors"
+
+
+def _sides(tensors: Mapping[str, Tensor]) -> RealStatistics:
+    sides: dict[str, State] = {name: {} for name in RealStatistics._fields}
+    for name, tensor in tensors.items():
+        side, _, state = name.partition(".")
+        sides[side][state] = tensor
+    return RealStatistics(**sides)
+
+
+def _read(path: Path, key: str) -> dict[str, Tensor] | None:
     """None when the file is missing or does not hold what was written, which is said in one line."""
     if not path.is_file():
         return None
@@ -109,19 +142,14 @@ def _read(path: Path, key: str) -> RealStatistics | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         if metadata.get("key") != key or metadata.get("sha256") != _digest(tensors):
             raise ValueError("its checksum does not match")
-        sides: dict[str, State] = {name: {} for name in RealStatistics._fields}
-        for name, tensor in tensors.items():
-            side, _, state = name.partition(".")
-            sides[side][state] = tensor
-        return RealStatistics(**sides)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         logger.warning("%s is damaged (%s): computing it again", path, error)
         return None
+    return tensors
 
 
-def _write(path: Path, key: str, real: RealStatistics) -> None:
+def _write(path: Path, key: str, tensors: dict[str, Tensor]) -> None:
     """Whole or not at all; when it can't be written, that is said in one line."""
-    tensors = {f"{side}.{name}": tensor for side, state in real._asdict().items() for name, tensor in state.items()}
     try:
         write_tensors(path, tensors, {"key": key, "sha256": _digest(tensors)})
     except OSError as error:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.config import EvaluationConfig
 from pipeline.data import Dataset
 from pipeline.data.manifest import Shard
 from pipeline.data.prepare import ShardSizes, prepare_npz
@@ -21,9 +22,10 @@ from pipeline.data.resident import load_split
 from pipeline.data.shards import Samples, read_shard
 from pipeline.distributed.collectives import Ranks
 from pipeline.evaluation import extract
+from pipeline.evaluation.evaluate import _Space, evaluate_images
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.features import FeatureExtractor
-from pipeline.evaluation.real_statistics import RealStatistics, real_statistics
+from pipeline.evaluation.real_statistics import RealStatistics, real_scores, real_statistics
 from tests.jobs import ROOT, TIMEOUT_SECONDS, environment
 from tests.trap import Trap
 
@@ -175,6 +177,52 @@ def test_a_full_disk_costs_only_the_cache(
     assert not list((digits.folder / "features").iterdir())
 
 
+def test_scores_of_real_images_are_kept_for_what_they_depend_on(
+    digits: Dataset, counting: Counting, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {"scores": {"sliced_wasserstein_floor": 0.1 + 0.2, "authenticity_real": None}, "images": {"of": [3]}}
+    calls: list[dict[str, object]] = []
+
+    def compute() -> dict[str, object]:
+        calls.append(found)
+        return found
+
+    def ask(**facts: object) -> dict[str, object]:
+        return real_scores(digits, counting, facts, compute)
+
+    assert ask(controls=1000, seed=0) == ask(controls=1000, seed=0) == found
+    assert len(calls) == 1
+    path = only_file(digits)
+    ask(controls=1000, seed=1)
+    ask(controls=999, seed=0)
+    counting.fingerprint = "0" * 64
+    ask(controls=1000, seed=0)
+    assert len(calls) == 4
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"0.300", b"0.400"))
+    counting.fingerprint = counting.inner.fingerprint
+    assert ask(controls=1000, seed=0) == found
+    assert len(calls) == 5
+    assert "is damaged" in capsys.readouterr().err
+    assert path.read_bytes() == content
+
+
+def test_a_second_evaluation_computes_no_score_of_real_images(
+    digits: Dataset, counting: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = ImageSet.of_tensor(load_split(digits, "train")[0][:300])
+    config = EvaluationConfig(reference="test")
+    first = evaluate_images(images, digits, [counting], config)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(_Space, "_controls", refuse)
+    assert evaluate_images(images, digits, [counting], config) == first
+    with pytest.raises(AssertionError, match="computed again"):
+        evaluate_images(images, digits, [counting], config, seed=1)
+
+
 def test_concurrent_runs_leave_one_whole_file(digits: Dataset, counting: Counting) -> None:
     script = """
 import sys, torch
@@ -185,12 +233,13 @@ dataset = load_dataset(sys.argv[1])
 extractor = MnistFeatures(torch.device("cpu"))
 print("ready", flush=True)
 input()
-real = real_statistics(dataset, "test", extractor)
+real_statistics(dataset, "test", extractor)
 path = next(path for path in (dataset.folder / "features").iterdir() if path.suffix == ".safetensors")
 import safetensors
 key = safetensors.safe_open(path, "pt").metadata()["key"]
+tensors = _read(path, key)
 for _ in range(10):
-    _write(path, key, real)
+    _write(path, key, tensors)
     assert _read(path, key) is not None
 """
     command = [sys.executable, "-c", script, str(digits.folder)]

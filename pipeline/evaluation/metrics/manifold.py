@@ -108,8 +108,9 @@ class _Pairs:
         quick = quick and rounding(torch.float32) < finest / 100
         self.dtype = dtype or (torch.float32 if quick else torch.float64)
         self.tolerance = rounding(self.dtype)
-        self._left = torch.cat([-2 * ours.double(), norms[0], torch.ones_like(norms[0])], dim=1).to(self.dtype)
-        self._right = torch.cat([theirs.double(), torch.ones_like(norms[1]), norms[1]], dim=1).to(self.dtype)
+        ours, theirs, *norms = (each.to(self.dtype) for each in (ours, theirs, *norms))
+        self._left = torch.cat([-2 * ours, norms[0], torch.ones_like(norms[0])], dim=1)
+        self._right = torch.cat([theirs, torch.ones_like(norms[1]), norms[1]], dim=1)
 
     def exact(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Float64, of rows and columns int64 that broadcast together: the same for (a, b) as for (b, a)."""
