@@ -17,6 +17,7 @@ from torch import nn
 
 from pipeline.checks.user_networks import check_user_networks
 from pipeline.config import Config, check_device, flatten, imported
+from pipeline.config.yaml_files import read_yaml
 from pipeline.data import Dataset, check_source, source_kind
 from pipeline.distributed.tracking import check_trackers
 from pipeline.errors import UserError
@@ -25,7 +26,6 @@ from pipeline.models.objectives import choose
 from pipeline.models.user_networks import build_critic, build_generator
 from pipeline.storage.checkpoint import committed
 from pipeline.storage.run_folder import RunFolder
-from pipeline.yaml_files import read_yaml
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from pipeline.config.settings import Config
+from pipeline.config.yaml_files import read_yaml
 from pipeline.errors import UserError
-from pipeline.yaml_files import read_yaml
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 CONFIG = "YAML file that lists differences from the defaults, or the name of one of the package's, like quickstart"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Config, flatten
+from pipeline.config.yaml_files import read_yaml
 from pipeline.errors import UserError
 from pipeline.storage.run_folder import RunFolder
-from pipeline.yaml_files import read_yaml
 
 OF_NEIGHBOURS = ("precision", "recall", "density", "coverage")
 USUAL_NEIGHBOURS = 5

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, flatten
+from pipeline.config.yaml_files import read_yaml
 from pipeline.errors import UserError
 from pipeline.evaluation.selection import named_score
-from pipeline.yaml_files import read_yaml
 
 EXAMPLE = "write it as {log: [LOW, HIGH]}, {uniform: [LOW, HIGH]}, {int: [LOW, HIGH]} or {choice: [VALUE, VALUE]}"
 Configure = Callable[[Mapping[str, str]], Config]
