@@ -203,6 +203,13 @@ def test_manifold_scores_against_the_plain_reference(seed: int, shift: float, mo
     assert 0 < found["recall"] < 1 or shift == 0
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_pairs_that_float32_cannot_decide_are_decided_exactly(seed: int) -> None:
+    """So far from the origin that some pairs are nearer to a ball's surface than float32 products round."""
+    fake, real = normal(1500, 8, seed, 3.0), normal(1500, 8, seed + 10, 3.0)
+    assert manifold_scores(fake, real) == pytest.approx(plain_manifold(fake, real), rel=1e-12)
+
+
 def test_manifold_scores_by_hand() -> None:
     """Reals 0..6 on a line, fakes 0..5 with one far away: real balls reach 5 neighbours."""
     real = torch.arange(7.0)[:, None]
