@@ -95,14 +95,14 @@ class Trainer:
                     self._bar.update()
                     self.saver.tell()
                     if self._due(run.log_every):
-                        self._check_losses()
+                        self._write_log()  # first: a run goes on behind its checkpoint
                     if self._due(run.checkpoint_every) or (run.keep_best and self._due(self.config.evaluation.every)):
                         self._save()
                     self._sample_and_evaluate()
-                    if self._due(run.log_every):
-                        self._bar.facts |= self._write_log()
                     if self.runtime.stop.agreed():
                         self._stop()
+                if self.log.has_steps:  # an evaluation has made this step the last one
+                    self._write_log()
             self.saver.save_now()
             if self.selection is not None and self.scorer is not None:
                 self.selection.export(self.scorer, self.state.step)
@@ -172,13 +172,11 @@ class Trainer:
     def _due(self, every: int | None) -> bool:
         return every is not None and (self.state.step % every == 0 or self.state.step == self._last_step)
 
-    def _check_losses(self) -> None:
+    def _write_log(self) -> None:
         if (step := self.log.first_step_not_finite()) is not None:
             self.saver.fail(f"step {step}: the loss is not finite")
-
-    def _write_log(self) -> dict[str, str]:
         wait_seconds, self.inputs.wait_seconds = self.inputs.wait_seconds, 0.0
-        return self.log.write(wait_seconds, self.objective.estimates_wasserstein)
+        self._bar.facts |= self.log.write(wait_seconds, self.objective.estimates_wasserstein)
 
     def _save(self) -> None:
         self.saver.save()
@@ -223,8 +221,6 @@ class Trainer:
                     runtime.say(f"step {step}: {fids}, scored in {seconds:.0f} s")
                     self._comment()
             except Preempted:
-                if self._due(self.config.run.log_every) and self.log.has_steps:
-                    self._write_log()
                 self._stop()
         self.log.add_evaluation(time.monotonic() - started)
         self.trackers.log_scores(step, is_new=is_new)

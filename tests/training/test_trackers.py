@@ -96,9 +96,10 @@ def test_a_run_that_was_killed_is_one_series_and_one_run_with_each_step_once(dig
     run = RunFolder(tmp_path / "tracked")
     killed_at(run.grid(8), config, tmp_path / "log")
     trained(changed(config, training={"steps": 10}))
+    killed_at(run.checkpoint(12), config, tmp_path / "log")  # in the midst of its evaluation
     trained(config)
 
-    assert [path.parent for path in run.path.rglob("events.out.tfevents.*")] == [run.trackers] * 3
+    assert [path.parent for path in run.path.rglob("events.out.tfevents.*")] == [run.trackers] * 4
     events = EventAccumulator(str(run.trackers), size_guidance={IMAGES: 0}).Reload()
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -122,9 +123,9 @@ def test_a_run_that_was_killed_is_one_series_and_one_run_with_each_step_once(dig
     assert settings["training.objective"].string_value == "wgan"
 
     key = json.loads(run.tracker_runs.read_text())["wandb"]
-    assert [path.name[-len(key) - 1 :] for path in (run.path / "wandb").glob("offline-run-*")] == [f"-{key}"] * 3
-    # wandb writes blocks: of the process that was killed there may be nothing.
-    launches = wandb_history(run)[1:]
+    assert [path.name[-len(key) - 1 :] for path in (run.path / "wandb").glob("offline-run-*")] == [f"-{key}"] * 4
+    # wandb writes blocks: of the processes that were killed there may be nothing.
+    launches = wandb_history(run)[1::2]
     assert [(found, name) for found, name, _ in launches] == [(key, "tracked")] * 2
     last = launches[-1][2]
     assert last["_step"] == STEPS
