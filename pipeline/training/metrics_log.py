@@ -21,8 +21,7 @@ class MetricsLog:
     def __init__(self, training: TrainingConfig, state: TrainingState, runtime: Runtime, folder: RunFolder) -> None:
         self._training, self._state, self._runtime, self._folder = training, state, runtime, folder
         self.elapsed_seconds = self.evaluation_seconds = 0.0
-        """Of the whole run, over all its launches; training alone, evaluation alone. A line is written before its step is
-        evaluated."""
+        """Of the whole run, over all its launches; training alone, evaluation alone: of a step after its line."""
         self._rank_times = RankTimes(training, state, runtime)
         self.begin()
 
