@@ -16,6 +16,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 from torch import Tensor, nn
+from torch._C._distributed_c10d import Logger
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
@@ -150,7 +151,7 @@ class Runtime:
             give_back_freed_memory()
 
 
-class _UntimedLogger(dist.Logger):
+class _UntimedLogger(Logger):
     """DDP's own times the first ten iterations and some later ones, and waits for the device for it: an error within a
     capture."""
 

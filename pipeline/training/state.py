@@ -140,7 +140,8 @@ def build_optimizer(config: OptimizerConfig, network: nn.Module, capturable: boo
     """`capturable`: steps can be part of a CUDA graph."""
     common: dict[str, Any] = {"lr": config.learning_rate, "eps": config.epsilon, "capturable": capturable}
     if config.algorithm == "adam":
-        fused = next(network.parameters()).is_cuda
+        weight = next(network.parameters())
+        fused = weight.is_cuda and weight.dtype == torch.float32  # its kernel takes a captured rate in float32 alone
         return torch.optim.Adam(network.parameters(), betas=config.betas, fused=fused, foreach=not fused, **common)
     return torch.optim.RMSprop(network.parameters(), alpha=config.rho, foreach=True, **common)
 
