@@ -52,8 +52,6 @@ class Runtime:
         """What has to end before the process group does: graphs that hold its collectives."""
         if on_cpu:
             use_cpu(self.cores, config.threads)
-            if torch.get_num_threads() > 1:
-                self.before_close.enter_context(sharing_the_cores())
         timeout = timedelta(seconds=config.timeout_seconds)
         if world_size > 1:
             _join_process_group("gloo" if on_cpu else "nccl", timeout)
@@ -83,6 +81,8 @@ class Runtime:
         self.capture_stream = torch.cuda.Stream() if self.captures else None  # type: ignore[no-untyped-call]
         """Where steps are captured: DDP is built, warmed up and captured on one stream."""
         self._comment = JobComment()
+        if on_cpu and torch.get_num_threads() > 1:  # last: a thread of it would stay where what follows fails
+            self.before_close.enter_context(sharing_the_cores())
 
     def autocast(self) -> AbstractContextManager[None]:
         """What a wrapped network's forward pass runs under: the arithmetic of `runtime.precision`."""

@@ -15,7 +15,11 @@ from typing import Any
 
 import pytest
 
+from pipeline.config import RuntimeConfig
+from pipeline.distributed.process import Runtime
+from pipeline.distributed.restoring import process_kept
 from pipeline.distributed.spinning import CROWDED, PERIOD, seconds_waited_for_cores, sharing_the_cores
+from pipeline.errors import UserError
 from tests.jobs import ROOT, launch
 
 CORES = sorted(os.sched_getaffinity(0))
@@ -48,6 +52,9 @@ def test_a_single_process_has_them_all_and_no_thread_keeps_subnormal_numbers(tmp
 SPINNING = """
 import time
 import torch
+from pipeline.config import RuntimeConfig
+from pipeline.distributed.process import Runtime
+from pipeline.distributed.restoring import process_kept
 from pipeline.distributed.spinning import SleepingTeam
 
 def seconds_spun():
@@ -111,3 +118,12 @@ def test_the_team_comes_when_threads_queue_for_a_core_and_goes_when_they_do_not(
             each.result()
         wait_for(team=False)
     assert set(threading.enumerate()) <= others
+
+
+@pytest.mark.skipif(len(CORES) < 2, reason="takes two cores")
+def test_a_runtime_that_cannot_be_had_leaves_no_thread_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(threading.enumerate())
+    monkeypatch.setenv("WORLD_SIZE", "2")  # without the rest of what a launcher tells
+    with process_kept(), pytest.raises(UserError, match="start with a launcher"):
+        Runtime(RuntimeConfig(device="cpu", threads=2))
+    assert set(threading.enumerate()) <= before
