@@ -124,6 +124,7 @@ def test_the_team_comes_when_threads_queue_for_a_core_and_goes_when_they_do_not(
 def test_a_runtime_that_cannot_be_had_leaves_no_thread_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     before = set(threading.enumerate())
     monkeypatch.setenv("WORLD_SIZE", "2")  # without the rest of what a launcher tells
-    with process_kept(), pytest.raises(UserError, match="start with a launcher"):
+    with process_kept(), pytest.raises(UserError, match="start with a launcher") as held:
         Runtime(RuntimeConfig(device="cpu", threads=2))
+    assert held.tb  # as a notebook holds the last error's frames, and with them what they hold
     assert set(threading.enumerate()) <= before
