@@ -11,6 +11,7 @@ import select
 import struct
 import sys
 import termios
+import time
 import warnings
 from pathlib import Path
 from typing import TextIO
@@ -67,6 +68,18 @@ def test_what_is_left_includes_the_evaluations_to_come(monkeypatch: pytest.Monke
         shown.add_evaluation(40)
         assert left(600, 310) == "05:10"  # 500 steps, 900 and the last, at 30 s
         assert left(1100, 600) == "00:00"
+
+
+def test_a_clock_that_is_set_alters_neither_lines_nor_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    log, day = as_log(monkeypatch, 0), 86_400
+    clock = iter([0, *[day] * 8, *[-day] * 100])
+    monkeypatch.setattr("tqdm.std.time", lambda: time.time() + next(clock))
+    with TrainingBar(20, 0, "run", None, disable=False) as shown:
+        for _ in range(20):
+            shown.update()
+    told = re.findall(r"step ([1-9]\d*) of 20, (\S+) passed, (\S+) left", log.getvalue())
+    assert {step for step, _, _ in told} == {str(step) for step in range(1, 21)}, log.getvalue()
+    assert {passed for _, passed, _ in told} == {left for _, _, left in told} == {"00:00"}
 
 
 def test_a_log_gets_whole_lines_and_no_movement(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ class Runtime:
         """Where steps are captured: DDP is built, warmed up and captured on one stream."""
         self._comment = JobComment()
         self._watch = contextlib.ExitStack()
-        if on_cpu and torch.get_num_threads() > 1:
+        if on_cpu and torch.get_num_threads() > 1:  # last: its thread would stay where what follows fails
             self._watch.enter_context(sharing_the_cores())
 
     def autocast(self) -> AbstractContextManager[None]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.data.manifest import Dataset
 from pipeline.data.shards import Samples, decode, read_shard
 from pipeline.distributed.collectives import Ranks
-from pipeline.errors import Preempted
+from pipeline.errors import Preempted, UserError
 from pipeline.evaluation.features import FeatureExtractor
 from pipeline.progress import bar
 
@@ -73,18 +73,23 @@ def never() -> bool:
 @contextmanager
 def interruptible(ranks: Ranks, interrupted: Callable[[], bool]) -> Iterator[Callable[[], None]]:
     """Yields a function to call now and then inside, which leaves the block when `interrupted()`. Once all ranks have
-    left it, each raises Preempted if any was interrupted."""
+    left it, each raises Preempted if any was interrupted, or the UserError that any met, as of a damaged shard in its
+    share."""
 
     def poll() -> None:
         if interrupted():
             raise Preempted
 
-    stopping = False
+    ended: Preempted | UserError | None = None
     try:
         yield poll
-    except Preempted:
-        stopping = True
-    if ranks.any(stopping):
+    except (Preempted, UserError) as error:
+        ended = error
+    endings = ranks.gather(ended)
+    for rank, ending in enumerate(endings):
+        if isinstance(ending, UserError):
+            raise type(ending)(f"rank {rank}: {ending}" if ranks.world_size > 1 else str(ending))
+    if any(endings):
         raise Preempted("the evaluation was interrupted: start it again")
 
 
@@ -107,6 +112,7 @@ def extract_features(
 
     Raises:
         Preempted: on every rank, when `interrupted` said so on any.
+        UserError: on every rank, when rendering raised it on any.
     """
     share = ranks.share(images.num_images, batch_size)
     progress = bar(total=len(share), desc=title, unit=" images", leave=False, disable=not ranks.is_main)

@@ -38,8 +38,9 @@ class RunLock:
         self._released = threading.Event()
         make_folder(run.path)
         owner = {"host": os.uname().nodename, "pid": os.getpid(), "started": _start_of(os.getpid())}
+        self._content = json.dumps(owner)
         draft = temporary_beside(run.lock)
-        draft.write_text(json.dumps(owner))
+        draft.write_text(self._content)
         fsync(draft)  # a power cut must not leave a lock that names nobody
         try:
             while not self._take(draft):
@@ -56,7 +57,16 @@ class RunLock:
 
     def release(self) -> None:
         self._released.set()
-        self._path.unlink(missing_ok=True)
+        if not self.lost():
+            self._path.unlink(missing_ok=True)
+
+    def lost(self) -> str | None:
+        """In words, that another process has it: this one, or its file system, stood still for too long."""
+        try:
+            taken = self._path.read_text() != self._content
+        except (OSError, ValueError):  # a person may have deleted it
+            return None
+        return f"{self._path} was taken over by another process, which writes this run now" if taken else None
 
     def _take(self, draft: Path) -> bool:
         """Links the lock into place with its content, so that nobody ever reads an empty one."""
@@ -69,7 +79,8 @@ class RunLock:
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):
             try:
-                os.utime(self._path)
+                if not self.lost():
+                    os.utime(self._path)
             except OSError:  # a file system that is away: training goes on, the lock may be taken for stale
                 continue
 

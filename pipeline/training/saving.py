@@ -23,7 +23,7 @@ class Saver:
 
     Args:
         progress: what a resumed run wants back beside the state, as JSON-serialisable values.
-        damage: what is wrong with this rank's memory beside the state, in words; None: nothing.
+        damage: why this rank must not save whatever its state is, in words; None: nothing.
 
     Its methods raise TrainingFailed on all ranks: the state must not be saved, or saving failed too often.
     """

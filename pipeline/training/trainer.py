@@ -68,7 +68,7 @@ class Trainer:
             Scorer(config.evaluation, self.dataset, runtime, training.seed) if config.evaluation.every else None
         )
         self.selection = Selection(config) if config.run.keep_best else None
-        self.saver = Saver(config, self.state, runtime, self._progress, self.inputs.damage, self.selection)
+        self.saver = Saver(config, self.state, runtime, self._progress, self._damage, self.selection)
         self._last_step = training.steps
         self._ends_at = ends_at or (self.selection.is_over if self.selection else None)
         self._lock: RunLock | None = None
@@ -185,6 +185,9 @@ class Trainer:
     def _progress(self) -> dict[str, Any]:
         seconds = {"elapsed_seconds": self.log.elapsed_seconds, "evaluation_seconds": self.log.evaluation_seconds}
         return {**seconds, "generator": self.state.generator.spec()}
+
+    def _damage(self) -> str | None:
+        return self.inputs.damage() or (self._lock.lost() if self._lock else None)
 
     def _comment(self, *, last: bool = False) -> None:
         if self.runtime.ranks.is_main and job_id() is not None:

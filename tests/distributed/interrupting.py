@@ -76,10 +76,10 @@ def kill_tree(pid: int) -> None:
 
 def last_step(run: Path) -> int:
     path = RunFolder(run).metrics
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     try:
         return int(json.loads(lines[-1])["step"]) if lines else 0
-    except ValueError:  # being written
+    except ValueError:  # being written, or torn
         return 0
 
 

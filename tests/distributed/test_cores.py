@@ -19,6 +19,7 @@ from pipeline.config import RuntimeConfig
 from pipeline.distributed.process import Runtime
 from pipeline.distributed.restoring import process_kept
 from pipeline.distributed.spinning import CROWDED, PERIOD, seconds_waited_for_cores, sharing_the_cores
+from pipeline.errors import UserError
 from tests.jobs import ROOT, launch
 
 CORES = sorted(os.sched_getaffinity(0))
@@ -131,3 +132,13 @@ def test_the_team_comes_when_threads_queue_for_a_core_and_goes_when_they_do_not(
             each.result()
         wait_for(team=False)
     assert set(threading.enumerate()) <= others
+
+
+@pytest.mark.skipif(len(CORES) < 2, reason="takes two cores")
+def test_a_runtime_that_cannot_be_had_leaves_no_thread_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(threading.enumerate())
+    monkeypatch.setenv("WORLD_SIZE", "2")  # without the rest of what a launcher tells
+    with process_kept(), pytest.raises(UserError, match="start with a launcher") as held:
+        Runtime(RuntimeConfig(device="cpu", threads=2))
+    assert held.tb  # as a notebook holds the last error's frames, and with them what they hold
+    assert set(threading.enumerate()) <= before

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from pipeline.config import OptimizerConfig
-from pipeline.errors import EXIT_PREEMPTED
+from pipeline.errors import EXIT_FAILED, EXIT_PREEMPTED
 from pipeline.storage.checkpoint import find, newest_intact
 from pipeline.storage.run_folder import RunFolder
 from tests.distributed.drift import FAULTS
@@ -160,6 +160,23 @@ def test_a_second_launch_on_the_same_run_is_refused(tiny_dataset: Path, tmp_path
         assert process.poll() is None
     assert second.returncode != 0
     assert re.search(r"error: .*busy: is being written by process \d+ on ", second.stderr)
+
+
+def test_a_run_whose_lock_was_taken_over_saves_no_more_and_leaves_the_lock(tiny_dataset: Path, tmp_path: Path) -> None:
+    """As by another machine, while this one's file system stood still for longer than a heartbeat may be old."""
+    run, log = tmp_path / "taken", tmp_path / "log"
+    with job(changed(interruptible(tiny_dataset, tmp_path, run.name), training=ENDLESS), 2, log) as process:
+        wait_for_step(run, 12, process, log)
+        taken = run / "taken"
+        taken.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "0 of another boot"}))
+        taken.replace(run / ".lock")
+        assert process.wait(LIMIT_SECONDS) == EXIT_FAILED, log.read_text()[-3000:]
+    failed = re.search(
+        r"must not be saved, rank 0: .*taken over .*; the last good checkpoint is step (\d+)", log.read_text()
+    )
+    assert failed is not None, log.read_text()
+    assert find(RunFolder(run)).step == int(failed[1])
+    assert "elsewhere" in (run / ".lock").read_text()
 
 
 def test_a_changed_hyper_parameter_is_refused_with_a_diff(tiny_dataset: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.config import EvaluationConfig
-from pipeline.data import Dataset
-from pipeline.data.prepare import prepare_npz
+from pipeline.data import Dataset, load_dataset
+from pipeline.data.prepare import ShardSizes, prepare_npz
 from pipeline.data.resident import load_split
 from pipeline.distributed.collectives import Ranks
-from pipeline.errors import Preempted, UserError
+from pipeline.errors import EXIT_USER_ERROR, Preempted, UserError
 from pipeline.evaluation.evaluate import evaluate_images
 from pipeline.evaluation.extract import ImageSet, interruptible, never
 from pipeline.evaluation.features import FeatureExtractor
 from pipeline.rng import sampling_order
-from tests.jobs import ROOT, launch
+from tests.jobs import ROOT, flags, launch, tiny_config
 
 NUM_IMAGES = 1001
 BATCH_SIZES = (7, 64, 1000)
@@ -237,8 +238,8 @@ def test_an_interrupted_evaluation_ends_without_a_score(digits: Dataset, extract
 
 def test_a_rank_stops_with_another_that_was_interrupted() -> None:
     class WithOneInterrupted(Ranks):
-        def any(self, flag: bool) -> bool:
-            return True
+        def gather(self, value: Any) -> list[Any]:
+            return [value, Preempted()]
 
     done = []
 
@@ -252,3 +253,21 @@ def test_a_rank_stops_with_another_that_was_interrupted() -> None:
     assert done == ["its share"]
     with interruptible(Ranks(), never) as poll:
         poll()
+
+
+def test_a_shard_that_one_rank_finds_damaged_ends_all_of_them_and_is_named(
+    digits_files: dict[str, Path], tmp_path: Path
+) -> None:
+    """The last rank alone reads the last shard."""
+    dataset = load_dataset(prepare_npz(tmp_path, "digits", digits_files, ShardSizes(50, 200), kind="mnist").folder)
+    shard = dataset.folder / dataset.shards("test")[-1].name
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    config = tiny_config(data={"dataset": str(dataset.folder)}, run={"root": str(tmp_path)}, evaluation={"every": None})
+    result = launch(ROOT / "pipeline/evaluate.py", ["train", *flags(config)], 2)
+    assert result.returncode == EXIT_USER_ERROR, result.stderr[-3000:]
+    assert re.findall("error: .*", result.stderr) == [
+        f"error: rank 1: shard {shard} is damaged: its SHA-256 is not the manifest's; restore the file, or delete the "
+        "dataset and prepare it again"
+    ]

@@ -11,8 +11,7 @@ import shutil
 import stat
 import subprocess
 import sys
-import threading
-import time
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -40,6 +39,7 @@ from pipeline.storage.checkpoint import (
 )
 from pipeline.storage.run_folder import RunFolder, step_of
 from tests.jobs import ROOT, launch
+from tests.storage.many_saves import held_after
 from tests.trap import Trap
 
 T = TypeVar("T")
@@ -369,18 +369,13 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(small_disk: Path) -> No
     assert out.failures_in_a_row == 0
 
 
-def test_saves_leave_no_descriptor_and_no_thread_behind(run: RunFolder) -> None:
-    out = writer(run, keep_last=1)
-
-    def save(steps: range) -> tuple[int, int]:
-        for step in steps:
-            out.save({"x": torch.zeros(3)}, step, {})
-        out.finish()
-        time.sleep(0.1)  # for the last thread to end
-        return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
-
-    before = save(range(1, 4))
-    assert save(range(4, 64)) == before
+def test_saves_leave_no_descriptor_no_thread_and_no_object_behind() -> None:
+    """By hand, as many as one likes: `python -m tests.storage.many_saves`."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:  # where no fsync waits for a disk
+        _, before, *_, after = held_after(200, 40, Path(folder))
+    assert after.descriptors == before.descriptors
+    assert after.threads <= before.threads + 1  # the last one may be about to end
+    assert after.objects < before.objects + 60  # half of one a save
 
 
 def test_a_lost_folder_is_an_error_that_passes(tmp_path: Path) -> None:
