@@ -17,6 +17,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from pipeline.distributed.collectives import Ranks
 from pipeline.evaluation.metrics import (
     Authenticity,
     ClassScores,
@@ -262,3 +263,9 @@ def test_one_split_has_a_deviation() -> None:
     metric.update(torch.tensor([[0.0, 1.0, 2.0]]))
     assert values(metric) == {"is_mean": pytest.approx(1.0), "is_std": 0.0}
     assert not math.isnan(values(metric)["is_std"])
+
+
+def test_a_rank_that_had_no_images_computes_without_a_warning() -> None:
+    metric = InceptionScore(10, sync_on_compute=False)
+    metric.merge(Ranks())
+    assert metric.compute()["is_mean"].isnan()

@@ -50,6 +50,7 @@ class FeatureMetric(Metric):
         """
         self.sync(should_sync=ranks.world_size > 1, process_group=ranks.host_group)
         self._is_synced, self._cache = False, None
+        self._update_count += 1  # the images may all have been other ranks': torchmetrics would warn
 
     def side(self, *, real: bool) -> State:
         """What updates with this `real` have left, to be kept and given to `load_side`."""
