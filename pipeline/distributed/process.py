@@ -16,6 +16,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 from torch import Tensor, nn
+from torch._C._distributed_c10d import Logger
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
@@ -81,8 +82,9 @@ class Runtime:
         self.capture_stream = torch.cuda.Stream() if self.captures else None  # type: ignore[no-untyped-call]
         """Where steps are captured: DDP is built, warmed up and captured on one stream."""
         self._comment = JobComment()
-        if on_cpu and torch.get_num_threads() > 1:  # last: a thread of it would stay where what follows fails
-            self.before_close.enter_context(sharing_the_cores())
+        self._watch = contextlib.ExitStack()
+        if on_cpu and torch.get_num_threads() > 1:  # last: its thread would stay where what follows fails
+            self._watch.enter_context(sharing_the_cores())
 
     def autocast(self) -> AbstractContextManager[None]:
         """What a wrapped network's forward pass runs under: the arithmetic of `runtime.precision`."""
@@ -105,8 +107,7 @@ class Runtime:
             for weight in network.parameters():
                 if weight.is_contiguous():  # one channel: channels-last or not is the same memory under other strides
                     weight.register_hook(partial(_with_strides, weight.stride()))  # type: ignore[no-untyped-call]
-            # It would time some of its iterations, and wait for the device for it: an error within a capture.
-            wrapped._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # type: ignore[no-untyped-call]
+            wrapped.logger = _UntimedLogger(wrapped.reducer)
         return wrapped
 
     def alone(self) -> Runtime:
@@ -143,12 +144,21 @@ class Runtime:
 
     def close(self) -> None:
         self.before_close.close()
+        self._watch.close()
         with self.tolerating("the trackers' last lines"):  # a tracker flushes to a disk that is full
             self.accelerator.end_training()
         if dist.is_initialized():
             dist.destroy_process_group()
         if self.device.type == "cpu":
             give_back_freed_memory()
+
+
+class _UntimedLogger(Logger):
+    """DDP's own times the first ten iterations and some later ones, and waits for the device for it: an error within a
+    capture."""
+
+    def set_runtime_stats_and_log(self) -> None:
+        """Nothing."""
 
 
 def _with_strides(strides: tuple[int, ...], gradient: Tensor) -> Tensor:

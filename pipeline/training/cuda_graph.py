@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.distributed.process import Runtime, on_stream
 from pipeline.errors import UserError
@@ -21,8 +21,8 @@ class _Capture(NamedTuple):
     graph: torch.cuda.CUDAGraph | None
     """None without a CUDA device."""
     losses: Tensor
-    gradients: list[Tensor | None]
-    """Of the critic, where this graph leaves them."""
+    gradients: list[tuple[nn.Parameter, Tensor | None]]
+    """Of the critic's parameters, where this graph leaves them."""
 
 
 class CapturedStep:
@@ -50,7 +50,7 @@ class CapturedStep:
         if captured.graph is None:
             return self._step(inputs)
         captured.graph.replay()
-        for parameter, gradient in zip(self._state.critic.parameters(), captured.gradients, strict=True):
+        for parameter, gradient in captured.gradients:
             parameter.grad = gradient  # the log reads them; without this another graph's
         return captured.losses.clone()
 
@@ -72,7 +72,8 @@ class CapturedStep:
             raise UserError(
                 f"the step can't be captured as a CUDA graph ({reason}): set runtime.cuda_graph to false"
             ) from error
-        return _Capture(inputs, graph, losses, [parameter.grad for parameter in self._state.critic.parameters()])
+        gradients = [(parameter, parameter.grad) for parameter in self._state.critic.parameters()]
+        return _Capture(inputs, graph, losses, gradients)
 
     def _reset(self) -> None:
         for graph in self._graphs:

@@ -97,21 +97,20 @@ class InputStream:
             self._buffers[count] = self._make_buffers(count)
         buffers = self._buffers[count]
         self._take_real(first, buffers)
-        numbers, classes = buffers.numbers.host, buffers.classes.host
-        for index in range(count):
-            numbers["critic_latents"][index] = rng.critic_latents(seed, step, index, *latents)
-            if "mix" in numbers:
-                numbers["mix"][index] = rng.penalty_mix(seed, step, index, training.batch_size, rows)
-            if "critic_augmentation" in numbers:
-                drawn = rng.critic_augmentation(seed, step, index, training.batch_size, rows)
-                numbers["critic_augmentation"][index] = drawn
-            if num_classes:
-                classes["critic_labels"][index] = rng.critic_labels(seed, step, index, *labels)
+        numbers, classes, indices = buffers.numbers.host, buffers.classes.host, range(count)
+        drawn = [rng.critic_latents(seed, step, index, *latents) for index in indices]
+        torch.stack(drawn, out=numbers["critic_latents"])
+        if "mix" in numbers:
+            drawn = [rng.penalty_mix(seed, step, index, training.batch_size, rows) for index in indices]
+            torch.stack(drawn, out=numbers["mix"])
+        if "critic_augmentation" in numbers:
+            drawn = [rng.critic_augmentation(seed, step, index, training.batch_size, rows) for index in indices]
+            torch.stack(drawn, out=numbers["critic_augmentation"])
+            numbers["generator_augmentation"].copy_(rng.generator_augmentation(seed, step, training.batch_size, rows))
         numbers["generator_latents"].copy_(rng.generator_latents(seed, step, *latents))
-        if "generator_augmentation" in numbers:
-            drawn = rng.generator_augmentation(seed, step, training.batch_size, rows)
-            numbers["generator_augmentation"].copy_(drawn)
         if num_classes:  # else nobody reads them
+            drawn = [rng.critic_labels(seed, step, index, *labels) for index in indices]
+            torch.stack(drawn, out=classes["critic_labels"])
             classes["generator_labels"].copy_(rng.generator_labels(seed, step, *labels))
             buffers.classes.send()
         updates = range(first, first + count)
@@ -121,7 +120,7 @@ class InputStream:
             "ema_weights": [ema_weight(training, step)],
         }
         for name in rates.keys() & numbers.keys():
-            numbers[name].copy_(torch.tensor(rates[name]))
+            numbers[name].numpy()[:] = rates[name]
         buffers.numbers.send()
         taken: dict[str, Any] = {"mix": None} | rates | buffers.numbers.device | buffers.classes.device
         return StepInputs(real=buffers.real, real_labels=buffers.real_labels, **taken)

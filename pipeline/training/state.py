@@ -63,8 +63,11 @@ class TrainingState:
             saved = _under(tensors, role)
             _check_same(role, saved, network.state_dict())
             network.load_state_dict(saved)
+        scale = _under(tensors, "scaler")
         for role in ("generator", "critic"):
             optimizer, saved = getattr(self, f"{role}_optimizer"), _under(tensors, f"{role}_optimizer")
+            if scale and not saved:
+                continue  # every update so far overflowed at fp16's first loss scales
             state: dict[int, dict[str, Tensor]] = {}
             for index, (name, parameter) in enumerate(getattr(self, role).named_parameters()):
                 state[index] = _under(saved, name)
@@ -75,7 +78,7 @@ class TrainingState:
                 # In the parameter's memory layout, or the optimiser leaves its fast path: 2.5 times its time on a CPU.
                 state[index] |= {key: torch.empty_like(parameter).copy_(value) for key, value in moments.items()}
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        if scale := _under(tensors, "scaler"):
+        if scale:
             saved_scale = {"scale": scale["scale"].item(), "_growth_tracker": int(scale["_growth_tracker"])}
             self.scaler.load_state_dict(self.scaler.state_dict() | saved_scale)
         self.step = step
@@ -140,7 +143,8 @@ def build_optimizer(config: OptimizerConfig, network: nn.Module, capturable: boo
     """`capturable`: steps can be part of a CUDA graph."""
     common: dict[str, Any] = {"lr": config.learning_rate, "eps": config.epsilon, "capturable": capturable}
     if config.algorithm == "adam":
-        fused = next(network.parameters()).is_cuda
+        weight = next(network.parameters())
+        fused = weight.is_cuda and weight.dtype == torch.float32  # its kernel takes a captured rate in float32 alone
         return torch.optim.Adam(network.parameters(), betas=config.betas, fused=fused, foreach=not fused, **common)
     return torch.optim.RMSprop(network.parameters(), alpha=config.rho, foreach=True, **common)
 

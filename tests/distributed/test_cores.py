@@ -49,12 +49,26 @@ def test_a_single_process_has_them_all_and_no_thread_keeps_subnormal_numbers(tmp
     assert shares(tmp_path, 1) == [{"cores": CORES, "threads": len(CORES), "subnormals": 0}]
 
 
+def test_the_watch_over_the_cores_outlives_a_trial_and_ends_with_the_process() -> None:
+    """A worker of a study resets what holds its graphs behind each trial."""
+
+    def watches() -> int:
+        return [thread.name for thread in threading.enumerate()].count("spinning")
+
+    with process_kept():
+        runtime = Runtime(RuntimeConfig(threads=2))
+        runtime.before_close.close()
+        assert watches() == 1
+        runtime.close()
+        assert watches() == 0
+        runtime = Runtime(RuntimeConfig(threads=1))
+        assert watches() == 0
+        runtime.close()
+
+
 SPINNING = """
 import time
 import torch
-from pipeline.config import RuntimeConfig
-from pipeline.distributed.process import Runtime
-from pipeline.distributed.restoring import process_kept
 from pipeline.distributed.spinning import SleepingTeam
 
 def seconds_spun():

@@ -10,10 +10,21 @@ import sys
 from base64 import b64decode
 from unittest.mock import patch
 
+from torch import nn
+
 from pipeline.config import Config
 from pipeline.distributed.launcher import run_program
 from pipeline.distributed.process import Runtime
+from pipeline.training.step import Step
 from pipeline.training.trainer import Trainer
+
+
+def timed(trainer: Trainer) -> list[str]:
+    """What DDP has measured of the iterations, in its own words."""
+    step = trainer.step
+    assert isinstance(step, Step)
+    wrapped = [each for each in (step.critic, step.generator) if isinstance(each, nn.parallel.DistributedDataParallel)]
+    return [key for each in wrapped for key in each._get_ddp_logging_data() if key.startswith("avg_")]  # type: ignore[no-untyped-call]
 
 
 def main() -> int:
@@ -21,7 +32,9 @@ def main() -> int:
     runtime = Runtime(configs[0].runtime)
     with patch("pipeline.reporting.page.write_report"):  # it takes as long as the run, and nobody looks at it
         for config in configs:
-            Trainer(config, runtime).run()
+            trainer = Trainer(config, runtime)
+            trainer.run()
+            assert not timed(trainer), "DDP timed its iterations: on a GPU the host waits for it then"
     runtime.close()
     return 0
 

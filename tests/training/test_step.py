@@ -314,3 +314,10 @@ def test_fp16_losses_are_scaled_and_gradients_are_not() -> None:
     steps[0].update_critic(batch(1e30, 1e30), batch(0.1, 0.3), None)
     assert scaled.w.item() == before
     assert scaler.get_scale() == 2.0**15
+
+
+def test_fp16_goes_on_from_before_the_first_update_that_did_not_overflow() -> None:
+    states = [step_of(Line(0.5, 0.1), scaler=torch.amp.GradScaler("cpu", init_scale=2.0**n)).state for n in (15, 16)]
+    states[1].load(states[0].tensors(), step=1)
+    assert states[1].scaler.get_scale() == 2.0**15
+    assert not states[1].critic_optimizer.state
