@@ -184,7 +184,7 @@ def _check_headers(archive: zipfile.ZipFile) -> None:
                 shape, _, dtype = read(file)
                 held = member.file_size - file.tell()
             if math.prod(shape) * dtype.itemsize != held:
-                raise ValueError(f"{member.filename} claims the shape {shape}, but has {held:,} bytes")
+                raise ValueError(f"{member.filename!r} claims the shape {shape}, but has {held:,} bytes")
 
 
 def load_npz(path: Path) -> tuple[Images, Labels | None]:
@@ -194,7 +194,7 @@ def load_npz(path: Path) -> tuple[Images, Labels | None]:
             _check_headers(archive)
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             arrays = {key: content[key] for key in content.files if key in ("images", "labels")}
-            keys = ", ".join(content.files)
+            keys = ", ".join(map(repr, content.files))  # which may hold any character
     except (
         OSError,
         ValueError,

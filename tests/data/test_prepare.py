@@ -560,7 +560,8 @@ def test_what_is_wrong_in_an_npz_is_named(tmp_path: Path) -> None:
         assert "in.npz" in str(caught.value)
         assert not (tmp_path / "x").exists()
 
-    fails("no array `images`: it holds x_train", x_train=images)
+    fails("no array `images`: it holds 'x_train'", x_train=images)
+    fails(r"no array `images`: it holds 'two\\nlines'", **{"two\nlines": images})
     fails("images is float32", images=images.astype(np.float32))
     fails(r"images is uint8 \(4, 5\)", images=images[0][:4])
     fails("the channels", images=np.zeros((4, 3, 5, 3), np.uint8))
