@@ -51,6 +51,9 @@ class Small:
 
 SMALL = {
     "acgan": Small(150, 10, 10),
+    "cifar10": Small(80, 1, 1),
+    "emoji": Small(80, 1, 1),
+    "fashion_mnist": Small(80, 1, 1),
     "gan": Small(100, 10, 10),
     "lsgan": Small(100, 10, 10),
     "quickstart": Small(80, 1, 1),

@@ -152,7 +152,7 @@ def read_images(
 def decode_image(
     file: Path | BinaryIO, image_shape: ImageShape, *, crop: int | None = None, resize: bool = False
 ) -> Images:
-    """uint8 [C, H, W], grey when C is 1 and RGB when C is 3.
+    """uint8 [C, H, W], grey when C is 1 and RGB when C is 3; what is transparent lies on white.
 
     Args:
         crop: side in pixels of the centre square that is cut out first; of odd remainders the larger half is left out
@@ -165,7 +165,10 @@ def decode_image(
     with Image.open(file) as image:
         if not resize and (crop or image.height, crop or image.width) != (height, width):
             raise ValueError(f"an image is {image.height} x {image.width}, not {height} x {width}")
-        pixels = image.convert("L" if channels == 1 else "RGB")
+        opaque: Image.Image = image
+        if image.has_transparency_data:
+            opaque = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        pixels = opaque.convert("L" if channels == 1 else "RGB")
     if crop is not None:
         left, top = (pixels.width - crop) // 2, (pixels.height - crop) // 2
         pixels = pixels.crop((left, top, left + crop, top + crop))
