@@ -220,7 +220,7 @@ class EvaluationConfig:
     """Steps between two evaluations while training; the last step is always evaluated. null: not at all."""
     num_images: int = knob(10_000, low=2, free=True)
     """Generated images to score."""
-    batch_size: int = knob(100, low=1, free=True)
+    batch_size: int = knob(200, low=1, free=True)
     """Images per forward pass; does not change a score."""
     features: list[str] = knob(["mnist"], free=True)
     """Feature spaces to score in: mnist (digits alone); own (a classifier of the dataset's classes, which

@@ -13,6 +13,8 @@ from pipeline.evaluation.metrics.base import Poll, SampleMetric, never_ends
 NEIGHBOURS = 5
 ROWS = 500
 """Rows of a distance matrix held at once (20 MB against 10,000 columns in float32)."""
+LISTED_ROWS = 125
+"""Rows whose pairs within a radius are listed at once: of a collapsed generator they are all (50 MB)."""
 STRIDE = 32
 """Columns whose smallest distance is looked at first in a search for neighbours."""
 SPARE = 4
@@ -33,17 +35,18 @@ def manifold_scores(
     """
     fake_radii, real_radii = (_Pairs(rows, rows).radii(neighbours, poll) for rows in (fake, real))
     pairs = _Pairs(fake, real, finest=min(fake_radii.median().item(), real_radii.median().item()))
-    num_precise, num_balls = 0, 0
+    precise = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
     recalled, covered = torch.zeros_like(real_radii, dtype=torch.bool), torch.zeros_like(real_radii, dtype=torch.bool)
+    num_balls = 0
     for start, distances in pairs.blocks():
         poll()
-        recalled |= pairs.within(start, distances, fake_radii[start : start + ROWS, None]).any(0)
-        inside = pairs.within(start, distances, real_radii)
-        covered |= inside.any(0)
-        num_precise += int(inside.any(1).sum())
-        num_balls += int(inside.sum())
+        for first, some in zip(range(start, len(fake), LISTED_ROWS), torch.split(distances, LISTED_ROWS), strict=False):
+            recalled[pairs.within(first, some, fake_radii[first : first + len(some), None])[1]] = True
+            inside, balls = pairs.within(first, some, real_radii)
+            precise[inside], covered[balls] = True, True
+            num_balls += len(balls)
     return {
-        "precision": num_precise / len(fake),
+        "precision": precise.double().mean().item(),
         "recall": recalled.double().mean().item(),
         "density": num_balls / (neighbours * len(fake)),
         "coverage": covered.double().mean().item(),
@@ -128,15 +131,15 @@ class _Pairs:
             left = self._left[start : start + ROWS]
             yield start, torch.mm(left, right.T, out=memory[: len(left)])
 
-    def within(self, start: int, distances: Tensor, radii: Tensor) -> Tensor:
-        """Which pairs of a block are no further apart than `radii`, squared, float64 [r, 1] or [n]: bool [r, n]."""
-        inside = distances <= (radii - self.tolerance).to(self.dtype)
-        rows, columns = (inside ^ (distances <= (radii + self.tolerance).to(self.dtype))).nonzero(as_tuple=True)
+    def within(self, start: int, distances: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and columns, int64 [p], of the pairs of a block or a part of it that are no further apart than `radii`,
+        squared, float64 [r, 1] or [n]."""
+        rows, columns = (distances <= (radii + self.tolerance).to(self.dtype)).nonzero(as_tuple=True)
         limits = radii[rows, 0] if radii.ndim == 2 else radii[columns]
-        for close in torch.split(torch.arange(len(rows), device=rows.device), 2**16):
-            exact = self.exact(rows[close] + start, columns[close])
-            inside[rows[close], columns[close]] = exact <= limits[close]
-        return inside
+        inside = distances[rows, columns] <= limits - self.tolerance
+        for close in torch.split((~inside).nonzero().flatten(), 2**16):
+            inside[close] = self.exact(rows[close] + start, columns[close]) <= limits[close]
+        return rows[inside] + start, columns[inside]
 
     def radii(self, neighbours: int, poll: Poll) -> Tensor:
         """Of sets with themselves: squared distance of each row to its k-th nearest other row, float64 [m]."""
