@@ -11,8 +11,9 @@ fi
 python=${PYTHON:-python3}
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 .venv/bin/python -m pip install --quiet -e '.[dev]'
-export OMP_NUM_THREADS=1  # the tests run side by side
+processes=${TEST_PROCESSES:-$(nproc)}
+export OMP_NUM_THREADS=1  # the tests run side by side; nproc would count by it
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy
-.venv/bin/pytest -n "${TEST_PROCESSES:-$(($(nproc) + 1))}" --dist loadfile --no-loadscope-reorder "${selection[@]}" "$@"
+.venv/bin/pytest -n "$processes" --dist loadfile --no-loadscope-reorder "${selection[@]}" "$@"
