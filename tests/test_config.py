@@ -74,7 +74,7 @@ def test_the_packages_files_go_by_their_names(tmp_path: Path, monkeypatch: pytes
         assert from_arguments("--config", name) == expected
         assert from_arguments(f"--config={name}", "--training.seed", "3").training.seed == 3
     with pytest.raises(
-        UserError, match="--config is lsgam: no such file, and none of the package's: acgan, gan, lsgan,"
+        UserError, match="--config is lsgam: no such file, and none of the package's: acgan, cifar10, emoji,"
     ):
         from_arguments("--config", "lsgam")
     (tmp_path / "lsgan").write_text("training: {objective: gan}")

@@ -108,7 +108,8 @@ def test_an_interrupt_while_packages_are_imported_is_no_traceback(
     """The first that is imported of torch sends it; packages make another error of it."""
     (tmp_path / "torch.py").write_text(INTERRUPTED)
     variables = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    result = subprocess.run([sys.executable, *program], cwd=ROOT, env=variables, capture_output=True, text=True)
+    command = ["env", "--default-signal=INT", sys.executable, *program]  # the tests may run where it is ignored
+    result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (code, said)
 
 
