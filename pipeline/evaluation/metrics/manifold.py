@@ -11,10 +11,9 @@ from torch import Tensor
 from pipeline.evaluation.metrics.base import Poll, SampleMetric, never_ends
 
 NEIGHBOURS = 5
-ROWS = 500
-"""Rows of a distance matrix held at once (20 MB against 10,000 columns in float32)."""
-LISTED_ROWS = 125
-"""Rows whose pairs within a radius are listed at once: of a collapsed generator they are all (50 MB)."""
+ROWS = 125
+"""Rows of a distance matrix held at once: 5 MB against 10,000 columns in float32, and up to 50 MB for the list of its
+pairs within a radius, which of a collapsed generator are all."""
 STRIDE = 32
 """Columns whose smallest distance is looked at first in a search for neighbours."""
 SPARE = 4
@@ -40,11 +39,10 @@ def manifold_scores(
     num_balls = 0
     for start, distances in pairs.blocks():
         poll()
-        for first, some in zip(range(start, len(fake), LISTED_ROWS), torch.split(distances, LISTED_ROWS), strict=False):
-            recalled[pairs.within(first, some, fake_radii[first : first + len(some), None])[1]] = True
-            inside, balls = pairs.within(first, some, real_radii)
-            precise[inside], covered[balls] = True, True
-            num_balls += len(balls)
+        recalled[pairs.within(start, distances, fake_radii[start : start + ROWS, None])[1]] = True
+        inside, balls = pairs.within(start, distances, real_radii)
+        precise[inside], covered[balls] = True, True
+        num_balls += len(balls)
     return {
         "precision": precise.double().mean().item(),
         "recall": recalled.double().mean().item(),
@@ -132,8 +130,8 @@ class _Pairs:
             yield start, torch.mm(left, right.T, out=memory[: len(left)])
 
     def within(self, start: int, distances: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows and columns, int64 [p], of the pairs of a block or a part of it that are no further apart than `radii`,
-        squared, float64 [r, 1] or [n]."""
+        """Rows and columns, int64 [p], of the pairs of a block that are no further apart than `radii`, squared, float64
+        [r, 1] or [n]."""
         rows, columns = (distances <= (radii + self.tolerance).to(self.dtype)).nonzero(as_tuple=True)
         limits = radii[rows, 0] if radii.ndim == 2 else radii[columns]
         inside = distances[rows, columns] <= limits - self.tolerance
