@@ -149,7 +149,6 @@ class _Space:
 
     def __init__(self, extractor: FeatureExtractor, dataset: Dataset, config: EvaluationConfig, seed: int) -> None:
         self.extractor, self.seed, self.dataset, self.reference = extractor, seed, dataset, config.reference
-        self.class_names = dataset.class_names
         width, alone = extractor.num_features, {"sync_on_compute": False}  # see `merge`
         self.fid = ExtrapolatedFrechetDistance(width, seed=seed, **alone)
         self.fed: dict[str, FeatureMetric] = {"fid": self.fid}
@@ -229,7 +228,7 @@ class _Space:
     def _plain(self, score: Tensor) -> object:
         """A number, or one for each class; null where there is none."""
         if score.ndim:
-            return dict(zip(self.class_names, map(self._plain, score), strict=True))
+            return dict(zip(self.dataset.class_names, map(self._plain, score), strict=True))
         return None if score.isnan() else score.item()
 
 

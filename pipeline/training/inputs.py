@@ -97,20 +97,21 @@ class InputStream:
             self._buffers[count] = self._make_buffers(count)
         buffers = self._buffers[count]
         self._take_real(first, buffers)
-        numbers, classes, indices = buffers.numbers.host, buffers.classes.host, range(count)
-        drawn = [rng.critic_latents(seed, step, index, *latents) for index in indices]
-        torch.stack(drawn, out=numbers["critic_latents"])
+        numbers, classes = buffers.numbers.host, buffers.classes.host
+
+        def fill(into: Tensor, draw: Callable[..., Tensor], *arguments: Any) -> None:
+            """With a draw for each critic iteration."""
+            torch.stack([draw(seed, step, index, *arguments) for index in range(count)], out=into)
+
+        fill(numbers["critic_latents"], rng.critic_latents, *latents)
         if "mix" in numbers:
-            drawn = [rng.penalty_mix(seed, step, index, training.batch_size, rows) for index in indices]
-            torch.stack(drawn, out=numbers["mix"])
+            fill(numbers["mix"], rng.penalty_mix, training.batch_size, rows)
         if "critic_augmentation" in numbers:
-            drawn = [rng.critic_augmentation(seed, step, index, training.batch_size, rows) for index in indices]
-            torch.stack(drawn, out=numbers["critic_augmentation"])
+            fill(numbers["critic_augmentation"], rng.critic_augmentation, training.batch_size, rows)
             numbers["generator_augmentation"].copy_(rng.generator_augmentation(seed, step, training.batch_size, rows))
         numbers["generator_latents"].copy_(rng.generator_latents(seed, step, *latents))
         if num_classes:  # else nobody reads them
-            drawn = [rng.critic_labels(seed, step, index, *labels) for index in indices]
-            torch.stack(drawn, out=classes["critic_labels"])
+            fill(classes["critic_labels"], rng.critic_labels, *labels)
             classes["generator_labels"].copy_(rng.generator_labels(seed, step, *labels))
             buffers.classes.send()
         updates = range(first, first + count)
