@@ -17,10 +17,9 @@ import pytest
 
 from pipeline.config import RuntimeConfig
 from pipeline.distributed.process import Runtime
-from pipeline.distributed.restoring import process_kept
 from pipeline.distributed.spinning import CROWDED, PERIOD, seconds_waited_for_cores, sharing_the_cores
 from pipeline.errors import UserError
-from tests.jobs import ROOT, launch
+from tests.jobs import ROOT, launch, process_kept
 
 CORES = sorted(os.sched_getaffinity(0))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +41,7 @@ def held_after(saves: int, every: int, folder: Path) -> Iterator[Held]:
         writer.save(state, step, {"elapsed_seconds": float(step)})
         if step % every == 0:
             writer.finish()
+            time.sleep(0.1)  # for the last thread to end
             gc.collect()
             threads = len(list(Path("/proc/self/task").iterdir()))
             mebibytes = process.memory_info().rss / 2**20
