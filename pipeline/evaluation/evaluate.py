@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from pipeline.evaluation.metrics import (
 )
 from pipeline.evaluation.metrics.base import FeatureMetric, Poll, SampleMetric
 from pipeline.evaluation.metrics.frechet import FrechetReference, Moments, frechet_interval
-from pipeline.evaluation.metrics.manifold import nearest_neighbours
+from pipeline.evaluation.metrics.manifold import nearest_neighbours, squared_radii
 from pipeline.evaluation.real_statistics import RealStatistics, real_scores, real_statistics
 
 SHOWN_IMAGES, SHOWN_NEIGHBOURS = 8, 5
@@ -157,13 +158,15 @@ class _Space:
             self.fed["inception_score"] = InceptionScore(extractor.num_classes, seed=seed, **alone)
         if dataset.class_names and dataset.class_names == extractor.class_names:
             self.fed["classes"] = ClassScores(width, extractor.num_classes, **alone)
+        manifold = ManifoldScores(width, neighbours=config.neighbours, **alone)
         self.of_sample: dict[str, SampleMetric] = {
             "kid": KernelDistance(width, seed=seed, **alone),
-            "manifold": ManifoldScores(width, neighbours=config.neighbours, **alone),
+            "manifold": manifold,
             "sliced_wasserstein": SlicedWasserstein(width, seed=seed, **alone),
             "authenticity": Authenticity(width, **alone),
         }
         """What takes the sample that `fid` keeps, so that it is held once."""
+        manifold.radii_of_real = partial(self._radii, manifold)
         self._collection = MetricCollection({**self.fed})
         self.shown = torch.empty(0, width)
         """Features of this rank's images among the first SHOWN_IMAGES."""
@@ -208,6 +211,16 @@ class _Space:
         compute = partial(self._controls, floor, unseen, count)
         controls: dict[str, Scores] = real_scores(self.dataset, self.extractor, facts, compute)
         return result | controls["scores"] | {"images": numbers | controls["images"]}
+
+    def _radii(self, manifold: ManifoldScores, real: Tensor) -> Tensor:
+        """The `squared_radii` of a sample of the reference, which its size determines."""
+        facts = {"radii": len(real), "reference": self.reference, "neighbours": manifold.neighbours}
+
+        def compute() -> dict[str, Any]:
+            return {"squares": squared_radii(real, manifold.neighbours, manifold.poll).tolist()}
+
+        kept = real_scores(self.dataset, self.extractor, facts, compute)
+        return torch.tensor(kept["squares"], dtype=torch.float64)
 
     def _controls(self, floor: RealStatistics | None, unseen: RealStatistics | None, count: int) -> dict[str, Scores]:
         """The same "scores" of as many real "images", which take the place of the generated ones: this comes last."""

@@ -106,8 +106,8 @@ def real_scores(
     facts: Mapping[str, object],
     compute: Callable[[], dict[str, Any]],
 ) -> dict[str, Any]:
-    """Scores of real images, kept or computed, on the calling rank: JSON, determined by dataset, extractor and `facts`.
-    Files are missing, damaged or not written as those of `real_statistics`."""
+    """Scores of real images, or numbers on the way to them, kept or computed, on the calling rank: JSON, determined by
+    dataset, extractor and `facts`. Files are missing, damaged or not written as those of `real_statistics`."""
     if dataset.base_url:
         return compute()
     key, path = _place(dataset, extractor, "-".join(f"{name}-{value}" for name, value in facts.items()))

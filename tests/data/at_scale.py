@@ -75,7 +75,12 @@ class Watched:
         self.lines: list[tuple[float, str]] = []
         self._peaks: dict[int, tuple[str, int]] = {}
         with subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            command,
+            cwd=ROOT,
+            env=environment() | {"PYTHONPATH": str(ROOT)},  # an installed package may be named tests too
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         ) as process:
             assert process.stderr is not None
             reader = threading.Thread(target=self._read, args=(process.stderr,))

@@ -5,6 +5,7 @@ A job of processes takes seconds to start, so the tests share one among runs tha
 
 from __future__ import annotations
 
+import faulthandler
 import pickle
 import sys
 from base64 import b64decode
@@ -32,9 +33,11 @@ def main() -> int:
     runtime = Runtime(configs[0].runtime)
     with patch("pipeline.reporting.page.write_report"):  # it takes as long as the run, and nobody looks at it
         for config in configs:
+            faulthandler.dump_traceback_later(120)  # a run takes a second: where each rank is that hangs
             trainer = Trainer(config, runtime)
             trainer.run()
             assert not timed(trainer), "DDP timed its iterations: on a GPU the host waits for it then"
+    faulthandler.cancel_dump_traceback_later()
     runtime.close()
     return 0
 

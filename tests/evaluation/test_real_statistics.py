@@ -219,9 +219,12 @@ def test_a_second_evaluation_computes_no_score_of_real_images(
         raise AssertionError("computed again")
 
     monkeypatch.setattr(_Space, "_controls", refuse)
+    monkeypatch.setattr("pipeline.evaluation.evaluate.squared_radii", refuse)
     assert evaluate_images(images, digits, [counting], config) == first
-    with pytest.raises(AssertionError, match="computed again"):
-        evaluate_images(images, digits, [counting], config, seed=1)
+    for number, seed, neighbours in ((300, 1, 5), (300, 0, 4), (200, 0, 5)):
+        again, other = ImageSet(number, images.render), dataclasses.replace(config, neighbours=neighbours)
+        with pytest.raises(AssertionError, match="computed again"):
+            evaluate_images(again, digits, [counting], other, seed=seed)
 
 
 def test_concurrent_runs_leave_one_whole_file(digits: Dataset, counting: Counting) -> None:

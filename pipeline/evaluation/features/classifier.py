@@ -46,8 +46,9 @@ class Classifier(nn.Module):
         """uint8 [n, C, H, W] -> features [n, 128] after the ReLU, logits [n, num_classes]."""
         x = images.to(self.head.weight.dtype) / 255
         for number in range(1, self.num_convolutions + 1):
-            x = F.relu(self.get_submodule(f"conv{number}")(x))
+            x = self.get_submodule(f"conv{number}")(x)
             x = F.max_pool2d(x, 2, ceil_mode=True) if number <= self.num_poolings else x
+            x = F.relu(x)  # the same before the pooling, on four times the numbers
         features = F.relu(self.hidden(self.dropout(x.flatten(1))))
         return features, self.head(self.dropout(features))
 

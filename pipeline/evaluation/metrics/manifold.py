@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,18 +21,25 @@ SPARE = 4
 
 
 def manifold_scores(
-    fake: Tensor, real: Tensor, neighbours: int = NEIGHBOURS, poll: Poll = never_ends
+    fake: Tensor,
+    real: Tensor,
+    neighbours: int = NEIGHBOURS,
+    poll: Poll = never_ends,
+    real_radii: Tensor | None = None,
 ) -> dict[str, float]:
     """Precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), density and coverage (Naeem et al. 2020,
     arXiv 2002.09797), with balls that reach to the k-th nearest neighbour, k = `neighbours`.
 
     precision: share of fakes inside some real ball; density: mean number of real balls around a fake, divided by k;
     recall: share of reals inside some fake ball; coverage: share of real balls that hold a fake.
-    Fake [m, d], real [n, d], m and n > k. All four depend on m and n. torch-fidelity has the first two; all four share
-    one pass over the distances here. Distances come from float32 matrix products, and whatever is closer to a ball's
-    surface than their rounding reaches is decided by the float64 sum of squared differences.
+    Fake [m, d], real [n, d], m and n > k; `real_radii` are the `squared_radii` of `real` where they are known. All four
+    scores depend on m and n. torch-fidelity has the first two; all four share one pass over the distances here.
+    Distances come from float32 matrix products, and whatever is closer to a ball's surface than their rounding reaches
+    is decided by the float64 sum of squared differences.
     """
-    fake_radii, real_radii = (_Pairs(rows, rows).radii(neighbours, poll) for rows in (fake, real))
+    fake_radii = squared_radii(fake, neighbours, poll)
+    if real_radii is None:
+        real_radii = squared_radii(real, neighbours, poll)
     pairs = _Pairs(fake, real, finest=min(fake_radii.median().item(), real_radii.median().item()))
     precise = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
     recalled, covered = torch.zeros_like(real_radii, dtype=torch.bool), torch.zeros_like(real_radii, dtype=torch.bool)
@@ -49,6 +56,11 @@ def manifold_scores(
         "density": num_balls / (neighbours * len(fake)),
         "coverage": covered.double().mean().item(),
     }
+
+
+def squared_radii(rows: Tensor, neighbours: int, poll: Poll = never_ends) -> Tensor:
+    """Squared distance of each row to its k-th nearest other row, float64 [m], m > k = `neighbours`."""
+    return _Pairs(rows, rows).nearest(neighbours + 1, poll)[1][:, -1]  # the nearest row is the row itself
 
 
 def nearest_neighbours(
@@ -71,6 +83,8 @@ class ManifoldScores(SampleMetric):
     def __init__(self, num_features: int, *, neighbours: int = NEIGHBOURS, keep: int = 10_000, **options: Any) -> None:
         super().__init__(num_features, keep, **options)
         self.neighbours = neighbours
+        self.radii_of_real: Callable[[Tensor], Tensor] | None = None
+        """Whoever keeps the `squared_radii` of real samples puts what looks them up here."""
 
     def update(self, features: Tensor, real: bool, indices: Tensor | None = None) -> None:
         """Features [n, num_features] of the images with these indices: see SampleMetric.add."""
@@ -81,7 +95,8 @@ class ManifoldScores(SampleMetric):
         found = dict.fromkeys(("precision", "recall", "density", "coverage"), torch.nan)
         if count > self.neighbours:
             fake, real = (self.sample(real=real, count=count)[0] for real in (False, True))
-            found = manifold_scores(fake, real, self.neighbours, self.poll)
+            radii = self.radii_of_real and self.radii_of_real(real)
+            found = manifold_scores(fake, real, self.neighbours, self.poll, radii)
         return {name: torch.tensor(score, dtype=torch.float64) for name, score in found.items()}
 
     @property
@@ -138,10 +153,6 @@ class _Pairs:
         for close in torch.split((~inside).nonzero().flatten(), 2**16):
             inside[close] = self.exact(rows[close] + start, columns[close]) <= limits[close]
         return rows[inside] + start, columns[inside]
-
-    def radii(self, neighbours: int, poll: Poll) -> Tensor:
-        """Of sets with themselves: squared distance of each row to its k-th nearest other row, float64 [m]."""
-        return self.nearest(neighbours + 1, poll)[1][:, -1]  # the nearest row is the row itself
 
     def nearest(self, count: int, poll: Poll = never_ends) -> tuple[Tensor, Tensor]:
         """Columns int64 [m, count] of the nearest to each row, nearest first, and float64 squared distances."""
