@@ -123,7 +123,10 @@ def load_dataset(folder_or_url: str | Path, *, allow_shell_urls: bool = False) -
     dataset = _parse(manifest, Path(base), base if locations.scheme(base) else "", location)
     for shards in dataset.splits.values():
         for shard in shards:
-            locations.check_allowed(dataset.locate(shard), allow_shell_urls)
+            try:
+                locations.check_allowed(dataset.locate(shard), allow_shell_urls)
+            except UserError as error:
+                raise UserError(f"{location}: {error}") from None
     return dataset
 
 

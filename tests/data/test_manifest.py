@@ -188,7 +188,7 @@ def test_every_scheme_that_webdataset_starts_a_process_for_is_known() -> None:
 def test_unknown_schemes_are_refused(tmp_path: Path) -> None:
     dataset = numbered_dataset(tmp_path, [3])
     rename_shard(dataset.folder, "s3://bucket/a.tar")
-    with pytest.raises(UserError, match="nothing here opens s3"):
+    with pytest.raises(UserError, match=r"dataset\.json: s3:.*: nothing here opens s3"):
         load_dataset(dataset.folder, allow_shell_urls=True)
 
 
