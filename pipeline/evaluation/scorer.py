@@ -106,13 +106,23 @@ class Scorer:
             kept["gan_train"] = self._gan_train(images)
         kept["features"] = kept.get("features", {}) | scores
         result = facts | ({"warning": warning} if warning else {}) | kept
-        if ranks.is_main:
-            self._draw_real_images(10 if images.labels is not None else 4, path)
-            write_text(path, json.dumps(result, indent=1))
-            nearest: Any = scores[self.extractors[0].name].get("nearest_training_images")
-            if nearest is not None:
-                self._draw_neighbours(images, torch.tensor(nearest["indices"]), neighbours(path))
+        failure: OSError | None = None
+        with interruptible(ranks, self.runtime.stop.known):  # a damaged shard that it meets ends all ranks
+            try:
+                if ranks.is_main:
+                    self._write(result, scores[self.extractors[0].name], images, path)
+            except OSError as error:
+                failure = error
+        if failure is not None:
+            raise failure
         return result
+
+    def _write(self, result: dict[str, Any], scores: dict[str, Any], images: ImageSet, path: Path) -> None:
+        self._draw_real_images(10 if images.labels is not None else 4, path)
+        write_text(path, json.dumps(result, indent=1))
+        nearest = scores.get("nearest_training_images")
+        if nearest is not None:
+            self._draw_neighbours(images, torch.tensor(nearest["indices"]), neighbours(path))
 
     def _estimates(self, critic: Critic, images: ImageSet) -> dict[str, object]:
         ranks = self.runtime.ranks

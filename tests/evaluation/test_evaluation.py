@@ -23,7 +23,7 @@ from pipeline.evaluation.evaluate import evaluate_images
 from pipeline.evaluation.extract import ImageSet, interruptible, never
 from pipeline.evaluation.features import FeatureExtractor
 from pipeline.rng import sampling_order
-from tests.jobs import ROOT, flags, launch, tiny_config
+from tests.jobs import ROOT, changed, flags, launch, tiny_config
 
 NUM_IMAGES = 1001
 BATCH_SIZES = (7, 64, 1000)
@@ -255,19 +255,27 @@ def test_a_rank_stops_with_another_that_was_interrupted() -> None:
         poll()
 
 
+@pytest.mark.parametrize("known", [False, True])
 def test_a_shard_that_one_rank_finds_damaged_ends_all_of_them_and_is_named(
-    digits_files: dict[str, Path], tmp_path: Path
+    known: bool, digits_files: dict[str, Path], tmp_path: Path
 ) -> None:
-    """The last rank alone reads the last shard."""
+    """The last rank alone reads the last shard; where its statistics are known, the main one alone draws images."""
     dataset = load_dataset(prepare_npz(tmp_path, "digits", digits_files, ShardSizes(50, 200), kind="mnist").folder)
-    shard = dataset.folder / dataset.shards("test")[-1].name
+    config = tiny_config(data={"dataset": str(dataset.folder)}, run={"root": str(tmp_path)}, evaluation={"every": None})
+    split = "train" if known else "test"
+    command = ["test" if known else "train", *flags(changed(config, evaluation={"reference": split}))]
+    if known:  # and nothing else is
+        assert launch(ROOT / "pipeline/evaluate.py", command, 2).returncode == 0
+        for left in (*tmp_path.rglob("*.json"), *tmp_path.rglob("*.png")):
+            if left != dataset.folder / "dataset.json":
+                left.unlink()
+    shard = dataset.folder / dataset.shards(split)[-1].name
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    config = tiny_config(data={"dataset": str(dataset.folder)}, run={"root": str(tmp_path)}, evaluation={"every": None})
-    result = launch(ROOT / "pipeline/evaluate.py", ["train", *flags(config)], 2)
+    result = launch(ROOT / "pipeline/evaluate.py", command, 2)
     assert result.returncode == EXIT_USER_ERROR, result.stderr[-3000:]
     assert re.findall("error: .*", result.stderr) == [
-        f"error: rank 1: shard {shard} is damaged: its SHA-256 is not the manifest's; restore the file, or delete the "
-        "dataset and prepare it again"
+        f"error: rank {0 if known else 1}: shard {shard} is damaged: its SHA-256 is not the manifest's; restore the "
+        "file, or delete the dataset and prepare it again"
     ]
