@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -212,6 +213,13 @@ def killable_programs(tiny_dataset: Path, mnist: Dataset, root: Path) -> list[Ki
     ]
 
 
+def left_behind(folder: Path) -> Counter[str]:
+    """The files of a run but for shards, whose number depends on the ranks'; checkpoints by their number alone, as one
+    that a stop saved takes the place of an older one."""
+    files = [str(path.relative_to(folder)) for path in folder.rglob("*") if not path.name.startswith("shard-")]
+    return Counter(re.sub(r"step-\d{8}", "step", file) for file in files)
+
+
 # -- campaigns ---------------------------------------------------------------------------------------------------------
 
 
@@ -318,12 +326,8 @@ class Campaign:
                 assert torch.equal(tensor, right[name]), name
         lines = RunFolder(config.folder).metrics.read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
-        # How many shards there are depends on the number of ranks.
-        kept, expected = (
-            {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.name.startswith("shard-")}
-            for folder in (config.folder, self._references[key])
-        )
-        assert kept == expected, f"left over: {kept ^ expected}"
+        kept, expected = map(left_behind, (config.folder, self._references[key]))
+        assert kept == expected, f"left over: {kept - expected}, missing: {expected - kept}"
         shutil.rmtree(config.folder)
 
     def rows(self) -> list[str]:

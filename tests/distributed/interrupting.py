@@ -6,7 +6,7 @@ import json
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -56,8 +56,11 @@ def ranks(running: Running) -> list[psutil.Process]:
     """In the order of their ranks; those of a launcher as soon as they are there."""
     if isinstance(running, Job):
         return running.ranks
-    children = psutil.Process(running.pid).children(recursive=True)
-    found = [child for child in children if any(part.endswith("train.py") for part in child.cmdline())]
+    found = []
+    for child in psutil.Process(running.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # or a zombie, which is one of them
+            if any(part.endswith("train.py") for part in child.cmdline()):
+                found.append(child)
     return sorted(found, key=lambda child: int(child.environ().get("RANK", 0)))
 
 
