@@ -11,6 +11,7 @@ fi
 python=${PYTHON:-python3}
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 .venv/bin/python -m pip install --quiet -e '.[dev]'
+sync  # gigabytes were just written: an fsync of a test would wait for all of them, while its ranks wait for each other
 processes=${TEST_PROCESSES:-$(nproc)}
 export OMP_NUM_THREADS=1  # the tests run side by side; nproc would count by it
 .venv/bin/ruff format --check .
