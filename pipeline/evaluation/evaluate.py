@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -215,11 +214,8 @@ class _Space:
     def _radii(self, manifold: ManifoldScores, real: Tensor) -> Tensor:
         """The `squared_radii` of a sample of the reference, which its size determines."""
         facts = {"radii": len(real), "reference": self.reference, "neighbours": manifold.neighbours}
-
-        def compute() -> dict[str, Any]:
-            return {"squares": squared_radii(real, manifold.neighbours, manifold.poll).tolist()}
-
-        kept = real_scores(self.dataset, self.extractor, facts, compute)
+        squares = partial(squared_radii, real, manifold.neighbours, manifold.poll)
+        kept = real_scores(self.dataset, self.extractor, facts, lambda: {"squares": squares().tolist()})
         return torch.tensor(kept["squares"], dtype=torch.float64)
 
     def _controls(self, floor: RealStatistics | None, unseen: RealStatistics | None, count: int) -> dict[str, Scores]:

@@ -111,7 +111,7 @@ class Scorer:
             try:
                 if ranks.is_main:
                     self._write(result, scores[self.extractors[0].name], images, path)
-            except OSError as error:
+            except OSError as error:  # of the main rank alone: a training tolerates it there
                 failure = error
         if failure is not None:
             raise failure

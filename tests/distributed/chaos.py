@@ -217,7 +217,7 @@ def left_behind(folder: Path) -> Counter[str]:
     """The files of a run but for shards, whose number depends on the ranks'; checkpoints by their number alone, as one
     that a stop saved takes the place of an older one."""
     files = [str(path.relative_to(folder)) for path in folder.rglob("*") if not path.name.startswith("shard-")]
-    return Counter(re.sub(r"step-\d{8}", "step", file) for file in files)
+    return Counter(re.sub(r"^checkpoints/step-\d{8}", "checkpoint", file) for file in files)
 
 
 # -- campaigns ---------------------------------------------------------------------------------------------------------

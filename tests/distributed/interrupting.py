@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from operator import itemgetter
 from pathlib import Path
 
 import psutil
@@ -60,8 +61,8 @@ def ranks(running: Running) -> list[psutil.Process]:
     for child in psutil.Process(running.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):  # or a zombie, which is one of them
             if any(part.endswith("train.py") for part in child.cmdline()):
-                found.append(child)
-    return sorted(found, key=lambda child: int(child.environ().get("RANK", 0)))
+                found.append((int(child.environ().get("RANK", 0)), child))
+    return [child for _, child in sorted(found, key=itemgetter(0))]
 
 
 def kill_tree(pid: int) -> None:
