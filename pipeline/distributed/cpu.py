@@ -27,6 +27,11 @@ def use_cpu(cores: list[int], threads: int | None) -> None:
     _keep_freed_memory()
 
 
+def flushes_denormals() -> bool:
+    """Whether this thread takes numbers below the normal range for 0, which torch can set but does not tell."""
+    return torch.tensor([1e-40]).mul(1.0).view(torch.int32).item() == 0
+
+
 def bind_to_share(cores: list[int]) -> None:
     """Binds the calling thread to this rank's share of the cores, where there is one for each.
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from pipeline.distributed.cpu import flushes_denormals
 from pipeline.distributed.launcher import PR_SET_PDEATHSIG
 from pipeline.distributed.stopping import STOP_SIGNALS
 
@@ -81,8 +82,3 @@ def _cores() -> Iterator[None]:
         # OpenMP's threads have cores and arithmetic from the moment that they were made: the next ones are made anew.
         with contextlib.suppress(AttributeError):  # an OpenMP before 5.0
             ctypes.CDLL(None).omp_pause_resource_all(1)
-
-
-def flushes_denormals() -> bool:
-    """Whether this thread takes numbers below the normal range for 0, which torch can set but does not tell."""
-    return torch.tensor([1e-40]).mul(1.0).view(torch.int32).item() == 0

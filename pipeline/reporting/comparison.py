@@ -15,8 +15,8 @@ from pathlib import Path
 
 from pipeline.config import Config, flatten
 from pipeline.errors import UserError
-from pipeline.reporting.formatting import MISSING, differences, setting
-from pipeline.reporting.read import Run, is_run
+from pipeline.reporting.formatting import MISSING, setting
+from pipeline.reporting.read import Evaluation, Run, is_run
 from pipeline.storage.run_folder import is_beside_runs
 
 SEED = "training.seed"
@@ -161,6 +161,21 @@ def compared(runs: Sequence[Run]) -> Comparison:
         if (item := newest[index]) is not None and item.way(features) != commonest
     }
     return Comparison({letters[index]: runs[index] for index in order}, features, unlike)
+
+
+def differences(evaluation: Evaluation, other: Evaluation, features: str) -> list[str]:
+    """Why the scores of `evaluation` do not compare with the `other`'s; nothing where they do."""
+
+    def shown(item: Evaluation, key: str) -> str:
+        value = item.way(features)[key]
+        if key in ("dataset", "extractor"):
+            name = f"{setting(item.settings['dataset'])} " if key == "dataset" and "dataset" in item.settings else ""
+            return f"{name}{str(value)[:8]}"
+        return f"{value:,}" if isinstance(value, int) else setting(value)
+
+    here, there = evaluation.way(features), other.way(features)
+    keys = [key for key in here if here[key] != there[key]]
+    return [f"{key} is {shown(evaluation, key)}, not {shown(other, key)}" for key in keys]
 
 
 def find_runs(patterns: Sequence[str]) -> list[Path]:

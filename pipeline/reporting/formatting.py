@@ -87,21 +87,6 @@ def critic_in_words(evaluation: Evaluation | None) -> str:
     return words
 
 
-def differences(evaluation: Evaluation, other: Evaluation, features: str) -> list[str]:
-    """Why the scores of `evaluation` do not compare with the `other`'s; nothing where they do."""
-
-    def shown(item: Evaluation, key: str) -> str:
-        value = item.way(features)[key]
-        if key in ("dataset", "extractor"):
-            name = f"{setting(item.settings['dataset'])} " if key == "dataset" and "dataset" in item.settings else ""
-            return f"{name}{str(value)[:8]}"
-        return f"{value:,}" if isinstance(value, int) else setting(value)
-
-    here, there = evaluation.way(features), other.way(features)
-    keys = [key for key in here if here[key] != there[key]]
-    return [f"{key} is {shown(evaluation, key)}, not {shown(other, key)}" for key in keys]
-
-
 def in_brief(run: Run) -> list[str]:
     """Of each feature space the newest FID, its floor, and the best one where that is another."""
     lines = []
