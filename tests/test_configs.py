@@ -56,7 +56,7 @@ SMALL = {
     "fashion_mnist": Small(80, 1, 1),
     "gan": Small(100, 10, 10),
     "lsgan": Small(100, 10, 10),
-    "quickstart": Small(80, 1, 1),
+    "quickstart": Small(80, 0.25, 1),
     "wgan": Small(50, 20, 20),
     "wgan_gp": Small(40, 40, 40),
     "wgan_notebook": Small(80, 10, 40),
@@ -179,7 +179,7 @@ def apart(losses: Tensor, exact: Tensor, objective: str) -> float:
     A Wasserstein critic's scores may all shift together: in that direction the gradient is rounding error, which the
     optimiser enlarges to a step of ordinary size. The generator's loss shifts along, so it is left out.
     """
-    columns = [0] if OBJECTIVES[objective].estimates_wasserstein else [0, 1]
+    columns = [0] if "wgan" in objective else [0, 1]
     return ((losses - exact).abs() / exact.abs())[:, columns].max().item()
 
 
@@ -191,8 +191,8 @@ def test_the_first_steps_in_float32_are_those_of_float64(
     config = read(name, strokes, tmp_path)
     exact = changed(config, run={"name": "exact"}, runtime={"precision": "float64"})
     difference = apart(first_losses(config, runtime), first_losses(exact, runtime), config.training.objective)
-    # Over 20 perturbed runs at most 1e-6 for gan, lsgan and acgan, 3e-4 for the WGANs; over eight seeds 3e-3 for
-    # quickstart.yaml, whose steps are twenty to eighty times as large.
+    # Over 20 perturbed runs at most 1e-6 for gan, lsgan and acgan, 3e-4 for the WGANs; over eight seeds 3e-3 at the rates
+    # of fashion_mnist.yaml, whose steps are twenty to eighty times as large, and 2e-7 for quickstart.yaml.
     assert difference < 0.1
 
 
@@ -204,8 +204,9 @@ def test_generated_images_come_closer_to_the_real_ones(
 ) -> None:
     config = read(name, strokes, tmp_path)
     learned = [learn(shortened(name, config, seed), runtime, strokes) for seed in SEEDS]
-    # Of 20 perturbed runs each the worst ended at 0.36 (lsgan, on AVX2), the others between 0.15 and 0.33.
+    # Of 20 perturbed runs each the worst ended at 0.36 (lsgan, on AVX2), the others between 0.15 and 0.33; of 20 seeds
+    # of quickstart.yaml's between 0.14 and 0.42.
     assert median(run.distance for run in learned) < 0.5, learned
     if OBJECTIVES[config.training.objective].classifies:
-        # 0.84 in the worst of 40 perturbed runs; 0.25 by chance.
+        # 0.84 in the worst of 40 perturbed runs, 0.65 in that of 20 seeds of quickstart.yaml's; 0.25 by chance.
         assert median(run.class_accuracy for run in learned) > 0.6, learned

@@ -79,7 +79,7 @@ def check_objective(plan: Plan) -> str:
     if plan.config.evaluation.gan_train and not choose(training).classifies:
         raise UserError(
             f"evaluation.gan_train is true, but training.objective {training.objective} makes images of no class: "
-            "set it to false, or use acgan"
+            "set it to false, or use acgan or acwgan"
         )
     return training.objective
 

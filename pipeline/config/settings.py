@@ -151,7 +151,8 @@ class TrainingConfig:
     """The algorithm. A step is one generator update after n_critic critic iterations, or a burn-in's."""
 
     objective: str = knob("wgan")
-    """wgan, wgan_gp, lsgan, gan, acgan, or module:NAME of an Objective of yours (pipeline/models/objectives.py)."""
+    """wgan, wgan_gp, lsgan, gan, acgan, acwgan (wgan with acgan's classes), or module:NAME of an Objective of yours
+    (pipeline/models/objectives.py)."""
     steps: int = knob(40_000, low=1, free=True)
     """Generator updates to train for."""
     seed: int = knob(0, low=0)

@@ -74,6 +74,8 @@ OBJECTIVES: dict[str, Objective] = {
     "gan": Objective(_is_real, _is_fake, _is_real, joint_weight=0.5),
     # Odena et al. 2017 (1610.09585), eqs. 2 and 3.
     "acgan": Objective(_is_real, _is_fake, _is_real, joint_weight=0.5, classifies=True),
+    # The class losses of these equations beside the losses of "wgan".
+    "acwgan": Objective(_negative_mean, torch.mean, _negative_mean, clips=True, classifies=True),
 }
 
 

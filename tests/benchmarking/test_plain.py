@@ -23,6 +23,7 @@ TRAINING = {
     "wgan_gp": TrainingConfig(objective="wgan_gp", gradient_penalty=10.0, clip_value=None),
     "r1": TrainingConfig(objective="gan", r1_penalty=10.0, clip_value=None),
     "acgan": TrainingConfig(objective="acgan", clip_value=None, critic_optimizer=OptimizerConfig(algorithm="adam")),
+    "acwgan": TrainingConfig(objective="acwgan"),
     "spectral_norm": TrainingConfig(spectral_norm=True, clip_value=None),
     "burn_in": TrainingConfig(n_critic=1, burn_in_n_critic=3, burn_in_steps=1, burn_in_every=2),
     "separate": TrainingConfig(critic_updates="separate", critic_optimizer=FALLING, generator_optimizer=FALLING),

@@ -29,6 +29,7 @@ VARIANTS: dict[str, Settings] = {
     "gan": {"training": {"objective": "gan", "clip_value": None}},
     "r1": {"training": {"objective": "gan", "r1_penalty": 10.0, "clip_value": None}},
     "acgan": {"training": {"objective": "acgan", "clip_value": None}},
+    "acwgan": {"training": {"objective": "acwgan"}},
     "separate": {"training": {"critic_updates": "separate", "critic_fakes": "moving"}},
     "adam": {"training": {"critic_optimizer": ADAM, "generator_optimizer": ADAM}},
     "burn_in": {"training": {"burn_in_n_critic": 5, "burn_in_steps": 2, "burn_in_every": 4}},

@@ -31,6 +31,7 @@ def softplus(value: float) -> float:
     [
         ("wgan", -2.0, 0.5, -0.5),
         ("wgan_gp", -2.0, 0.5, -0.5),
+        ("acwgan", -2.0, 0.5, -0.5),
         ("lsgan", (0 + 4) / 2, (1 + 4) / 2, (4 + 1) / 2),
         *[
             (
@@ -229,7 +230,8 @@ def test_the_generator_step_moves_the_generator_alone(name: str) -> None:
     assert all(parameter.requires_grad and parameter.grad is None for parameter in critic.parameters())
 
 
-def test_the_class_head_adds_the_cross_entropy_of_both_batches() -> None:
+@pytest.mark.parametrize(("name", "of_scores"), [("acgan", math.log(2)), ("acwgan", 0.0)])
+def test_the_class_head_adds_the_cross_entropy_of_both_batches(name: str, of_scores: float) -> None:
     class Fixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -242,8 +244,8 @@ def test_the_class_head_adds_the_cross_entropy_of_both_batches() -> None:
     real = Images(torch.zeros(1, 1, 1, 1), torch.tensor([0]))
     fake = Images(torch.zeros(1, 1, 1, 1), torch.tensor([1]))
     still = torch.optim.SGD(critic.parameters(), lr=0.0)
-    losses = step_of(critic, "acgan", optimizer=still).update_critic(real, fake, None)
-    assert losses.tolist() == pytest.approx([math.log(2) + softplus(-2), math.log(2) + softplus(2)])
+    losses = step_of(critic, name, optimizer=still).update_critic(real, fake, None)
+    assert losses.tolist() == pytest.approx([of_scores + softplus(-2), of_scores + softplus(2)])
 
 
 def test_real_pixels_are_scaled_from_a_fixed_range() -> None:
