@@ -191,8 +191,8 @@ def test_the_first_steps_in_float32_are_those_of_float64(
     config = read(name, strokes, tmp_path)
     exact = changed(config, run={"name": "exact"}, runtime={"precision": "float64"})
     difference = apart(first_losses(config, runtime), first_losses(exact, runtime), config.training.objective)
-    # Over 20 perturbed runs at most 1e-6 for gan, lsgan and acgan, 3e-4 for the WGANs; over eight seeds 3e-3 at the rates
-    # of fashion_mnist.yaml, whose steps are twenty to eighty times as large, and 2e-7 for quickstart.yaml.
+    # Over 20 perturbed runs at most 1e-6 for gan, lsgan and acgan, 3e-4 for the WGANs; over eight seeds 3e-3 at
+    # fashion_mnist.yaml's rates, whose steps are twenty to eighty times as large, and 2e-7 for quickstart.yaml.
     assert difference < 0.1
 
 
