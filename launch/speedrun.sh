@@ -4,7 +4,7 @@
 # Trains the configuration (configs/quickstart.yaml) with each seed (0 to 4) from its first step to its last in a new
 # folder and prints, after the seconds of each, median and worst as a line of README's table of records. What is known to
 # be good enough sooner may end sooner, and the more evaluations there are, the finer is the measure:
-#   launch/speedrun.sh configs/quickstart.yaml -- --training.steps 3000 --evaluation.every 200
+#   launch/speedrun.sh configs/quickstart.yaml -- --training.steps 1200 --evaluation.every 100
 set -euo pipefail
 cd "$(dirname "$0")/.."
 given=()
