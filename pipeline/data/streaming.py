@@ -11,10 +11,6 @@ where to go on.
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,12 +20,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.data.images import Images, Labels
 from pipeline.data.manifest import Dataset
 from pipeline.data.shards import decode, mirrored, read_shard
 from pipeline.data.source import Batch
+from pipeline.data.workers import Chunk, in_workers
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
 from pipeline.rng import seeded
@@ -38,9 +35,6 @@ CHUNK_BATCHES = 64
 CHUNK_BYTES = 4 * 2**20
 """Batches travel from a worker, and to the device, in chunks of at most this size. One by one, the hand-over (0.3 ms)
 would cost more than the reading."""
-
-Chunk = tuple[torch.Tensor, torch.Tensor]
-"""uint8 [k, b, C, H, W] and int64 [k, b]: k consecutive batches."""
 
 
 class Piece(NamedTuple):
@@ -75,7 +69,7 @@ class StreamingSource:
         self._workers, self._device = workers, device
 
     def batches(self, first: int) -> Iterator[Batch]:
-        for images, labels in _in_workers(replace(self._lanes, first_batch=first), self._workers):
+        for images, labels in in_workers(replace(self._lanes, first_batch=first), self._workers):
             if self._device.type == "cuda":
                 # Pinned, the copy does not wait for the device; the allocator keeps the memory until it is done.
                 images, labels = images.pin_memory(), labels.pin_memory()
@@ -177,45 +171,3 @@ class _Lanes(IterableDataset[Chunk | UserError]):
                 if not filled:
                     yield mirrored(images), labels
             del samples  # before the next shard is read, so that only one is held
-
-
-def _in_workers(chunks: _Lanes, workers: int) -> Iterator[Chunk]:
-    """The chunks of all workers side by side; without workers, read here. The workers end with this generator."""
-    loader = DataLoader(
-        chunks,
-        batch_size=None,
-        num_workers=workers,
-        generator=torch.Generator(),  # else it draws from the global one
-        worker_init_fn=_leave_signals_to_parent,
-    )
-    with warnings.catch_warnings():
-        # Python 3.12 warns of fork in a process with threads; the workers use none of what such threads hold.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        iterator = iter(loader)
-    try:
-        while True:
-            parts: list[Chunk] = []
-            for _ in range(max(workers, 1)):  # the loader asks its workers in turn
-                item = next(iterator)
-                if isinstance(item, UserError):
-                    raise item
-                parts.append(item)
-            images, labels = zip(*parts, strict=True)
-            yield parts[0] if len(parts) == 1 else (torch.cat(images, dim=1), torch.cat(labels, dim=1))
-    finally:
-        del iterator  # joins the workers
-
-
-def _leave_signals_to_parent(_: int) -> None:
-    """Ctrl-C, the launcher and Slurm signal every process; the workers must go on until the parent has saved."""
-    parent = os.getppid()
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-
-    def end_when_parent_says() -> None:
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
-            pass
-        os._exit(0)
-
-    threading.Thread(target=end_when_parent_says, daemon=True).start()

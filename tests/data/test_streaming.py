@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import random
 import signal
@@ -332,6 +333,29 @@ def test_workers_end_with_the_iterator(tmp_path: Path) -> None:
     streams[0].close()  # type: ignore[attr-defined]
     assert len(children()) == len(before) + 2
     del streams, stream
+    assert len(children()) == len(before)
+
+
+def test_workers_that_never_start_are_forked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPython before 3.12 leaves a child so when a thread of C++ enters Python during the fork."""
+    monkeypatch.setattr("pipeline.data.workers.START_SECONDS", 0.5)
+    dataset = numbered_dataset(tmp_path, COUNTS)
+    expected, before, left = numbers(make_source(dataset), 0, 100), children(), multiprocessing.Value("i", 2)
+
+    def stand_still() -> None:
+        with left.get_lock():
+            left.value -= 1
+            stands = left.value >= 0
+        while stands:
+            signal.pause()
+
+    os.register_at_fork(after_in_child=stand_still)
+    stream = make_source(dataset, workers=2).batches(0)
+    found = np.stack([stored_numbers(images) for images, _ in islice(stream, 100)])
+    assert np.array_equal(found, expected.numpy())
+    assert left.value <= -2, "two stood still, two were forked in their place"
+    assert len(children()) == len(before) + 2
+    stream.close()  # type: ignore[attr-defined]
     assert len(children()) == len(before)
 
 
