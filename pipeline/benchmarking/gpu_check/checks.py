@@ -14,8 +14,8 @@ from pipeline.benchmarking.gpu_check.table import Check, Rows, row
 from pipeline.distributed.collectives import Ranks
 from pipeline.storage.provenance import provenance
 
-OBJECTIVES = ("wgan", "wgan_notebook", "wgan_gp", "lsgan", "gan", "acgan")
-"""Files of configs/."""
+OBJECTIVES = ("wgan", "wgan_notebook", "wgan_gp", "lsgan", "gan", "acgan", "quickstart")
+"""Files of configs/; the last one is of acwgan."""
 
 
 def machine(context: Context) -> Rows:
