@@ -77,7 +77,8 @@ def _kill(processes: set[BaseProcess]) -> None:
 
 
 def _begin(_: int, started: Semaphore) -> None:
-    """Ctrl-C, the launcher and Slurm signal every process; the workers must go on until the parent has saved."""
+    """Leaves signals to the parent, then says that this worker has started: Ctrl-C, the launcher and Slurm signal every
+    process, and the workers must go on until the parent has saved."""
     parent = os.getppid()
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
