@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,9 @@ from pipeline.models.networks import KERNEL
 HALF = KERNEL // 2
 CPU_LANES = 16
 """float32 numbers of a vector register."""
+LARGE_KERNEL, LARGEST_SMALL_SIDE = 2**18, 6
+"""Numbers of a kernel that a cache does not hold beside its images; pixels a side up to which much of what they are
+multiplied with is padding."""
 PAIR_TAPS = 1 + 2 * torch.arange(3).view(3, 1, 1) + torch.arange(2).view(2, 1) - torch.arange(2)
 """(3, 2, 2): which tap of a kernel's row (with a zero at either end) connects pixel p of the input pair m - 1 pairs
 away with pixel q of an output pair."""
@@ -40,7 +43,15 @@ def faster_form(layer: nn.Module) -> Callable[..., Tensor] | None:
             return convolution_by_taps
         if layer.out_channels < CPU_LANES:
             return convolution_on_pairs
+        # Twice as fast on Xeons with AMX; on an EPYC without it a step lost 5 %.
+        if layer.weight.numel() >= LARGE_KERNEL and torch.cpu._is_amx_tile_supported():
+            return convolution_by_products
     return None
+
+
+def _on_plain_cpu(images: Tensor) -> bool:
+    """Without autocast, under which operands have different types and torch's own functions choose."""
+    return images.is_cpu and not torch.is_autocast_enabled("cpu")
 
 
 def convolution_by_taps(layer: nn.Conv2d, images: Tensor) -> Tensor:
@@ -73,11 +84,72 @@ def convolution_on_pairs(layer: nn.Conv2d, images: Tensor) -> Tensor:
     return outputs.permute(0, 3, 1, 2)
 
 
+def convolution_by_products(layer: nn.Conv2d, images: Tensor) -> Tensor:
+    """As matrix products of parts of the operands, which leave out the padding: half of the time on maps of 4 x 4."""
+    if not _on_plain_cpu(images) or max(images.shape[2:]) > LARGEST_SMALL_SIDE:
+        return F.conv2d(images, layer.weight, layer.bias, padding=HALF)
+    outputs: Tensor = _ConvolutionByProducts.apply(images, layer.weight, layer.bias)
+    return outputs
+
+
+class _ConvolutionByProducts(torch.autograd.Function):
+    """On rows (h * n, w * channels) of maps, row 0 of all n first, and the kernel (out, KERNEL, KERNEL * in)."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(images, weight)
+        n, _, h, w = images.shape
+        inputs, kernel, outputs = _rows(images), weight.permute(0, 2, 3, 1).flatten(2), bias.repeat(h * n, w)
+        for into, taps, out in _products(images.shape, len(weight)):
+            outputs[out].addmm_(inputs[into], kernel[taps].T)
+        return outputs.view(h, n, w, -1).permute(1, 3, 0, 2)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        images, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient penalty differentiates once more, and torch knows how
+            rest = [len(weight)], [1, 1], [HALF, HALF], [1, 1], False, [0, 0], 1, ctx.needs_input_grad
+            gradients: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(upstream, images, weight, *rest)
+            return gradients
+        n, _, h, w = images.shape
+        _, trained, _ = ctx.needs_input_grad
+        inputs, kernel, above = _rows(images), weight.permute(0, 2, 3, 1).flatten(2), _rows(upstream)
+        for_inputs, for_kernel = torch.zeros_like(inputs), torch.zeros_like(kernel) if trained else None
+        for into, taps, out in _products(images.shape, len(weight)):
+            for_inputs[into].addmm_(above[out], kernel[taps])
+            if for_kernel is not None:
+                for_kernel[taps].addmm_(above[out].T, inputs[into])
+        for_images = for_inputs.view(h, n, w, -1).permute(1, 3, 0, 2).contiguous(memory_format=torch.channels_last)
+        if for_kernel is None:
+            return for_images, None, None
+        return for_images, for_kernel.view(len(weight), KERNEL, KERNEL, -1).permute(0, 3, 1, 2), upstream.sum((0, 2, 3))
+
+
+def _rows(images: Tensor) -> Tensor:
+    """(n, c, h, w) -> (h * n, w * c)."""
+    n, c, h, w = images.shape
+    return images.permute(2, 0, 3, 1).reshape(h * n, w * c)
+
+
+def _products(shape: Sequence[int], out_channels: int) -> Iterator[tuple[Any, Any, Any]]:
+    """For every column of outputs and every row of the kernel: which part of the inputs' rows times which part of the
+    kernel adds to which part of the outputs' rows."""
+    n, in_channels, height, width = shape
+    for column in range(width):
+        first, last = max(0, HALF - column), min(KERNEL, HALF - column + width)
+        into_columns = slice((column - HALF + first) * in_channels, (column - HALF + last) * in_channels)
+        out_columns = slice(column * out_channels, (column + 1) * out_channels)
+        for row in range(KERNEL):
+            top, bottom = max(0, HALF - row), min(height, HALF - row + height)
+            into = slice((top + row - HALF) * n, (bottom + row - HALF) * n), into_columns
+            taps = slice(None), row, slice(first * in_channels, last * in_channels)
+            yield into, taps, (slice(top * n, bottom * n), out_columns)
+
+
 def transposed_convolution(layer: nn.ConvTranspose2d, images: Tensor) -> Tensor:
     """With the gradient of its kernel taken as that of the convolution in the other direction: two thirds of the time
     that torch's own takes."""
-    # Under autocast the operands have different types, and torch's own functions choose.
-    if torch.is_grad_enabled() and images.is_cpu and not torch.is_autocast_enabled("cpu"):
+    if torch.is_grad_enabled() and _on_plain_cpu(images):
         outputs: Tensor = _TransposedConvolution.apply(images, layer.weight, layer.bias)
         return outputs
     return F.conv_transpose2d(images, layer.weight, layer.bias, stride=2, padding=HALF, output_padding=1)

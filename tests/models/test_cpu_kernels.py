@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import NetworkConfig
+from pipeline.models import cpu_kernels
 from pipeline.models.cpu_kernels import (
+    convolution_by_products,
     convolution_by_taps,
     convolution_on_pairs,
     faster_form,
@@ -77,6 +79,7 @@ def everything(layer: nn.Module, images: Tensor, trained: bool) -> list[Tensor]:
 FORMS: list[tuple[Callable[..., Tensor], Callable[[], nn.Module]]] = [
     (convolution_by_taps, lambda: nn.Conv2d(30, 1, 5, padding=2)),
     (convolution_on_pairs, lambda: nn.Conv2d(3, 2, 5, padding=2)),
+    (convolution_by_products, lambda: nn.Conv2d(3, 20, 5, padding=2)),
 ]
 
 
@@ -88,7 +91,10 @@ def test_each_form_of_a_convolution_is_the_stock_layer(
     build: Callable[[], nn.Module],
     trained: bool,
     shape: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(cpu_kernels, "LARGE_KERNEL", 1000)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     random = torch.Generator().manual_seed(sum(shape))
     layer = build().double().to(memory_format=torch.channels_last)
     channels = layer.get_parameter("weight").shape[1]
@@ -116,12 +122,16 @@ def test_gradients_of_the_transposed_convolution_are_torchs(size: int) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_the_reference_networks_get_each_form_and_keep_their_state() -> None:
+@pytest.mark.parametrize("has_amx", [True, False])
+def test_the_reference_networks_get_each_form_and_keep_their_state(
+    has_amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
     generator, critic = Generator(NetworkConfig(), (1, 28, 28)), Critic(NetworkConfig(), (1, 28, 28))
     before = {**generator.state_dict(), **critic.state_dict()}
     forms = [faster_form(layer) for network in (generator, critic) for layer in network.modules()]
     found = [form for form in forms if form is not None]
-    assert found == [transposed_convolution] * 2 + [convolution_by_taps]
+    assert found == [transposed_convolution] * 2 + [convolution_by_taps] + [convolution_by_products] * has_amx
     for network in (generator, critic):
         use_cpu_kernels(network)
     after = {**generator.state_dict(), **critic.state_dict()}
