@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -169,6 +170,8 @@ def serve(control: socket.socket) -> None:
             importlib.import_module(name)
     threads = list(Path("/proc/self/task").iterdir())
     assert len(threads) == 1, "a fork copies the calling thread alone, and the locks that others hold stay locked"
+    gc.collect()
+    gc.freeze()  # or every rank would look through what all inherit, and copy its pages
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody here waits for a launcher
     parent = os.getppid()
     while os.getppid() == parent:

@@ -8,6 +8,7 @@ import base64
 import io
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
@@ -133,13 +134,18 @@ def _summary(run: Run) -> dict[str, object]:
     }
 
 
-def _render(kind: str, **context: object) -> str:
+@cache
+def _templates() -> Environment:
     loader, escaped = FileSystemLoader(Path(__file__).parent), select_autoescape(["html.jinja"])
     jinja = Environment(loader=loader, autoescape=escaped, trim_blocks=True, lstrip_blocks=True)
     jinja.filters |= {"number": number, "duration": duration, "percent": percent, "setting": setting, "code": code}
     jinja.globals |= {"line_chart": line_chart, "bar_chart": bar_chart, "verdict": verdict, "few_images": few_images}
     jinja.globals |= {"counted": counted, "copies_in_words": copies_in_words, "critic_in_words": critic_in_words}
-    return jinja.get_template(f"page.{kind}.jinja").render(context)
+    return jinja
+
+
+def _render(kind: str, **context: object) -> str:
+    return _templates().get_template(f"page.{kind}.jinja").render(context)
 
 
 def _write(path: Path, text: str) -> None:
