@@ -12,7 +12,7 @@ python=${PYTHON:-python3}
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 .venv/bin/python -m pip install --quiet -e '.[dev]'
 sync  # gigabytes were just written: an fsync of a test would wait for all of them, while its ranks wait for each other
-processes=${TEST_PROCESSES:-$(nproc)}
+processes=${TEST_PROCESSES:-$(($(nproc) + 1))}  # one more than cores: some tests wait
 export OMP_NUM_THREADS=1  # the tests run side by side; nproc would count by it
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .

@@ -89,7 +89,7 @@ def test_the_neighbour_is_there_in_every_second_round_and_gone_afterwards(
 def test_the_benchmark_measures_what_it_says(world_size: int, mnist_dataset: Dataset, tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     settings = ["--steps", "10", "--json", str(figures), "--data.root", str(mnist_dataset.folder.parent)]
-    result = launch(ROOT / "pipeline/benchmark.py", [*SMALL, *settings], world_size)
+    result = launch(ROOT / "tests/benchmarking/brief_benchmark.py", [*SMALL, *settings], world_size)
     assert result.returncode == 0, result.stderr[-3000:]
     found = json.loads(figures.read_text())
     assert found == json.loads(result.stdout), "what is printed"

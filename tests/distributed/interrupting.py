@@ -18,7 +18,7 @@ from pipeline.storage.run_folder import RunFolder
 from tests.jobs import ROOT, environment, final_state, flags, launch_command, tiny_config
 from tests.ranks import Job
 
-STEPS = 150
+STEPS = 130
 LIMIT_SECONDS = 120
 
 
@@ -100,7 +100,7 @@ def interruptible(dataset: Path, root: Path, name: str, steps: int = STEPS) -> C
     return tiny_config(
         run={"name": name, "root": str(root), "checkpoint_every": 5},
         data={"dataset": str(dataset)},
-        training={"steps": steps, "n_critic": 2},
+        training={"steps": steps, "n_critic": 1},
     )
 
 

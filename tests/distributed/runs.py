@@ -54,8 +54,8 @@ RECIPES: dict[str, Settings] = {
     "augmented": VARIANTS["augmented"],
 }
 """That a resume could forget a part of."""
-EXACT: Settings = {"runtime": {"precision": "float64"}}
-EXACT_PARTS: Settings = {"runtime": {"precision": "float64", "accumulation": 4}}
+EXACT: Settings = {"runtime": {"precision": "float64"}, "training": {"batch_size": 32}}
+EXACT_PARTS: Settings = {"runtime": {"precision": "float64", "accumulation": 4}, "training": {"batch_size": 32}}
 BF16: Settings = {"runtime": {"precision": "bf16"}}
 BF16_PARTS: Settings = {"runtime": {"precision": "bf16", "accumulation": 4}}
 GUIDE: Settings = {
@@ -121,8 +121,8 @@ RUNS: dict[str, Run] = {
     # Other networks
     **{f"guide-{w}": whole(w, GUIDE, EXACT, SCORED) for w in (1, 2)},
     "guide-resumed-2": Run(((2, 7), (2, STEPS)), (GUIDE, EXACT)),
-    **{f"large-{w}": Run(((w, STEPS),), (LARGE, EXACT), "large") for w in (1, 2)},
-    "large-resumed-2": Run(((2, 7), (2, STEPS)), (LARGE, EXACT), "large"),
+    **{f"large-{w}": Run(((w, STEPS),), (EXACT, LARGE), "large") for w in (1, 2)},
+    "large-resumed-2": Run(((2, 7), (2, STEPS)), (EXACT, LARGE), "large"),
     "whole-48": whole(4, EXACT, {"training": {"batch_size": 48}}),
     "three": Run(((4, 9), (3, STEPS)), (EXACT, {"training": {"batch_size": 48}})),
     # Fewer digits

@@ -23,7 +23,7 @@ TRAIN = ROOT / "pipeline/train.py"
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("num_processes", "kills", "steps"), [(1, 14, 350), (2, 12, 300), (4, 6, 150)])
+@pytest.mark.parametrize(("num_processes", "kills", "steps"), [(1, 14, 280), (2, 12, 240), (4, 6, 120)])
 def test_chaos(num_processes: int, kills: int, steps: int, tiny_dataset: Path, tmp_path: Path) -> None:
     """32 SIGKILLs in all, at random moments, of random ranks or the whole tree; between them files rot."""
     chance = random.Random(num_processes)
