@@ -49,7 +49,7 @@ def line_chart(
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         else:
             axes.yaxis.set_major_locator(MaxNLocator(5))
-            axes.ticklabel_format(axis="y", style="plain", useOffset=False)
+            axes.ticklabel_format(axis="y", scilimits=(-6, 9), useOffset=False)  # else up to 300 zeroes
         if floor:
             _draw_floor(axes, floor, low, high)
         axes.xaxis.set(major_locator=MaxNLocator(6, integer=True), major_formatter=EngFormatter(sep=""))

@@ -250,7 +250,7 @@ def _read_log(path: Path, notes: list[str]) -> list[dict[str, object]]:
 
 def _read_evaluation(path: Path, notes: list[str]) -> Evaluation | None:
     match _read_mapping(path, parse_json, notes):
-        case {"step": int() as step, "features": dict() as features, **settings}:
+        case {"step": int() as step, "features": dict() as features, **settings} if finite(step) is not None:
             scores = {str(name): item for name, item in features.items() if isinstance(item, dict)}
             return Evaluation(step, {str(key): value for key, value in settings.items()}, scores)
     return None

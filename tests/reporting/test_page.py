@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -440,6 +440,8 @@ RECORDS = st.dictionaries(KEYS, VALUES | st.dictionaries(KEYS, VALUES | st.dicti
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.text() | RECORDS.map(json.dumps), max_size=4), RECORDS | VALUES, RECORDS | VALUES)
+@example([], {}, {"fid": 1e-100})
+@example([], {"step": 10**400, "features": {"mnist": {"fid": 1.0}}}, {})
 def test_no_content_of_the_files_breaks_the_report(log: list[str], scores: object, environment: object) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder)
