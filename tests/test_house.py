@@ -126,6 +126,7 @@ def test_the_readme_names_every_folder_and_every_file_at_the_top() -> None:
             assert f"`{name}`" in table, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "imported"),
     [

@@ -21,6 +21,7 @@ def test_seed_is_the_hash_of_the_arguments() -> None:
     assert seeded(0, "critic latents", 7, 3).initial_seed() == 5317288189606675142
 
 
+@pytest.mark.slow
 def test_another_process_draws_the_same_whatever_its_hash_seed() -> None:
     code = "from pipeline.rng import *; print(generator_latents(3, 5, 4, 2, slice(None)).tolist())"
     outputs = {

@@ -152,6 +152,7 @@ def changed_load(load: Callable[..., None]) -> Callable[..., None]:
     return wrong
 
 
+@pytest.mark.slow
 def test_a_resume_is_seen_to_be_exact_or_not(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact, "STOPS", 1)
     with process_kept():

@@ -67,6 +67,7 @@ def test_every_form_in_use_is_in_the_table(
     assert not any(layer._forward_pre_hooks for layer in trainer.state.generator.modules())
 
 
+@pytest.mark.slow
 def test_the_neighbour_is_there_in_every_second_round_and_gone_afterwards(
     config: Config, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,7 @@ def mounted(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_sound_run_is_found_so_by_two_ranks_and_nothing_is_left_behind(tiny_dataset: Path, tmp_path: Path) -> None:
     root = tmp_path / "below" / "runs"
     result = launch(DOCTOR, settings(tiny_dataset, root, "--data.source", "streaming", "--checksums", "all"), 2)

@@ -302,6 +302,7 @@ def test_a_kept_download_that_rots_is_fetched_again(mirror: Mirror, tmp_path: Pa
     assert mirror.requests == ["train-labels-idx1-ubyte.gz", "t10k-labels-idx1-ubyte.gz"]
 
 
+@pytest.mark.slow
 def test_a_killed_download_goes_on_where_it_was(mirror: Mirror, tmp_path: Path, no_npm: None) -> None:
     mirror.failing["t10k-images-idx3-ubyte.gz"] = "stalled"
     with subprocess.Popen(
@@ -330,6 +331,7 @@ def test_a_failing_npm_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "ECONNREFUSED" in line
 
 
+@pytest.mark.slow
 def test_a_kill_while_writing_leaves_nothing_half_done(
     idx_folder: Path, mnist_dataset: Dataset, tmp_path: Path
 ) -> None:
@@ -347,6 +349,7 @@ def test_a_kill_while_writing_leaves_nothing_half_done(
     assert {path.name for path in tmp_path.iterdir()} == {"mnist", ".mnist.lock"}
 
 
+@pytest.mark.slow
 def test_of_several_processes_one_prepares(idx_folder: Path, mnist_dataset: Dataset, tmp_path: Path) -> None:
     processes = [
         subprocess.Popen(command("mnist", "--from", idx_folder, "--root", tmp_path), stderr=subprocess.PIPE, text=True)
@@ -648,6 +651,7 @@ def test_existing_shards_are_indexed_where_they_are(tmp_path: Path, mirror: Mirr
     ]
 
 
+@pytest.mark.slow
 def test_what_is_wrong_in_existing_shards_is_named(tmp_path: Path) -> None:
     def fails(words: str, *patterns: str) -> None:
         with pytest.raises(UserError, match=words):

@@ -149,6 +149,7 @@ def test_a_manifest_is_read_without_torch(module: str) -> None:
     assert (result.stdout, result.stderr) == (b"set()\n", b"")
 
 
+@pytest.mark.slow
 def test_sources_need_no_torchvision() -> None:
     modules = "pipeline.data.prepare, pipeline.data.resident, pipeline.data.streaming"
     code = f"import sys, {modules}; print('torchvision' in sys.modules)"

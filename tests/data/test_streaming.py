@@ -395,6 +395,7 @@ if sys.argv[2] == "wait":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["exit", "raise", "kill"])
 def test_no_worker_outlives_its_process(tmp_path: Path, ending: str) -> None:
     dataset = numbered_dataset(tmp_path, COUNTS)

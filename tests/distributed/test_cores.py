@@ -30,6 +30,7 @@ def shares(folder: Path, num_processes: int) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(num_processes)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(CORES) < 2, reason="takes two cores")
 def test_each_rank_has_cores_of_its_own(tmp_path: Path) -> None:
     first, second = shares(tmp_path, 2)
@@ -88,6 +89,7 @@ print(seconds_spun())
 """
 
 
+@pytest.mark.slow
 def test_threads_that_wait_for_work_sleep_while_there_is_a_sleeping_team() -> None:
     """Told to spin for minutes, a thread of torch's uses its core while the program sleeps."""
     result = subprocess.run(

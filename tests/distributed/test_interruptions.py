@@ -40,6 +40,7 @@ TRAIN = ROOT / "pipeline/train.py"
 ENDLESS = {"steps": 100_000}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_signal_to_any_rank_stops_all_after_a_save(
@@ -78,6 +79,7 @@ def test_a_stopped_run_goes_on_and_ends_as_if_nothing_had_been(tiny_dataset: Pat
     assert steps == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_a_stop_before_the_first_step_or_during_a_save_is_as_good_as_any(tiny_dataset: Path, tmp_path: Path) -> None:
     """The moment is when a file shows it: the lock is taken before the first step, a `.tmp` is a save under way."""
     run, log = tmp_path / "stopped", tmp_path / "log"
@@ -116,6 +118,7 @@ def test_a_second_interrupt_stops_at_once_even_a_rank_that_waits_for_another(
         assert not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_processes", "number"), [(1, signal.SIGTERM), (1, signal.SIGKILL), (2, signal.SIGKILL)])
 def test_no_rank_outlives_its_launcher(
     num_processes: int, number: signal.Signals, tiny_dataset: Path, tmp_path: Path
@@ -219,6 +222,7 @@ def test_a_damaged_shard_stops_the_job_and_is_named_by_the_rank_that_met_it(tiny
     assert re.search(rf"\[rank \d\] error: .*{shard.name}", result.stderr), result.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_what_a_fault_of_one_rank_changed_is_never_committed(tiny_dataset: Path, tmp_path: Path) -> None:
     config = interruptible(tiny_dataset, tmp_path, "faulty", steps=8)
     result = launch(ROOT / "tests/distributed/drift.py", flags(changed(config, run={"checkpoint_every": 1})), 2)
@@ -294,6 +298,7 @@ def job_on(disk: Path, dataset: Path, log: Path, max_save_failures: int) -> Iter
         yield process
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(
     small_disk: Path, tiny_dataset: Path, tmp_path: Path
 ) -> None:
@@ -312,6 +317,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(
             time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full_stops_the_run_after_the_tolerated_failures(
     small_disk: Path, tiny_dataset: Path, tmp_path: Path
 ) -> None:

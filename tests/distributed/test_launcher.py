@@ -36,6 +36,7 @@ def test_what_no_launcher_says_is_one_line(variables: dict[str, str], line: str)
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_rank_that_has_saved_ends_whatever_the_launcher_sends_it(tmp_path: Path) -> None:
     """When another one was faster. Its own last act is to remove the stop file, or no job is queued again."""
     stop = tmp_path / "stop"

@@ -62,6 +62,7 @@ def test_a_critic_that_holds_generated_images_for_more_real_has_no_overfitting_t
     json.dumps(found, allow_nan=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_a_critic_of_few_images_learns_them_by_heart(seed: int, digits: Dataset) -> None:
     """Trained on 60 digits, with noise and some other digits as what is generated, it soon tells these 60 from digits
@@ -100,6 +101,7 @@ def test_real_images_are_the_same_for_any_number_of_ranks(digits: Dataset, monke
     assert MOST_IMAGES == 2000
 
 
+@pytest.mark.slow
 def test_scores_of_a_run_tell_of_its_critic(digits: Dataset, tmp_path: Path) -> None:
     """Where a checkpoint holds one, and the dataset is the one that it was trained on."""
     generator = random_generator()

@@ -134,6 +134,7 @@ def test_real_statistics_do_not_depend_on_the_world_size(
                     assert torch.equal(ours[name], tensor), name
 
 
+@pytest.mark.slow
 def test_labels_give_the_rate_of_the_asked_class(digits: Dataset, extractor: FeatureExtractor) -> None:
     images, labels = load_split(digits, "test")
     wrong = labels.clone()
@@ -162,6 +163,7 @@ def test_too_few_images_give_null_scores(digits: Dataset, extractor: FeatureExtr
     json.dumps(scores, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_the_reference_can_be_either_split_and_the_other_gives_the_floor(
     digits: Dataset, extractor: FeatureExtractor
 ) -> None:
@@ -177,6 +179,7 @@ def test_the_reference_can_be_either_split_and_the_other_gives_the_floor(
     assert against_train["fid_floor"] == pytest.approx(against_test["fid_floor"], rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [200, 610, 900])
 def test_the_floor_is_of_as_many_images_as_are_scored(count: int, digits: Dataset, extractor: FeatureExtractor) -> None:
     """As many test images, of 610; the same ones whatever is scored, so they score at it."""
@@ -255,6 +258,7 @@ def test_a_rank_stops_with_another_that_was_interrupted() -> None:
         poll()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", [False, True])
 def test_a_shard_that_one_rank_finds_damaged_ends_all_of_them_and_is_named(
     known: bool, digits_files: dict[str, Path], tmp_path: Path

@@ -38,6 +38,7 @@ def learned(dataset: Dataset, images: Tensor, labels: Tensor) -> dict[str, Any]:
     return gan_train(ImageSet.of_tensor(images, labels), dataset, 0, CPU, never_ends)
 
 
+@pytest.mark.slow
 def test_it_falls_with_wrong_classes_and_with_missing_ones(quarters: Dataset) -> None:
     """Real images under the name of generated ones teach everything; shuffled classes nothing, three of four three
     quarters."""

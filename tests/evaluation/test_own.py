@@ -66,6 +66,7 @@ def dataset(trained: Dataset, tmp_path: Path) -> Dataset:
     return load_dataset(tmp_path / "copy")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "counts", "seed"),
     [((3, 10, 20), {"train": 640, "test": 200}, 1), ((1, 36, 9), {"train": 640}, 2), ((3, 5, 7), {"train": 640}, 3)],

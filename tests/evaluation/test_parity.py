@@ -61,6 +61,7 @@ def compare(found: dict[str, float], expected: dict[str, float], kernel: float =
         assert found[name] == pytest.approx(expected[name], rel=tolerance, abs=rounding), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_fake", [300, 1300])
 def test_mnist_features(num_fake: int, mnist_dataset: Dataset, extractor: FeatureExtractor) -> None:
     """Digits with noise in them against digits; with 300, fewer images a class than features."""

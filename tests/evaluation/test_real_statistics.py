@@ -120,6 +120,7 @@ def test_another_split_dataset_or_network_has_a_file_of_its_own(
     assert "damaged" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_damage_anywhere_is_noticed_and_repaired(
     digits: Dataset, counting: Counting, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,6 +228,7 @@ def test_a_second_evaluation_computes_no_score_of_real_images(
             evaluate_images(again, digits, [counting], other, seed=seed)
 
 
+@pytest.mark.slow
 def test_concurrent_runs_leave_one_whole_file(digits: Dataset, counting: Counting) -> None:
     script = """
 import sys, torch

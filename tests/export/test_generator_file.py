@@ -97,6 +97,7 @@ def test_a_file_that_is_not_an_export_is_refused_by_name(kind: str, export: Path
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.slow
 def test_reading_an_export_imports_neither_h5py_nor_torchvision(export: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from pipeline.export.generator_file import load_generator\n"

@@ -161,6 +161,7 @@ def hub() -> Iterator[tuple[str, type[Hub]]]:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_a_push_sends_every_file_and_a_refusal_is_one_line(
     hub: tuple[str, type[Hub]], run: Path, tmp_path: Path
 ) -> None:

@@ -43,6 +43,7 @@ def assert_onnx_is(path: Path, generator: Generator) -> None:
         assert np.abs(images - wanted).max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_classes", "shape"), [(0, (1, 28, 28)), (10, (1, 28, 28)), (3, (3, 32, 24))])
 def test_onnx_gives_the_same_images_for_any_batch(
     num_classes: int, shape: tuple[int, int, int], tmp_path: Path
@@ -53,6 +54,7 @@ def test_onnx_gives_the_same_images_for_any_batch(
     assert [path.name for path in tmp_path.iterdir()] == ["generator.onnx"]
 
 
+@pytest.mark.slow
 def test_a_float64_generator_becomes_float32(tmp_path: Path) -> None:
     generator = random_generator(0)
     save_export(random_generator(0).double(), tmp_path / "generator.safetensors", {})
@@ -64,6 +66,7 @@ def export(*arguments: object) -> subprocess.CompletedProcess[str]:
     return launch("pipeline.export", list(map(str, arguments)))
 
 
+@pytest.mark.slow
 def test_the_program_converts_and_never_overwrites(tmp_path: Path) -> None:
     generator = random_generator(10)
     source, copy, onnx = (tmp_path / name for name in ("source.safetensors", "copy.safetensors", "generator.onnx"))
@@ -86,6 +89,7 @@ def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
         convert(tmp_path / "source.safetensors", tmp_path / "generator.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
 def test_a_missing_package_is_named_with_the_command(package: str, tmp_path: Path) -> None:
     source, out = tmp_path / "source.safetensors", tmp_path / "generator.onnx"

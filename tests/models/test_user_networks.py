@@ -99,6 +99,7 @@ def test_a_parameter_of_two_names_is_exported(tmp_path: Path) -> None:
     assert torch.equal(render_range(load_export(path, ODD.generator), 0, 0, 5), render_range(generator, 0, 0, 5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_classes", [0, 3])
 def test_exports_and_onnx_give_the_same_images(num_classes: int, tmp_path: Path) -> None:
     generator = build_generator(GUIDE, (3, 16, 12), num_classes, seeded(1, "weights"))

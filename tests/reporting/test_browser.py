@@ -109,6 +109,7 @@ def contrast(first: str, second: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
@@ -142,6 +143,7 @@ def test_pages_in_a_browser(browser: Browser, tmp_path: Path, width: int, scheme
         assert [event for event in browser.events if event["method"] in wrong] == []
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_slider_in_a_browser(browser: Browser, run: Path) -> None:
     browser.open(write_report(run), 390, "light")

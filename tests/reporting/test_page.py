@@ -135,6 +135,7 @@ def test_report_is_self_contained_and_accessible(run: Path) -> None:
     assert used <= set(ids)
 
 
+@pytest.mark.slow
 def test_report_of_many_large_grids_stays_small(run: Path) -> None:
     for step in range(1, 61):
         save_image(run / "samples" / f"{3000 + step:05d}.png", (320, 320), step)
@@ -406,6 +407,7 @@ def test_page_that_cannot_be_written_is_an_error_of_one_line(tmp_path: Path, run
     assert [path for path in run.iterdir() if path.name.endswith(".tmp")] == []
 
 
+@pytest.mark.slow
 def test_script_runs_without_torch(run: Path, tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "pipeline" / "report.py"
     done = subprocess.run([sys.executable, script, run], capture_output=True, text=True, cwd=tmp_path, check=True)

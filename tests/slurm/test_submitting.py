@@ -58,6 +58,7 @@ def test_a_dry_chain_prints_what_a_real_one_submits(sbatch: Path, tmp_path: Path
     assert calls(sbatch)[0] == f"|--parsable --nodes 2 --comment=two words {TRAIN} --run.root {tmp_path} --run.name one"
 
 
+@pytest.mark.slow
 def test_a_sweep_given_again_trains_what_has_not_finished(sbatch: Path, tmp_path: Path) -> None:
     sweep = ["training.seed=0,1,2", "training.n_critic=1,2", "--nodes=1", "--", "--training.steps=9"]
     sweep.append(f"--run.root={tmp_path}/runs")

@@ -282,6 +282,7 @@ def test_a_checkpoint_says_its_format_and_later_ones_are_refused(run: RunFolder)
     assert find(run).step == 1
 
 
+@pytest.mark.slow
 def test_a_save_that_waits_for_a_lost_rank_does_not_keep_the_process(tmp_path: Path) -> None:
     """As after an error of this rank alone: nobody else will come to the save's collectives."""
     waiting = "import sys, threading; from pathlib import Path; import torch\n"
@@ -369,6 +370,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(small_disk: Path) -> No
     assert out.failures_in_a_row == 0
 
 
+@pytest.mark.slow
 def test_saves_leave_no_descriptor_no_thread_and_no_object_behind() -> None:
     """By hand, as many as one likes: `python -m tests.storage.many_saves`."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:  # where no fsync waits for a disk

@@ -14,6 +14,7 @@ from pipeline.training.trainer import Trainer
 from tests.jobs import changed, process_kept, tiny_config
 
 
+@pytest.mark.slow
 def test_the_steps_asked_for_are_traced_and_no_others(
     tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

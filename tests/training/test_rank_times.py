@@ -12,6 +12,7 @@ from tests.distributed.slow_rank import BURDEN_SECONDS
 from tests.jobs import ROOT, flags, launch, tiny_config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("burden", "waits"), [("reads", True), ("computes", False)])
 def test_a_rank_with_a_burden_of_its_own_is_named_once_and_the_run_goes_on(
     burden: str, waits: bool, tiny_dataset: Path, tmp_path: Path

@@ -63,6 +63,7 @@ def test_grids_without_a_name_for_each_run_are_refused(grid: list[str], message:
         names(grid, [])
 
 
+@pytest.mark.slow
 def test_a_run_is_finished_once_its_last_steps_generator_is_exported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

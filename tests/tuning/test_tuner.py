@@ -129,6 +129,7 @@ def tuner(digits: Dataset, tmp_path: Path) -> Iterator[Callable[..., Tuner]]:
         runtime.close()
 
 
+@pytest.mark.slow
 def test_workers_never_share_a_trial_and_end_at_the_number_asked_for(tuner: Callable[..., Tuner]) -> None:
     one, other = tuner(trials=5), tuner(trials=5)
     taken = [found for _ in range(5) for worker in (one, other) if (found := worker.take())]
@@ -142,6 +143,7 @@ def test_workers_never_share_a_trial_and_end_at_the_number_asked_for(tuner: Call
     assert [(trial.state.name, trial.value) for trial in one.study.trials[2:4]] == [("COMPLETE", 3.5), ("PRUNED", None)]
 
 
+@pytest.mark.slow
 def test_a_worker_alone_repeats_its_study(tuner: Callable[..., Tuner], tmp_path: Path) -> None:
     def proposals() -> list[dict[str, str]]:
         worker, found = tuner(trials=STARTUP_TRIALS + 4), []
@@ -157,6 +159,7 @@ def test_a_worker_alone_repeats_its_study(tuner: Callable[..., Tuner], tmp_path:
     assert all(1e-4 <= rate <= 1e-2 for rate in rates)
 
 
+@pytest.mark.slow
 def test_a_trial_that_ends_its_workers_is_given_up(tuner: Callable[..., Tuner], tmp_path: Path) -> None:
     for _ in range(MAX_ATTEMPTS):
         worker = tuner(trials=1)
@@ -167,6 +170,7 @@ def test_a_trial_that_ends_its_workers_is_given_up(tuner: Callable[..., Tuner], 
     assert (trial.state.name, trial.user_attrs["reason"]) == ("PRUNED", "given up, 3 workers ended in it")
 
 
+@pytest.mark.slow
 def test_a_study_with_other_settings_and_a_runs_folder_are_refused(tuner: Callable[..., Tuner], tmp_path: Path) -> None:
     tuner()
     tuner(trials=7)  # may change
