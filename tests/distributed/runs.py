@@ -55,9 +55,8 @@ RECIPES: dict[str, Settings] = {
 }
 """That a resume could forget a part of."""
 EXACT: Settings = {"runtime": {"precision": "float64"}, "training": {"batch_size": 32}}
-EXACT_PARTS: Settings = {"runtime": {"precision": "float64", "accumulation": 4}, "training": {"batch_size": 32}}
 BF16: Settings = {"runtime": {"precision": "bf16"}}
-BF16_PARTS: Settings = {"runtime": {"precision": "bf16", "accumulation": 4}}
+PARTS: Settings = {"runtime": {"accumulation": 4}}
 GUIDE: Settings = {
     "network": {"generator": "tests.guide:Generator", "critic": "tests.guide:Critic", "options": {"hidden": 12}},
     "training": {"objective": "acgan", "clip_value": None},
@@ -95,7 +94,7 @@ def whole(world_size: int, *settings: Settings) -> Run:
 RUNS: dict[str, Run] = {
     # The same trajectory at any number of ranks
     **{f"{name}-{w}": whole(w, chosen, EXACT) for name, chosen in (VARIANTS | SOURCES).items() for w in (1, 2, 4)},
-    **{f"{name}-parts-{w}": whole(w, chosen, EXACT_PARTS) for name, chosen in VARIANTS.items() for w in (1, 2)},
+    **{f"{name}-parts-{w}": whole(w, chosen, EXACT, PARTS) for name, chosen in VARIANTS.items() for w in (1, 2)},
     # A wide clip keeps this small critic's scores well above their rounding error.
     **{f"wgan-float32-{w}": whole(w, {"training": {"clip_value": 0.3}}) for w in (1, 2, 4)},
     **{f"lsgan-float32-{w}": whole(w, VARIANTS["lsgan"]) for w in (1, 2, 4)},
@@ -128,7 +127,7 @@ RUNS: dict[str, Run] = {
     # Fewer digits
     **{f"lsgan-bf16-whole-{w}": whole(w, VARIANTS["lsgan"], BF16) for w in (1, 2)},
     **{f"lsgan-bf16-resumed-{w}": Run(((w, 7), (w, STEPS)), (VARIANTS["lsgan"], BF16)) for w in (1, 2)},
-    **{f"lsgan-bf16-parts-{w}": whole(w, VARIANTS["lsgan"], BF16_PARTS) for w in (1, 2)},
+    **{f"lsgan-bf16-parts-{w}": whole(w, VARIANTS["lsgan"], BF16, PARTS) for w in (1, 2)},
     "plain": whole(2, VARIANTS["gan"]),
     "compressed": whole(2, VARIANTS["gan"], {"runtime": {"compress_gradients": True}}),
 }
