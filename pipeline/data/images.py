@@ -17,6 +17,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from pipeline.data.class_names import labels_of
 from pipeline.data.manifest import DataError, Dataset
 
 Images = npt.NDArray[np.uint8]
@@ -84,11 +85,9 @@ def open_images(path: Path, dataset: Dataset) -> Split:
     and an `.npz` file's labels are the classes that the images should show. Raises DataError naming the file.
     """
     if path.is_dir():
-        files, class_names, folders = list_images(path)
+        files, folders = list_images(path)
         _, height, width = common_shape((str(file), file_shape(file, str(file)), True) for file in files)
-        labels = None
-        if class_names and set(class_names) <= set(dataset.class_names):
-            labels = np.array([dataset.class_names.index(name) for name in class_names], np.int64)[folders]
+        labels = labels_of(folders, dataset.class_names)
         shape = (dataset.image_shape[0], height, width)
         found = Split(len(files), labels, partial(read_images, files, shape), files)
     else:
@@ -109,8 +108,8 @@ def open_images(path: Path, dataset: Dataset) -> Split:
     return found
 
 
-def list_images(folder: Path) -> tuple[list[Path], list[str], Labels]:
-    """Image files sorted by path, class names, labels (all 0 without classes)."""
+def list_images(folder: Path) -> tuple[list[Path], list[str]]:
+    """Image files sorted by path, and the subfolder that each lies in, its class; of unlabelled images none."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
     files = sorted(
@@ -124,11 +123,9 @@ def list_images(folder: Path) -> tuple[list[Path], list[str], Labels]:
     if len(files) > len(images):
         tqdm.write(f"{folder}: {len(files) - len(images)} files that are not images are left out", file=sys.stderr)
     parents = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in images]
-    names = sorted(set(parents))
-    if "" in names and len(names) > 1:
+    if "" in parents and any(parents):
         raise DataError(f"{folder} holds images both beside and inside of subfolders: classes are subfolders")
-    labels = np.array([names.index(parent) for parent in parents], np.int64)
-    return images, [] if names == [""] else names, labels
+    return images, parents if any(parents) else []
 
 
 def read_images(

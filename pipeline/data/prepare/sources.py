@@ -17,9 +17,10 @@ import numpy as np
 from braceexpand import braceexpand
 
 from pipeline.data import locations
+from pipeline.data.class_names import classes_of, labels_of, look
 from pipeline.data.images import ImageShape, Labels, Split, common_shape, file_shape, list_images, load_npz, read_images
-from pipeline.data.manifest import DataError, Dataset, Shard
-from pipeline.data.prepare.commit import DEFAULT_SIZES, ShardSizes, commit, preparing, write_shards
+from pipeline.data.manifest import FILE_NAME, DataError, Dataset, Shard, load_dataset
+from pipeline.data.prepare.commit import DEFAULT_SIZES, ShardSizes, commit, preparing, say, write_shards
 from pipeline.data.shards import parse_shard
 from pipeline.progress import bar
 
@@ -42,25 +43,45 @@ def prepare_folder(
     """Image files as `root`/`name`, shuffled once (a folder is sorted by class, a shard must not be).
 
     `paths` gives a folder for "train" and maybe "test"; its subfolders are the classes, without any the images are
-    unlabelled. All grey: C = 1; otherwise RGB. `crop` cuts the centre square of so many pixels a side out of each;
-    `size` then crops what is there to a square and resizes it. Raises DataError naming the file for images that do not
+    unlabelled. Subfolders whose names look the same are one class (class_names.py). All grey: C = 1; otherwise RGB.
+    `crop` cuts the centre square of so many pixels a side out of each; `size` then crops what is there to a square and
+    resizes it. Raises DataError naming the file for images that do not
     decode, are smaller than `crop`, or differ in size without either.
     """
     if size is not None and not 4 <= size <= MAX_SIZE:
         raise DataError(f"--size is {size}: it must lie between 4 and {MAX_SIZE}")
     listings = {split: list_images(path) for split, path in paths.items()}
-    class_names = listings["train"][1]
-    for split, (_, names, _) in listings.items():
-        if names != class_names:
-            raise DataError(f"{paths[split]} has the classes {names}, {paths['train']} has {class_names}")
-    every = bar(iterable=[file for files, _, _ in listings.values() for file in files], desc="checking", unit="image")
+    class_names = _folder_classes({paths[split]: folders for split, (_, folders) in listings.items()}, root / name)
+    every = bar(iterable=[file for files, _ in listings.values() for file in files], desc="checking", unit="image")
     found = common_shape(((str(file), _shape(file, crop), True) for file in every), check_size=size is None)
     shape = (found[0], size or found[1], size or found[2])
     splits = {}
-    for split, (files, _, labels) in listings.items():
+    for split, (files, folders) in listings.items():
         read = partial(read_images, files, shape, crop=crop, resize=size is not None)
-        splits[split] = Split(len(files), labels if class_names else None, read)
-    return _write(Dataset(root / name, name, shape, tuple(class_names), {}, kind=kind), splits, sizes)
+        splits[split] = Split(len(files), labels_of(folders, class_names), read)
+    return _write(Dataset(root / name, name, shape, class_names, {}, kind=kind), splits, sizes)
+
+
+def _folder_classes(folders: dict[Path, list[str]], dataset: Path) -> tuple[str, ...]:
+    """The classes' names of splits, of which each must have all. A dataset that is there already keeps its names and
+    their order, so that the command that prepared it in an earlier version finds it again.
+
+    Args:
+        folders: of each split's folder the subfolders of its images.
+        dataset: the dataset's folder.
+    """
+    classes = classes_of(name for names in folders.values() for name in names)
+    for path, names in folders.items():
+        if missing := [name for name, alike in classes.items() if not set(alike) & set(names)]:
+            raise DataError(f"{path} has no images of the classes {missing}: every split must have all classes")
+    if (dataset / FILE_NAME).exists():
+        existing = load_dataset(dataset, allow_shell_urls=True).class_names
+        if set(map(look, existing)) == set(map(look, classes)):
+            return existing
+    for name, alike in classes.items():
+        if len(alike) > 1:
+            say(f"{', '.join(map(repr, alike))} look the same: they are one class, {name!r}")
+    return tuple(classes)
 
 
 def _shape(file: Path, crop: int | None) -> ImageShape:
