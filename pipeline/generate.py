@@ -1,5 +1,6 @@
 """Draws images from a trained generator: `python pipeline/generate.py -g FILE`."""
 
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -15,14 +16,15 @@ def main() -> int:
     parser.add_argument("-g", "--generator", type=Path, required=True, help=source)
     parser.add_argument("--out", type=Path | None, help="grid or strip: a PNG file; with --count: a new folder of PNGs")
     parser.add_argument("--count", type=int | None, help="write this many single images instead of a grid")
-    parser.add_argument("--class", type=int | None, help="draw this class alone; image i is the seed's latent i")
+    one = "draw this class alone, by its name or its number from 0 on; image i is the seed's latent i"
+    parser.add_argument("--class", type=str, default=None, help=one)
     parser.add_argument("--interpolate", action="store_true", help="draw latent interpolations instead of a grid")
     parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="which weights of a checkpoint")
     own = "module:NAME of the code that the generator takes, if it is a network of its user's own"
     parser.add_argument("--network.generator", type=str | None, help=own)
     parser.add_argument("--seed", type=int, default=0, help="image i is a function of the seed and i")
     arguments = parser.parse_args()
-    seed, count, label = arguments.seed, arguments.count, arguments["class"]
+    seed, count = arguments.seed, arguments.count
     out: Path = arguments.out or Path("generated" if count else "generated.png")
     if count is not None and (count < 1 or arguments.interpolate):
         raise UserError(f"--count is {count}: give a positive number, and not together with --interpolate")
@@ -31,14 +33,14 @@ def main() -> int:
     if out.exists():
         raise UserError(f"{out}: exists already, choose another --out")
 
+    from pipeline.data.class_names import class_asked_for
     from pipeline.export.generator_file import load_generator  # here: `--help` and mistakes need no torch
-    from pipeline.export.images import interpolate, sample_grid, save_each, save_grid
+    from pipeline.export.images import interpolate, row_names, sample_grid, save_each, save_grid
 
     generator = load_generator(arguments.generator, arguments.weights, arguments.network.generator)
-    if label is not None and not generator.num_classes:
-        raise UserError(f"--class is {label}: {arguments.generator} has no classes, leave it away")
-    if label is not None and not 0 <= label < generator.num_classes:
-        raise UserError(f"--class is {label}: {arguments.generator} has the classes 0 to {generator.num_classes - 1}")
+    label = None
+    if (asked := arguments["class"]) is not None:
+        label = class_asked_for(asked, generator.class_names, generator.num_classes, arguments.generator)
     if count is not None:
         save_each(generator, seed, count, out, label)
     elif arguments.interpolate:
@@ -46,6 +48,8 @@ def main() -> int:
     else:
         images, columns = sample_grid(generator, seed, label)
         save_grid(images, out, columns)
+        if label is None and (names := row_names(generator)):
+            print(f"rows, from the top: {', '.join(map(repr, names))}", file=sys.stderr)
     print(out)
     return 0
 

@@ -29,6 +29,9 @@ KERAS_FORMAT = "gan-pipeline generator 1"
 KERAS_SUFFIXES = (".h5", ".hdf5")
 EXPORT_SUFFIXES = (".safetensors", *KERAS_SUFFIXES)
 """Single files that `load_generator` reads; its other sources are folders."""
+CLASS_NAMES = "class_names"
+"""Where an export's header, a checkpoint's progress and ONNX's metadata hold the names of the classes, as a JSON list.
+Files of earlier versions have none."""
 HUB_WEIGHTS = "model.safetensors"
 """An export by the name that it has in a folder of the Hugging Face Hub."""
 
@@ -40,6 +43,8 @@ def save_export(generator: AnyGenerator, path: Path, provenance: dict[str, Any])
         provenance: JSON-serialisable facts for the header (run, step, dataset fingerprint).
     """
     header = {"format": FORMAT, "generator": json.dumps(generator.spec()), "provenance": json.dumps(provenance)}
+    if generator.class_names:
+        header[CLASS_NAMES] = json.dumps(generator.class_names)
     own = generator.state_dict()
     # Copies: safetensors has no strides, and no two names of one tensor, as a network of the user's may have.
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in own.items()}
@@ -66,6 +71,7 @@ def _read_export(path: Path, code: str | None) -> tuple[AnyGenerator, dict[str, 
         if header["format"] == KERAS_FORMAT and isinstance(generator, Generator):
             tensors = mirror_state(generator, tensors)
         _load(generator, tensors)
+        _name_classes(generator, json.loads(header.get(CLASS_NAMES, "[]")))
         provenance = dict(json.loads(header.get("provenance", "{}")))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give an export, e.g. runs/NAME/export/generator.safetensors") from None
@@ -83,6 +89,7 @@ def generator_of(checkpoint: Checkpoint, weights: str, code: str | None = None) 
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     generator = generator_of_spec(checkpoint.progress["generator"], code, checkpoint.folder)
     _load(generator, own)
+    _name_classes(generator, checkpoint.progress.get(CLASS_NAMES, []))
     return _frozen(generator)
 
 
@@ -147,6 +154,15 @@ def fingerprint(generator: AnyGenerator) -> str:
 def _load(generator: AnyGenerator, tensors: dict[str, Tensor]) -> None:
     name, _ = next(generator.named_parameters())
     generator.to(tensors[name].dtype).load_state_dict(tensors)
+
+
+def _name_classes(generator: AnyGenerator, names: object) -> None:
+    """Takes over a file's names. Raises ValueError unless they are none or a text for each class."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{CLASS_NAMES} is not a list of texts")
+    if len(names) not in (0, generator.num_classes):
+        raise ValueError(f"{CLASS_NAMES} has {len(names)} names of {generator.num_classes} classes")
+    generator.class_names = tuple(names)
 
 
 def _frozen(generator: AnyGenerator) -> AnyGenerator:

@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 
 from pipeline.errors import UserError
-from pipeline.export.generator_file import FORMAT, HUB_WEIGHTS, fingerprint, save_export
-from pipeline.export.images import sample_grid, save_grid
+from pipeline.export.generator_file import CLASS_NAMES, FORMAT, HUB_WEIGHTS, fingerprint, save_export
+from pipeline.export.images import row_names, sample_grid, save_grid
 from pipeline.models.interface import AnyGenerator
 from pipeline.reporting.formatting import code, number
 from pipeline.reporting.read import Evaluation, Run, read_run
@@ -59,6 +59,7 @@ def write_hub_folder(
         undo.callback(shutil.rmtree, temporary)
         save_export(generator, temporary / HUB_WEIGHTS, dict(provenance))
         config = {"library_name": "gan-pipeline", "format": FORMAT, "generator": generator.spec(), **_settings(run)}
+        config |= {CLASS_NAMES: list(generator.class_names)} if generator.class_names else {}
         write_text(temporary / CONFIG, json.dumps(config | {"provenance": dict(provenance)}, indent=1))
         images, columns = sample_grid(generator, seed if isinstance(seed, int) else 0)
         save_grid(images, temporary / SAMPLES, columns)
@@ -151,6 +152,7 @@ def _card(
         **({"model-index": [_model_index(name, dataset, evaluation)]} if evaluation else {}),
     }
     channels, height, width = generator.image_shape
+    rows = ", ".join(map(code, row_names(generator)))
     lines = [
         f"# {name}",
         "",
@@ -160,6 +162,7 @@ def _card(
         "",
         f"![samples]({SAMPLES})",
         "",
+        *([f"Rows, from the top: {rows}.", ""] if rows else []),
         *_score_table(evaluation),
         "## Use",
         "",

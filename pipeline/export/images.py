@@ -16,6 +16,8 @@ from pipeline.storage.files import replacing
 
 BATCH = 500
 BORDER, GREY = 2, 128
+MOST_ROWS = 10
+"""Most classes that a grid shows."""
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
@@ -46,12 +48,17 @@ def render_range(generator: AnyGenerator, seed: int, start: int, stop: int, labe
 def sample_grid(generator: AnyGenerator, seed: int, label: int | None = None) -> tuple[Tensor, int]:
     """Images 0, 1, ... of a seed, uint8 (n, C, H, W) row by row, and the number of columns: 16 images, or 10 a class.
 
-    With classes and no `label`, row c shows images 0 to 9 of class c, for the first 10 classes.
+    With classes and no `label`, row c shows images 0 to 9 of class c, for the first 10 classes: see `row_names`.
     """
     if label is not None or not generator.num_classes:
         return render_range(generator, seed, 0, 16, label), 4
-    rows = [render_range(generator, seed, 0, 10, each) for each in range(min(generator.num_classes, 10))]
+    rows = [render_range(generator, seed, 0, 10, each) for each in range(min(generator.num_classes, MOST_ROWS))]
     return torch.cat(rows), 10
+
+
+def row_names(generator: AnyGenerator) -> tuple[str, ...]:
+    """Names of the classes in the rows of `sample_grid`, from the top; none where they are not known."""
+    return generator.class_names[:MOST_ROWS]
 
 
 def interpolate(generator: AnyGenerator, seed: int, rows: int, columns: int, label: int | None = None) -> Tensor:

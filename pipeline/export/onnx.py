@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from copy import deepcopy
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import UserError
+from pipeline.export.generator_file import CLASS_NAMES
 from pipeline.models.interface import AnyGenerator
 from pipeline.models.user_networks import told
 from pipeline.storage.files import replacing
@@ -18,7 +20,8 @@ def save_onnx(generator: AnyGenerator, path: Path) -> None:
     """Writes the generator as ONNX, float32, atomically. n, the batch, is free.
 
     Inputs: `latents` float32 (n, latent_dim), entries in [-1, 1]; with classes also `labels` int64 (n,) in
-    [0, num_classes). Output: `images` float32 (n, C, H, W), pixels in [0, 1], not mirrored.
+    [0, num_classes), whose names are a JSON list in the model's metadata. Output: `images` float32 (n, C, H, W), pixels
+    in [0, 1], not mirrored.
 
     Raises:
         UserError: the packages that write ONNX are not installed, or code of the user's can't be written so.
@@ -48,5 +51,7 @@ def save_onnx(generator: AnyGenerator, path: Path) -> None:
     except torch.onnx.OnnxExporterError as error:  # code of the user's may do what no graph can
         raise UserError(f"{path}: torch can't write this network as ONNX ({told(error)})") from error
     assert program is not None  # with dynamo=True
+    if generator.class_names:
+        program.model.metadata_props[CLASS_NAMES] = json.dumps(generator.class_names)
     with replacing(path) as temporary:
         program.save(temporary)

@@ -18,6 +18,9 @@ class AnyGenerator(nn.Module):
     def __init__(self, config: NetworkConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
         self.config, self.image_shape, self.num_classes = config, image_shape, num_classes
+        self.class_names: tuple[str, ...] = ()
+        """Label i asks for class_names[i]; empty where nothing has said the names, as files of earlier versions do not.
+        It is no part of `spec`, because a name changes nothing that is computed."""
 
     def spec(self) -> dict[str, Any]:
         """What it can be rebuilt from (`generator_of_spec`), as JSON-serialisable values.

@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -73,7 +74,7 @@ def bar_chart(title: str, values: object, levels: object = None) -> Markup | Non
         for x, name in enumerate(heights):
             if (level := finite(levels.get(name) if isinstance(levels, dict) else None)) is not None:
                 axes.plot((x - 0.44, x + 0.44), (level, level), color=INK, linewidth=1.6)
-        labels = [re.sub(r"[^ -~]", "?", str(name))[:12] for name in heights]  # what the font that measures them has
+        labels = ["".join(each if each.isprintable() else "?" for each in str(name))[:12] for name in heights]
         if len(labels) <= 30:
             axes.set_xticks(range(len(labels)), labels, rotation=0 if max(map(len, labels)) <= 3 else 90)
         axes.set_xlabel("class", color=INK, fontsize=9)
@@ -83,7 +84,12 @@ def bar_chart(title: str, values: object, levels: object = None) -> Markup | Non
 @contextmanager
 def _chart(title: str) -> Iterator[tuple[Figure, Axes]]:
     """A bare chart, and matplotlib's settings for it. The title keeps the ids of charts on one page apart."""
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "text.parse_math": False}):
+    with (
+        warnings.catch_warnings(),
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "text.parse_math": False}),
+    ):
+        # The font that measures labels need not have their characters: the browser draws them in one that has.
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.add_subplot()
         axes.grid(axis="y", color=RULE, linewidth=0.8)

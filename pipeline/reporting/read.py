@@ -128,6 +128,12 @@ class Run:
         return {key: pair for key, pair in known.items() if pair[0] != pair[1]}
 
     @property
+    def sample_rows(self) -> list[str]:
+        """Names of the classes in the rows of the grids; empty without classes, and in runs of earlier versions."""
+        names = self.environment.get("sample_rows")
+        return [str(name) for name in names] if isinstance(names, list) else []
+
+    @property
     def latest(self) -> Evaluation | None:
         return self.evaluations[-1] if self.evaluations else None
 

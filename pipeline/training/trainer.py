@@ -15,8 +15,8 @@ from pipeline.distributed.slurm import job_id
 from pipeline.errors import Preempted, UserError
 from pipeline.evaluation.scorer import Scorer
 from pipeline.evaluation.selection import Selection
-from pipeline.export.generator_file import save_export
-from pipeline.export.images import interpolate, sample_grid, save_grid
+from pipeline.export.generator_file import CLASS_NAMES, save_export
+from pipeline.export.images import interpolate, row_names, sample_grid, save_grid
 from pipeline.models.interface import AnyGenerator
 from pipeline.models.networks import Critic
 from pipeline.models.objectives import choose
@@ -59,6 +59,8 @@ class Trainer:
         self.state = build_state(
             config, self.dataset.image_shape, num_classes, runtime.device, runtime.scaler, runtime.captures
         )
+        if num_classes:
+            self.state.generator.class_names = self.state.ema.class_names = self.dataset.class_names
         source = open_source(config, self.dataset, ranks, runtime.device)
         self.inputs = InputStream(config, self.state, source, ranks, runtime.captures)
         self.step = build_step(config, self.objective, self.state, runtime)
@@ -127,6 +129,8 @@ class Trainer:
         self._lock, runtime, dataset = RunLock(self.folder), self.runtime, self.dataset
         made_with = provenance(runtime.ranks, runtime.device, len(runtime.cores), job_id())
         made_with |= {"dataset": dataset.name, "dataset_fingerprint": dataset.fingerprint}
+        if names := row_names(self.state.generator):
+            made_with["sample_rows"] = list(names)
         # In this order: a folder with a config.yaml is a run.
         write_text(self.folder.environment, json.dumps(made_with, indent=1))
         write_text(self.folder.config, to_yaml(self.config))
@@ -184,7 +188,8 @@ class Trainer:
 
     def _progress(self) -> dict[str, Any]:
         seconds = {"elapsed_seconds": self.log.elapsed_seconds, "evaluation_seconds": self.log.evaluation_seconds}
-        return {**seconds, "generator": self.state.generator.spec()}
+        names = list(self.state.generator.class_names)
+        return {**seconds, "generator": self.state.generator.spec(), CLASS_NAMES: names}
 
     def _damage(self) -> str | None:
         return self.inputs.damage() or (self._lock.lost() if self._lock else None)

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.export.generator_file import load_export
+from pipeline.export.generator_file import load_export, save_export
 from pipeline.export.images import render_range
 from pipeline.storage.run_folder import RunFolder
 from tests.export.generators import damage, random_generator, saved_run
@@ -56,11 +56,33 @@ def test_the_program_draws_one_class(classed_export: Path, tmp_path: Path) -> No
     assert np.abs(np.stack([pixels(file) for file in files]).astype(int) - expected).max() <= 1
 
 
-@pytest.mark.parametrize(
-    ("label", "reason"), [(12, "has the classes 0 to 11"), (-1, "has the classes 0 to 11"), (0, "")]
-)
+def test_a_class_is_drawn_by_its_name(tmp_path: Path) -> None:
+    """Of a dataset of before, whose classes are in the order of their text, 2 is the class named so: the fourth."""
+    generator, path = random_generator(12), tmp_path / "generator.safetensors"
+    generator.class_names = tuple(sorted(map(str, range(12))))
+    save_export(generator, path, {})
+    result = generate("-g", path, "--out", tmp_path / "grid.png")
+    assert (result.returncode, result.stdout) == (0, f"{tmp_path / 'grid.png'}\n")
+    assert result.stderr == "rows, from the top: '0', '1', '10', '11', '2', '3', '4', '5', '6', '7'\n"
+    assert generate("-g", path, "--class", 2, "--count", 3, "--out", tmp_path / "twos").returncode == 0
+    found = np.stack([pixels(file) for file in sorted((tmp_path / "twos").iterdir())]).astype(int)
+    expected, others = (render_range(load_export(path), 0, 0, 3, label=label)[:, 0].numpy() for label in (4, 2))
+    assert np.abs(found - expected).max() <= 1
+    assert np.abs(found - others).max() > 10
+    result = generate("-g", path, "--class", "twelve", "--out", tmp_path / "twelve.png")
+    names = "'0', '1', '10', '11', '2', '3', '4', '5', '6', '7', '8', '9'"
+    expected_line = f"error: --class is twelve: {path} has no such class, it has {names}\n"
+    assert (result.returncode, result.stderr) == (2, expected_line)
+    assert not (tmp_path / "twelve.png").exists()
+
+
+NAMELESS = "has the classes 0 to 11 and does not hold their names"
+"""An export as it was written before it held names."""
+
+
+@pytest.mark.parametrize(("label", "reason"), [(12, NAMELESS), (-1, NAMELESS), ("cat", NAMELESS), (0, "")])
 def test_a_class_that_is_not_there_is_refused(
-    label: int, reason: str, export: Path, classed_export: Path, tmp_path: Path
+    label: int | str, reason: str, export: Path, classed_export: Path, tmp_path: Path
 ) -> None:
     path = classed_export if reason else export
     result = generate("-g", path, f"--class={label}", "--out", tmp_path / "out.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,8 @@ from tests.jobs import ROOT, launch
 
 def assert_onnx_is(path: Path, generator: Generator) -> None:
     session = onnxruntime.InferenceSession(path)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert tuple(json.loads(metadata.get("class_names", "[]"))) == generator.class_names
     inputs = {entry.name: (entry.type, entry.shape) for entry in session.get_inputs()}
     expected = {"latents": ("tensor(float)", ["n", 6])}
     if generator.num_classes:
@@ -49,6 +52,7 @@ def test_onnx_gives_the_same_images_for_any_batch(
     num_classes: int, shape: tuple[int, int, int], tmp_path: Path
 ) -> None:
     generator = random_generator(num_classes, shape)
+    generator.class_names = ("a", "\u00e9", "10")[:num_classes] if num_classes == 3 else ()
     save_onnx(generator, tmp_path / "generator.onnx")
     assert_onnx_is(tmp_path / "generator.onnx", generator)
     assert [path.name for path in tmp_path.iterdir()] == ["generator.onnx"]
