@@ -86,16 +86,14 @@ def class_asked_for(asked: str, class_names: Sequence[str], num_classes: int, so
         label = int(asked)
     if label is not None:
         return label
-    numbers = f"the classes 0 to {num_classes - 1}"
+    numbers = f"0 to {num_classes - 1}"
     if not class_names:
-        raise UserError(f"--class is {asked}: {source} has {numbers} and does not hold their names")
-    looks: dict[str, list[str]] = {}
-    for name in class_names:
-        looks.setdefault(look(name), []).append(name)
-    near = [name for shared in get_close_matches(look(asked), looks) for name in looks[shared]]
-    names = ", ".join(map(repr, (near or class_names)[:SHOWN_NAMES]))
-    more = f" and {len(class_names) - SHOWN_NAMES:,} more" if not near and len(class_names) > SHOWN_NAMES else ""
-    also = "" if named_by_numbers else f"; their numbers are 0 to {num_classes - 1}"
+        raise UserError(f"--class is {asked}: {source} has the classes {numbers} and does not hold their names")
+    nearest = get_close_matches(look(asked), map(look, class_names))
+    near = [name for name in class_names if look(name) in nearest] or class_names
+    names, more = ", ".join(map(repr, near[:SHOWN_NAMES])), len(near) - SHOWN_NAMES
     raise UserError(
-        f"--class is {asked}: {source} has no such class, {'the nearest are' if near else 'it has'} {names}{more}{also}"
+        f"--class is {asked}: {source} has no such class, {'the nearest are' if nearest else 'it has'} {names}"
+        f"{f' and {more:,} more' if more > 0 else ''}"
+        f"{'' if named_by_numbers else f'; their numbers are {numbers}'}"
     )

@@ -131,9 +131,9 @@ def test_classes_with_numbers_for_names_are_in_numeric_order(tmp_path: Path) -> 
         pixels = {label: int(image[0, 0, 0]) for label, image in zip(labels.tolist(), images, strict=True)}
         assert pixels == dict(enumerate(values))
     (test / "10 ").rename(test / "10\u200b")
-    labels = open_images(test, dataset).labels
-    assert labels is not None
-    assert labels.tolist() == [0, 2, 3, 1], "in the order of the files' paths"
+    scored = open_images(test, dataset).labels
+    assert scored is not None
+    assert scored.tolist() == [0, 2, 3, 1], "in the order of the files' paths"
     (test / "1").rename(test / "one")
     assert open_images(test, dataset).labels is None
 
