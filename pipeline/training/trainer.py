@@ -173,8 +173,8 @@ class Trainer:
         return every is not None and (self.state.step % every == 0 or self.state.step == self._last_step)
 
     def _write_log(self) -> None:
-        if (step := self.log.first_step_not_finite()) is not None:
-            self.saver.fail(f"step {step}: the loss is not finite")
+        if (fault := self.log.fault()) is not None:
+            self.saver.fail(fault)
         wait_seconds, self.inputs.wait_seconds = self.inputs.wait_seconds, 0.0
         self._bar.facts |= self.log.write(wait_seconds, self.objective.estimates_wasserstein)
 
