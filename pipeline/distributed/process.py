@@ -71,7 +71,9 @@ class Runtime:
                 "start with a file of launch/accelerate/"
             )
         self.ranks = self.stop.ranks = Ranks.of_job(timeout)
-        self.device: torch.device = self.accelerator.device
+        self.device = torch.empty(0, device=self.accelerator.device).device
+        """As tensors there name it: accelerate's `cpu:0` is not equal to their `cpu`, so `.to` would copy what is there
+        already."""
         self.scaler: torch.amp.GradScaler = self.accelerator.scaler or torch.amp.GradScaler(enabled=False)
         """Of losses; disabled unless the precision is fp16."""
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
@@ -98,7 +100,7 @@ class Runtime:
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, names)  # type: ignore[no-untyped-call]
         alone = not data_parallel or self.ranks.world_size == 1
         with on_stream(self.capture_stream):
-            wrapped: nn.Module = self.accelerator.prepare_model(network, evaluation_mode=alone)
+            wrapped: nn.Module = self.accelerator.prepare_model(network, device_placement=False, evaluation_mode=alone)
         if isinstance(wrapped, nn.parallel.DistributedDataParallel):
             # Its gradients are grouped anew after the first step, and the rounding of a sum over more than two ranks
             # depends on the grouping: without this a resumed run would leave the uninterrupted one's trajectory.

@@ -69,9 +69,9 @@ class Scorer:
         images, with the training images nearest to it in the first feature space; and some real images.
 
         `facts` tell which images they are: "images_fingerprint" of their content; "target" may differ. A `critic`, of
-        the same checkpoint and trained on this dataset, adds what evaluation/critic.py finds as "critic", and
-        evaluation.gan_train adds what evaluation/gan_train.py finds as "gan_train". Scores that `path` holds of the
-        same images, measured in the same way, are kept. Returns what was written, on every rank.
+        the same checkpoint, trained on this dataset and on the runtime's device, adds what evaluation/critic.py finds
+        as "critic", and evaluation.gan_train adds what evaluation/gan_train.py finds as "gan_train". Scores that `path`
+        holds of the same images, measured in the same way, are kept. Returns what was written, on every rank.
 
         Raises:
             UserError: before anything is done, when `path` holds scores of other images, or measured in another way, or
@@ -134,7 +134,7 @@ class Scorer:
                     self._real_shares[split] = share_of_real_images(self.dataset, split, ranks)
             parts = [images.render(start, min(start + FORWARD_SIZE, share.stop)) for start in share[::FORWARD_SIZE]]
         generated = torch.cat(parts) if parts else self._real_shares["train"][:0]
-        return critic_estimates(critic.to(self.runtime.device), self._real_shares | {"generated": generated}, ranks)
+        return critic_estimates(critic, self._real_shares | {"generated": generated}, ranks)
 
     def _gan_train(self, images: ImageSet) -> dict[str, object]:
         from pipeline.evaluation.gan_train import gan_train  # it brings the command that trains classifiers

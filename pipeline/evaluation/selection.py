@@ -112,7 +112,8 @@ class Selection:
         }
         scorer = scorer.with_seed(fresh_seed(self._config.training.seed))
         if not runtime.ranks.on_main(lambda: self._is_scored(facts)):
-            scorer.score_generator(generator, folder.best_scores, facts, critic_of(checkpoint))
+            critic = critic_of(checkpoint)
+            scorer.score_generator(generator, folder.best_scores, facts, critic and critic.to(runtime.device))
         run = {"run": self._config.run.name, "step": checkpoint.step, "dataset": scorer.dataset.fingerprint}
         runtime.ranks.on_main(lambda: save_export(generator, folder.best_export, run | {"chosen_by": chosen_by}))
 

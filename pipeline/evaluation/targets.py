@@ -96,7 +96,8 @@ def _score_run(
         generator = generator_of(checkpoint, weights, code).to(runtime.device)
         facts = {"step": checkpoint.step, "weights": weights}
         critic = critic_of(checkpoint) if is_its_own else None
-        results.append(scorer.score_generator(generator, out or run.scores(checkpoint.step), facts, critic))
+        path, critic = out or run.scores(checkpoint.step), critic and critic.to(runtime.device)
+        results.append(scorer.score_generator(generator, path, facts, critic))
         runtime.say(f"step {checkpoint.step}: {_summary(results[-1])}")
     if out is None:
         runtime.say(f"report: {runtime.ranks.on_main(lambda: write_report(run.path))}")

@@ -25,6 +25,8 @@ from pipeline.models.interface import AnyGenerator
 from pipeline.models.networks import Critic, Generator, initialise
 
 ImageShape = tuple[int, int, int]
+drawing_nothing = torch.random.fork_rng(devices=[])
+"""Decorates what builds networks: layers draw weights from torch's global random numbers, which are others' too."""
 Network = TypeVar("Network", Generator, Critic)
 
 
@@ -61,6 +63,7 @@ class UserCritic(nn.Module):
         return scores, logits
 
 
+@drawing_nothing
 def build_generator(
     config: NetworkConfig, image_shape: ImageShape, num_classes: int = 0, random: torch.Generator | None = None
 ) -> AnyGenerator:
@@ -74,6 +77,7 @@ def build_generator(
     return _drawn(Generator(config, image_shape, num_classes), random)
 
 
+@drawing_nothing
 def build_critic(
     config: NetworkConfig, image_shape: ImageShape, num_classes: int = 0, random: torch.Generator | None = None
 ) -> Critic | UserCritic:
@@ -83,6 +87,7 @@ def build_critic(
     return _drawn(Critic(config, image_shape, num_classes), random)
 
 
+@drawing_nothing
 def generator_of_spec(spec: dict[str, Any], code: str | None, source: Path) -> AnyGenerator:
     """The generator that a file describes.
 

@@ -22,7 +22,7 @@ class _Capture(NamedTuple):
     """None without a CUDA device."""
     losses: Tensor
     gradients: list[tuple[nn.Parameter, Tensor | None]]
-    """Of the critic's parameters, where this graph leaves them."""
+    """Of the networks' parameters, where this graph leaves them."""
 
 
 class CapturedStep:
@@ -72,7 +72,8 @@ class CapturedStep:
             raise UserError(
                 f"the step can't be captured as a CUDA graph ({reason}): set runtime.cuda_graph to false"
             ) from error
-        gradients = [(parameter, parameter.grad) for parameter in self._state.critic.parameters()]
+        networks = self._state.critic, self._state.generator
+        gradients = [(parameter, parameter.grad) for network in networks for parameter in network.parameters()]
         return _Capture(inputs, graph, losses, gradients)
 
     def _reset(self) -> None:

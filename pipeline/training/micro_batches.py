@@ -66,7 +66,7 @@ class MicroBatchStep(Step):
                 losses.append(both)
             self._finish(optimizer)
         else:
-            losses = [torch.zeros(2, device=real.labels.device) for _ in slices]
+            losses = [real.pixels.new_zeros(2) for _ in slices]  # of the run's precision
             for side, loss_of in enumerate((self.objective.real_loss, self.objective.fake_loss)):
                 optimizer.zero_grad()
                 for rows, found in zip(slices, losses, strict=True):

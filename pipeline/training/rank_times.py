@@ -78,12 +78,12 @@ class RankTimes:
     @torch.no_grad()
     def _probe(self) -> float:
         """Seconds that an update of the critic takes this rank's GPU, estimated while it has nothing to do."""
-        critic, share = self._state.critic, self._training.batch_size // self._runtime.ranks.world_size
+        # A copy in eval mode: batch norm, in a critic of the user's, neither waits for other ranks nor takes notice.
+        critic, share = self._state.copied_critic(), self._training.batch_size // self._runtime.ranks.world_size
         count = min(share, PROBE_IMAGES)  # a pass must fit beside a training that hardly fits
         weight = next(critic.parameters())
         images = torch.zeros(count, *self._state.generator.image_shape, dtype=weight.dtype, device=weight.device)
         seconds = []
-        critic.eval()  # batch norm, in one of the user's, is neither to wait for others here nor to take notice
         for _ in range(PROBE_PASSES):
             torch.cuda.synchronize()
             started = time.perf_counter()
@@ -91,5 +91,4 @@ class RankTimes:
                 critic(images)
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
-        critic.train()
         return min(seconds) * share / count * 6

@@ -6,8 +6,9 @@ functions of the seed and the step (pipeline/rng.py), so no generator state is a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,16 @@ from pipeline.models.spectral_norm import iterate_after_updates, use_spectral_no
 from pipeline.models.user_networks import build_critic, build_generator
 from pipeline.rng import seeded
 
+Network = TypeVar("Network", bound=nn.Module)
+
 
 @dataclass
 class TrainingState:
-    """The networks are the bare modules; wrapping them for data parallelism shares their parameters."""
+    """The networks are the bare modules; wrapping them for data parallelism shares their parameters.
+
+    Contract 4: only a step changes them, their gradients and the optimisers. What else computes with a network, be it
+    an evaluation, samples, an export or a measurement, gets a copy (`copied_generator`, `copied_critic`).
+    """
 
     generator: AnyGenerator
     critic: nn.Module
@@ -32,7 +39,18 @@ class TrainingState:
     generator_optimizer: torch.optim.Optimizer
     critic_optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    new_generator: Callable[[], AnyGenerator]
+    new_critic: Callable[[], nn.Module]
+    """Build the networks as they were at step 0."""
     step: int = 0
+
+    def copied_generator(self, weights: str) -> AnyGenerator:
+        """Copies the generator's moving average ("ema") or the generator itself ("raw"), for reading alone."""
+        return _copied(self.ema if weights == "ema" else self.generator, self.new_generator)
+
+    def copied_critic(self) -> nn.Module:
+        """Copies the critic, for reading alone."""
+        return _copied(self.critic, self.new_critic)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state under a unique name; they share memory with the live state."""
@@ -97,6 +115,17 @@ class TrainingState:
             torch._foreach_lerp_(averages, values, weight)
 
 
+def _copied(network: Network, build: Callable[[], Network]) -> Network:
+    """A network of the same weights, in eval mode, that wants no gradients.
+
+    It is built anew: deepcopy would take along what training has hung on the network (hooks, the forward pass under
+    autocast), and fails where a network of the user's keeps a tensor that it has computed.
+    """
+    copied = build()
+    copied.load_state_dict(network.state_dict())
+    return copied.eval().requires_grad_(False)
+
+
 @torch.no_grad()
 def clip_(network: nn.Module, clip_value: float | None) -> None:
     """Clips every parameter to [-clip_value, clip_value] in place; None: none."""
@@ -117,26 +146,33 @@ def build_state(
     """The state at step 0, a function of the seed alone. `num_classes` is 0 without a class head; `capturable`: steps
     can be part of a CUDA graph."""
     dtype = torch.float64 if config.runtime.precision == "float64" else torch.float32
-    seed = config.training.seed
-    given = config.network, image_shape, num_classes
-    generator, ema = build_generator(*given, seeded(seed, "generator weights")), build_generator(*given)
-    critic = build_critic(*given, seeded(seed, "critic weights"))
-    ema.load_state_dict(generator.state_dict())
-    networks: tuple[nn.Module, ...] = (generator, critic, ema)
-    for network in networks:
+    seed, arguments = config.training.seed, (config.network, image_shape, num_classes)
+
+    def placed(network: Network) -> Network:
         network.to(device, dtype)
         if isinstance(network, Generator | Critic):  # the user's own are left as they are made
             network.to(memory_format=torch.channels_last)
             if device.type == "cpu":
                 use_cpu_kernels(network)
-    ema.eval().requires_grad_(False)
-    if config.training.spectral_norm:
-        use_spectral_norm(critic, seeded(seed, "singular vectors"))
+        return network
+
+    def new_generator() -> AnyGenerator:
+        return placed(build_generator(*arguments, seeded(seed, "generator weights")))
+
+    def new_critic() -> nn.Module:
+        critic = placed(build_critic(*arguments, seeded(seed, "critic weights")))
+        if config.training.spectral_norm:
+            use_spectral_norm(critic, seeded(seed, "singular vectors"))
+        return critic
+
+    generator, critic = new_generator(), new_critic()
+    ema = _copied(generator, new_generator)
     generator_optimizer = build_optimizer(config.training.generator_optimizer, generator, capturable)
     critic_optimizer = build_optimizer(config.training.critic_optimizer, critic, capturable)
     if config.training.spectral_norm:
         iterate_after_updates(critic, critic_optimizer)
-    return TrainingState(generator, critic, ema, generator_optimizer, critic_optimizer, scaler)
+    networks, optimizers = (generator, critic, ema), (generator_optimizer, critic_optimizer)
+    return TrainingState(*networks, *optimizers, scaler, new_generator, new_critic)
 
 
 def build_optimizer(config: OptimizerConfig, network: nn.Module, capturable: bool = False) -> torch.optim.Optimizer:

@@ -165,7 +165,7 @@ class Trainer:
         from pipeline.reporting.page import write_report  # here: it brings matplotlib
 
         self._comment(last=True)
-        generator, step, seed = self._scored_generator(), self.state.step, self.config.training.seed
+        generator, step, seed = self._copied_generator(), self.state.step, self.config.training.seed
         source = {"run": self.config.run.name, "step": step, "dataset": self.dataset.fingerprint}
         save_export(generator, self.folder.export, source)
         save_grid(interpolate(generator, seed, 4, 10), self.folder.interpolation(step), columns=10)
@@ -177,8 +177,8 @@ class Trainer:
         return every is not None and (self.state.step % every == 0 or self.state.step == self._last_step)
 
     def _write_log(self) -> None:
-        if (step := self.log.first_step_not_finite()) is not None:
-            self.saver.fail(f"step {step}: the loss is not finite")
+        if (fault := self.log.fault()) is not None:
+            self.saver.fail(fault)
         wait_seconds, self.inputs.wait_seconds = self.inputs.wait_seconds, 0.0
         self._bar.facts |= self.log.write(wait_seconds, self.objective.estimates_wasserstein)
 
@@ -203,27 +203,27 @@ class Trainer:
 
     def _sample_and_evaluate(self) -> None:
         """Idempotent: what exists already for this step is left alone."""
-        step, generator, runtime = self.state.step, self._scored_generator(), self.runtime
+        step, runtime = self.state.step, self.runtime
         if self.scorer is not None and step and self._due(self.config.evaluation.every):
-            self._evaluate(self.scorer, generator)  # first: it may make this step the last one
+            self._evaluate(self.scorer)  # first: it may make this step the last one
         grid = self.folder.grid(step)
         if step and self._due(self.config.run.sample_every) and runtime.ranks.is_main:
             if is_new := not grid.exists():
                 with runtime.tolerating(f"step {step}: samples"):
-                    images, columns = sample_grid(generator, self.config.training.seed)
+                    images, columns = sample_grid(self._copied_generator(), self.config.training.seed)
                     save_grid(images, grid, columns)
             self.trackers.log_grid(step, is_new=is_new)
 
-    def _evaluate(self, scorer: Scorer, generator: AnyGenerator) -> None:
+    def _evaluate(self, scorer: Scorer) -> None:
         step, runtime, ends_at, started = self.state.step, self.runtime, self._ends_at, time.monotonic()
         scores = self.folder.scores(step)
         if is_new := not runtime.ranks.on_main(scores.exists):
             try:
                 with runtime.tolerating(f"step {step}: evaluation"):
                     facts = {"step": step, "weights": self.config.evaluation.weights}
-                    critic = self.state.critic
-                    own = critic if isinstance(critic, Critic) else None  # users' may change in a forward pass
-                    found = scorer.score_generator(generator, scores, facts, own)["features"]
+                    copied = self.state.copied_critic()
+                    critic = copied if isinstance(copied, Critic) else None  # as `critic_of` a checkpoint
+                    found = scorer.score_generator(self._copied_generator(), scores, facts, critic)["features"]
                     fids = ", ".join(f"{name} FID {values['fid']:.2f}" for name, values in found.items())
                     self._bar.add_evaluation(seconds := time.monotonic() - started)
                     runtime.say(f"step {step}: {fids}, scored in {seconds:.0f} s")
@@ -236,8 +236,5 @@ class Trainer:
             runtime.say(f"step {step}: the run ends here, its scores do not get better")
             self._last_step = step
 
-    def _scored_generator(self) -> AnyGenerator:
-        if self.config.evaluation.weights == "ema":
-            return self.state.ema
-        self.state.generator.eval()
-        return self.state.generator
+    def _copied_generator(self) -> AnyGenerator:
+        return self.state.copied_generator(self.config.evaluation.weights)

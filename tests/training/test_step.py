@@ -125,6 +125,8 @@ def step_of(
         rmsprop(generator),
         optimizer or rmsprop(critic),
         scaler or torch.amp.GradScaler(enabled=False),
+        new_generator=lambda: cast(Generator, generator),
+        new_critic=lambda: critic,
     )
     settings = TrainingConfig(**({"objective": objective, "clip_value": None} | training))
     images = StepGenerator(cast(Generator, generator), settings.critic_fakes == "batch")

@@ -143,7 +143,9 @@ def training(context: Context) -> Rows:
             take_steps(trainer, steps)
             step, folder = trainer.state.step, trainer.folder
             assert trainer.scorer is not None
-            scores = trainer.scorer.score_generator(trainer.state.ema, folder.scores(step), {"step": step})
+            scores = trainer.scorer.score_generator(
+                trainer.state.copied_generator("ema"), folder.scores(step), {"step": step}
+            )
             fids.append(scores["features"]["mnist"]["fid"])
             trainer.log.begin()
             device_memory.append(torch.cuda.memory_allocated())
