@@ -29,6 +29,6 @@ tests() {
 .venv/bin/mypy
 tests "${selection[@]}" "$@"
 if [ -n "$older_too" ]; then
-  # Processors add in different orders, and no test may ask for the sums of one. MKL knows none older than AVX2.
+  # Processors add in different orders, and no test may ask for the sums of one.
   ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=AVX2 tests "${quick[@]}"
 fi
