@@ -1,20 +1,34 @@
 #!/usr/bin/env bash
-# Installs with the development extras, then: formatter check, linter, type checker, tests. With --fast only the tests
-# that take seconds. Further arguments go to pytest.
+# Installs with the development extras, then: formatter check, linter, type checker, all tests, and the quick ones once
+# more as on an older processor.
+#   --fast      the quick tests alone, those that take seconds, and once
+#   --seed N    files and tests in a random order
+# Further arguments go to pytest, which then runs once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-selection=()
-if [ "${1:-}" = --fast ]; then
-  selection=(-m "not slow and not slurm")
-  shift
-fi
+quick=(-m "not slow and not slurm")
+selection=() order=() older_too=yes
+while [ $# -gt 0 ]; do
+  case $1 in
+    --fast) selection=("${quick[@]}") older_too= ; shift ;;
+    --seed) order=(--random-order-seed "${2:?--seed takes a number}"); shift 2 ;;
+    *) older_too= ; break ;;
+  esac
+done
 python=${PYTHON:-python3}
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 .venv/bin/python -m pip install --quiet -e '.[dev]'
 sync  # gigabytes were just written: an fsync of a test would wait for all of them, while its ranks wait for each other
 processes=${TEST_PROCESSES:-$(($(nproc) + 1))}  # one more than cores: some tests wait
 export OMP_NUM_THREADS=1  # the tests run side by side; nproc would count by it
+tests() {
+  .venv/bin/pytest -n "$processes" --dist loadfile --no-loadscope-reorder "${order[@]}" "$@"
+}
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy
-.venv/bin/pytest -n "$processes" --dist loadfile --no-loadscope-reorder "${selection[@]}" "$@"
+tests "${selection[@]}" "$@"
+if [ -n "$older_too" ]; then
+  # Processors add in different orders, and no test may ask for the sums of one.
+  ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=AVX2 tests "${quick[@]}"
+fi

@@ -33,8 +33,15 @@ class _Lines:
         self._file.flush()
 
 
+def _in_notebook() -> bool:
+    """Says whether this process is a notebook's kernel. Tools that start kernels import ipykernel too, so that its
+    import says nothing."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
 def _options() -> dict[str, Any]:
-    if sys.stderr.isatty() or "ipykernel" in sys.modules:
+    if sys.stderr.isatty() or _in_notebook():
         return {"mininterval": 0.5, "dynamic_ncols": True}
     return {"mininterval": LOG_SECONDS, "delay": LOG_SECONDS, "miniters": 1, "ncols": 79, "file": _Lines(sys.stderr)}
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.data import Dataset
 from pipeline.errors import EXIT_USER_ERROR
 from tests.distributed.interrupting import LIMIT_SECONDS, interruptible, job, wait_for_step
 from tests.jobs import ROOT, changed, flags, launch, tiny_config
@@ -22,10 +23,14 @@ from tests.jobs import ROOT, changed, flags, launch, tiny_config
     ids=["training", "evaluation"],
 )
 def test_what_to_lower_is_named_when_memory_runs_out(
-    batch_size: int, evaluation: dict[str, Any], fix: str, tmp_path: Path
+    batch_size: int, evaluation: dict[str, Any], fix: str, digits: Dataset, tmp_path: Path
 ) -> None:
-    training = {"steps": 1, "batch_size": batch_size}
-    config = tiny_config(run={"root": str(tmp_path)}, training=training, evaluation=evaluation)
+    config = tiny_config(
+        run={"root": str(tmp_path)},
+        data={"dataset": str(digits.folder)},
+        training={"steps": 1, "batch_size": batch_size},
+        evaluation=evaluation,
+    )
     arguments = ["500", str(ROOT / "pipeline/train.py"), *flags(config)]
     result = launch(ROOT / "tests/distributed/short_of_memory.py", arguments)
     assert result.returncode == EXIT_USER_ERROR, result.stderr[-3000:]
