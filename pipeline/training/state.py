@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.models.cpu_kernels import use_cpu_kernels
 from pipeline.models.interface import AnyGenerator
 from pipeline.models.networks import Critic, Generator
-from pipeline.models.spectral_norm import iterate_after_updates, use_spectral_norm
+from pipeline.models.spectral_norm import use_spectral_norm
 from pipeline.models.user_networks import build_critic, build_generator
 from pipeline.rng import seeded
 
@@ -134,8 +134,6 @@ def build_state(
         use_spectral_norm(critic, seeded(seed, "singular vectors"))
     generator_optimizer = build_optimizer(config.training.generator_optimizer, generator, capturable)
     critic_optimizer = build_optimizer(config.training.critic_optimizer, critic, capturable)
-    if config.training.spectral_norm:
-        iterate_after_updates(critic, critic_optimizer)
     return TrainingState(generator, critic, ema, generator_optimizer, critic_optimizer, scaler)
 
 
