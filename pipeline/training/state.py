@@ -138,7 +138,13 @@ def build_state(
 
 
 def build_optimizer(config: OptimizerConfig, network: nn.Module, capturable: bool = False) -> torch.optim.Optimizer:
-    """`capturable`: steps can be part of a CUDA graph."""
+    """`capturable`: steps can be part of a CUDA graph.
+
+    RMSprop is v = rho v + (1 - rho) g^2, w -= lr g / (sqrt(v) + epsilon): torch's, and Keras's up to 2.3.1 and in its
+    legacy classes, which the notebook ran with. Since 2.11, and in Keras 3, Keras takes lr g / sqrt(v + epsilon): a
+    notebook run there trains otherwise at first, its critic's weights grow 30 times more slowly in the first dozen
+    steps.
+    """
     common: dict[str, Any] = {"lr": config.learning_rate, "eps": config.epsilon, "capturable": capturable}
     if config.algorithm == "adam":
         weight = next(network.parameters())
