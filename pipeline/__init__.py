@@ -102,8 +102,8 @@ def evaluate(
     """Scores images, and returns what was written: a dict a checkpoint, scores in ["features"][FEATURE SPACE][SCORE].
 
     Args:
-        target: a run's folder, an exported generator (.safetensors, .h5), a folder of images, an .npz file, or the word
-            train or test: that split of the real images.
+        target: a run's folder, an exported generator (.safetensors, .h5, .keras), a folder of images, an .npz file, or
+            the word train or test: that split of the real images.
         config: of a run by default its own; otherwise the defaults.
         steps: the checkpoints of a run.
         out: where the scores go: by default into the run, or evaluations/ under run.root.

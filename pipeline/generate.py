@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 
 def main() -> int:
     parser = ArgumentParser(description="Draw images from a trained generator.")
-    source = "an export (also a Hugging Face folder), a Keras notebook's .h5, a checkpoint or a run's folder"
+    source = "an export (also a Hugging Face folder), a Keras notebook's .h5 or .keras, a checkpoint or a run's folder"
     parser.add_argument("-g", "--generator", type=Path, required=True, help=source)
     parser.add_argument("--out", type=Path | None, help="grid or strip: a PNG file; with --count: a new folder of PNGs")
     parser.add_argument("--count", type=int | None, help="write this many single images instead of a grid")

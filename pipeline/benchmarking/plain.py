@@ -21,7 +21,7 @@ from pipeline.data import open_source
 from pipeline.errors import UserError
 from pipeline.models.networks import KERNEL, LEAK, Critic, Generator, mirror_state
 from pipeline.models.objectives import ScoreLoss, gradient_penalty, r1_penalty, with_class_loss
-from pipeline.models.spectral_norm import iterate_after_updates, raw_weights, use_spectral_norm
+from pipeline.models.spectral_norm import follow_update, raw_weights, use_spectral_norm
 from pipeline.rng import seeded
 from pipeline.training.inputs import InputStream
 from pipeline.training.trainer import Trainer
@@ -108,8 +108,6 @@ class PlainTrainer:
             self.generator, self.critic = map(DistributedDataParallel, (self.generator, self.critic))
         self._generator_optimizer = _optimizer(training.generator_optimizer, self.generator)
         self._critic_optimizer = _optimizer(training.critic_optimizer, self.critic)
-        if training.spectral_norm:
-            iterate_after_updates(self._bare_critic, self._critic_optimizer)
 
     def take_step(self) -> tuple[float, float]:
         """Returns this rank's critic loss (mean of both halves over the iterations) and generator loss."""
@@ -125,6 +123,8 @@ class PlainTrainer:
             real_loss = self._critic_loss(real, inputs.real_labels[index], self._objective.real_loss)
             if training.critic_updates == "separate":
                 _update(self._critic_optimizer, real_loss)
+                if training.spectral_norm:
+                    follow_update(self._bare_critic)
             fake_loss = self._critic_loss(fake, labels, self._objective.fake_loss)
             loss = self._objective.joint_weight * (real_loss + fake_loss)
             if inputs.mix is not None and training.gradient_penalty is not None:
@@ -132,12 +132,14 @@ class PlainTrainer:
                 between = (mix * real + (1 - mix) * fake).requires_grad_()
                 loss = loss + training.gradient_penalty * gradient_penalty(self.critic(between)[0], between)
             if training.r1_penalty is not None:
-                leaf = real.clamp(min=1e-30).requires_grad_()  # at 0 the activation's slope is that of no pixel
+                leaf = real.detach().requires_grad_()
                 loss = loss + training.r1_penalty / 2 * r1_penalty(self.critic(leaf)[0], leaf)
             _update(self._critic_optimizer, fake_loss if training.critic_updates == "separate" else loss)
             if training.clip_value is not None:
                 for parameter in self.critic.parameters():
                     parameter.data.clamp_(-training.clip_value, training.clip_value)
+            if training.spectral_norm:
+                follow_update(self._bare_critic)
             losses.append((real_loss.item() + fake_loss.item()) / 2)
         self.generator.train()
         self._generator_optimizer.param_groups[0]["lr"] = float(inputs.generator_rates[0])

@@ -143,7 +143,9 @@ class OptimizerConfig:
     betas: tuple[float, float] = knob((0.0, 0.9))
     """Adam's decay rates of the two moments."""
     epsilon: float = knob(1e-7, above=0.0)
-    """Term added to the denominator (Keras's 1e-7, torch's default is 1e-8)."""
+    """Term added to the denominator (Keras's 1e-7, torch's default is 1e-8). RMSprop divides by sqrt(v) + epsilon, as
+    torch and Keras up to 2.3.1 do, with which the notebook ran. Keras has divided by sqrt(v + epsilon) since 2.11: as
+    long as gradients are below sqrt(epsilon), 3e-4, its steps are much smaller."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def convert(
     the Hugging Face Hub: weights, config.json, a model card, scores and samples.
 
     Args:
-        source: An export, a Keras notebook's .h5, a checkpoint or a run's folder.
+        source: An export, a Keras notebook's .h5 or .keras, a checkpoint or a run's folder.
         out: The .safetensors, .onnx or .h5 file, or else the folder, to write; it must not exist.
         weights: Which weights of a checkpoint.
         network: The user's own.

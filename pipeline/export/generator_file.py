@@ -26,7 +26,7 @@ FORMAT = "gan-pipeline generator 2"
 """Weights are mirrored, as the networks have them."""
 KERAS_FORMAT = "gan-pipeline generator 1"
 """Earlier files: weights in Keras's orientation."""
-KERAS_SUFFIXES = (".h5", ".hdf5")
+KERAS_SUFFIXES = (".keras", ".h5", ".hdf5")
 EXPORT_SUFFIXES = (".safetensors", *KERAS_SUFFIXES)
 """Single files that `load_generator` reads; its other sources are folders."""
 CLASS_NAMES = "class_names"
@@ -116,11 +116,11 @@ def load_generator(path: str | Path, weights: str = "ema", code: str | None = No
 
 
 def read_generator(path: Path, weights: str, code: str | None = None) -> tuple[AnyGenerator, dict[str, Any]]:
-    """The generator of an export or a folder that is one for the Hugging Face Hub, of a Keras notebook's .h5, of a
-    checkpoint's folder, or of a run's folder (its newest intact checkpoint; damaged newer ones are named in the log),
-    on the CPU in eval mode. `weights`, "ema" or "raw", chooses among a checkpoint's. `code` is module:NAME of the
-    network, where it is one of its user's own: a file never makes the program import what it names, only its reader
-    does.
+    """The generator of an export or a folder that is one for the Hugging Face Hub, of a Keras notebook's .h5 or
+    .keras, of a checkpoint's folder, or of a run's folder (its newest intact checkpoint; damaged newer ones are named
+    in the log), on the CPU in eval mode. `weights`, "ema" or "raw", chooses among a checkpoint's. `code` is module:NAME
+    of the network, where it is one of its user's own: a file never makes the program import what it names, only its
+    reader does.
 
     With it comes where it is from: of a checkpoint "step" and "weights", of one in its run's folder also "run" and the
     "dataset"'s fingerprint (null where the run does not tell), of an export what its header says.

@@ -1,9 +1,15 @@
-"""Reads a generator that one of the reference's Keras notebooks saved with `generator.save("FILE.h5")`.
+"""Reads a generator that one of the reference's Keras notebooks saved with `generator.save("FILE.h5")` or, in Keras 3,
+`generator.save("FILE.keras")`.
 
 In Keras's HDF5 layout the group `model_weights` names its layers, in the model's order, in the attribute `layer_names`;
 each layer is a group whose attribute `weight_names` lists its arrays; and the file's attribute `model_config` tells in
-JSON what each layer does. `save_weights` writes the content of that group at the root, and no `model_config`. Only
-arrays and JSON are read: nothing is unpickled, and no code that a file may carry is run.
+JSON what each layer does. `save_weights` writes the content of that group at the root, and no `model_config`.
+
+A `.keras` file is a zip of such JSON, `config.json`, and of HDF5 in another layout, `model.weights.h5`, which Keras 3's
+`save_weights` writes too: the group `layers` has a group for each layer, called by its class and its number among the
+layers of that class, whose group `vars` has its arrays by number.
+
+Only arrays and JSON are read: nothing is unpickled, and no code that a file may carry is run.
 """
 
 from __future__ import annotations
@@ -11,9 +17,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
 
 import h5py
 import numpy as np
@@ -33,11 +42,15 @@ MISSING: Layer = ("", {})
 LINEAR = {"kernel": "weight", "bias": "bias"}
 NORM = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
 MODULES = [("dense", LINEAR)]
-"""The generator's modules in the order of Keras's layers with weights: name, and name here of each Keras variable."""
+"""The generator's modules in the order of Keras's layers with weights: name, and name here of each Keras variable, in
+the order of Keras's arrays."""
+GROUPS = ["dense"]
+"""Keras 3's groups of these layers."""
 LAYERS: list[Layer] = [("Dense", {"activation": "linear", "use_bias": True}), ("Reshape", {})]
 """The reference's generator after its inputs. A setting that an older Keras did not write has the value given here."""
 for _i, _stride in enumerate(STRIDES):
     MODULES += [(f"norms.{_i}", NORM), (f"convolutions.{_i}", LINEAR)]
+    GROUPS += [f"{_kind}_{_i}" if _i else _kind for _kind in ("batch_normalization", "conv2d_transpose")]
     LAYERS += [
         ("BatchNormalization", {"epsilon": NORM_EPSILON}),
         ("Activation", {"activation": "relu"}),
@@ -56,48 +69,87 @@ KERNEL_AXES = {nn.Linear: (1, 0), nn.ConvTranspose2d: (3, 2, 0, 1), nn.Conv2d: (
 
 
 def load_keras(path: Path) -> Generator:
-    """The generator of a Keras HDF5 file, float32 and on the CPU. Its second input, if any, becomes the labels.
+    """The generator of a file that Keras wrote, float32 and on the CPU. Its second input, if any, becomes the labels.
 
     Raises:
         UserError: the file is missing, damaged, or holds another network than the reference's generator.
     """
     try:
-        with h5py.File(path, "r") as file:
-            root, model = file.get("model_weights", file), file.attrs.get("model_config")
-            if "layer_names" not in root.attrs:
-                raise ValueError("it does not name its layers; save it in Keras with generator.save('FILE.h5')")
-            weights = _weights(root)
+        with _opened(path) as (file, model):
+            num_layers, weights = _weights(file)
             # Keras does not compress: a small file that declares more is made to fill the memory.
             if sum(array.nbytes for _, arrays in weights for array in arrays.values()) > path.stat().st_size:
                 raise ValueError("its arrays declare more numbers than the file holds")
             if model is None:
-                return _generator(weights, *_guessed_geometry(len(root.attrs["layer_names"]), weights))
+                return _generator(weights, *_guessed_geometry(num_layers, weights))
             return _generator(weights, *_geometry(json.loads(model), weights))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give a generator that Keras saved, e.g. wgan_mnist.h5") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+    except (OSError, BadZipFile, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: not a generator of the reference's Keras notebooks ({reason})") from None
 
 
-def _weights(root: Any) -> list[Layer]:
-    """The layers with weights, in the model's order. A nested model is one group that holds all of its layers."""
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, str | bytes | None]]:
+    """The file's HDF5 content, and what its model does in JSON, if it says so."""
+    if not is_zipfile(path):
+        with h5py.File(path, "r") as file:
+            yield file, file.attrs.get("model_config")
+        return
+    with ZipFile(path) as archive:
+        members = [archive.getinfo(name) for name in ("config.json", "model.weights.h5")]
+        for member in members:
+            if member.compress_type != ZIP_STORED:  # Keras does not; a small file could be made to fill the memory
+                raise ValueError(f"{member.filename} in it is compressed; pack it again without compression")
+        model, content = map(archive.read, members)
+    with h5py.File(BytesIO(content), "r") as file:
+        yield file, model
+
+
+def _weights(file: Any) -> tuple[int, list[Layer]]:
+    """The number of all layers, and those with weights, in the model's order."""
+    root, layers = file.get("model_weights", file), file.get("layers")
+    if "layer_names" in root.attrs:
+        num_layers, weights = len(root.attrs["layer_names"]), _layers_by_name(root)
+    elif isinstance(layers, h5py.Group):
+        num_layers, weights = _layers_by_number(layers)
+    else:
+        raise ValueError("it does not name its layers; save it in Keras with generator.save('FILE.keras')")
+    for (name, arrays), (_, names) in zip_longest(weights, MODULES, fillvalue=MISSING):
+        if set(arrays) != set(names):
+            there = f"layer {name!r} holds {', '.join(arrays) or 'nothing'}" if name else "the weights end"
+            raise ValueError(f"{there} where {', '.join(names) or 'the end'} should come")
+        for variable, array in arrays.items():
+            if array.file != file or array.is_virtual or array.external:
+                raise ValueError(f"array {name}/{variable} lies in another file")
+            if array.dtype.kind != "f":
+                raise ValueError(f"array {name}/{variable} is of type {array.dtype}, expected floating-point numbers")
+    return num_layers, weights
+
+
+def _layers_by_name(root: Any) -> list[Layer]:
+    """The layers with weights, each array under its variable. A nested model is one group that holds all of its
+    layers."""
     layers: dict[tuple[str, str], dict[str, Any]] = {}
     for layer in map(_text, root.attrs["layer_names"]):
         for name in map(_text, root[layer].attrs["weight_names"]):
-            array = root[layer][name]
-            if array.file != root.file or array.is_virtual or array.external:
-                raise ValueError(f"array {name!r} lies in another file")
-            if array.dtype.kind != "f":
-                raise ValueError(f"array {name!r} is of type {array.dtype}, expected floating-point numbers")
             scope, _, variable = name.rpartition("/")
-            layers.setdefault((layer, scope), {})[variable.removesuffix(":0")] = array
-    found = [(scope or layer, arrays) for (layer, scope), arrays in layers.items()]
-    for (name, arrays), (_, names) in zip_longest(found, MODULES, fillvalue=MISSING):
-        if set(arrays) != set(names):
-            there = f"layer {name!r} holds {', '.join(arrays)}" if name else "the weights end"
-            raise ValueError(f"{there} where {', '.join(names) or 'the end'} should come")
-    return found
+            layers.setdefault((layer, scope), {})[variable.removesuffix(":0")] = root[layer][name]
+    return [(scope or layer, arrays) for (layer, scope), arrays in layers.items()]
+
+
+def _layers_by_number(layers: Any) -> tuple[int, list[Layer]]:
+    """The same of Keras 3's groups, and the number of all layers. A model that only calls another is that one."""
+    for layer in layers.values():
+        if "layers" in layer:
+            return _layers_by_number(layer["layers"])
+    arrays = {name: dict(layer["vars"]) for name, layer in layers.items() if len(layer["vars"])}
+    found: list[Layer] = []
+    for group, (_, variables) in zip(GROUPS, MODULES, strict=True):
+        names = dict(enumerate(variables))
+        found.append((group, {names.get(int(key), key): array for key, array in arrays.pop(group, {}).items()}))
+    return len(layers), [*found, *arrays.items()]
 
 
 def _text(value: str | bytes) -> str:
@@ -173,7 +225,7 @@ def _guessed_geometry(num_layers: int, weights: list[Layer]) -> tuple[int, int, 
         found = f"layer {name!r} makes {units} numbers, which are no square feature maps of {channels} channels"
     else:
         return side, side, 0
-    raise ValueError(f"{found}; save the whole model with generator.save('FILE.h5')")
+    raise ValueError(f"{found}; save the whole model with generator.save('FILE.keras')")
 
 
 def _generator(weights: list[Layer], height: int, width: int, num_classes: int) -> Generator:

@@ -1,5 +1,9 @@
 """Writes a generator as the reference's Keras notebooks do, `generator.save("FILE.h5")`: their `-g FILE` and Keras's
-`load_model` read it. The layout is that of `keras_h5.py`, which reads it back."""
+`load_model` read it. The layout is that of `keras_h5.py`, which reads it back.
+
+Each layer has the settings that Keras 2.2.4's own `get_config` gives, no more and no less: versions of Keras refuse
+what they do not know, and what they do not find has their default.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,30 @@ from pipeline.storage.files import replacing
 
 KERAS_VERSION = "2.2.4"
 """The layout's; later versions of Keras read it."""
+GLOROT_UNIFORM = {
+    "class_name": "VarianceScaling",
+    "config": {"scale": 1.0, "mode": "fan_avg", "distribution": "uniform", "seed": None},
+}
+ZEROS, ONES = ({"class_name": name, "config": dict[str, Any]()} for name in ("Zeros", "Ones"))
+LINEAR: dict[str, Any] = {
+    "kernel_initializer": GLOROT_UNIFORM,
+    "bias_initializer": ZEROS,
+    **dict.fromkeys(("kernel_regularizer", "bias_regularizer", "activity_regularizer")),
+    **dict.fromkeys(("kernel_constraint", "bias_constraint")),
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "Dense": LINEAR,
+    "Conv2DTranspose": LINEAR,
+    "BatchNormalization": {
+        **{"axis": -1, "momentum": 0.99, "center": True, "scale": True},
+        **dict.fromkeys(("beta_initializer", "moving_mean_initializer"), ZEROS),
+        **dict.fromkeys(("gamma_initializer", "moving_variance_initializer"), ONES),
+        **dict.fromkeys(("beta_regularizer", "gamma_regularizer", "beta_constraint", "gamma_constraint")),
+    },
+}
+"""Settings of Keras's layers that `LAYERS` does not ask for: they hold for every layer of the kind."""
+NAMES = {"BatchNormalization": "batch_normalization", "Conv2DTranspose": "conv2d_transpose"}
+"""What Keras calls such a layer, before its number."""
 
 
 def save_keras(generator: AnyGenerator, path: Path) -> None:
@@ -38,8 +66,9 @@ def save_keras(generator: AnyGenerator, path: Path) -> None:
     described, sources = list[dict[str, Any]](), inputs
     for kind, name, settings in layers:
         nodes = [] if kind == "InputLayer" else [[[source, 0, 0, {}] for source in sources]]
-        config = {"name": name, "dtype": "float32", **settings}
-        described.append({"class_name": kind, "name": name, "config": config, "inbound_nodes": nodes})
+        described.append(
+            {"class_name": kind, "name": name, "config": {"name": name} | settings, "inbound_nodes": nodes}
+        )
         sources = sources if kind == "InputLayer" else [name]
     ends = {"input_layers": [[name, 0, 0] for name in inputs], "output_layers": [[name, 0, 0] for name in sources]}
     model = {"class_name": "Model", "config": {"name": "generator", "layers": described, **ends}}
@@ -65,24 +94,25 @@ def save_keras(generator: AnyGenerator, path: Path) -> None:
 def _layers(generator: Generator) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Class, name and settings of each of Keras's layers, the inputs first."""
     channels = [norm.num_features for norm in generator.norms] + [generator.image_shape[0]]
-    yield "InputLayer", "latents", {"batch_input_shape": [None, generator.config.latent_dim]}
+    inputs = {"latents": generator.config.latent_dim, "classes": generator.num_classes}
+    for name, length in inputs.items():
+        if length:
+            yield "InputLayer", name, {"batch_input_shape": [None, length], "dtype": "float32", "sparse": False}
     if generator.num_classes:
-        yield "InputLayer", "classes", {"batch_input_shape": [None, generator.num_classes]}
-        yield "Concatenate", "concatenate_1", {"axis": -1}
+        yield "Concatenate", "concatenate_1", {"trainable": True, "axis": -1}
     numbers = dict.fromkeys((kind for kind, _ in LAYERS), 0)
     for kind, settings in LAYERS:
         numbers[kind] += 1
         number = numbers[kind]
-        given = {key: value for key, value in settings.items() if value is not None}
+        given = {"trainable": True} | settings | SETTINGS.get(kind, {})
+        given.pop("groups", None)  # of later versions
         if kind == "Dense":
             given["units"] = generator.dense.out_features
         elif kind == "Reshape":
             given["target_shape"] = [*generator.base, channels[0]]
-        elif kind == "BatchNormalization":
-            given |= {"axis": [3], "momentum": 0.99}
         elif kind == "Conv2DTranspose":
             given |= {"filters": channels[number], "kernel_size": [KERNEL, KERNEL]}
-        yield kind, f"{kind.lower()}_{number}", given
+        yield kind, f"{NAMES.get(kind, kind.lower())}_{number}", given
 
 
 def _arrays(generator: Generator) -> Iterator[dict[str, np.ndarray[Any, Any]]]:

@@ -148,9 +148,8 @@ class Critic(nn.Module):
             self.classes = nn.Sequential(nn.Linear(features, 128), nn.Linear(128, num_classes))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        first, *others = self.convolutions
-        images = first(images)  # the activation before it leaves pixels as they are: none is negative
-        for convolution in others:
+        # The first activation is no idle one: augmented pixels may be negative, and a penalty's slope at 0 is LEAK.
+        for convolution in self.convolutions:
             images = convolution(F.leaky_relu(images, LEAK))
         features = images.permute(0, 2, 3, 1).flatten(1)
         logits = None if self.classes is None else self.classes(features)

@@ -8,7 +8,7 @@ of the critic, and the beginning is a function of the seed.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -75,12 +75,8 @@ def raw_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def iterate_after_updates(critic: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Has u and v follow each update of the critic, by a power iteration; forward passes in between only read them."""
-    pairs = norms(critic)
-
-    def follow(*_: Any) -> None:
-        for norm, weight in pairs:
-            norm.iterate(weight)
-
-    optimizer.register_step_post_hook(follow)
+def follow_update(critic: nn.Module) -> None:
+    """Takes one power iteration for each normalised weight. It belongs between an update of the critic, the clip
+    included, and the next forward pass, which then divides by the norm of the weights that it uses."""
+    for norm, weight in norms(critic):
+        norm.iterate(weight)

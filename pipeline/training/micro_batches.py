@@ -19,6 +19,7 @@ from pipeline.distributed.batch_norm import Statistics, update_moving_averages
 from pipeline.distributed.collectives import Ranks
 from pipeline.models.networks import Generator
 from pipeline.models.objectives import with_class_loss
+from pipeline.models.spectral_norm import follow_update
 from pipeline.training.inputs import Images, StepInputs
 from pipeline.training.state import clip_
 from pipeline.training.step import Step
@@ -68,6 +69,8 @@ class MicroBatchStep(Step):
         else:
             losses = [real.pixels.new_zeros(2) for _ in slices]  # of the run's precision
             for side, loss_of in enumerate((self.objective.real_loss, self.objective.fake_loss)):
+                if side and self.training.spectral_norm:
+                    follow_update(self.state.critic)  # by the first loss: it is not clipped yet
                 optimizer.zero_grad()
                 for rows, found in zip(slices, losses, strict=True):
                     scores, logits = self.critic((real, fake)[side].pixels[rows])
@@ -76,6 +79,8 @@ class MicroBatchStep(Step):
                     found[side] = loss.detach()
                 self._finish(optimizer)
         clip_(self.state.critic, self.training.clip_value)
+        if self.training.spectral_norm:
+            follow_update(self.state.critic)
         return torch.stack(losses).mean(0)
 
     def update_generator(self, latents: Tensor, labels: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.models.cpu_kernels import use_cpu_kernels
 from pipeline.models.interface import AnyGenerator
 from pipeline.models.networks import Critic, Generator
-from pipeline.models.spectral_norm import iterate_after_updates, use_spectral_norm
+from pipeline.models.spectral_norm import use_spectral_norm
 from pipeline.models.user_networks import build_critic, build_generator
 from pipeline.rng import seeded
 
@@ -169,14 +169,18 @@ def build_state(
     ema = _copied(generator, new_generator)
     generator_optimizer = build_optimizer(config.training.generator_optimizer, generator, capturable)
     critic_optimizer = build_optimizer(config.training.critic_optimizer, critic, capturable)
-    if config.training.spectral_norm:
-        iterate_after_updates(critic, critic_optimizer)
     networks, optimizers = (generator, critic, ema), (generator_optimizer, critic_optimizer)
     return TrainingState(*networks, *optimizers, scaler, new_generator, new_critic)
 
 
 def build_optimizer(config: OptimizerConfig, network: nn.Module, capturable: bool = False) -> torch.optim.Optimizer:
-    """`capturable`: steps can be part of a CUDA graph."""
+    """`capturable`: steps can be part of a CUDA graph.
+
+    RMSprop is v = rho v + (1 - rho) g^2, w -= lr g / (sqrt(v) + epsilon): torch's, and Keras's up to 2.3.1 and in its
+    legacy classes, which the notebook ran with. Since 2.11, and in Keras 3, Keras takes lr g / sqrt(v + epsilon): a
+    notebook run there trains otherwise at first, its critic's weights grow 30 times more slowly in the first dozen
+    steps.
+    """
     common: dict[str, Any] = {"lr": config.learning_rate, "eps": config.epsilon, "capturable": capturable}
     if config.algorithm == "adam":
         weight = next(network.parameters())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.config import TrainingConfig
 from pipeline.models.objectives import Objective, gradient_penalty, r1_penalty, with_class_loss
+from pipeline.models.spectral_norm import follow_update
 from pipeline.training.inputs import Images, StepInputs
 from pipeline.training.state import TrainingState, clip_
 
@@ -66,6 +67,8 @@ class Step:
         else:
             separate = []
             for images, loss_of in ((real, self.objective.real_loss), (fake, self.objective.fake_loss)):
+                if separate and self.training.spectral_norm:
+                    follow_update(self.state.critic)  # by the first loss: it is not clipped yet
                 scores, logits = self.critic(images.pixels)
                 loss = with_class_loss(loss_of(scores), logits, images.labels)
                 optimizer.zero_grad()
@@ -75,6 +78,8 @@ class Step:
                 separate.append(loss.detach())
             losses = torch.stack(separate)
         clip_(self.state.critic, self.training.clip_value)
+        if self.training.spectral_norm:
+            follow_update(self.state.critic)
         return losses
 
     def joint_loss(self, real: Images, fake: Images, mix: Tensor | None) -> tuple[Tensor, Tensor]:

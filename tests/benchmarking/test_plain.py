@@ -25,6 +25,7 @@ TRAINING = {
     "acgan": TrainingConfig(objective="acgan", clip_value=None, critic_optimizer=OptimizerConfig(algorithm="adam")),
     "acwgan": TrainingConfig(objective="acwgan"),
     "spectral_norm": TrainingConfig(spectral_norm=True, clip_value=None),
+    "spectral_norm, clipped": TrainingConfig(spectral_norm=True, critic_updates="separate"),
     "burn_in": TrainingConfig(n_critic=1, burn_in_n_critic=3, burn_in_steps=1, burn_in_every=2),
     "separate": TrainingConfig(critic_updates="separate", critic_optimizer=FALLING, generator_optimizer=FALLING),
 }

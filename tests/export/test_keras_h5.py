@@ -439,7 +439,7 @@ CHANGES: dict[str, tuple[Callable[[Saved], Any], str]] = {
     ),
     "integers": (
         lambda saved: swap(saved, 0, "kernel", lambda kernel: kernel.astype(int)),
-        "array 'dense_1/kernel:0' is of type int64, expected floating-point numbers",
+        "array dense_1/kernel is of type int64, expected floating-point numbers",
     ),
     "no layers": (lambda saved: saved.layers.clear(), "the weights end where kernel, bias should come"),
     "a Lambda": (
@@ -525,9 +525,9 @@ def a_group(group: Any, name: str) -> None:
 
 
 LINKS: dict[str, tuple[Callable[[Any, str], None], str]] = {
-    "external link": (external_link, "array 'dense_1/kernel:0' lies in another file"),
-    "external storage": (external_storage, "array 'dense_1/kernel:0' lies in another file"),
-    "virtual": (virtual, "array 'dense_1/kernel:0' lies in another file"),
+    "external link": (external_link, "array dense_1/kernel lies in another file"),
+    "external storage": (external_storage, "array dense_1/kernel lies in another file"),
+    "virtual": (virtual, "array dense_1/kernel lies in another file"),
     "huge": (huge, "its arrays declare more numbers than the file holds"),
     "missing": (lambda group, name: None, '"Unable to'),
     "group": (a_group, "'Group' object has no attribute"),
@@ -554,7 +554,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize(
-    "kind", ["pickle", "text", "empty", "truncated", "json", "json list", "json depth", "folder of arrays"]
+    "kind", ["pickle", "text", "empty", "truncated", "json", "json list", "json depth", "no layers", "other layers"]
 )
 def test_a_file_that_is_no_keras_file_is_refused_and_not_run(kind: str, tmp_path: Path) -> None:
     path = write(tmp_path / "generator.h5", keras())
@@ -566,16 +566,18 @@ def test_a_file_that_is_no_keras_file_is_refused_and_not_run(kind: str, tmp_path
         path.write_bytes(b"")
     elif kind == "truncated":
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    elif kind == "folder of arrays":  # the .weights.h5 of Keras 3
+    elif kind in {"no layers", "other layers"}:
         with h5py.File(path, "w") as file:
-            file["layers/dense/vars/0"] = np.zeros((6, 637), np.float32)
+            file["layers/dense/vars/0" if kind == "other layers" else "dense/0"] = np.zeros((6, 637), np.float32)
     else:
         with h5py.File(path, "a") as file:
             file.attrs["model_config"] = {"json": "[1", "json list": "[]", "json depth": "[" * 50_000}[kind]
     reason = refusal(path)
     assert not (tmp_path / "executed").exists()
-    if kind == "folder of arrays":
-        assert "(it does not name its layers; save it in Keras with generator.save('FILE.h5'))" in reason
+    if kind == "other layers":
+        assert "(layer 'dense' holds kernel where kernel, bias should come)" in reason
+    if kind == "no layers":
+        assert "(it does not name its layers; save it in Keras with generator.save('FILE.keras'))" in reason
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

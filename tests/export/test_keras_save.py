@@ -14,6 +14,24 @@ from tests.export.generators import random_generator
 from tests.jobs import launch
 from tests.keras_reference import keras_generator
 
+LINEAR = """activation use_bias kernel_initializer bias_initializer kernel_regularizer bias_regularizer
+activity_regularizer kernel_constraint bias_constraint"""
+ATTRIBUTES = {
+    "InputLayer": "name batch_input_shape dtype sparse",
+    "Concatenate": "name trainable axis",
+    "Dense": f"name trainable units {LINEAR}",
+    "Reshape": "name trainable target_shape",
+    "BatchNormalization": """name trainable axis momentum epsilon center scale beta_initializer gamma_initializer
+    moving_mean_initializer moving_variance_initializer beta_regularizer gamma_regularizer beta_constraint
+    gamma_constraint""",
+    "Activation": "name trainable activation",
+    "Conv2DTranspose": f"""name trainable filters kernel_size strides padding data_format dilation_rate output_padding
+    {LINEAR}""",
+}
+"""What `get_config` gives in Keras 2.2.4: keras/engine/base_layer.py (Layer) and input_layer.py, keras/layers/core.py
+(Dense, Reshape, Activation), merge.py, normalization.py, convolutional.py (_Conv, of which Conv2D drops "rank" and to
+which Conv2DTranspose adds "output_padding")."""
+
 SHAPES = {"wgan": (0, (1, 28, 28)), "acgan": (10, (1, 28, 28)), "colour": (3, (3, 32, 24))}
 
 
@@ -55,6 +73,19 @@ def test_keras_makes_the_same_images_of_the_file(num_classes: int, shape: tuple[
         expected = keras_generator(stages, base, given)
         assert expected.std() > 0.01
         assert np.abs(image.numpy() - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize(("num_classes", "shape"), SHAPES.values(), ids=SHAPES)
+def test_layers_have_the_attributes_of_keras_2_2_4(
+    num_classes: int, shape: tuple[int, int, int], tmp_path: Path
+) -> None:
+    """Its `load_model` and Keras 3's refuse a file with any other."""
+    save_keras(random_generator(num_classes, shape), tmp_path / "generator.h5")
+    with h5py.File(tmp_path / "generator.h5") as file:
+        layers = json.loads(file.attrs["model_config"])["config"]["layers"]
+    assert {layer["class_name"] for layer in layers} == ATTRIBUTES.keys() - ({"Concatenate"} if not num_classes else {})
+    for layer in layers:
+        assert set(layer["config"]) == set(ATTRIBUTES[layer["class_name"]].split()), layer["name"]
 
 
 def test_the_command_writes_it(tmp_path: Path) -> None:

@@ -55,12 +55,26 @@ def test_whole_generator_and_critic_match_the_numpy_reference(shape: tuple[int, 
     np.testing.assert_allclose(numpy(images.flip(2, 3))[0].transpose(1, 2, 0), x, atol=1e-12)
 
     weights = {name: numpy(tensor) for name, tensor in mirror_state(critic, critic.state_dict()).items()}
+    images = images - 0.5  # augmented pixels may be negative
+    x = x - 0.5
     for i, stride in enumerate([2] * (3 if doublings < 4 else doublings) + [1]):
         x = np.where(x > 0, x, 0.2 * x)
         kernel = weights[f"convolutions.{i}.weight"].transpose(2, 3, 1, 0)
         x = keras_conv(x, kernel, weights[f"convolutions.{i}.bias"], stride)
     score = x.reshape(-1) @ weights["score.weight"][0] + weights["score.bias"][0]
     np.testing.assert_allclose(numpy(critic(images)[0])[0], score, atol=1e-12)
+
+
+def test_the_slope_at_a_black_pixel_is_that_of_keras() -> None:
+    """LeakyReLU's derivative at 0 is its negative slope there, as in TensorFlow and torch; beside 0 it is 1."""
+    critic = Critic(NetworkConfig(width=0.06), (1, 28, 28)).double()
+    initialise(critic, seeded(3, "weights"))
+    image = torch.rand(1, 28, 28, dtype=torch.float64, generator=seeded(3, "pixels"))
+    images = torch.stack([image, image])
+    images[:, :, ::2] = torch.tensor([0, 1e-30])[:, None, None, None]
+    (slopes,) = torch.autograd.grad(critic(images.requires_grad_())[0].sum(), images)
+    torch.testing.assert_close(slopes[0, :, ::2], 0.2 * slopes[1, :, ::2], rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(slopes[0, :, 1::2], slopes[1, :, 1::2], rtol=1e-9, atol=1e-15)
 
 
 def test_reference_parameter_counts() -> None:

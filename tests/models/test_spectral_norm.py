@@ -14,7 +14,7 @@ from pipeline.config import NetworkConfig
 from pipeline.distributed.process import Runtime
 from pipeline.models.cpu_kernels import use_cpu_kernels
 from pipeline.models.networks import Critic, initialise
-from pipeline.models.spectral_norm import SpectralNorm, iterate_after_updates, norms, raw_weights, use_spectral_norm
+from pipeline.models.spectral_norm import SpectralNorm, follow_update, norms, raw_weights, use_spectral_norm
 from pipeline.rng import seeded
 from pipeline.training.trainer import Trainer
 from tests.jobs import process_kept, tiny_config
@@ -117,12 +117,12 @@ def test_the_vectors_are_a_function_of_the_seed_and_follow_updates_alone() -> No
     assert all(torch.equal(one, other) for one, other in zip(ours, same, strict=True))
     assert not any(torch.equal(one, other) for one, other in zip(ours[:-1], others[:-1], strict=True))
     optimizer = torch.optim.SGD(critic.parameters(), lr=0.1)
-    iterate_after_updates(critic, optimizer)
     for _ in range(3):
         before = [norm.u.clone() for norm, _ in norms(critic)]
         critic(torch.rand(2, 1, 8, 8, dtype=torch.float64))[0].sum().backward()
         assert all(torch.equal(one, norm.u) for one, (norm, _) in zip(before, norms(critic), strict=True))
         optimizer.step()
+        follow_update(critic)
         for u, (norm, weight) in zip(before, norms(critic), strict=True):
             matrix = weight.detach().movedim(1, -1).flatten(1)
             product = matrix @ (matrix.T @ u)
@@ -155,6 +155,36 @@ def test_a_step_takes_one_power_iteration_an_update_of_the_critic(
         trainer.take_step()
         runtime.close()
     assert len(iterated) == updates * len(norms(trainer.state.critic))
+
+
+@pytest.mark.parametrize("critic_updates", ["joint", "separate"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_every_forward_pass_divides_by_the_norm_of_the_weights_that_it_uses(
+    critic_updates: str, accumulation: int, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    """The last power iteration was on these, whether or not an update, or a clip after it, changed them."""
+    training = {"spectral_norm": True, "n_critic": 2, "critic_updates": critic_updates, "clip_value": 0.01}
+    config = tiny_config(
+        run={"root": str(tmp_path)},
+        data={"dataset": str(tiny_dataset)},
+        training=training,
+        runtime={"accumulation": accumulation, "precision": "float64"},
+    )
+    agree: list[bool] = []
+
+    def compare(norm: nn.Module, inputs: tuple[Tensor], _: Tensor) -> None:
+        product = inputs[0].detach().movedim(1, -1).flatten(1) @ norm.get_buffer("v")
+        agree.append(torch.allclose(product / product.norm(), norm.get_buffer("u"), rtol=0, atol=1e-12))
+
+    with process_kept():
+        runtime = Runtime(config.runtime)
+        trainer = Trainer(config, runtime)
+        for norm, _ in norms(trainer.state.critic):
+            norm.register_forward_hook(compare)
+        trainer.take_step()
+        runtime.close()
+    passes = accumulation * (2 * (1 if critic_updates == "joint" else 2) + 1)
+    assert agree == [True] * passes * len(norms(trainer.state.critic))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
