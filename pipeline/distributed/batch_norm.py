@@ -98,13 +98,13 @@ class LayerwiseStepGenerator(StepGenerator):
 
     def forward(
         self, critic_latents: Tensor, critic_labels: Tensor, latents: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, list[Tensor]]:
         each = (torch.split(batches, BATCHES_TOGETHER) for batches in (critic_latents, critic_labels))
         *early, late = (self._groups(*several) for several in zip(*each, strict=True))
         with torch.no_grad():
             fakes = [made for groups in early for made in self._layer_by_layer(groups)]
         *last, images = self._layer_by_layer([*late, (latents[None], labels[None])])
-        return torch.cat([*fakes, *last]), images.flatten(0, 1)
+        return torch.cat([*fakes, *last]), [images.flatten(0, 1)]
 
     def _groups(self, latents: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
         size = len(labels) if labels.is_cuda else 1
