@@ -14,7 +14,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch._C._distributed_c10d import Logger
 from torch.distributed.distributed_c10d import PrefixStore
@@ -56,13 +56,12 @@ class Runtime:
         timeout = timedelta(seconds=config.timeout_seconds)
         if world_size > 1:
             _join_process_group("gloo" if on_cpu else "nccl", timeout)
-        hook = DDPCommunicationHookType.BF16 if config.compress_gradients else DDPCommunicationHookType.NO
         self.accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
             kwargs_handlers=[
                 # A network's gradients in one collective. At 25 MiB, the default, torch makes a first bucket of 1 MiB.
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=26, comm_hook=hook)
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=26)
             ],
         )
         if self.accelerator.num_processes != world_size:
