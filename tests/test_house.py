@@ -18,8 +18,8 @@ README = (ROOT / "README.md").read_text()
 
 # Low to high: a module imports from lower layers, and from its own folder.
 LAYERS = [
-    {"errors"},
-    {"config", "progress"},
+    {"errors", "compat"},
+    {"config"},
     {"rng", "models"},
     {"distributed"},
     {"storage"},

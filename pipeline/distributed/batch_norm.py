@@ -86,7 +86,8 @@ def convert_batch_norm(network: nn.Module) -> None:
         for name, norm in parent.named_children():
             if isinstance(norm, CONVERTED) and type(norm) in CONVERTED:
                 converted = SyncBatchNorm(norm.num_features, norm.eps, norm.momentum)
-                converted._parameters, converted._buffers = norm._parameters, norm._buffers
+                for own, tensor in [*norm.named_parameters(), *norm.named_buffers()]:
+                    setattr(converted, own, tensor)
                 setattr(parent, name, converted)
 
 

@@ -97,7 +97,5 @@ def test_what_is_wrong_with_a_module_is_told(attribute: str, words: str, digits:
 
 
 def test_a_torchscript_file_is_refused_with_what_to_do(digits: Dataset) -> None:
-    with pytest.raises(
-        UserError, match=r"'torchscript:rows\.pt': load the file in a module of yours"
-    ):
+    with pytest.raises(UserError, match=r"'torchscript:rows\.pt': load the file in a module of yours"):
         load("torchscript:rows.pt", digits)
