@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.features.base import FORWARD_SIZE, digest_of
 from pipeline.evaluation.features.classifier import Classifier
 from pipeline.evaluation.features.own import classifier_path
-from pipeline.evaluation.metrics.base import Poll, never_ends
+from pipeline.evaluation.metrics.states import Poll, never_ends
 from pipeline.rng import seeded
 from pipeline.storage.files import write_tensors
 
