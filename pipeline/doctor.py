@@ -3,16 +3,17 @@
 Give it the launcher and the settings of the training, before that is submitted or as the first act of its job. Prints a
 line for each finding, `ok|warning|error  subject: finding; fix`, and exits with 2 if one is an error. It neither makes
 nor changes a run: it only makes a file for a moment in the nearest folder above the run that exists. Takes less than
-ten seconds, unless all checksums of a large dataset, or with `--thorough` some steps of large networks, are asked for.
+ten seconds, unless all checksums of a large dataset are asked for.
 """
 
 import dataclasses
+from argparse import SUPPRESS
 from itertools import chain
 from typing import Literal
 
 from pipeline.config import make_parser, parse
 from pipeline.distributed.launcher import run_program
-from pipeline.errors import EXIT_USER_ERROR, LocalError
+from pipeline.errors import EXIT_USER_ERROR, LocalError, UserError
 
 PATIENCE_SECONDS = 60
 """Longest wait for another rank, which reads no more than a few seconds' worth of data before it comes."""
@@ -22,18 +23,18 @@ def main() -> int:
     parser = make_parser("Check a run before it starts: ranks, data, features, folder, disk, time limit.")
     help_text = "verify a few seconds' worth, or all"
     parser.add_argument("--checksums", type=Literal["sampled", "all"], default="sampled", help=help_text)
-    help_text = "let each rank take the same steps, and compare their results bit for bit"
-    parser.add_argument("--thorough", action="store_true", help=help_text)
+    parser.add_argument("--thorough", action="store_true", help=SUPPRESS)
     config, arguments = parse(parser)
+    if arguments.thorough:
+        raise UserError("--thorough is no more: launch/gpu_check.sh on each node finds a GPU that computes wrong")
 
     from pipeline.checks.findings import Finding, findings_of_all  # here: `--help` and mistakes need no torch
     from pipeline.checks.machine import check_ranks, examine
     from pipeline.distributed.failures import closing
     from pipeline.distributed.process import Runtime
-    from pipeline.training.same_step import compare_ranks
 
     patience = config.runtime.timeout_seconds
-    if arguments.checksums == "sampled" and not arguments.thorough:
+    if arguments.checksums == "sampled":
         patience = min(patience, PATIENCE_SECONDS)
     try:
         runtime = Runtime(dataclasses.replace(config.runtime, timeout_seconds=patience))
@@ -46,8 +47,7 @@ def main() -> int:
     code = 0
     with closing(runtime, config):
         examined = examine(config, runtime.ranks, arguments.checksums == "all")
-        compared = compare_ranks(config, runtime) if arguments.thorough else []
-        for findings in chain([communication], examined, compared):
+        for findings in chain([communication], examined):
             for finding in findings:
                 code = EXIT_USER_ERROR if finding.level == "error" else code
                 if runtime.ranks.is_main:

@@ -91,11 +91,6 @@ def test_a_file_that_is_not_there_is_named() -> None:
     [
         (b"training:\n  steps: 7\ntraining:\n  n_critic: 3\n", "line 3: training is given twice"),
         (b"training:\n  steps: 7\n  steps: 8\n", "line 3: steps is given twice"),
-        (
-            b"a: &a [x, x]\n" + b"".join(b"%c: &%c [*%c, *%c]\n" % (i + 1, i + 1, i, i) for i in range(97, 117)),
-            "10,000 values",
-        ),
-        (b"run: &a\n  name: *a\n", "10,000 values"),
         (b"\x00\xff\xfe", "is no YAML file of settings"),
         (b"[" * 10_000, "is no YAML file of settings|line 1"),
         (b"- 7\n", "holds no settings, but list"),

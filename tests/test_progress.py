@@ -19,7 +19,7 @@ from typing import TextIO
 import pytest
 
 from pipeline import progress
-from pipeline.progress import TrainingBar, bar, messages_above_bars
+from pipeline.distributed.progress import TrainingBar, bar, messages_above_bars
 
 
 def as_log(monkeypatch: pytest.MonkeyPatch, seconds: int) -> io.StringIO:

@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from pipeline.config import Config
 from pipeline.distributed.batch_norm import CONVERTED
 from pipeline.errors import UserError
 from pipeline.models.user_networks import UserCritic, UserGenerator, told
 
+BATCH_NORMS = (*CONVERTED, nn.SyncBatchNorm)
+INSTANCE_NORMS = nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d
+"""With running statistics these depend on other images, too."""
 IMAGES = 4
 """Of a trial."""
 
@@ -82,7 +84,7 @@ def _check_norms(key: str, network: nn.Module) -> bool:
     """Whether there are batch norms, all of which must be such as can take statistics over all ranks."""
     found = False
     for name, norm in network.named_modules():
-        if not isinstance(norm, _NormBase) or not (norm.track_running_stats or isinstance(norm, _BatchNorm)):
+        if not (isinstance(norm, BATCH_NORMS) or (isinstance(norm, INSTANCE_NORMS) and norm.track_running_stats)):
             continue
         found = True
         if not (type(norm) in CONVERTED and norm.affine and norm.track_running_stats and norm.momentum is not None):

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
+from pipeline.compat import arguments_of
 from pipeline.config.settings import Config
 from pipeline.config.yaml_files import read_yaml
 from pipeline.errors import UserError
@@ -35,7 +36,7 @@ def make_parser(description: str, concerned: tuple[str, ...] = ("",)) -> Argumen
     parser.add_argument("--config", action=ActionConfigFile, help=CONFIG)
     parser.add_class_arguments(Config, instantiate=True)
     sections = [item.name for item in dataclasses.fields(Config)]
-    for action in parser._actions:
+    for action in arguments_of(parser):
         section, _, key = action.dest.partition(".")
         if section in sections and not (key and action.dest.startswith(concerned)):
             action.help = SUPPRESS

@@ -227,8 +227,8 @@ class EvaluationConfig:
     """Images per forward pass; does not change a score."""
     features: list[str] = knob(["mnist"], free=True)
     """Feature spaces to score in: mnist (digits alone); own (a classifier of the dataset's classes, which
-    python -m pipeline.evaluation.train_classifier makes); inception; dinov2 (takes timm); torchscript:PATH or
-    module:NAME of yours (pipeline/evaluation/features/custom.py)."""
+    python -m pipeline.evaluation.train_classifier makes); inception; dinov2 (takes timm); module:NAME of yours
+    (pipeline/evaluation/features/custom.py)."""
     reference: Literal["train", "test"] = knob("train", free=True)
     """Real split that images are compared with; the other one gives the floor."""
     neighbours: int = knob(5, low=1, high=100, free=True)
@@ -260,7 +260,7 @@ class RuntimeConfig:
     cuda_graph: bool | None = knob(None, free=True)
     """Capture a step once and replay it; CUDA only, not with fp16. null: wherever that is possible."""
     compress_gradients: bool = knob(False)
-    """All-reduce gradients as bfloat16: half the bytes, three digits."""
+    """Gone; configurations of before hold `false`."""
     threads: int | None = knob(None, low=1, high=1024, free=True)
     """Threads of one rank on a CPU; null: this machine's cores shared among its ranks."""
     timeout_seconds: int = knob(600, low=1, free=True)
@@ -283,6 +283,8 @@ class Config:
             if value is None and "None" not in str(knob_field.type):
                 raise UserError(f"{key} is null: it needs a value")
             _check_range(key, value, knob_field)
+        if self.runtime.compress_gradients:
+            raise UserError("runtime.compress_gradients is true: gradients are sent as they are now, set it to false")
         if not re.fullmatch(r"[\w][\w.-]*", self.run.name):
             raise UserError(
                 f"run.name is {self.run.name!r}: use letters, digits, '.', '_' and '-'; the folder above it is run.root"

@@ -9,8 +9,8 @@ import yaml
 
 from pipeline.errors import UserError
 
-YAML_BYTES, YAML_VALUES = 2**20, 10_000
-"""Largest file of settings. Values are counted with every alias written out: a few lines can stand for gigabytes."""
+YAML_BYTES = 2**20
+"""Size of the largest file of settings."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -36,11 +36,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if len(content) > YAML_BYTES:
             raise ValueError(f"its {len(content):,} bytes are no settings")
         settings = yaml.load(content.decode(), _StrictLoader)
-        seen = [settings]
-        for count, value in enumerate(seen):  # which grows under way
-            if count == YAML_VALUES:
-                raise ValueError(f"it stands for more than {YAML_VALUES:,} values")
-            seen += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror})") from None
     except yaml.MarkedYAMLError as error:

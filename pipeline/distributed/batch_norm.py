@@ -86,7 +86,8 @@ def convert_batch_norm(network: nn.Module) -> None:
         for name, norm in parent.named_children():
             if isinstance(norm, CONVERTED) and type(norm) in CONVERTED:
                 converted = SyncBatchNorm(norm.num_features, norm.eps, norm.momentum)
-                converted._parameters, converted._buffers = norm._parameters, norm._buffers
+                for own, tensor in [*norm.named_parameters(), *norm.named_buffers()]:
+                    setattr(converted, own, tensor)
                 setattr(parent, name, converted)
 
 
@@ -98,13 +99,13 @@ class LayerwiseStepGenerator(StepGenerator):
 
     def forward(
         self, critic_latents: Tensor, critic_labels: Tensor, latents: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, list[Tensor]]:
         each = (torch.split(batches, BATCHES_TOGETHER) for batches in (critic_latents, critic_labels))
         *early, late = (self._groups(*several) for several in zip(*each, strict=True))
         with torch.no_grad():
             fakes = [made for groups in early for made in self._layer_by_layer(groups)]
         *last, images = self._layer_by_layer([*late, (latents[None], labels[None])])
-        return torch.cat([*fakes, *last]), images.flatten(0, 1)
+        return torch.cat([*fakes, *last]), [images.flatten(0, 1)]
 
     def _groups(self, latents: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
         size = len(labels) if labels.is_cuda else 1

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from pipeline.compat import job_store
 from pipeline.config import Config
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.process import Runtime
@@ -80,7 +81,7 @@ def _roll_call(ranks: Ranks) -> list[int]:
     """The ranks that have given up waiting at about the same time, this one among them, in order."""
     gave_up = [ranks.rank]
     with contextlib.suppress(dist.DistError):  # the store's own process may be the one that is gone
-        store = dist.distributed_c10d._get_default_store()
+        store = job_store()
         store.set_timeout(timedelta(seconds=ROLL_CALL_SECONDS))
         store.set(f"gave up {ranks.rank}", "")
         time.sleep(ROLL_CALL_SECONDS)

@@ -23,6 +23,7 @@ from typing import NoReturn
 
 import psutil
 
+from pipeline.compat import run_exit_functions
 from pipeline.distributed.interrupt import on_interrupt
 from pipeline.errors import (
     EXIT_FAILED,
@@ -126,7 +127,7 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     if world_size > 1:
         # All is done and closed. A rank that took itself apart in the ordinary way was seen to die of SIGABRT now and
         # then, of a C++ thread that outlived its owner, and the launcher ended the job as failed.
-        atexit._run_exitfuncs()
+        run_exit_functions()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -14,13 +14,13 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
-from torch._C._distributed_c10d import Logger
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
+from pipeline.compat import leave_buffers_alone, settle_buckets, stop_timing
 from pipeline.config import RuntimeConfig, captures_steps, check_device
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.cpu import give_back_freed_memory, use_cpu
@@ -56,13 +56,12 @@ class Runtime:
         timeout = timedelta(seconds=config.timeout_seconds)
         if world_size > 1:
             _join_process_group("gloo" if on_cpu else "nccl", timeout)
-        hook = DDPCommunicationHookType.BF16 if config.compress_gradients else DDPCommunicationHookType.NO
         self.accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
             kwargs_handlers=[
                 # A network's gradients in one collective. At 25 MiB, the default, torch makes a first bucket of 1 MiB.
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=26, comm_hook=hook)
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=26)
             ],
         )
         if self.accelerator.num_processes != world_size:
@@ -95,21 +94,16 @@ class Runtime:
     def wrap(self, network: nn.Module, *, data_parallel: bool = True) -> nn.Module:
         """The network with its forward pass under `autocast`, and with its gradients averaged over the ranks during the
         backward pass if `data_parallel` (and there are several)."""
-        # Buffers are equal on all ranks by construction (SyncBatchNorm): broadcasting them each step is wasted time.
-        names = [name for name, _ in network.named_buffers()]
-        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, names)  # type: ignore[no-untyped-call]
+        leave_buffers_alone(network)
         alone = not data_parallel or self.ranks.world_size == 1
         with on_stream(self.capture_stream):
             wrapped: nn.Module = self.accelerator.prepare_model(network, device_placement=False, evaluation_mode=alone)
         if isinstance(wrapped, nn.parallel.DistributedDataParallel):
-            # Its gradients are grouped anew after the first step, and the rounding of a sum over more than two ranks
-            # depends on the grouping: without this a resumed run would leave the uninterrupted one's trajectory.
-            wrapped.reducer._push_all_rebuilt_params()
-            wrapped.reducer._rebuild_buckets()
+            settle_buckets(wrapped)
             for weight in network.parameters():
                 if weight.is_contiguous():  # one channel: channels-last or not is the same memory under other strides
                     weight.register_hook(partial(_with_strides, weight.stride()))  # type: ignore[no-untyped-call]
-            wrapped.logger = _UntimedLogger(wrapped.reducer)
+            stop_timing(wrapped)
         return wrapped
 
     def alone(self) -> Runtime:
@@ -153,14 +147,6 @@ class Runtime:
             dist.destroy_process_group()
         if self.device.type == "cpu":
             give_back_freed_memory()
-
-
-class _UntimedLogger(Logger):
-    """DDP's own times the first ten iterations and some later ones, and waits for the device for it: an error within a
-    capture."""
-
-    def set_runtime_stats_and_log(self) -> None:
-        """Nothing."""
 
 
 def _with_strides(strides: tuple[int, ...], gradient: Tensor) -> Tensor:

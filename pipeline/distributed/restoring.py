@@ -10,8 +10,8 @@ import threading
 from collections.abc import Iterator
 
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from pipeline.compat import fresh_accelerate
 from pipeline.distributed.cpu import flushes_denormals
 from pipeline.distributed.launcher import PR_SET_PDEATHSIG
 from pipeline.distributed.stopping import STOP_SIGNALS
@@ -26,7 +26,7 @@ def process_kept() -> Iterator[None]:
     afterwards what they were."""
     with contextlib.ExitStack() as end:
         end.enter_context(torch.random.fork_rng(devices=[]))  # networks draw weights, which are then overwritten
-        for part in (_signals, _accelerate, _arithmetic, _cores):
+        for part in (_signals, fresh_accelerate, _arithmetic, _cores):
             end.enter_context(part())
         yield
 
@@ -43,21 +43,6 @@ def _signals() -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():  # in another one none was taken
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _accelerate() -> Iterator[None]:
-    """It keeps device and precision of the first Accelerator for all later ones of a process."""
-    shared = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
-    before = [dict(state) for state in shared]
-    try:
-        for state in shared:
-            state.clear()
-        yield
-    finally:
-        for state, values in zip(shared, before, strict=True):
-            state.clear()
-            state.update(values)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.compat import job_store
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.launcher import end_with_launcher, stop_file
 
@@ -56,7 +57,7 @@ class StopRequest:
         """
         if self.ranks.world_size == 1:
             return self.requested
-        store = dist.distributed_c10d._get_default_store()
+        store = job_store()
         if self.requested:
             store.set("stop", "1")
             return True

@@ -1,19 +1,20 @@
 """Scores of N images, computed by all ranks together and equal for any number of them.
 
-Each rank adds its share of the images to the metrics; the main rank computes the scores from the states of all. What
-takes features themselves (metrics/base.py's samples) has the same ones in the same order, so its scores are equal in
+Each rank adds its share of the images to the states; the main rank computes the scores from the states of all. What
+takes features themselves (metrics/states.py's samples) has the same ones in the same order, so its scores are equal in
 every bit; FID and what else comes of sums differs by their rounding (1e-12).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from math import isnan
+from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import MetricCollection
 
 from pipeline.config import EvaluationConfig
 from pipeline.data.manifest import Dataset
@@ -21,18 +22,13 @@ from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
 from pipeline.evaluation.extract import ALONE, ImageSet, extract_features, interruptible, never
 from pipeline.evaluation.features import FORWARD_SIZE, FeatureExtractor
-from pipeline.evaluation.metrics import (
-    Authenticity,
-    ClassScores,
-    ExtrapolatedFrechetDistance,
-    InceptionScore,
-    KernelDistance,
-    ManifoldScores,
-    SlicedWasserstein,
-)
-from pipeline.evaluation.metrics.base import FeatureMetric, Poll, SampleMetric
-from pipeline.evaluation.metrics.frechet import FrechetReference, Moments, frechet_interval
+from pipeline.evaluation.metrics.classes import class_scores, fid_per_class
+from pipeline.evaluation.metrics.frechet import FrechetReference, Moments, frechet_extrapolated, frechet_interval
+from pipeline.evaluation.metrics.inception_score import inception_score
 from pipeline.evaluation.metrics.manifold import nearest_neighbours, squared_radii
+from pipeline.evaluation.metrics.metric import FeatureMetric
+from pipeline.evaluation.metrics.scores import KEEP, SAMPLE_SCORES, Options
+from pipeline.evaluation.metrics.states import ClassSums, Poll, Sample, Sums
 from pipeline.evaluation.real_statistics import RealStatistics, real_scores, real_statistics
 
 SHOWN_IMAGES, SHOWN_NEIGHBOURS = 8, 5
@@ -96,8 +92,7 @@ def evaluate_images(
     extract_features(images, takers, batch_size, "evaluation", ranks, interrupted)
     results: dict[str, Scores] = {}
     for space, (target, floor) in zip(spaces, sides, strict=True):
-        for metric in space.fed.values():
-            metric.merge(ranks)
+        space.metric.merge(ranks)
         shown = ranks.gather_on_main(space.shown)
         with interruptible(ranks, interrupted) as poll:
             if shown is not None and target is not None:  # the main rank
@@ -136,43 +131,24 @@ def _checked(images: ImageSet, image_shape: tuple[int, int, int]) -> ImageSet:
     return replace(images, render=render)
 
 
-REAL_SIDES = {
-    "fid": "moments",
-    "classes": "classes",
-    **dict.fromkeys(("kid", "manifold", "sliced_wasserstein", "authenticity"), "sample"),
-}
-"""Field of RealStatistics that a metric's real side is."""
-
-
 class _Space:
-    """The scores of one feature space. Another score is a metric here and, for its real side, a line in REAL_SIDES."""
+    """The scores of one feature space. One more of a sample of features is a line in SAMPLE_SCORES."""
 
     def __init__(self, extractor: FeatureExtractor, dataset: Dataset, config: EvaluationConfig, seed: int) -> None:
-        self.extractor, self.seed, self.dataset, self.reference = extractor, seed, dataset, config.reference
-        width, alone = extractor.num_features, {"sync_on_compute": False}  # see `merge`
-        self.fid = ExtrapolatedFrechetDistance(width, seed=seed, **alone)
-        self.fed: dict[str, FeatureMetric] = {"fid": self.fid}
-        """What images go into, batch by batch."""
+        self.extractor, self.dataset, self.config, self.seed = extractor, dataset, config, seed
+        width, states = extractor.num_features, dict[str, Any]()
+        states |= {"sums": Sums(width), "sample": Sample(width, KEEP)}
         if extractor.num_classes:
-            self.fed["inception_score"] = InceptionScore(extractor.num_classes, seed=seed, **alone)
+            states["logits"] = Sample(extractor.num_classes, KEEP, "logits")
         if dataset.class_names and dataset.class_names == extractor.class_names:
-            self.fed["classes"] = ClassScores(width, extractor.num_classes, **alone)
-        manifold = ManifoldScores(width, neighbours=config.neighbours, **alone)
-        self.of_sample: dict[str, SampleMetric] = {
-            "kid": KernelDistance(width, seed=seed, **alone),
-            "manifold": manifold,
-            "sliced_wasserstein": SlicedWasserstein(width, seed=seed, **alone),
-            "authenticity": Authenticity(width, **alone),
-        }
-        """What takes the sample that `fid` keeps, so that it is held once."""
-        manifold.radii_of_real = partial(self._radii, manifold)
-        self._collection = MetricCollection({**self.fed})
+            states["classes"] = ClassSums(width, extractor.num_classes)
+        self.metric = FeatureMetric(states)
         self.shown = torch.empty(0, width)
         """Features of this rank's images among the first SHOWN_IMAGES."""
 
     def take(self, labels: Tensor | None, features: Tensor, logits: Tensor, indices: Tensor) -> None:
-        asked = None if labels is None else labels[indices]
-        self._collection.update(features=features, logits=logits, real=False, indices=indices, labels=asked)
+        """Adds images to the states."""
+        self.metric.update(features, False, indices, logits, None if labels is None else labels[indices])
         self.shown = torch.cat([self.shown, features[indices < SHOWN_IMAGES]])
 
     def scores(
@@ -183,62 +159,71 @@ class _Space:
         unseen: RealStatistics | None,
         poll: Poll,
     ) -> Scores:
-        """On the main rank, with the states of all. `training` and `unseen` are the same two splits by what the
-        generator has seen of them."""
-        rows, indices = self.fid.sample(real=False)
-        generated = {"rows": rows, "indices": indices, "seen": self.fid.fake_seen}
-        result: Scores = {"is_mean": None, "is_std": None}  # without classes
-        numbers: dict[str, object] = {}
-        for name, metric in (self.fed | self.of_sample).items():
-            poll()
-            metric.poll = poll
-            if name in self.of_sample:
-                metric.load_side(generated, real=False)
-            real = training if name == "authenticity" else target
-            if real and name in REAL_SIDES:
-                metric.load_side(getattr(real, REAL_SIDES[name]), real=True)
-            result |= {key: self._plain(found) for key, found in metric.compute().items()}
-            if isinstance(metric, SampleMetric):
-                numbers["fid_infinite" if metric is self.fid else name] = metric.num_used
-        reference = FrechetReference(Moments.of_sums(target.moments))
-        count, fid = int(self.fid.fake_count), float(self.fid.compute()["fid"])
+        """Computes the scores on the main rank, with the states of all. `training` and `unseen` are the same two splits
+        as `target` and `floor`, by what the generator has seen of them."""
+        fake, how = self.metric.fake, Options(self.seed, self.config.neighbours, poll, partial(self._radii, poll))
+        rows, _ = fake["sample"].first()
+        count, reference = int(fake["sums"].state()["count"]), FrechetReference(Moments.of_sums(target.moments))
+        fid = reference.distance(Moments.of_sums(fake["sums"].state()))
         at_floor = floor.moments_of(count) if floor else None
-        numbers |= {"fid": [count, target.num_images], "fid_floor": at_floor.num_images if at_floor else None}
-        result["fid_floor"] = reference.distance(at_floor) if at_floor else None
+        numbers: dict[str, object] = {"fid": [count, target.num_images], "fid_infinite": [len(rows), target.num_images]}
+        numbers["fid_floor"] = at_floor.num_images if at_floor else None
+        result: Scores = {"fid": fid, "fid_floor": reference.distance(at_floor) if at_floor else None}
         result["fid_interval"] = frechet_interval(rows, count, fid, reference, self.seed, poll)
-        facts = {"controls": count, "reference": self.reference, "seed": self.seed}
-        compute = partial(self._controls, floor, unseen, count)
-        controls: dict[str, Scores] = real_scores(self.dataset, self.extractor, facts, compute)
-        return result | controls["scores"] | {"images": numbers | controls["images"]}
+        result["fid_infinite"] = frechet_extrapolated(rows, count, fid, reference, self.seed, poll)
+        result |= {"is_mean": None, "is_std": None}  # without classes
+        if "logits" in fake:
+            poll()
+            logits, _ = fake["logits"].first()
+            result["is_mean"], result["is_std"] = inception_score(logits, self.seed)
+            numbers["inception_score"] = [len(logits), 0]
+        if "classes" in fake:
+            result |= self._plain(class_scores(fake["classes"].state(), target.classes, poll))
+        reals = {name: training if score.against_training else target for name, score in SAMPLE_SCORES.items()}
+        for name, score in SAMPLE_SCORES.items():
+            poll()
+            scores, numbers[name] = score(fake["sample"], self._sample(reals[name]), how)
+            result |= self._plain(scores)
 
-    def _radii(self, manifold: ManifoldScores, real: Tensor) -> Tensor:
-        """The `squared_radii` of a sample of the reference, which its size determines."""
-        facts = {"radii": len(real), "reference": self.reference, "neighbours": manifold.neighbours}
-        squares = partial(squared_radii, real, manifold.neighbours, manifold.poll)
+        def controls() -> dict[str, Scores]:
+            """The same scores of as many real images in the place of the generated ones."""
+            found: Scores = {"sliced_wasserstein_floor": None, "authenticity_real": None}
+            used: dict[str, object] = {}
+            for key, real in zip(found, (floor, unseen), strict=True):
+                if real:
+                    name = key.rpartition("_")[0]
+                    own = Sample.of_state(real.sample_of(count), KEEP)
+                    scores, numbers = SAMPLE_SCORES[name](own, self._sample(reals[name]), how)
+                    found[key], used[key] = self._plain(scores)[name], numbers[0]
+            if floor and "classes" in fake:
+                distances = {"fid_per_class_floor": fid_per_class(floor.classes, target.classes, poll)}
+                found, used["fid_per_class_floor"] = found | self._plain(distances), floor.num_images
+            return {"scores": found, "images": used}
+
+        facts = {"controls": count, "reference": self.config.reference, "seed": self.seed}
+        of_real: dict[str, Scores] = real_scores(self.dataset, self.extractor, facts, controls)
+        return result | of_real["scores"] | {"images": numbers | of_real["images"]}
+
+    def _sample(self, real: RealStatistics | None) -> Sample:
+        return Sample.of_state(real.sample, KEEP) if real else Sample(self.extractor.num_features, KEEP)
+
+    def _radii(self, poll: Poll, real: Tensor) -> Tensor:
+        """Returns the `squared_radii` of a sample of the reference, which its size determines."""
+        neighbours = self.config.neighbours
+        facts = {"radii": len(real), "reference": self.config.reference, "neighbours": neighbours}
+        squares = partial(squared_radii, real, neighbours, poll)
         kept = real_scores(self.dataset, self.extractor, facts, lambda: {"squares": squares().tolist()})
         return torch.tensor(kept["squares"], dtype=torch.float64)
 
-    def _controls(self, floor: RealStatistics | None, unseen: RealStatistics | None, count: int) -> dict[str, Scores]:
-        """The same "scores" of as many real "images", which take the place of the generated ones: this comes last."""
-        found: Scores = {"sliced_wasserstein_floor": None, "authenticity_real": None}
-        numbers: dict[str, object] = {}
-        for key, real in zip(found, (floor, unseen), strict=True):
-            if real:
-                metric = self.of_sample[key.rpartition("_")[0]]
-                metric.load_side(real.sample_of(count), real=False)
-                (score,) = metric.compute().values()
-                found[key], numbers[key] = self._plain(score), metric.num_used[0]
-        if floor and (classes := self.fed.get("classes")):
-            classes.load_side(floor.classes, real=False)
-            found["fid_per_class_floor"] = self._plain(classes.compute()["fid_per_class"])
-            numbers["fid_per_class_floor"] = floor.num_images
-        return {"scores": found, "images": numbers}
+    def _plain(self, scores: Mapping[str, float | Tensor]) -> Scores:
+        """Returns numbers, or one for each class; null where there is none."""
 
-    def _plain(self, score: Tensor) -> object:
-        """A number, or one for each class; null where there is none."""
-        if score.ndim:
-            return dict(zip(self.dataset.class_names, map(self._plain, score), strict=True))
-        return None if score.isnan() else score.item()
+        def plain(score: float | Tensor) -> object:
+            if isinstance(score, Tensor) and score.ndim:
+                return dict(zip(self.dataset.class_names, map(plain, score), strict=True))
+            return None if isnan(score) else float(score)
+
+        return {name: plain(score) for name, score in scores.items()}
 
 
 def _nearest(features: Tensor, training: RealStatistics) -> dict[str, object]:

@@ -18,9 +18,9 @@ from torch import Tensor
 from pipeline.data.manifest import Dataset
 from pipeline.data.shards import Samples, decode, read_shard
 from pipeline.distributed.collectives import Ranks
+from pipeline.distributed.progress import bar
 from pipeline.errors import Preempted, UserError
 from pipeline.evaluation.features import FeatureExtractor
-from pipeline.progress import bar
 
 ALONE = Ranks()
 Taker = Callable[[Tensor, Tensor, Tensor], None]

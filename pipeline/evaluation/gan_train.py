@@ -7,7 +7,7 @@ import torch
 from pipeline.data.manifest import Dataset
 from pipeline.data.shards import decode, read_shard
 from pipeline.evaluation.extract import ImageSet
-from pipeline.evaluation.metrics.base import Poll
+from pipeline.evaluation.metrics.states import Poll
 from pipeline.evaluation.train_classifier import accuracy, train
 
 MOST_IMAGES, EPOCHS = 10_000, 5

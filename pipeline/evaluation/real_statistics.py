@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torchmetrics import MetricCollection
 
 from pipeline.data.manifest import Dataset
 from pipeline.distributed.collectives import Ranks
 from pipeline.evaluation.extract import ALONE, ImageSet, extract_features, never
 from pipeline.evaluation.features import FORWARD_SIZE, FeatureExtractor
-from pipeline.evaluation.metrics import ClassScores, FrechetDistance, KernelDistance
-from pipeline.evaluation.metrics.base import FeatureMetric, State
 from pipeline.evaluation.metrics.frechet import Moments
+from pipeline.evaluation.metrics.metric import FeatureMetric
+from pipeline.evaluation.metrics.scores import KEEP
+from pipeline.evaluation.metrics.states import ClassSums, Sample, State, Sums
 from pipeline.rng import sampling_order
 from pipeline.storage.files import write_tensors
 
@@ -32,14 +32,14 @@ BATCH_SIZE = 5 * FORWARD_SIZE
 
 
 class RealStatistics(NamedTuple):
-    """What evaluations take from a real split: one side of the metrics that they load it into."""
+    """The states of a real split (metrics/states.py) that evaluations compare with."""
 
     moments: State
-    """Of FrechetDistance."""
+    """Its sums."""
     sample: State
-    """Of KernelDistance: features of at most KEEP images, and their indices in shard order."""
+    """Features of at most KEEP images, and their indices in shard order."""
     classes: State
-    """Of ClassScores; empty where the extractor's logits stand for no classes."""
+    """Its sums within classes; empty where the extractor's logits stand for no classes."""
 
     @property
     def num_images(self) -> int:
@@ -52,7 +52,7 @@ class RealStatistics(NamedTuple):
         return Moments.of_features(self.sample_of(count)["rows"])
 
     def sample_of(self, count: int) -> State:
-        """Of these images, for one side of a SampleMetric."""
+        """Of these images, as the state of a sample."""
         first = sampling_order(self.sample["indices"]).argsort()[:count]
         return {name: self.sample[name][first] for name in ("rows", "indices")} | {"seen": torch.tensor(len(first))}
 
@@ -76,24 +76,20 @@ def real_statistics(
     kept = _read(path, key) if keep and ranks.is_main else None
     if ranks.broadcast(kept is not None):
         return _sides(kept) if kept else None
-    metrics: dict[str, FeatureMetric] = {
-        "moments": FrechetDistance(extractor.num_features),
-        "sample": KernelDistance(extractor.num_features),
-    }
+    states: dict[str, Any] = {"moments": Sums(extractor.num_features), "sample": Sample(extractor.num_features, KEEP)}
     if extractor.class_names:
-        metrics["classes"] = ClassScores(extractor.num_features, extractor.num_classes)
-    collection = MetricCollection({**metrics})
+        states["classes"] = ClassSums(extractor.num_features, extractor.num_classes)
+    metric = FeatureMetric(states)
 
     def take(features: Tensor, logits: Tensor, indices: Tensor) -> None:
-        collection.update(features=features, logits=logits, real=True, indices=indices)
+        metric.update(features, True, indices, logits)
 
     title = f"{extractor.name} features of {split}"
     extract_features(ImageSet.of_split(dataset, split), [(extractor, take)], BATCH_SIZE, title, ranks, interrupted)
-    for metric in metrics.values():
-        metric.merge(ranks)
+    metric.merge(ranks)
     if not ranks.is_main:
         return None
-    real = RealStatistics(**{"classes": {}} | {name: metric.side(real=True) for name, metric in metrics.items()})
+    real = RealStatistics(**{"classes": {}} | {name: state.state() for name, state in metric.real.items()})
     if keep:
         sides = real._asdict().items()
         _write(path, key, {f"{side}.{name}": tensor for side, state in sides for name, tensor in state.items()})

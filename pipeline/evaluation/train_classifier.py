@@ -17,12 +17,12 @@ from pipeline.config import DataConfig, RuntimeConfig, check_device
 from pipeline.data import Dataset, open_dataset
 from pipeline.data.resident import load_split
 from pipeline.distributed.launcher import run_program
+from pipeline.distributed.progress import bar
 from pipeline.errors import UserError
 from pipeline.evaluation.features.base import FORWARD_SIZE, digest_of
 from pipeline.evaluation.features.classifier import Classifier
 from pipeline.evaluation.features.own import classifier_path
-from pipeline.evaluation.metrics.base import Poll, never_ends
-from pipeline.progress import bar
+from pipeline.evaluation.metrics.states import Poll, never_ends
 from pipeline.rng import seeded
 from pipeline.storage.files import write_tensors
 

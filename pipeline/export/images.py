@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.distributed.progress import bar
 from pipeline.models.interface import AnyGenerator
-from pipeline.progress import bar
 from pipeline.rng import evaluation_labels, evaluation_latents
 from pipeline.storage.files import replacing
 

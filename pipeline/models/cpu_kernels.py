@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.compat import has_matrix_tiles
 from pipeline.models.networks import KERNEL
 
 HALF = KERNEL // 2
@@ -44,7 +45,7 @@ def faster_form(layer: nn.Module) -> Callable[..., Tensor] | None:
         if layer.out_channels < CPU_LANES:
             return convolution_on_pairs
         # On Xeons with AMX it gains; on an EPYC without it a step lost 5 %.
-        if layer.weight.numel() >= LARGE_KERNEL and torch.cpu._is_amx_tile_supported():
+        if layer.weight.numel() >= LARGE_KERNEL and has_matrix_tiles():
             return convolution_by_products
     return None
 

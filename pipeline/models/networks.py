@@ -109,9 +109,9 @@ class StepGenerator(nn.Module):
 
     def forward(
         self, critic_latents: Tensor, critic_labels: Tensor, latents: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, list[Tensor]]:
         """Images (k, b, C, H, W) of the critic's k batches of latents (k, b, latent_dim), which want no gradients, and
-        (b, C, H, W) of the generator's own latents (b, latent_dim)."""
+        a list of one micro-batch (b, C, H, W) of the generator's own latents (b, latent_dim)."""
         generator = self.generator.train(self.fakes_by_batch)
         with torch.no_grad():
             if critic_latents.is_cuda and not generator.training:  # a GPU takes all at once, a CPU's caches prefer few
@@ -120,7 +120,7 @@ class StepGenerator(nn.Module):
                 fakes = fakes.view(*critic_labels.shape, *fakes.shape[1:])
             else:
                 fakes = torch.stack([generator(*batch) for batch in zip(critic_latents, critic_labels, strict=True)])
-        return fakes, generator.train()(latents, labels)
+        return fakes, [generator.train()(latents, labels)]
 
 
 class Critic(nn.Module):

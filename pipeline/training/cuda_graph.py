@@ -65,9 +65,10 @@ class CapturedStep:
         graph = torch.cuda.CUDAGraph()
         self._graphs.append(graph)
         try:
-            with torch.cuda.graph(graph, stream=self._stream):
+            # "thread_local": another thread may wait for the device meanwhile, as the one that saves does.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 losses = self._step(inputs)
-        except torch.AcceleratorError as error:  # an objective of the user's that looks at a value on the host, say
+        except RuntimeError as error:  # an objective of the user's that looks at a value on the host, say
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"the step can't be captured as a CUDA graph ({reason}): set runtime.cuda_graph to false"

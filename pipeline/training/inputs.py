@@ -120,10 +120,14 @@ class InputStream:
             "generator_rates": [learning_rate(training.generator_optimizer, step)],
             "ema_weights": [ema_weight(training, step)],
         }
-        for name in rates.keys() & numbers.keys():
-            numbers[name].numpy()[:] = rates[name]
+        taken: dict[str, Any] = {"mix": None} | rates
+        if buffers.rates is not None:
+            for name, values in rates.items():
+                buffers.rates.host[name].numpy()[:] = values
+            buffers.rates.send()
+            taken |= buffers.rates.device
         buffers.numbers.send()
-        taken: dict[str, Any] = {"mix": None} | rates | buffers.numbers.device | buffers.classes.device
+        taken |= buffers.numbers.device | buffers.classes.device
         return StepInputs(real=buffers.real, real_labels=buffers.real_labels, **taken)
 
     def damage(self) -> str | None:
@@ -146,11 +150,11 @@ class InputStream:
         if config.training.diff_augment:
             numbers["critic_augmentation"] = count, 2, batches[1], rng.AUGMENTATION_DRAWS
             numbers["generator_augmentation"] = batches[1], rng.AUGMENTATION_DRAWS
-        if self._captured:
-            numbers |= {"critic_rates": (count,), "generator_rates": (1,), "ema_weights": (1,)}
+        rates = {"critic_rates": (count,), "generator_rates": (1,), "ema_weights": (1,)} if self._captured else {}
         classes = {"critic_labels": batches, "generator_labels": batches[1:]}
         return _Buffers(
             _Packed(numbers, torch.float32, weight.device, weight.dtype),
+            _Packed(rates, weight.dtype, weight.device, weight.dtype) if rates else None,
             _Packed(classes, torch.int64, weight.device, torch.int64),
             torch.empty(*batches, *generator.image_shape, dtype=torch.uint8, device=weight.device),
             torch.zeros(batches, dtype=torch.int64, device=weight.device),
@@ -175,6 +179,8 @@ class _Buffers(NamedTuple):
     """Where the inputs of steps of so many critic iterations lie."""
 
     numbers: _Packed
+    rates: _Packed | None
+    """In the precision of the weights: float32 would change a float64 rate."""
     classes: _Packed
     real: Tensor
     real_labels: Tensor

@@ -11,6 +11,7 @@ from pipeline.checks.settings import Plan, refuse
 from pipeline.config import Config, to_yaml
 from pipeline.data import open_dataset, open_source
 from pipeline.distributed.process import Runtime
+from pipeline.distributed.progress import TrainingBar, messages_above_bars
 from pipeline.distributed.slurm import job_id
 from pipeline.errors import Preempted, UserError
 from pipeline.evaluation.scorer import Scorer
@@ -20,7 +21,6 @@ from pipeline.export.images import interpolate, row_names, sample_grid, save_gri
 from pipeline.models.interface import AnyGenerator
 from pipeline.models.networks import Critic
 from pipeline.models.objectives import choose
-from pipeline.progress import TrainingBar, messages_above_bars
 from pipeline.reporting.formatting import in_brief
 from pipeline.reporting.read import read_run
 from pipeline.storage.checkpoint import newest_intact, sweep

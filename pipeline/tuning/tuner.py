@@ -2,13 +2,12 @@
 
 A trial trains the same settings with every seed of the study, in this process, and its value is the median of the last
 scores; it is pruned where the median of its seeds so far is worse than other trials' at the same step. Optuna keeps the
-journal and proposes settings; the trial's lock tells who works on it. So what a killed worker left is taken up by the
-next one that looks, which goes on from the trial's last checkpoint.
+journal and proposes settings. A worker that is asked to stop puts its trial back into the queue, and the next one goes
+on from the trial's last checkpoint; the trial of a worker that was killed is left out, and another takes its place.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import statistics
 from functools import partial
@@ -24,7 +23,6 @@ from pipeline.evaluation.selection import LOWER_IS_BETTER, named_score
 from pipeline.reporting.read import read_evaluations
 from pipeline.rng import seeded
 from pipeline.storage.files import write_text
-from pipeline.storage.lock import RunLock
 from pipeline.storage.run_folder import RunFolder
 from pipeline.training.trainer import Trainer
 from pipeline.tuning.study_file import Configure, StudyFile
@@ -32,8 +30,6 @@ from pipeline.tuning.study_file import Configure, StudyFile
 if TYPE_CHECKING:
     import optuna
 
-MAX_ATTEMPTS = 3
-"""Workers that a trial may bring down (out of memory) before it is given up."""
 STARTUP_TRIALS = 5
 """Trials that are drawn at random and never pruned, before there is something to compare with."""
 
@@ -54,32 +50,30 @@ class Tuner:
         runtime.ranks.on_main(lambda: study.check(configure))
         self._space, self._key = named_score(study.score, self._config.evaluation.features)
         self._study: optuna.Study | None = None
+        self._trial: optuna.Trial | None = None
         runtime.ranks.on_main(self._open)
-        self._lock: RunLock | None = None
 
     def run(self) -> None:
-        """Works on trials until there are as many as the study's file says.
+        """Works on trials until as many are done as the study's file says.
 
         Raises:
-            Preempted: a signal came; the trial's step is saved, and whoever comes next goes on with it.
+            Preempted: a signal came; the trial's step is saved, and the next worker goes on with it.
         """
         ranks = self._runtime.ranks
         while (taken := ranks.on_main(self.take)) is not None:
-            number, settings = taken
+            folder, settings = taken
             try:
-                outcome = self._train(number, settings)
-                ranks.on_main(partial(self.tell, number, outcome))
+                outcome = self._train(folder, settings)
+                ranks.on_main(partial(self.tell, outcome))
             except LocalError:  # perhaps of this rank alone: the job ends
                 raise
             except (TrainingFailed, UserError) as error:
-                ranks.on_main(partial(self.tell, number, str(error)))
+                ranks.on_main(partial(self.tell, str(error)))
             except Preempted:
-                ranks.on_main(partial(self._count_attempt, number, -1))
+                ranks.on_main(partial(self.put_back, folder))
                 raise
             finally:
                 self._runtime.before_close.close()  # a captured graph goes with its trial
-                if self._lock is not None:
-                    self._lock.release()
         ranks.on_main(self._write_results)
 
     # -- the study, on the main rank -----------------------------------------------------------------------------------
@@ -88,6 +82,12 @@ class Tuner:
     def study(self) -> optuna.Study:
         assert self._study is not None, "it is the main rank's"
         return self._study
+
+    @property
+    def trial(self) -> optuna.Trial:
+        """The trial that this worker has taken."""
+        assert self._trial is not None, "it is the main rank's"
+        return self._trial
 
     def _open(self) -> None:
         try:
@@ -114,123 +114,94 @@ class Tuner:
             raise UserError(f"{self.folder}: holds a study with other settings ({told}): give its file another name")
         self.study.set_user_attr("settings", settings)
 
-    def take(self) -> tuple[int, dict[str, str]] | None:
-        """The number and settings of a trial that is nobody's, locked: one that was left, or else a new one."""
+    def take(self) -> tuple[Path, dict[str, str]] | None:
+        """Returns the folder and the settings of a trial that was put back, or else of a new one; None when as many are
+        done as the study wants. Workers that begin one at the same time may finish a few more."""
         import optuna
 
-        while True:
-            trials = self.study.get_trials(deepcopy=False)[: self._file.trials]
-            left = [trial.number for trial in trials if trial.state == optuna.trial.TrialState.RUNNING]
-            new = [] if len(trials) == self._file.trials else [self.study.ask().number]
-            for number in [*left, *new]:
-                if number < self._file.trials and self._is_mine(number):
-                    return number, self._settings(number)
-            if not new:
-                return None
-
-    def _is_mine(self, number: int) -> bool:
-        """Takes the trial's lock, unless another has it, or the trial has ended meanwhile."""
-        import optuna
-
-        try:
-            self._lock = RunLock(RunFolder(self._trial_folder(number)))
-        except UserError:
-            return False
-        if self.study.get_trials(deepcopy=False)[number].state == optuna.trial.TrialState.RUNNING:
-            if self._count_attempt(number, 1) <= MAX_ATTEMPTS:
-                return True
-            self.tell(number, f"given up, {MAX_ATTEMPTS} workers ended in it")
-        self._lock.release()
-        return False
-
-    def _count_attempt(self, number: int, count: int) -> int:
-        trial = self._trial(number)
-        attempts = int(trial.user_attrs.get("attempts", 0)) + count
-        trial.set_user_attr("attempts", attempts)
-        return attempts
-
-    def _trial(self, number: int) -> optuna.Trial:
-        import optuna
-
-        return optuna.Trial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
-
-    def _settings(self, number: int) -> dict[str, str]:
-        """What Optuna proposes; for a trial that has settings already, these."""
-        import optuna
-
+        if len(self._done()) >= self._file.trials:
+            return None
+        self._trial = trial = self.study.ask()
         # A function of the seed, the trial and those before it: a worker alone repeats its study.
-        seed = seeded(self._config.training.seed, "trial", number).initial_seed() % 2**32
+        seed = seeded(self._config.training.seed, "trial", trial.number).initial_seed() % 2**32
         self.study.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, seed=seed)
-        trial, settings = self._trial(number), dict[str, str]()
-        for key, found in self._file.space.items():
+        settings = dict[str, str]()
+        for key, values in self._file.space.items():
             value: Any
-            match found.kind:
+            match values.kind:
                 case "choice":
-                    value = trial.suggest_categorical(key, found.values)
+                    value = trial.suggest_categorical(key, values.values)
                 case "int":
-                    value = trial.suggest_int(key, *found.values)
+                    value = trial.suggest_int(key, *values.values)
                 case kind:
-                    value = trial.suggest_float(key, *found.values, log=kind == "log")
+                    value = trial.suggest_float(key, *values.values, log=kind == "log")
             settings[key] = str(value)
-        return settings
+        return self.folder / trial.user_attrs.get("folder", f"trial-{trial.number:04d}"), settings
 
-    def tell(self, number: int, outcome: float | str) -> None:
-        """Ends a trial with its value, or with the reason why it has none: it then counts among the worse ones."""
+    def tell(self, outcome: float | str) -> None:
+        """Ends the trial with its value, or with the reason why it has none: it then counts among the worse ones."""
         import optuna
 
-        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # a worker lost for long was not lost
-            if isinstance(outcome, str):
-                self._trial(number).set_user_attr("reason", outcome)
-                self.study.tell(number, state=optuna.trial.TrialState.PRUNED)
-            else:
-                self.study.tell(number, outcome, skip_if_finished=True)
-        self._runtime.say(f"trial {number}: {outcome if isinstance(outcome, str) else f'{outcome:.4g}'}")
+        if isinstance(outcome, str):
+            self.trial.set_user_attr("reason", outcome)
+            self.study.tell(self.trial, state=optuna.trial.TrialState.PRUNED)
+        else:
+            self.study.tell(self.trial, outcome)
+        message = outcome if isinstance(outcome, str) else f"{outcome:.4g}"
+        self._runtime.say(f"trial {self.trial.number}: {message}")
         self._write_results()
+
+    def put_back(self, folder: Path) -> None:
+        """Queues the trial again under another number, with its settings and the folder of its runs."""
+        import optuna
+
+        self.study.enqueue_trial(self.trial.params, user_attrs={"folder": folder.name})
+        self.study.tell(self.trial, state=optuna.trial.TrialState.FAIL)
+
+    def _done(self) -> list[optuna.trial.FrozenTrial]:
+        """The trials that have a value or were pruned."""
+        trials = self.study.get_trials(deepcopy=False)
+        return [trial for trial in trials if trial.state.name in ("COMPLETE", "PRUNED")]
 
     # -- a trial -------------------------------------------------------------------------------------------------------
 
-    def _trial_folder(self, number: int) -> Path:
-        return self.folder / f"trial-{number:04d}"
-
-    def _train(self, number: int, settings: dict[str, str]) -> float | str:
-        """The trial's value, or why it was pruned."""
-        ranks, folder, seeds = self._runtime.ranks, self._trial_folder(number), self._file.seeds
+    def _train(self, folder: Path, settings: dict[str, str]) -> float | str:
+        """Returns the trial's value, or why it was pruned."""
+        ranks, seeds = self._runtime.ranks, self._file.seeds
         last_step = self._config.training.steps
         for index, seed in enumerate(seeds):
             own = {"training.seed": str(seed), "run.root": str(folder), "run.name": f"seed-{seed}"}
             config = self._configure(settings | own | {"run.trackers": "[]", "run.patience": "null"})
-            trainer = Trainer(config, self._runtime, partial(self._is_worse, number, index))
+            trainer = Trainer(config, self._runtime, partial(self._is_worse, folder, index))
             trainer.run()
             step, more = trainer.state.step, index + 1 < len(seeds)
-            if step < last_step or (more and ranks.on_main(partial(self._is_worse, number, index, step))):
+            if step < last_step or (more and ranks.on_main(partial(self._is_worse, folder, index, step))):
                 return f"pruned at step {step} of seed {seed}"
-        value = ranks.on_main(partial(self._median, number, len(seeds), last_step))
+        value = ranks.on_main(partial(self._median, folder, len(seeds), last_step))
         return "its last evaluations gave no score" if value is None else value
 
-    def _median(self, number: int, count: int, step: int) -> float | None:
-        """Of the scores of the first `count` seeds at a step; None if one has none."""
+    def _median(self, folder: Path, count: int, step: int) -> float | None:
+        """Returns the median of the scores of the first `count` seeds at a step; None if one has none."""
         values = []
         for seed in self._file.seeds[:count]:
-            evaluations = read_evaluations(RunFolder(self._trial_folder(number) / f"seed-{seed}"), [])
+            evaluations = read_evaluations(RunFolder(folder / f"seed-{seed}"), [])
             values += [item.score(self._space, self._key) for item in evaluations if item.step == step]
         known = [value for value in values if value is not None]
         return statistics.median(known) if len(known) == count else None
 
-    def _is_worse(self, number: int, index: int, step: int) -> bool:
-        """Reports the median of seeds 0, ..., index at a step; whether other trials had a better one there."""
+    def _is_worse(self, folder: Path, index: int, step: int) -> bool:
+        """Reports the median of seeds 0, ..., index at a step; returns whether other trials had a better one there."""
         reported = index * self._config.training.steps + step
-        trial, value = self._trial(number), self._median(number, index + 1, step)
-        if value is None:
+        if (value := self._median(folder, index + 1, step)) is None:
             return False
-        if reported not in self.study.get_trials(deepcopy=False)[number].intermediate_values:
-            trial.report(value, reported)
-        return trial.should_prune()
+        self.trial.report(value, reported)
+        return self.trial.should_prune()
 
     # -- results -------------------------------------------------------------------------------------------------------
 
     def _write_results(self) -> None:
         """The best settings as a configuration, and a table of all trials."""
-        trials = self.study.get_trials(deepcopy=False)[: self._file.trials]
+        trials = self._done()
         done = [trial for trial in trials if trial.state.name == "COMPLETE" and trial.value is not None]
         sign = 1 if LOWER_IS_BETTER[self._key] else -1
         done.sort(key=lambda trial: sign * (trial.value or 0.0))

@@ -128,8 +128,6 @@ RUNS: dict[str, Run] = {
     **{f"lsgan-bf16-whole-{w}": whole(w, VARIANTS["lsgan"], BF16) for w in (1, 2)},
     **{f"lsgan-bf16-resumed-{w}": Run(((w, 7), (w, STEPS)), (VARIANTS["lsgan"], BF16)) for w in (1, 2)},
     **{f"lsgan-bf16-parts-{w}": whole(w, VARIANTS["lsgan"], BF16, PARTS) for w in (1, 2)},
-    "plain": whole(2, VARIANTS["gan"]),
-    "compressed": whole(2, VARIANTS["gan"], {"runtime": {"compress_gradients": True}}),
 }
 
 
@@ -177,8 +175,7 @@ class Kind:
 
     world_size: int
     bf16: bool
-    compress_gradients: bool
 
     @classmethod
     def of(cls, config: Config, world_size: int) -> Kind:
-        return cls(world_size, config.runtime.precision == "bf16", config.runtime.compress_gradients)
+        return cls(world_size, config.runtime.precision == "bf16")

@@ -214,11 +214,6 @@ def test_bf16_stays_near_float32_and_resumes_bit_for_bit(trained: Trained, name:
     assert {tensor.dtype for tensor in trained.weights(whole).values()} <= {torch.float32, torch.int64}
 
 
-def test_compressed_gradients_are_those_of_every_rank_to_three_digits(trained: Trained) -> None:
-    ours, theirs = trained.losses("plain"), trained.losses("compressed")
-    assert 1e-7 < ((ours - theirs).abs() / ours.abs()).max() < 1e-2
-
-
 def test_fp16_needs_a_gpu(base: Config) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")

@@ -18,7 +18,7 @@ from torchmetrics import MetricCollection
 from pipeline.evaluation.metrics import (
     Authenticity,
     ClassScores,
-    ExtrapolatedFrechetDistance,
+    FrechetDistance,
     InceptionScore,
     KernelDistance,
     ManifoldScores,
@@ -44,7 +44,7 @@ def main(output: str, *batch_sizes: str) -> None:
     for batch_size in map(int, batch_sizes):
         metrics = MetricCollection(
             {
-                "fid": ExtrapolatedFrechetDistance(WIDTH, keep=4000),
+                "fid": FrechetDistance(WIDTH),
                 "inception_score": InceptionScore(CLASSES),
                 "kid": KernelDistance(WIDTH, keep=4000),
                 "manifold": ManifoldScores(WIDTH, keep=1000),

@@ -1,21 +1,17 @@
-"""Feature networks of the user's own: TorchScript files, and modules by name."""
+"""Feature networks of the user's own, by name."""
 
 from __future__ import annotations
 
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from pipeline.config import EvaluationConfig
 from pipeline.data import Dataset
 from pipeline.data.resident import load_split
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluate import evaluate_images
-from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.features import FeatureExtractor, load_features
 
 CPU = torch.device("cpu")
@@ -48,24 +44,6 @@ class Failing(torch.nn.Module):
 '''
 
 
-class Rows(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(0.5))
-        self.dropout = nn.Dropout(0.5)
-
-    def forward(self, images: Tensor) -> Tensor:
-        means: Tensor = self.dropout(images.float().mean((1, 3)) * self.scale)
-        return means
-
-
-def script(network: nn.Module, path: Path) -> str:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        torch.jit.script(network).save(path)  # type: ignore[no-untyped-call]
-    return f"torchscript:{path}"
-
-
 def load(name: str, dataset: Dataset) -> FeatureExtractor:
     return load_features(name, dataset, CPU, EvaluationConfig())
 
@@ -78,26 +56,6 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     return name
-
-
-def test_a_torchscript_file_is_a_feature_space(digits: Dataset, tmp_path: Path) -> None:
-    name = script(Rows(), tmp_path / "rows.pt")
-    rows = load(name, digits)
-    assert (rows.name, rows.num_features, rows.num_classes) == ("torchscript:rows", 28, 0)
-    images, _ = load_split(digits, "test")
-    features, logits = rows(images)
-    torch.testing.assert_close(features, images.float().mean((1, 3)) / 2)
-    assert logits.shape == (610, 0)
-    scores = evaluate_images(ImageSet.of_tensor(images), digits, [rows], EvaluationConfig(reference="test"))[
-        "torchscript:rows"
-    ]
-    assert scores["fid"] == pytest.approx(0, abs=1e-6)
-    assert scores["is_mean"] is scores["is_std"] is None  # it has no classes
-    assert load(name, digits).fingerprint == rows.fingerprint
-    other = Rows()
-    nn.init.constant_(other.scale, 0.25)
-    script(other, tmp_path / "rows.pt")
-    assert load(name, digits).fingerprint != rows.fingerprint
 
 
 def test_a_module_by_name_is_a_feature_space(digits: Dataset, module: str, tmp_path: Path) -> None:
@@ -138,16 +96,6 @@ def test_what_is_wrong_with_a_module_is_told(attribute: str, words: str, digits:
     assert "\n" not in str(refused.value)
 
 
-def test_what_is_no_torchscript_is_refused(digits: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"evaluation\.features holds 'torchscript:none\.pt': no such file"):
-        load("torchscript:none.pt", digits)
-    torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pt")
-    (tmp_path / "noise.pt").write_bytes(b"noise" * 100)
-    for path in (tmp_path / "weights.pt", tmp_path / "noise.pt"):
-        with pytest.raises(UserError, match=rf"{path} is not TorchScript") as refused:
-            load(f"torchscript:{path}", digits)
-        assert "\n" not in str(refused.value)
-    with pytest.raises(UserError, match=r"evaluation\.features: torchscript:flat was given uint8"):
-        load(script(nn.Flatten(0), tmp_path / "flat.pt"), digits)
-    with pytest.raises(UserError, match="module_that_is_not_there"):
-        load("module_that_is_not_there:Name", digits)
+def test_a_torchscript_file_is_refused_with_what_to_do(digits: Dataset) -> None:
+    with pytest.raises(UserError, match=r"'torchscript:rows\.pt': load the file in a module of yours"):
+        load("torchscript:rows.pt", digits)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from pipeline.evaluation.metrics import Authenticity, ClassScores, ManifoldScores, SlicedWasserstein, manifold
+from pipeline.evaluation.metrics import ClassScores, ManifoldScores, manifold
 from pipeline.evaluation.metrics.authenticity import authenticity
 from pipeline.evaluation.metrics.frechet import (
     JACKKNIFE_GROUPS,
@@ -23,7 +23,9 @@ from pipeline.evaluation.metrics.frechet import (
 from pipeline.evaluation.metrics.inception_score import inception_score
 from pipeline.evaluation.metrics.kernel import kernel_distance
 from pipeline.evaluation.metrics.manifold import manifold_scores, nearest_neighbours
+from pipeline.evaluation.metrics.scores import SAMPLE_SCORES, Options
 from pipeline.evaluation.metrics.sliced import PROJECTIONS, sliced_wasserstein
+from pipeline.evaluation.metrics.states import Batch, Sample
 from pipeline.rng import seeded
 
 
@@ -257,12 +259,17 @@ def test_sliced_wasserstein_sees_what_moments_do_not() -> None:
     assert sliced_wasserstein(modes, other, 0) > 3 * sliced_wasserstein(same, other, 0)
 
 
+def sample_of(rows: Tensor) -> Sample:
+    sample = Sample(rows.shape[1], 50_000)
+    sample.add(Batch(rows))
+    return sample
+
+
 def test_sliced_wasserstein_takes_as_many_of_either_side() -> None:
-    metric = SlicedWasserstein(3)
-    metric.update(normal(50, 3, 0), real=False)
-    metric.update(normal(80, 3, 1), real=True)
-    assert metric.num_used == [50, 50]
-    assert metric.compute()["sliced_wasserstein"].item() > 0
+    fake, real = sample_of(normal(50, 3, 0)), sample_of(normal(80, 3, 1))
+    scores, used = SAMPLE_SCORES["sliced_wasserstein"](fake, real, Options())
+    assert used == [50, 50]
+    assert scores["sliced_wasserstein"] == sliced_wasserstein(normal(50, 3, 0), real.first(50)[0], 0)
 
 
 def test_authenticity_by_hand() -> None:
@@ -291,12 +298,10 @@ def test_authenticity_falls_with_copies_and_tells_nothing_of_strangers(seed: int
 
 
 def test_authenticity_takes_some_images_among_all_training_images() -> None:
-    metric = Authenticity(3, scored=40)
-    metric.update(normal(50, 3, 0), real=False)
-    metric.update(normal(80, 3, 1), real=True)
-    assert metric.num_used == [40, 80]
-    features, _ = metric.sample(real=False, count=40)
-    assert metric.compute()["authenticity"].item() == authenticity(features, normal(80, 3, 1))
+    fake, real = sample_of(normal(1_100, 3, 0)), sample_of(normal(80, 3, 1))
+    scores, used = SAMPLE_SCORES["authenticity"](fake, real, Options())
+    assert used == [1_000, 80]
+    assert scores["authenticity"] == authenticity(fake.first(1_000)[0], normal(80, 3, 1))
 
 
 @pytest.mark.parametrize("neighbours", [1, 3, 10])
@@ -313,15 +318,15 @@ def test_class_scores_by_hand() -> None:
     """Fakes of classes 0 0 2 2 against one real of each of four: shares, distance, accuracy and confidence."""
     metric, features = ClassScores(2, 4), torch.zeros(4, 2)
     sure = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
-    metric.update(features, torch.eye(4) * 100, real=True)
-    metric.update(features, sure[torch.tensor([[0, 1, 2, 3]] * 2 + [[1, 2, 0, 3]] * 2)], real=False)
+    metric.update(features, logits=torch.eye(4) * 100, real=True)
+    metric.update(features, logits=sure[torch.tensor([[0, 1, 2, 3]] * 2 + [[1, 2, 0, 3]] * 2)], real=False)
     found = metric.compute()
     assert found["class_histogram"].tolist() == [0.5, 0.0, 0.5, 0.0]
     assert found["class_histogram_real"].tolist() == [0.25] * 4
     assert found["class_total_variation"].item() == pytest.approx(0.5)
     assert found["confidence_mean"].item() == pytest.approx(0.5)
     assert math.isnan(found["class_accuracy"].item()), "no class was asked for"
-    metric.update(features[:2], sure.expand(2, -1), real=False, labels=torch.tensor([0, 3]))
+    metric.update(features[:2], logits=sure.expand(2, -1), real=False, labels=torch.tensor([0, 3]))
     assert metric.compute()["class_accuracy"].item() == 0.5
 
 
@@ -333,14 +338,14 @@ def test_class_frechet_distances_need_a_full_covariance(monkeypatch: pytest.Monk
     def distances() -> list[float]:
         metric = ClassScores(4, 3)
         for rows in torch.split(torch.arange(60), 7):
-            metric.update(fake[rows], torch.eye(3)[fake_classes[rows]], real=False)
-            metric.update(real[rows], torch.eye(3)[real_classes[rows]], real=True)
+            metric.update(fake[rows], logits=torch.eye(3)[fake_classes[rows]], real=False)
+            metric.update(real[rows], logits=torch.eye(3)[real_classes[rows]], real=True)
         found: list[float] = metric.compute()["fid_per_class"].tolist()
         return found
 
     expected = frechet_distance(Moments.of_features(fake[:55]), Moments.of_features(real[:20]))
     assert distances() == pytest.approx([expected, math.nan, math.nan], rel=1e-9, nan_ok=True)
-    monkeypatch.setattr("pipeline.evaluation.metrics.classes.MOST_SUMS", 3 * 4 * 4 - 1)
+    monkeypatch.setattr("pipeline.evaluation.metrics.states.MOST_SUMS", 3 * 4 * 4 - 1)
     assert all(map(math.isnan, distances()))
 
 

@@ -18,7 +18,7 @@ from pipeline.errors import Preempted, UserError
 from pipeline.evaluation import gan_train as module
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.gan_train import gan_train
-from pipeline.evaluation.metrics.base import never_ends
+from pipeline.evaluation.metrics.states import never_ends
 from pipeline.evaluation.scorer import Scorer
 from pipeline.evaluation.targets import score_target
 from pipeline.export.generator_file import save_export

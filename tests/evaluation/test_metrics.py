@@ -21,21 +21,20 @@ from pipeline.distributed.collectives import Ranks
 from pipeline.evaluation.metrics import (
     Authenticity,
     ClassScores,
-    ExtrapolatedFrechetDistance,
     FrechetDistance,
     InceptionScore,
     KernelDistance,
     ManifoldScores,
     SlicedWasserstein,
 )
-from pipeline.evaluation.metrics.base import FeatureMetric, SampleMetric
+from pipeline.evaluation.metrics.metric import FeatureMetric
+from pipeline.evaluation.metrics.states import Batch, ClassSums, Sample, Sums
 from pipeline.rng import sampling_order
 from tests.evaluation.metrics_many import CLASSES, WIDTH, made_up
 from tests.jobs import ROOT, launch
 
 MAKERS: dict[str, Callable[[], FeatureMetric]] = {
     "fid": lambda: FrechetDistance(WIDTH),
-    "fid_infinite": lambda: ExtrapolatedFrechetDistance(WIDTH, keep=150),
     "inception_score": lambda: InceptionScore(WIDTH, keep=150),
     "kid": lambda: KernelDistance(WIDTH, keep=150),
     "manifold": lambda: ManifoldScores(WIDTH, keep=150),
@@ -85,7 +84,7 @@ def test_scores_depend_neither_on_the_ranks_nor_on_the_batches(tmp_path: Path) -
     assert 0 < expected["precision"] < 1
     assert 0 < expected["recall"] < 1
     assert 0 < expected["authenticity"] < 1
-    assert 0 < expected["fid_infinite"] < expected["fid"]
+    assert expected["fid"] > 0
     assert expected["sliced_wasserstein"] > 0
     assert all(score > 0 for score in expected["fid_per_class"])
     assert len(expected["class_histogram"]) == CLASSES
@@ -104,15 +103,15 @@ def test_the_sample_is_the_first_of_the_order_and_bounded() -> None:
     assert (order[:1000] < order.median()).double().mean().item() == pytest.approx(0.5, abs=0.05)
     expected = order.argsort()[:100].sort().values
     for size, seed in ((7, 0), (30, 1), (999, 2), (2000, 3)):
-        metric = KernelDistance(WIDTH, keep=100)
+        sample = Sample(WIDTH, keep=100)
         for indices in torch.split(torch.randperm(2000, generator=torch.Generator().manual_seed(seed)), size):
-            metric.update(rows[indices], real=True, indices=indices)
-            assert sum(len(part) for part in getattr(metric, "real_rows")) <= 125  # noqa: B009 (mypy: a Module)
-        kept, indices = metric.sample(real=True)
+            sample.add(Batch(rows[indices], indices=indices))
+            assert sum(len(some) for some in sample._rows) <= 125
+        kept, indices = sample.first()
         assert torch.equal(indices, expected)
         assert torch.equal(kept, rows[expected])
-        assert metric.num_used == [0, 100]
-        fewer, first = metric.sample(real=True, count=10)
+        assert sample.seen == 2000
+        fewer, first = sample.first(10)
         assert torch.equal(first, order.argsort()[:10].sort().values)
         assert torch.equal(fewer, rows[first])
 
@@ -121,7 +120,7 @@ def test_an_update_keeps_a_copy() -> None:
     metric, rows = KernelDistance(WIDTH), made_up(0, 10)
     metric.update(rows, real=False)
     rows.zero_()
-    assert metric.sample(real=False)[0].any()
+    assert metric.fake["sample"].first()[0].any()
 
 
 def test_reset_begins_anew(make: Callable[[], FeatureMetric]) -> None:
@@ -141,8 +140,8 @@ def test_forward_accumulates_and_gives_the_batch(make: Callable[[], FeatureMetri
         for rows in torch.split(made_up(int(real), 300), 50):
             stepped(**stepped._filter_kwargs(features=rows, logits=rows, real=real))
     assert close(values(stepped), values(fed))
-    if isinstance(stepped, SampleMetric):
-        assert len(set(stepped.sample(real=False)[1].tolist())) == 150
+    if "sample" in stepped.fake:
+        assert len(set(stepped.fake["sample"].first()[1].tolist())) == 150
 
 
 def test_pickled_in_the_middle_it_goes_on(make: Callable[[], FeatureMetric]) -> None:
@@ -171,13 +170,38 @@ def test_no_change_of_type_rounds_the_states(
     assert all(score.dtype == torch.float64 for score in MetricCollection({"any": changed}).compute().values())
 
 
-def test_a_side_can_be_kept_and_loaded(make: Callable[[], FeatureMetric]) -> None:
-    whole, other = make(), make()
-    feed(whole)
-    other.load_side(whole.side(real=True), real=True)
-    for rows in torch.split(made_up(0, 300), 70):
-        other.update(**other._filter_kwargs(features=rows, logits=rows, real=False))
-    assert close(values(other), values(whole))
+def test_a_state_can_be_kept_and_is_that_of_all_ranks() -> None:
+    """Of two ranks, each with every other image, played by one: what is gathered is what one rank has of all."""
+
+    class Both(Ranks):
+        def gather(self, value: Any) -> list[Any]:
+            return [value, others.pop(0)]
+
+    rows, logits = made_up(0, 400), made_up(1, 400)
+    for make in (lambda: Sums(WIDTH), lambda: Sample(WIDTH, 150), lambda: ClassSums(WIDTH, WIDTH)):
+        whole, mine, theirs = make(), make(), make()
+        indices = torch.arange(400)
+        whole.add(Batch(rows, logits, indices, indices % WIDTH))
+        for state, some in ((mine, indices[::2]), (theirs, indices[1::2])):
+            state.add(Batch(rows[some], logits[some], some, some % WIDTH))
+        others: list[Any] = (
+            [theirs._indices, (theirs._rows, theirs._indices, theirs.seen)]
+            if isinstance(theirs, Sample)
+            else [theirs.state()]
+        )
+        mine.gather(Both(0, 2))
+        for name, tensor in whole.state().items():
+            torch.testing.assert_close(mine.state()[name], tensor, rtol=1e-12, atol=1e-12)
+    kept = Sample.of_state(mine_sample := _sample_of(rows), 150).first()
+    assert all(
+        torch.equal(one, other) for one, other in zip(kept, (mine_sample["rows"], mine_sample["indices"]), strict=True)
+    )
+
+
+def _sample_of(rows: Tensor) -> dict[str, Tensor]:
+    sample = Sample(WIDTH, 150)
+    sample.add(Batch(rows))
+    return sample.state()
 
 
 def test_few_images_give_nan_and_none_do_no_harm(make: Callable[[], FeatureMetric]) -> None:
@@ -213,7 +237,6 @@ def test_a_collection_shares_no_states_that_will_differ() -> None:
         for key, score in values(metric).items():
             matching = {f"{name}_{key}", key or name} & found.keys()
             assert [found[match].item() for match in matching] == [score], (name, key)
-    assert ["authenticity", "large", "seed"] in collection.compute_groups.values()
 
 
 class Identity(nn.Module):
@@ -251,7 +274,7 @@ def test_nothing_is_drawn_from_the_global_generators(make: Callable[[], FeatureM
 
 
 def test_rows_of_another_width_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"KernelDistance takes \[n, 12\], not \[3, 5\]"):
+    with pytest.raises(ValueError, match=r"features must be \[n, 12\], not \[3, 5\]"):
         KernelDistance(WIDTH).update(torch.zeros(3, 5), real=True)
     with pytest.raises(ValueError, match="2 indices of 3 rows"):
         KernelDistance(WIDTH).update(torch.zeros(3, WIDTH), real=True, indices=torch.arange(2))
@@ -263,9 +286,3 @@ def test_one_split_has_a_deviation() -> None:
     metric.update(torch.tensor([[0.0, 1.0, 2.0]]))
     assert values(metric) == {"is_mean": pytest.approx(1.0), "is_std": 0.0}
     assert not math.isnan(values(metric)["is_std"])
-
-
-def test_a_rank_that_had_no_images_computes_without_a_warning() -> None:
-    metric = InceptionScore(10, sync_on_compute=False)
-    metric.merge(Ranks())
-    assert metric.compute()["is_mean"].isnan()

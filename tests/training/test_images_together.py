@@ -55,8 +55,8 @@ def test_images_and_gradients_are_those_of_one_batch_after_the_other(
     labels = torch.arange((BATCHES + 1) * SIZE).view(BATCHES + 1, SIZE) % max(num_classes, 1)
     latents = random(seed, BATCHES + 1, SIZE, 5)
     given = latents[:-1], labels[:-1], latents[-1], labels[-1]
-    fakes, images = StepGenerator(generator, True)(*given)
-    other_fakes, other_images = LayerwiseStepGenerator(other, True)(*given)
+    fakes, [images] = StepGenerator(generator, True)(*given)
+    other_fakes, [other_images] = LayerwiseStepGenerator(other, True)(*given)
     torch.testing.assert_close(other_fakes, fakes, **EXACT)
     torch.testing.assert_close(other_images, images, **EXACT)
     assert not fakes.requires_grad
@@ -120,6 +120,6 @@ def test_under_autocast_the_generators_own_images_have_gradients() -> None:
     generator = a_generator(0, 0).float()
     latents, labels = torch.rand(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, images = StepGenerator(generator, True)(latents, labels, latents[0], labels[0])
+        _, [images] = StepGenerator(generator, True)(latents, labels, latents[0], labels[0])
     images.float().sum().backward()
     assert all(parameter.grad is not None for parameter in generator.parameters())

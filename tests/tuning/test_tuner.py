@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,10 +17,10 @@ from optuna.storages.journal import JournalFileBackend
 from pipeline.config import Config, flatten, make_parser, parse
 from pipeline.data import Dataset
 from pipeline.distributed.process import Runtime
-from pipeline.errors import UserError
+from pipeline.errors import EXIT_PREEMPTED, UserError
 from pipeline.storage.run_folder import RunFolder
 from pipeline.tuning.study_file import read_study
-from pipeline.tuning.tuner import MAX_ATTEMPTS, STARTUP_TRIALS, Tuner
+from pipeline.tuning.tuner import STARTUP_TRIALS, Tuner
 from tests.distributed.interrupting import LIMIT_SECONDS
 from tests.jobs import ROOT, flags, launch, process_kept, tiny_config
 from tests.ranks import Job
@@ -57,42 +58,45 @@ def best_config(root: Path) -> Config:
 
 
 @pytest.mark.slow
-def test_a_study_goes_on_after_one_of_its_two_workers_was_killed(digits: Dataset, tmp_path: Path) -> None:
-    file = study_file(tmp_path, trials=4)
+def test_a_study_goes_on_after_its_workers_were_killed_and_stopped(digits: Dataset, tmp_path: Path) -> None:
+    """Of two workers one is killed and the other is stopped: a third one goes on with what the latter had saved, and
+    another trial takes the place of the former's."""
+    file = study_file(tmp_path, trials=3)
     arguments = [str(file), *flags(base(tmp_path, digits.folder))]
-    first = RunFolder(tmp_path / "search/trial-0000")
-    evidence = RunFolder(first.path / "seed-0").scores(2)
+    folders = [tmp_path / f"search/trial-{number:04d}/seed-0" for number in (0, 1)]
     logs = [tmp_path / "log-0", tmp_path / "log-1"]
     jobs = [Job(TUNE, arguments, 1, stdout=log, stderr=log) for log in logs]
     with jobs[0], jobs[1]:
-        deadline = time.monotonic() + LIMIT_SECONDS
-        while not evidence.exists():
-            assert time.monotonic() < deadline, "".join(log.read_text()[-2000:] for log in logs)
-            time.sleep(0.01)
-        owner = json.loads(first.lock.read_text())["pid"]
-        [victim] = [job for job in jobs if job.ranks[0].pid == owner]
-        victim.ranks[0].kill()
-        assert victim.wait(60) == -9
-        [other] = [job for job in jobs if job is not victim]
-        assert other.wait(LIMIT_SECONDS) == 0, "".join(log.read_text()[-3000:] for log in logs)
-    trials = opened(tmp_path).trials
-    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 4
-    assert trials[0].user_attrs["attempts"] == 2
-    survivor = logs[jobs.index(other)].read_text()
-    assert f"going on from {first.path}/seed-0/checkpoints/step-" in survivor
+        for number, (job, ending) in enumerate(zip(jobs, (signal.SIGKILL, signal.SIGTERM), strict=True)):
+            deadline = time.monotonic() + LIMIT_SECONDS
+            while not RunFolder(folders[number]).scores(2).exists():
+                assert time.monotonic() < deadline, "".join(log.read_text()[-2000:] for log in logs)
+                time.sleep(0.01)
+            owner = json.loads(RunFolder(folders[number]).lock.read_text())["pid"]
+            job = next(job for job in jobs if job.ranks[0].pid == owner)
+            job.ranks[0].send_signal(ending)
+            assert job.wait(60) == (-9 if ending == signal.SIGKILL else EXIT_PREEMPTED)
+    last = launch(TUNE, arguments)
+    assert last.returncode == 0, last.stderr[-3000:]
+    everything = opened(tmp_path).trials
+    assert [trial.state.name for trial in everything] == ["RUNNING", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+    assert everything[2].params == everything[1].params
+    assert f"going on from {folders[1]}/checkpoints/step-" in last.stderr
+    trials = everything[2:]
     for trial in trials:
-        runs = [RunFolder(tmp_path / f"search/trial-{trial.number:04d}/seed-{seed}") for seed in (0, 1)]
+        name = trial.user_attrs.get("folder", f"trial-{trial.number:04d}")
+        runs = [RunFolder(tmp_path / f"search/{name}/seed-{seed}") for seed in (0, 1)]
         fids = [json.loads(run.scores(6).read_text())["features"]["mnist"]["fid"] for run in runs]
         assert trial.value == pytest.approx(sum(fids) / 2), "the median of two is their mean"
     best = min(trials, key=lambda trial: trial.value or 0.0)
     found = flatten(best_config(tmp_path))
     assert {key: found[key] for key in SPACE} == {key: yaml.safe_load(str(best.params[key])) for key in SPACE}
     table = (tmp_path / "search/study.md").read_text()
-    assert table.startswith("# search: 4 of 4 complete\n")
+    assert table.startswith("# search: 3 of 3 complete\n")
     assert f"| {best.number} | complete | {best.value:.4g} |" in table.splitlines()[4]
     again = launch(TUNE, arguments)
     assert again.returncode == 0, again.stderr
-    assert len(opened(tmp_path).trials) == 4
+    assert len(opened(tmp_path).trials) == 5
 
 
 @pytest.mark.slow
@@ -131,16 +135,30 @@ def tuner(digits: Dataset, tmp_path: Path) -> Iterator[Callable[..., Tuner]]:
 
 @pytest.mark.slow
 def test_workers_never_share_a_trial_and_end_at_the_number_asked_for(tuner: Callable[..., Tuner]) -> None:
-    one, other = tuner(trials=5), tuner(trials=5)
-    taken = [found for _ in range(5) for worker in (one, other) if (found := worker.take())]
-    assert [number for number, _ in taken] == [0, 1, 2, 3, 4]
-    assert len({json.dumps(settings) for _, settings in taken}) == 5
-    assert one.take() is other.take() is None
-    assert len(one.study.trials) == 5
-    one.tell(2, 3.5)
-    one.tell(2, "another worker said so first")
-    other.tell(3, "the loss is not finite")
-    assert [(trial.state.name, trial.value) for trial in one.study.trials[2:4]] == [("COMPLETE", 3.5), ("PRUNED", None)]
+    workers = [tuner(trials=3) for _ in range(3)]
+    taken = [worker.take() for worker in workers]
+    assert [folder.name for folder, _ in filter(None, taken)] == ["trial-0000", "trial-0001", "trial-0002"]
+    assert len({json.dumps(found) for _, found in filter(None, taken)}) == 3
+    workers[0].tell(3.5)
+    workers[1].tell("the loss is not finite")
+    again = workers[0].take()
+    assert again is not None, "two of three are done"
+    workers[2].tell(4.5)
+    assert workers[1].take() is workers[2].take() is None
+    states = [(trial.state.name, trial.value) for trial in workers[0].study.trials]
+    assert states == [("COMPLETE", 3.5), ("PRUNED", None), ("COMPLETE", 4.5), ("RUNNING", None)]
+    workers[0].put_back(again[0])
+
+
+@pytest.mark.slow
+def test_a_trial_that_was_put_back_keeps_its_folder_and_its_settings(tuner: Callable[..., Tuner]) -> None:
+    one, other = tuner(trials=1), tuner(trials=1)
+    taken = one.take()
+    assert taken is not None
+    one.put_back(taken[0])
+    assert other.take() == taken
+    other.put_back(taken[0])
+    assert one.take() == taken, "however often"
 
 
 @pytest.mark.slow
@@ -149,7 +167,7 @@ def test_a_worker_alone_repeats_its_study(tuner: Callable[..., Tuner], tmp_path:
         worker, found = tuner(trials=STARTUP_TRIALS + 4), []
         while (taken := worker.take()) is not None:
             found.append(taken[1])
-            worker.tell(taken[0], abs(float(taken[1]["training.critic_optimizer.learning_rate"]) - 1e-3))
+            worker.tell(abs(float(taken[1]["training.critic_optimizer.learning_rate"]) - 1e-3))
         return found
 
     first = proposals()
@@ -157,17 +175,6 @@ def test_a_worker_alone_repeats_its_study(tuner: Callable[..., Tuner], tmp_path:
     assert proposals() == first
     rates = [float(settings["training.critic_optimizer.learning_rate"]) for settings in first]
     assert all(1e-4 <= rate <= 1e-2 for rate in rates)
-
-
-@pytest.mark.slow
-def test_a_trial_that_ends_its_workers_is_given_up(tuner: Callable[..., Tuner], tmp_path: Path) -> None:
-    for _ in range(MAX_ATTEMPTS):
-        worker = tuner(trials=1)
-        assert worker.take() is not None
-        RunFolder(tmp_path / "search/trial-0000").lock.unlink()  # as if its owner were gone
-    assert tuner(trials=1).take() is None
-    [trial] = worker.study.trials
-    assert (trial.state.name, trial.user_attrs["reason"]) == ("PRUNED", "given up, 3 workers ended in it")
 
 
 @pytest.mark.slow

@@ -24,8 +24,8 @@ from tqdm import tqdm
 from pipeline.data.images import Images, Labels, Split
 from pipeline.data.manifest import FILE_NAME, DataError, Dataset, Shard, load_dataset, to_json
 from pipeline.data.shards import read_shard, write_shard
+from pipeline.distributed.progress import bar
 from pipeline.errors import UserError
-from pipeline.progress import bar
 from pipeline.rng import seeded
 from pipeline.storage.files import fsync
 

@@ -15,7 +15,7 @@ from urllib.request import urlopen
 from tqdm.utils import CallbackIOWrapper
 
 from pipeline.data.manifest import DataError
-from pipeline.progress import bar
+from pipeline.distributed.progress import bar
 from pipeline.storage.files import replacing
 
 TIMEOUT_SECONDS = 10.0

@@ -22,7 +22,7 @@ from pipeline.data.images import ImageShape, Labels, Split, common_shape, file_s
 from pipeline.data.manifest import FILE_NAME, DataError, Dataset, Shard, load_dataset
 from pipeline.data.prepare.commit import DEFAULT_SIZES, ShardSizes, commit, preparing, say, write_shards
 from pipeline.data.shards import parse_shard
-from pipeline.progress import bar
+from pipeline.distributed.progress import bar
 
 MAX_SIZE = 4096
 """Largest side that images are resized to."""

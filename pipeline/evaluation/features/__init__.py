@@ -11,7 +11,7 @@ from pipeline.data.manifest import Dataset
 from pipeline.errors import UserError
 from pipeline.evaluation.features import dinov2, inception
 from pipeline.evaluation.features.base import FORWARD_SIZE, FeatureExtractor
-from pipeline.evaluation.features.custom import TORCHSCRIPT, load_module, load_torchscript
+from pipeline.evaluation.features.custom import load_module
 from pipeline.evaluation.features.mnist import load_mnist
 from pipeline.evaluation.features.own import load_own
 
@@ -34,13 +34,14 @@ def load_features(name: str, dataset: Dataset, device: torch.device, config: Eva
     Raises:
         UserError: unknown name, a dataset that it does not speak for, or weights that are missing or damaged.
     """
+    if name.startswith("torchscript:"):
+        raise UserError(f"evaluation.features holds {name!r}: load the file in a module of yours, named as module:NAME")
     if ":" in name:
-        load = load_torchscript if name.startswith(TORCHSCRIPT) else load_module
-        return load(name, dataset, device)
+        return load_module(name, dataset, device)
     if name in SPACES:
         return SPACES[name](dataset, device, config)
     names = ", ".join(SPACES)
-    raise UserError(f"evaluation.features holds {name!r}: choose from {names}, torchscript:PATH and module:NAME")
+    raise UserError(f"evaluation.features holds {name!r}: choose from {names} and module:NAME")
 
 
 def load_all(config: EvaluationConfig, dataset: Dataset, device: torch.device) -> list[FeatureExtractor]:

@@ -1,8 +1,8 @@
-"""`torchscript:PATH` and `module:NAME`: a feature network of the user's own.
+"""`module:NAME`: a feature network of the user's own.
 
 It is called in eval mode with uint8 [n, C, H, W] in 0..255 and returns features [n, d], or a pair of features and
 logits [n, k]; image i's rows depend on image i alone. The NAME of a module is such a torch.nn.Module, or what makes one
-when it is called without arguments. Code and file are touched only where `evaluation.features` names them.
+when it is called without arguments. Its code is touched only where `evaluation.features` names it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -20,8 +19,6 @@ from pipeline.config import imported
 from pipeline.data.manifest import Dataset
 from pipeline.errors import UserError
 from pipeline.evaluation.features.base import FeatureExtractor, digest_of
-
-TORCHSCRIPT = "torchscript:"
 
 
 class CustomFeatures(FeatureExtractor):
@@ -47,21 +44,6 @@ class CustomFeatures(FeatureExtractor):
             if tensor.shape[:1] != images.shape[:1] or tensor.ndim != 2:
                 raise ValueError(f"it returned {list(tensor.shape)}, not a row for each of {len(images)} images")
         return features.float(), logits.float()
-
-
-def load_torchscript(name: str, dataset: Dataset, device: torch.device) -> FeatureExtractor:
-    """Raises UserError for a file that is missing or no TorchScript."""
-    path = Path(name.removeprefix(TORCHSCRIPT))
-    if not path.is_file():
-        raise UserError(f"evaluation.features holds {name!r}: no such file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 calls TorchScript deprecated; people have files
-            network = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"evaluation.features: {path} is not TorchScript ({str(error).splitlines()[0]})") from None
-    identity = hashlib.sha256(path.read_bytes()).hexdigest().encode()
-    return CustomFeatures(f"torchscript:{path.stem}", network, identity, dataset.image_shape, device)
 
 
 def load_module(name: str, dataset: Dataset, device: torch.device) -> FeatureExtractor:

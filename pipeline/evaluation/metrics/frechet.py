@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.metrics.base import FeatureMetric, Poll, SampleMetric, State, never_ends
+from pipeline.evaluation.metrics.states import Poll, State, never_ends
 from pipeline.rng import seeded
 
 JACKKNIFE_GROUPS = 20
@@ -35,7 +35,7 @@ class Moments:
 
     @classmethod
     def of_sums(cls, state: State) -> Self:
-        """Of one side of a FrechetDistance.
+        """Of the sums of one side: `states.Sums`.
 
         What cancels in the subtraction is the squared mean, so the covariance keeps 16 digits less those of
         (mean / deviation)^2: 1e-14 of the largest variance for the features of networks, which follow a ReLU.
@@ -134,75 +134,3 @@ def frechet_extrapolated(
         places.append(count / len(features))
         scores.append(float(np.mean(found)))
     return float(np.polynomial.Polynomial.fit(places, scores, 1)(0.0))
-
-
-class SumsMetric(FeatureMetric):
-    """Keeps what moments come of: 8 (d + 1) d bytes a side, however many images there are."""
-
-    higher_is_better = False
-    fake_count: Tensor
-    real_count: Tensor
-
-    def __init__(self, num_features: int, **options: Any) -> None:
-        super().__init__(**options)
-        for prefix in ("fake_", "real_"):
-            self.add_state(f"{prefix}count", torch.tensor(0), dist_reduce_fx="sum")
-            self.add_state(f"{prefix}sum", torch.zeros(num_features).double(), dist_reduce_fx="sum")
-            self.add_state(f"{prefix}products", torch.zeros(num_features, num_features).double(), dist_reduce_fx="sum")
-
-    def add_sums(self, features: Tensor, real: bool) -> None:
-        """Features [n, d]; n may be 0."""
-        prefix = "real_" if real else "fake_"
-        features = features.detach().to(self.device, torch.float64)
-        count, total, products = (getattr(self, prefix + name) for name in ("count", "sum", "products"))
-        setattr(self, f"{prefix}count", count + len(features))
-        setattr(self, f"{prefix}sum", total + features.sum(0))
-        setattr(self, f"{prefix}products", torch.addmm(products, features.T, features))
-
-    def moments(self) -> tuple[Moments, Moments] | None:
-        """Of the generated and the real images; None with fewer than two of a side."""
-        if min(self.fake_count, self.real_count) < 2:
-            return None
-        names = ("count", "sum", "products")
-        fake, real = ({name: getattr(self, prefix + name) for name in names} for prefix in ("fake_", "real_"))
-        return Moments.of_sums(fake), Moments.of_sums(real)
-
-
-class FrechetDistance(SumsMetric):
-    """FID of all images, NaN with fewer than two images of a side."""
-
-    def update(self, features: Tensor, real: bool) -> None:
-        """Features [n, num_features]; n may be 0."""
-        self.add_sums(features, real)
-
-    def compute(self) -> Tensor:
-        moments = self.moments()
-        return torch.tensor(frechet_distance(*moments) if moments else torch.nan, dtype=torch.float64)
-
-
-class ExtrapolatedFrechetDistance(SumsMetric, SampleMetric):
-    """ "fid" of all images, and "fid_infinite", which `frechet_extrapolated` finds from it and a sample of at most
-    `keep` generated ones; NaN with too few images. Of the real ones it keeps sums alone."""
-
-    def __init__(self, num_features: int, *, seed: int = 0, keep: int = 50_000, **options: Any) -> None:
-        super().__init__(num_features, num_columns=num_features, keep=keep, **options)
-        self.seed = seed
-
-    def update(self, features: Tensor, real: bool, indices: Tensor | None = None) -> None:
-        """Features [n, num_features] of the images with these indices: see SampleMetric.add."""
-        self.add_sums(features, real)
-        if not real:
-            self.add(features, real, indices)
-
-    def compute(self) -> dict[str, Tensor]:
-        score, extrapolated = torch.nan, None
-        if moments := self.moments():
-            ours, reference = moments[0], FrechetReference(moments[1])
-            score, (sample, _) = reference.distance(ours), self.sample(real=False)
-            extrapolated = frechet_extrapolated(sample, ours.num_images, score, reference, self.seed, self.poll)
-        found = {"fid": score, "fid_infinite": torch.nan if extrapolated is None else extrapolated}
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
-
-    @property
-    def num_used(self) -> list[int]:
-        return [super().num_used[0], int(self.real_count)]

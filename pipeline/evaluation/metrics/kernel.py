@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics.image.kid import maximum_mean_discrepancy
 
-from pipeline.evaluation.metrics.base import Poll, SampleMetric, never_ends
+from pipeline.evaluation.metrics.states import Poll, never_ends
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
@@ -33,24 +31,3 @@ def kernel_distance(fake: Tensor, real: Tensor, seed: int, poll: Poll = never_en
             torch.addmm(one, x, y.T, alpha=1 / x.shape[1], out=kernel).pow_(3)
         found.append(maximum_mean_discrepancy(*kernels).item())
     return float(np.mean(found)), float(np.std(found))
-
-
-class KernelDistance(SampleMetric):
-    """KID of at most `keep` images a side: "kid_mean" and "kid_std", NaN with fewer than two images of a side."""
-
-    higher_is_better = False
-
-    def __init__(self, num_features: int, *, seed: int = 0, keep: int = 50_000, **options: Any) -> None:
-        super().__init__(num_features, keep, **options)
-        self.seed = seed
-
-    def update(self, features: Tensor, real: bool, indices: Tensor | None = None) -> None:
-        """Features [n, num_features] of the images with these indices: see SampleMetric.add."""
-        self.add(features, real, indices)
-
-    def compute(self) -> dict[str, Tensor]:
-        (fake, _), (real, _) = self.sample(real=False), self.sample(real=True)
-        found = (np.nan, np.nan)
-        if min(len(fake), len(real)) >= 2:
-            found = kernel_distance(fake, real, self.seed, self.poll)
-        return dict(zip(("kid_mean", "kid_std"), torch.tensor(found, dtype=torch.float64), strict=True))

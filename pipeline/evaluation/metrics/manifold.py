@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.metrics.base import Poll, SampleMetric, never_ends
+from pipeline.evaluation.metrics.states import Poll, never_ends
 
 NEIGHBOURS = 5
 ROWS = 125
@@ -72,36 +71,6 @@ def nearest_neighbours(
     """
     indices, squares = _Pairs(features, training).nearest(count, poll)
     return indices, squares.sqrt()
-
-
-class ManifoldScores(SampleMetric):
-    """ "precision", "recall", "density" and "coverage" of at most `keep` images, as many of either side, so that scores
-    of different evaluations of N images compare. NaN with no more images than neighbours on a side."""
-
-    higher_is_better = True
-
-    def __init__(self, num_features: int, *, neighbours: int = NEIGHBOURS, keep: int = 10_000, **options: Any) -> None:
-        super().__init__(num_features, keep, **options)
-        self.neighbours = neighbours
-        self.radii_of_real: Callable[[Tensor], Tensor] | None = None
-        """Whoever keeps the `squared_radii` of real samples puts what looks them up here."""
-
-    def update(self, features: Tensor, real: bool, indices: Tensor | None = None) -> None:
-        """Features [n, num_features] of the images with these indices: see SampleMetric.add."""
-        self.add(features, real, indices)
-
-    def compute(self) -> dict[str, Tensor]:
-        count = self.num_used[0]
-        found = dict.fromkeys(("precision", "recall", "density", "coverage"), torch.nan)
-        if count > self.neighbours:
-            fake, real = (self.sample(real=real, count=count)[0] for real in (False, True))
-            radii = self.radii_of_real and self.radii_of_real(real)
-            found = manifold_scores(fake, real, self.neighbours, self.poll, radii)
-        return {name: torch.tensor(score, dtype=torch.float64) for name, score in found.items()}
-
-    @property
-    def num_used(self) -> list[int]:
-        return [min(super().num_used)] * 2
 
 
 class _Pairs:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.metrics.base import Poll, SampleMetric, never_ends
+from pipeline.evaluation.metrics.states import Poll, never_ends
 from pipeline.rng import seeded
 
 PROJECTIONS = 128
@@ -31,28 +29,3 @@ def sliced_wasserstein(fake: Tensor, real: Tensor, seed: int, poll: Poll = never
         ours, theirs = ((some.T @ rows).sort(dim=1).values for rows in sides)
         squares.append((ours - theirs).square().mean(1))
     return torch.cat(squares).mean().sqrt().item()
-
-
-class SlicedWasserstein(SampleMetric):
-    """ "sliced_wasserstein" of at most `keep` images, as many of either side; NaN without any."""
-
-    higher_is_better = False
-
-    def __init__(self, num_features: int, *, seed: int = 0, keep: int = 10_000, **options: Any) -> None:
-        super().__init__(num_features, keep, **options)
-        self.seed = seed
-
-    def update(self, features: Tensor, real: bool, indices: Tensor | None = None) -> None:
-        """Features [n, num_features] of the images with these indices: see SampleMetric.add."""
-        self.add(features, real, indices)
-
-    def compute(self) -> dict[str, Tensor]:
-        count, found = self.num_used[0], torch.nan
-        if count:
-            fake, real = (self.sample(real=real, count=count)[0] for real in (False, True))
-            found = sliced_wasserstein(fake, real, self.seed, self.poll)
-        return {"sliced_wasserstein": torch.tensor(found, dtype=torch.float64)}
-
-    @property
-    def num_used(self) -> list[int]:
-        return [min(super().num_used)] * 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import product
 from typing import Any
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from pipeline.config import NetworkConfig, TrainingConfig
+from pipeline.distributed.collectives import Ranks
 from pipeline.models.networks import Generator, initialise
 from pipeline.models.objectives import OBJECTIVES
 from pipeline.rng import AUGMENTATION_DRAWS, seeded
-from pipeline.training.diff_augment import (
+from pipeline.training.accumulation import AccumulatingGenerator
+from pipeline.training.augment import (
     POLICIES,
-    AugmentedMicroBatchStep,
-    AugmentedStep,
     augment,
     change_color,
     cut_out,
@@ -128,13 +128,15 @@ class Watching(Line):
         return super().forward(images)
 
 
-def a_step(kind: Callable[..., Step], training: TrainingConfig, **more: int) -> tuple[Step, Watching]:
+def a_step(training: TrainingConfig, micro_batches: int = 1) -> tuple[Step, Watching]:
     generator = Generator(NetworkConfig(latent_dim=2, width=0.05), (1, 8, 8)).double()
     initialise(generator, seeded(0, "weights"))
     critic = Watching().double()
     plain = step_of(critic, training.objective, generator=generator)
     plain.state.ema = copy.deepcopy(generator)
-    return kind(training, OBJECTIVES[training.objective], plain.state, critic, plain.generator, **more), critic
+    images = AccumulatingGenerator(generator, micro_batches, True, Ranks(), nullcontext)
+    makes_images = images if micro_batches > 1 else plain.generator
+    return Step(training, OBJECTIVES[training.objective], plain.state, critic, makes_images, micro_batches), critic
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -152,7 +154,7 @@ def test_the_critic_sees_augmented_images_alone(seed: int) -> None:
         critic_augmentation=for_critic,
         generator_augmentation=for_generator,
     )
-    step, watching = a_step(Step, plain)
+    step, watching = a_step(plain)
     step(inputs)
     expected = [
         torch.cat([augment(images, draws, policies) for images, draws in zip(both.chunk(2), sides, strict=True)])
@@ -160,12 +162,12 @@ def test_the_critic_sees_augmented_images_alone(seed: int) -> None:
     ]
     expected.append(augment(watching.seen[2], for_generator, policies))
     assert not torch.equal(expected[0], watching.seen[0])
-    step, watching = a_step(AugmentedStep, augmented)
+    step, watching = a_step(augmented)
     step(inputs)
     assert len(watching.seen) == 3
     for seen, images in zip(watching.seen, expected, strict=True):
         torch.testing.assert_close(seen, images, rtol=0, atol=1e-12)
-    step, watching = a_step(AugmentedMicroBatchStep, augmented, count=2)
+    step, watching = a_step(augmented, micro_batches=2)
     step(inputs)
     in_order = [torch.cat(watching.seen[at : at + 2]) for at in (0, 2, 4)]
     for seen, images in zip(in_order[:2], expected, strict=False):

@@ -13,19 +13,22 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pipeline.benchmarking.gpu_check.context import Context, take_steps, walk, without_graphs
-from pipeline.benchmarking.gpu_check.exact import STEPS
-from pipeline.benchmarking.gpu_check.launches import ON_PURPOSE
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.process import Runtime
 from pipeline.training.build import build_step
 from pipeline.training.trainer import Trainer
+from tests.gpu.walks import Bench, take_steps, walk, without_graphs
+
+ON_PURPOSE = "this failure is part of the test"
+STEPS = 4
 
 
 def main(folder: str, arguments: list[str], fail: bool) -> None:
+    place = Path(folder, "one-rank")
+    place.mkdir(exist_ok=True)
     # At nine critic updates a step DDP would look at a captured event, were that not switched off.
     settings = {"runtime.precision": "float64", "runtime.cuda_graph": True, "training.n_critic": 9}
-    config = Context(Path(folder), arguments).config("wgan", settings)
+    config = Bench(place, arguments).config("wgan", settings)
     runtime = Runtime(config.runtime)
     try:
         reference, trainer = (Trainer(config, each) for each in (without_graphs(runtime), runtime))
@@ -44,7 +47,7 @@ def main(folder: str, arguments: list[str], fail: bool) -> None:
 
 
 def _returns(group: Any) -> bool:
-    """Whether a Python object comes back from a gather and from a broadcast."""
+    """Returns whether a Python object comes back from a gather and from a broadcast."""
     sent = {"step": 3, "names": ["one", "other"]}
     gathered: list[object] = [None]
     broadcast = [sent]

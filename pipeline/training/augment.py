@@ -10,54 +10,11 @@ fills with zeros is 0.5. Images and draws are mirrored or not alike: no transfor
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from pipeline.training.inputs import StepInputs
-from pipeline.training.micro_batches import MicroBatchStep
-from pipeline.training.step import Step
-
 GREY = 0.5
-
-
-@dataclass
-class AugmentedStep(Step):
-    """The same updates, the critic's and the generator's, on augmented images."""
-
-    def make_images(self, inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
-        real, fakes, images = super().make_images(inputs)
-        real, fakes = _for_critic(real, fakes, inputs, self.training.diff_augment)
-        assert inputs.generator_augmentation is not None
-        return real, fakes, augment(images, inputs.generator_augmentation, self.training.diff_augment)
-
-
-@dataclass
-class AugmentedMicroBatchStep(MicroBatchStep):
-    """In micro-batches, where the generator's images are made, and so augmented, in its update."""
-
-    _draws: Tensor = field(default_factory=lambda: torch.empty(0), init=False)
-    """(b, AUGMENTATION_DRAWS) of the generator's update in this step."""
-
-    def make_images(self, inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
-        real, fakes, latents = super().make_images(inputs)
-        assert inputs.generator_augmentation is not None
-        self._draws = inputs.generator_augmentation
-        return *_for_critic(real, fakes, inputs, self.training.diff_augment), latents
-
-    def as_seen(self, images: Tensor, rows: slice) -> Tensor:
-        return augment(images, self._draws[rows], self.training.diff_augment)
-
-
-def _for_critic(real: Tensor, fakes: Tensor, inputs: StepInputs, policies: Collection[str]) -> tuple[Tensor, Tensor]:
-    """Both (k, b, C, H, W)."""
-    assert inputs.critic_augmentation is not None
-    sides = zip((real, fakes), inputs.critic_augmentation.unbind(1), strict=True)
-    real, fakes = (
-        augment(images.flatten(0, 1), draws.flatten(0, 1), policies).reshape(images.shape) for images, draws in sides
-    )
-    return real, fakes
 
 
 def augment(images: Tensor, draws: Tensor, policies: Collection[str]) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
+
+from pipeline.compat import time_by_steady_clock
 
 LOG_SECONDS = 60
 """Between two lines where standard error is no terminal."""
@@ -49,14 +50,8 @@ def _options() -> dict[str, Any]:
 def bar(**options: Any) -> tqdm[Any]:
     """tqdm on standard error, or a notebook's. Anywhere else: a line a minute, and none of what takes less."""
     shown = tqdm(**_options(), **options)
-    _time_by_steady_clock(shown)
+    time_by_steady_clock(shown)
     return shown
-
-
-def _time_by_steady_clock(shown: Any) -> None:
-    """tqdm goes by the clock that may be set: a day back, and a log would get no line for a day."""
-    shown._time = time.monotonic
-    shown.start_t = shown.last_print_t = time.monotonic()
 
 
 class TrainingBar(tqdm):  # type: ignore[type-arg]
@@ -78,7 +73,7 @@ class TrainingBar(tqdm):  # type: ignore[type-arg]
             layout = "{desc}: step {n_fmt} of {total_fmt}, {elapsed} passed, {left} left, {rate_fmt}{postfix}"
         options |= {"miniters": 1, "bar_format": layout, "disable": disable}
         super().__init__(total=total, initial=initial, desc=name, unit="step", **options)
-        _time_by_steady_clock(self)
+        time_by_steady_clock(self)
 
     def add_evaluation(self, seconds: float) -> None:
         """Takes an evaluation out of the time of the steps."""

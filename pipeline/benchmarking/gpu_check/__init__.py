@@ -1,1 +1,0 @@
-"""`launch/gpu_check.sh`: whether the pipeline does on this machine's GPUs what it promises."""
