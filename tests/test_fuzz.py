@@ -21,6 +21,7 @@ from PIL import Image
 from pipeline.checks.settings import Plan, check_run_folder
 from pipeline.config import Config, RunConfig, make_parser, parse, to_yaml
 from pipeline.data import Dataset, load_dataset
+from pipeline.data.folders import Remarks
 from pipeline.data.images import load_npz, open_images
 from pipeline.data.prepare import index_shards
 from pipeline.data.shards import read_shard
@@ -112,7 +113,7 @@ def png(folder: Path) -> Path:
 
 
 def read_png(path: Path) -> object:
-    images = open_images(path.parent, Dataset(path.parent, "x", (1, 6, 6), (), {}))
+    images = open_images(path.parent, Dataset(path.parent, "x", (1, 6, 6), (), {}), Remarks())
     return images.read(np.arange(1))
 
 
