@@ -21,9 +21,9 @@ from PIL import Image
 from pipeline.checks.settings import Plan, check_run_folder
 from pipeline.config import Config, RunConfig, make_parser, parse, to_yaml
 from pipeline.data import Dataset, load_dataset
-from pipeline.data.folders import Remarks
 from pipeline.data.images import load_npz, open_images
 from pipeline.data.prepare import index_shards
+from pipeline.data.remarks import Remarks
 from pipeline.data.shards import read_shard
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from jsonargparse.typing import PositiveInt
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from pipeline.data.folders import Remarks
 from pipeline.data.manifest import DataError
+from pipeline.data.remarks import Remarks
 
 DEEP_MODES = {"I;16", "I;16L", "I;16B", "I;16N"}
 GREY_MODES = {"1", "L", "LA", "La"} | DEEP_MODES

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from pipeline.data.manifest import DataError
+from pipeline.data.remarks import Remarks
 
 IMAGE_FILE_SUFFIXES = {
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".jp2", ".bmp", ".gif", ".tif", ".tiff"),
@@ -16,22 +17,6 @@ IMAGE_FILE_SUFFIXES = {
 }
 """Those that the installed Pillow does not read are left out: not every build of it has AVIF."""
 TEST_FOLDERS = ("test", "val", "valid", "validation")
-
-
-class Remarks(dict[tuple[str, str], tuple[int, str]]):
-    """What is left out of some images, or read as something else: how many there are of each kind, and the first."""
-
-    def add(self, event: str, kind: str, first: object, count: int = 1) -> None:
-        """Counts `count` more of a kind, a noun in the singular, for an event such as "left out"."""
-        before, name = self.get((event, kind), (0, str(first)))
-        self[event, kind] = before + count, name
-
-    def __str__(self) -> str:
-        """For the end of a line: "left out: 3 dangling links (first: a.png), 1 empty folder (first: b)"."""
-        counts: dict[str, list[str]] = {}
-        for (event, kind), (count, first) in self.items():
-            counts.setdefault(event, []).append(f"{count:,} {kind}{'s' if count > 1 else ''} (first: {first})")
-        return "; ".join(f"{event}: {', '.join(kinds)}" for event, kinds in counts.items())
 
 
 def image_files(folder: Path, remarks: Remarks) -> list[Path]:

@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.data.decoding import BROKEN_IMAGE, decode_image, file_shape
-from pipeline.data.folders import Remarks, image_files
+from pipeline.data.folders import image_files
 from pipeline.data.manifest import MAX_VALUES, DataError, Dataset
+from pipeline.data.remarks import Remarks
 
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]

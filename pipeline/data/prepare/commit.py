@@ -21,9 +21,9 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from pipeline.data.folders import Remarks
 from pipeline.data.images import Images, Labels, Split
 from pipeline.data.manifest import FILE_NAME, DataError, Dataset, Shard, load_dataset, to_json
+from pipeline.data.remarks import Remarks
 from pipeline.data.shards import read_shard, write_shard
 from pipeline.errors import UserError
 from pipeline.progress import bar

@@ -19,7 +19,7 @@ from braceexpand import braceexpand
 
 from pipeline.data import locations
 from pipeline.data.decoding import BROKEN_IMAGE, decode_image, file_shape
-from pipeline.data.folders import Remarks, splits_in
+from pipeline.data.folders import splits_in
 from pipeline.data.images import (
     Images,
     ImageShape,
@@ -32,6 +32,7 @@ from pipeline.data.images import (
 )
 from pipeline.data.manifest import DataError, Dataset, Shard
 from pipeline.data.prepare.commit import DEFAULT_SIZES, ShardSizes, commit, preparing, say, write_shards
+from pipeline.data.remarks import Remarks
 from pipeline.data.shards import parse_shard
 from pipeline.progress import bar
 
