@@ -98,6 +98,8 @@ def evaluate(
     *,
     steps: Sequence[int] | Literal["newest", "all"] = "newest",
     out: str | Path | None = None,
+    crop: int | None = None,
+    size: int | None = None,
 ) -> list[dict[str, Any]]:
     """Scores images, and returns what was written: a dict a checkpoint, scores in ["features"][FEATURE SPACE][SCORE].
 
@@ -107,6 +109,8 @@ def evaluate(
         config: of a run by default its own; otherwise the defaults.
         steps: the checkpoints of a run.
         out: where the scores go: by default into the run, or evaluations/ under run.root.
+        crop: side of the centre square that is cut out of images in files first.
+        size: side that images in files are resized to, after their centre square is cut out.
 
     Raises:
         UserError: it is nothing of these or damaged, does not suit the dataset, or other scores are there already.
@@ -130,6 +134,5 @@ def evaluate(
             dataset = runtime.ranks.on_main(lambda: open_dataset(config.data))
             scorer = Scorer(config.evaluation, dataset, runtime, config.training.seed)
             wanted = [None] if steps == "newest" else None if steps == "all" else list(steps)
-            return score_target(
-                run.path, scorer, wanted, Path(out) if out else None, Path(config.run.root), config.network.generator
-            )
+            scores, root = Path(out) if out else None, Path(config.run.root)
+            return score_target(run.path, scorer, wanted, scores, root, config.network.generator, crop, size)

@@ -3,8 +3,11 @@
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 from pipeline import evaluate
 from pipeline.config import make_parser, parse
+from pipeline.data.decoding import add_options
 from pipeline.distributed.launcher import run_program
 from pipeline.errors import UserError
 from pipeline.evaluation import TARGET
@@ -19,14 +22,17 @@ def main() -> None:
     parser.add_argument("--step", type=int | None, help="the checkpoint to score; the newest intact one by default")
     parser.add_argument("--all", action="store_true", help="score every checkpoint of the run")
     parser.add_argument("--out", type=Path | None, help="where the scores go (the run, or evaluations/ under run.root)")
+    add_options(parser)
     config, arguments = parse(parser)
     run = RunFolder(arguments.target)
     if run.config.is_file():
         config, arguments = parse(parser, ["--config", str(run.config), *sys.argv[1:]])
     if arguments.all and (arguments.out or arguments.step is not None):
         raise UserError("--all scores every checkpoint into the run: leave out --step and --out")
+    Image.MAX_IMAGE_PIXELS = arguments.max_pixels
     which = [] if arguments.step is None else [arguments.step]
-    evaluate(run.path, config, steps="all" if arguments.all else which or "newest", out=arguments.out)
+    scores = {"steps": "all" if arguments.all else which or "newest", "out": arguments.out}
+    evaluate(run.path, config, **scores, crop=arguments.crop, size=arguments.size)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pipeline.config import Config, RunConfig, make_parser, parse, to_yaml
 from pipeline.data import Dataset, load_dataset
 from pipeline.data.images import load_npz, open_images
 from pipeline.data.prepare import index_shards
+from pipeline.data.remarks import Remarks
 from pipeline.data.shards import read_shard
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
@@ -112,7 +113,7 @@ def png(folder: Path) -> Path:
 
 
 def read_png(path: Path) -> object:
-    images = open_images(path.parent, Dataset(path.parent, "x", (1, 6, 6), (), {}))
+    images = open_images(path.parent, Dataset(path.parent, "x", (1, 6, 6), (), {}), Remarks())
     return images.read(np.arange(1))
 
 

@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import math
-import sys
 import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from pipeline.data.class_names import labels_of
-from pipeline.data.manifest import DataError, Dataset
+from pipeline.data.decoding import BROKEN_IMAGE, decode_image, file_shape
+from pipeline.data.folders import image_files
+from pipeline.data.manifest import MAX_VALUES, DataError, Dataset
+from pipeline.data.remarks import Remarks
 
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 ImageShape = tuple[int, int, int]
 
-IMAGE_FILE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"}
-GREY_MODES = {"1", "L", "LA"}
-COLOUR_MODES = {"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
+MAX_SIZE = 4096
+"""Largest side that images are resized to."""
+
 BROKEN_HEADER = (SyntaxError, tokenize.TokenError)
 """What numpy raises besides ValueError for the header of an array, which is a Python literal."""
-BROKEN_IMAGE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""What PIL raises for content that is not an image, or not all of one."""
 
 
 class Split(NamedTuple):
@@ -45,83 +43,91 @@ class Split(NamedTuple):
     """What is read, where that is files."""
 
 
-def file_shape(file: Path | BinaryIO, name: str, *, decode: bool = False) -> ImageShape:
-    """The shape of an encoded image, of which only the header is read unless `decode`. Raises DataError."""
-    try:
-        with Image.open(file) as image:
-            if image.mode not in GREY_MODES | COLOUR_MODES:
-                raise DataError(f"{name} has pixels of mode {image.mode}: convert it to 8-bit grey or RGB")
-            if decode:
-                image.load()
-            return 3 if image.mode in COLOUR_MODES else 1, image.height, image.width
-    except BROKEN_IMAGE as error:
-        raise DataError(f"{name} is damaged or not an image: {error}") from None
+def common_shape(
+    found: Iterable[tuple[str, ImageShape, bool]],
+    remarks: Remarks,
+    *,
+    crop: int | None = None,
+    size: int | None = None,
+    channels: int | None = None,
+) -> ImageShape:
+    """The one shape that images are read as, each given by its name, shape and whether it is encoded.
 
-
-def common_shape(found: Iterable[tuple[str, ImageShape, bool]], *, check_size: bool = True) -> ImageShape:
-    """The one shape of images, each given with its name and whether it is encoded: then grey may be read as colour.
-
-    Raises DataError naming the first that is not like those before it.
+    Encoded ones become `channels`, by default RGB if any of them is: those of the other kind are counted. `crop` and
+    `size` as in `decode_image`. Raises DataError naming the first that is not like those before it, or too small.
     """
+    if size is not None and not 4 <= size <= MAX_SIZE:
+        raise DataError(f"--size is {size}: it must lie between 4 and {MAX_SIZE}")
     common: ImageShape | None = None
-    for name, (channels, height, width), encoded in found:
-        before = common or (channels, height, width)
-        if not encoded and channels != before[0]:
-            raise DataError(f"{name} has images of {channels} channels, those before it have {before[0]}")
-        if check_size and (height, width) != before[1:]:
+    kinds: dict[int, tuple[int, str]] = {}
+    for name, (depth, *sides), encoded in found:
+        if crop is not None and min(sides) < crop:
+            raise DataError(
+                f"{name} is {sides[0]} x {sides[1]}, which --crop {crop} can't be cut out of: give a smaller one"
+            )
+        height, width = (size, size) if size else (crop, crop) if crop else sides
+        before = common or (depth, height, width)
+        if not encoded and depth != before[0]:
+            raise DataError(f"{name} has images of {depth} channels, those before it have {before[0]}")
+        if (height, width) != before[1:]:
             raise DataError(
                 f"{name} is {height} x {width}, those before it are {before[1]} x {before[2]}: "
-                "all images must have one size (of a folder, --size N makes it so)"
+                "all images must have one size, and --size N makes it so"
             )
-        common = (max(channels, before[0]), height, width)
+        common = (max(depth, before[0]), height, width)
+        count, first = kinds.get(depth, (0, name))
+        kinds[depth] = count + 1, first
     assert common is not None
-    return common
+    channels = channels or common[0]
+    if channels * math.prod(common[1:]) > MAX_VALUES:
+        raise DataError(
+            f"images of {common[1]} x {common[2]} hold more than {MAX_VALUES:,} numbers, the most of a dataset's: "
+            "give --size N"
+        )
+    if other := kinds.get({1: 3, 3: 1}.get(channels, 0)):
+        event, kind = ("read as grey", "colour image") if channels == 1 else ("read as RGB", "grey image")
+        remarks.add(event, kind, other[1], other[0])
+    return channels, *common[1:]
 
 
-def open_images(path: Path, dataset: Dataset) -> Split:
+def open_images(
+    path: Path, dataset: Dataset, remarks: Remarks, *, crop: int | None = None, size: int | None = None
+) -> Split:
     """A folder of image files or an `.npz` file, to be compared with a dataset.
 
-    A folder's images become grey for a grey dataset; its subfolders, if they have the names of the dataset's classes,
-    and an `.npz` file's labels are the classes that the images should show. Raises DataError naming the file.
+    A folder's images become grey for a grey dataset and RGB for another; its subfolders, if they have the names of the
+    dataset's classes, and an `.npz` file's labels are the classes that the images should show. `crop` and `size` are
+    those of `decode_image`. Raises DataError naming the file.
     """
+    images: Sequence[Path] | Images
     if path.is_dir():
-        files, folders = list_images(path)
-        _, height, width = common_shape((str(file), file_shape(file, str(file)), True) for file in files)
+        images, folders = list_images(path, remarks)
+        shapes = ((str(file), file_shape(file, str(file), remarks), True) for file in images)
+        shape = common_shape(shapes, remarks, crop=crop, size=size, channels=dataset.image_shape[0])
         labels = labels_of(folders, dataset.class_names)
-        shape = (dataset.image_shape[0], height, width)
-        found = Split(len(files), labels, partial(read_images, files, shape), files)
     else:
         images, labels = load_npz(path)
-        shape = images.shape[1:]
+        shape = common_shape([(str(path), images.shape[1:], False)], remarks, crop=crop, size=size)
         if not dataset.num_classes:
             labels = None
         if labels is not None and not 0 <= labels.min() <= labels.max() < dataset.num_classes:
             raise DataError(
                 f"{path}: labels reach from {labels.min()} to {labels.max()}, not 0 to {dataset.num_classes - 1}"
             )
-        found = Split(len(images), labels, images.__getitem__, (path,))
     if shape != dataset.image_shape:
+        height, width = dataset.image_shape[1:]
+        advice = f": give --size {width}" if shape[0] == dataset.image_shape[0] and height == width else ""
         raise DataError(
             f"{path} holds images of {' x '.join(map(str, shape))}, the dataset {dataset.name} has "
-            f"{' x '.join(map(str, dataset.image_shape))}"
+            f"{' x '.join(map(str, dataset.image_shape))}{advice}"
         )
-    return found
+    read = partial(read_images, images, shape, crop=crop, resize=size is not None)
+    return Split(len(images), labels, read, images if isinstance(images, list) else (path,))
 
 
-def list_images(folder: Path) -> tuple[list[Path], list[str]]:
+def list_images(folder: Path, remarks: Remarks) -> tuple[list[Path], list[str]]:
     """Image files sorted by path, and the subfolder that each lies in, its class; of unlabelled images none."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder")
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-    images = [path for path in files if path.suffix.lower() in IMAGE_FILE_SUFFIXES]
-    if not images:
-        raise DataError(f"{folder} holds no image file ({', '.join(sorted(IMAGE_FILE_SUFFIXES))})")
-    if len(files) > len(images):
-        tqdm.write(f"{folder}: {len(files) - len(images)} files that are not images are left out", file=sys.stderr)
+    images = image_files(folder, remarks)
     parents = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in images]
     if "" in parents and any(parents):
         raise DataError(f"{folder} holds images both beside and inside of subfolders: classes are subfolders")
@@ -129,49 +135,24 @@ def list_images(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def read_images(
-    files: Sequence[Path],
+    images: Sequence[Path] | Images,
     image_shape: ImageShape,
     indices: npt.NDArray[np.int64],
     *,
     crop: int | None = None,
     resize: bool = False,
 ) -> Images:
-    """uint8 [n, C, H, W] of the files at `indices` [n]. Raises DataError naming the file."""
-    images = np.empty((len(indices), *image_shape), np.uint8)
+    """uint8 [n, C, H, W] of the files, or of the images [N, C, H, W], at `indices` [n]. Raises DataError naming the
+    file."""
+    if isinstance(images, np.ndarray) and crop is None and not resize:
+        return images[indices]
+    read = np.empty((len(indices), *image_shape), np.uint8)
     for row, index in enumerate(indices):
         try:
-            images[row] = decode_image(files[index], image_shape, crop=crop, resize=resize)
+            read[row] = decode_image(images[index], image_shape, crop=crop, resize=resize)
         except BROKEN_IMAGE as error:
-            raise DataError(f"{files[index]} is damaged: {error}") from None
-    return images
-
-
-def decode_image(
-    file: Path | BinaryIO, image_shape: ImageShape, *, crop: int | None = None, resize: bool = False
-) -> Images:
-    """uint8 [C, H, W], grey when C is 1 and RGB when C is 3; what is transparent lies on white.
-
-    Args:
-        crop: side in pixels of the centre square that is cut out first; of odd remainders the larger half is left out
-            at the right and at the bottom.
-        resize: to the shape, after the centre is cropped to its proportions.
-
-    Raises what BROKEN_IMAGE lists, and ValueError for another size without `resize`.
-    """
-    channels, height, width = image_shape
-    with Image.open(file) as image:
-        if not resize and (crop or image.height, crop or image.width) != (height, width):
-            raise ValueError(f"an image is {image.height} x {image.width}, not {height} x {width}")
-        opaque: Image.Image = image
-        if image.has_transparency_data:
-            opaque = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        pixels = opaque.convert("L" if channels == 1 else "RGB")
-    if crop is not None:
-        left, top = (pixels.width - crop) // 2, (pixels.height - crop) // 2
-        pixels = pixels.crop((left, top, left + crop, top + crop))
-    if resize:
-        pixels = ImageOps.fit(pixels, (width, height), Image.Resampling.LANCZOS)
-    return np.asarray(pixels).reshape(height, width, channels).transpose(2, 0, 1)
+            raise DataError(f"{images[index]} is damaged: {error}") from None
+    return read
 
 
 def _check_headers(archive: zipfile.ZipFile) -> None:

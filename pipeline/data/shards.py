@@ -24,7 +24,8 @@ from webdataset import TarWriter
 from webdataset.tariterators import group_by_keys
 
 from pipeline.data import locations
-from pipeline.data.images import BROKEN_HEADER, BROKEN_IMAGE, Images, ImageShape, Labels, decode_image
+from pipeline.data.decoding import BROKEN_IMAGE, decode_image
+from pipeline.data.images import BROKEN_HEADER, Images, ImageShape, Labels
 from pipeline.data.manifest import DataError, Dataset, Shard
 
 UNPACKED_BYTES = 2**30

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.images import open_images
+from pipeline.data.remarks import Remarks
 from pipeline.data.resident import load_split
 from pipeline.errors import UserError
 from pipeline.evaluation import TARGET
@@ -32,6 +33,8 @@ def score_target(
     out: Path | None,
     root: Path,
     code: str | None = None,
+    crop: int | None = None,
+    size: int | None = None,
 ) -> list[dict[str, Any]]:
     """Scores `target`, which is a TARGET, into `out` (by default into the run, or under `root`), tells and returns what
     was written.
@@ -41,6 +44,7 @@ def score_target(
             those that are damaged are told and left out.
         root: the folder of all runs.
         code: see `read_generator`.
+        crop, size: see `decode_image`; only of images in files.
 
     Raises:
         UserError: it is no TARGET or damaged, it does not suit the dataset, or what is to be written to holds scores of
@@ -48,16 +52,26 @@ def score_target(
         Preempted: a signal came.
     """
     runtime, dataset = scorer.runtime, scorer.dataset
-    if RunFolder(target).has_begun:
+    is_run, is_export = (
+        RunFolder(target).has_begun,
+        target.suffix in EXPORT_SUFFIXES or (target / HUB_WEIGHTS).is_file(),
+    )
+    if (crop or size) and (is_run or is_export or not target.exists()):
+        raise UserError(f"{target}: --crop and --size are for images in a folder or an .npz file: leave them out")
+    if is_run:
         return _score_run(RunFolder(target), scorer, steps, out, code)
     facts: dict[str, Any] = {"target": str(target)}
-    if target.suffix in EXPORT_SUFFIXES or (target / HUB_WEIGHTS).is_file():
+    if is_export:
         path = out or scores_of(target, root)
         generator = load_generator(target, scorer.config.weights, code).to(runtime.device)
         result = scorer.score_generator(generator, path, facts)
     elif target.exists():
-        path, split = out or scores_of(target, root), open_images(target, dataset)
-        facts["images_fingerprint"] = runtime.ranks.on_main(lambda: _fingerprint(target, split.files))
+        path, remarks = out or scores_of(target, root), Remarks()
+        split = open_images(target, dataset, remarks, crop=crop, size=size)
+        if remarks:
+            runtime.say(f"{target}: {remarks}")
+        facts |= {key: value for key, value in (("crop", crop), ("size", size)) if value is not None}
+        facts["images_fingerprint"] = runtime.ranks.on_main(lambda: _fingerprint(target, split.files, crop, size))
 
         def render(start: int, stop: int) -> Tensor:
             return torch.from_numpy(split.read(np.arange(start, stop)))
@@ -104,9 +118,9 @@ def _score_run(
     return results
 
 
-def _fingerprint(target: Path, files: Sequence[Path]) -> str:
-    """SHA-256 of the files' names below `target` and of every byte in them."""
-    digest = sha256()
+def _fingerprint(target: Path, files: Sequence[Path], crop: int | None, size: int | None) -> str:
+    """SHA-256 of the files' names below `target`, of every byte in them, and of how they are cropped and resized."""
+    digest = sha256(f"{crop} {size}\n".encode() if crop or size else b"")
     for path in files:
         with path.open("rb") as file:
             digest.update(f"{path.relative_to(target)} {file_digest(file, 'sha256').hexdigest()}\n".encode())

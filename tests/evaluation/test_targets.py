@@ -16,10 +16,13 @@ from PIL import Image
 
 from pipeline.config import EvaluationConfig, RuntimeConfig
 from pipeline.data import Dataset
+from pipeline.data.images import open_images
 from pipeline.data.prepare import prepare_npz
+from pipeline.data.remarks import Remarks
 from pipeline.data.resident import load_split
 from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
+from pipeline.evaluate import main
 from pipeline.evaluation.scorer import Scorer
 from pipeline.evaluation.targets import score_target
 from pipeline.export.generator_file import HUB_WEIGHTS, save_export
@@ -142,6 +145,50 @@ def test_a_refilled_folder_of_the_same_name_and_count_is_refused(
         shutil.move(target, tmp_path / "moved")
         score(tmp_path / "moved", scorer, tmp_path, out=out)
         assert content(out) == json.loads(before) | {"target": str(tmp_path / "moved")}
+
+
+def test_pictures_of_another_size_and_colour_are_scored_as_the_dataset_is(
+    digits: Dataset,
+    scorer: Scorer,
+    run: RunFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Digits within a frame of two pixels, a third of them as RGB, are with --crop 28 the digits themselves."""
+    framed = tmp_path / "framed"
+    framed.mkdir()
+    images = load_split(digits, "train")[0][:NUM_IMAGES, 0].numpy()
+    np.savez(tmp_path / "plain.npz", images=images)
+    for number, image in enumerate(images):
+        picture = Image.fromarray(np.pad(image, 2, constant_values=99))
+        picture.convert("L" if number % 3 else "RGB").save(framed / f"{number:03d}.png")
+    score(tmp_path / "plain.npz", scorer, tmp_path)
+    with pytest.raises(UserError, match="images of 1 x 32 x 32, the dataset digits has 1 x 28 x 28: give --size 28"):
+        score(framed, scorer, tmp_path)
+    for target in (run.path, run.path / "generator.h5", Path("test")):
+        with pytest.raises(UserError, match=f"{target}: --crop and --size are for images in"):
+            score_target(target, scorer, [None], None, tmp_path / "runs", crop=28)
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # of 1,024; above 1,000 Pillow refuses
+    out = tmp_path / "framed.json"
+    command = f"evaluate.py {framed} --data.dataset {digits.folder} --crop 28 --out {out} --runtime.device cpu"
+    monkeypatch.setattr("sys.argv", command.split())
+    with pytest.raises(UserError, match=r"framed/000\.png: Image size \(1024 pixels\).*give --max_pixels"):
+        main()
+    monkeypatch.setattr("sys.argv", [*command.split(), "--max_pixels", "1024"])
+    capfd.readouterr()
+    main()
+    assert f"{framed}: read as grey: 40 colour images (first: {framed}/000.png)" in capfd.readouterr().err
+    plain, cropped = (
+        content(path)["features"]["mnist"] for path in (tmp_path / "runs/evaluations/plain.npz.json", out)
+    )
+    assert cropped["fid"] == pytest.approx(plain["fid"], rel=1e-6)
+    with pytest.raises(UserError, match=r"holds other scores \(size is not told there and 28 here; images_"):
+        score_target(framed, scorer, [None], out, tmp_path, size=28)
+    np.savez(tmp_path / "framed.npz", images=np.pad(images, ((0, 0), (2, 2), (2, 2))))
+    read = open_images(tmp_path / "framed.npz", digits, Remarks(), crop=28).read(np.arange(NUM_IMAGES))
+    assert np.array_equal(read[:, 0], images)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from pipeline.data.images import Images, Labels, Split
 from pipeline.data.manifest import FILE_NAME, DataError, Dataset, Shard, load_dataset, to_json
+from pipeline.data.remarks import Remarks
 from pipeline.data.shards import read_shard, write_shard
 from pipeline.distributed.progress import bar
 from pipeline.errors import UserError
@@ -100,8 +101,8 @@ def _blocks(
         progress.update(len(block))
 
 
-def commit(dataset: Dataset, temporary: Path) -> Dataset:
-    """Gives a dataset, whose shards lie in the folder of `preparing`, its name.
+def commit(dataset: Dataset, temporary: Path, remarks: Remarks | None = None) -> Dataset:
+    """Gives a dataset, whose shards lie in the folder of `preparing`, its name, and says what it holds.
 
     Raises DataError when another dataset has the name; the same one is verified and left as it is.
     """
@@ -121,7 +122,9 @@ def commit(dataset: Dataset, temporary: Path) -> Dataset:
     temporary.rename(folder)
     fsync(folder.parent)
     counts = ", ".join(f"{dataset.num_images(split):,} {split}" for split in dataset.splits)
-    say(f"{folder}: {counts} images of {' x '.join(map(str, dataset.image_shape))}")
+    classes = f" in {dataset.num_classes:,} classes" if dataset.num_classes else ""
+    ending = f"; {remarks}" if remarks else ""
+    say(f"{folder}: {counts} images of {' x '.join(map(str, dataset.image_shape))}{classes}{ending}")
     return dataset
 
 

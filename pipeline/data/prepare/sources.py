@@ -6,26 +6,37 @@ What the images are (one of KINDS) is for the caller to say: feature spaces go b
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from braceexpand import braceexpand
 
 from pipeline.data import locations
 from pipeline.data.class_names import classes_of, labels_of, look
-from pipeline.data.images import ImageShape, Labels, Split, common_shape, file_shape, list_images, load_npz, read_images
+from pipeline.data.decoding import BROKEN_IMAGE, decode_image, file_shape
+from pipeline.data.folders import splits_in
+from pipeline.data.images import (
+    Images,
+    ImageShape,
+    Labels,
+    Split,
+    common_shape,
+    list_images,
+    load_npz,
+    read_images,
+)
 from pipeline.data.manifest import FILE_NAME, DataError, Dataset, Shard, load_dataset
 from pipeline.data.prepare.commit import DEFAULT_SIZES, ShardSizes, commit, preparing, say, write_shards
+from pipeline.data.remarks import Remarks
 from pipeline.data.shards import parse_shard
 from pipeline.distributed.progress import bar
 
-MAX_SIZE = 4096
-"""Largest side that images are resized to."""
 MAX_SHARDS = 1_000_000
 """Most shards that a pattern in braces may name."""
 
@@ -43,23 +54,26 @@ def prepare_folder(
     """Image files as `root`/`name`, shuffled once (a folder is sorted by class, a shard must not be).
 
     `paths` gives a folder for "train" and maybe "test"; its subfolders are the classes, without any the images are
-    unlabelled. Subfolders whose names look the same are one class (class_names.py). All grey: C = 1; otherwise RGB.
-    `crop` cuts the centre square of so many pixels a side out of each; `size` then crops what is there to a square and
-    resizes it. Raises DataError naming the file for images that do not
-    decode, are smaller than `crop`, or differ in size without either.
+    unlabelled. Subfolders whose names look the same are one class (class_names.py). A single folder that holds train/
+    and test/ (or val/) is both. All grey: C = 1; otherwise RGB. `crop` cuts the centre square of so many pixels a side
+    out of each; `size` then crops what is there to a square and resizes it. Raises DataError naming the file for images
+    that do not decode, are smaller than `crop`, or differ in size without either.
     """
-    if size is not None and not 4 <= size <= MAX_SIZE:
-        raise DataError(f"--size is {size}: it must lie between 4 and {MAX_SIZE}")
-    listings = {split: list_images(path) for split, path in paths.items()}
+    remarks = Remarks()
+    if list(paths) == ["train"] and len(inside := splits_in(paths["train"], remarks)) == 2:
+        folders = " and ".join(f"{path.name}/" for path in inside.values())
+        say(f"{paths['train']} holds {folders}: they are read as the splits train and test, not as classes")
+        paths = inside
+    listings = {split: list_images(path, remarks) for split, path in paths.items()}
     class_names = _folder_classes({paths[split]: folders for split, (_, folders) in listings.items()}, root / name)
     every = bar(iterable=[file for files, _ in listings.values() for file in files], desc="checking", unit="image")
-    found = common_shape(((str(file), _shape(file, crop), True) for file in every), check_size=size is None)
-    shape = (found[0], size or found[1], size or found[2])
+    shapes = ((str(file), file_shape(file, str(file), remarks), True) for file in every)
+    shape = common_shape(shapes, remarks, crop=crop, size=size)
     splits = {}
     for split, (files, folders) in listings.items():
         read = partial(read_images, files, shape, crop=crop, resize=size is not None)
         splits[split] = Split(len(files), labels_of(folders, class_names), read)
-    return _write(Dataset(root / name, name, shape, class_names, {}, kind=kind), splits, sizes)
+    return _write(Dataset(root / name, name, shape, class_names, {}, kind=kind), splits, sizes, remarks)
 
 
 def _folder_classes(folders: dict[Path, list[str]], dataset: Path) -> tuple[str, ...]:
@@ -84,69 +98,124 @@ def _folder_classes(folders: dict[Path, list[str]], dataset: Path) -> tuple[str,
     return tuple(classes)
 
 
-def _shape(file: Path, crop: int | None) -> ImageShape:
-    channels, height, width = file_shape(file, str(file))
-    if crop is None:
-        return channels, height, width
-    if min(height, width) < crop:
-        raise DataError(f"{file} is {height} x {width}, which --crop {crop} can't be cut out of: give a smaller one")
-    return channels, crop, crop
-
-
 def prepare_npz(
-    root: Path, name: str, paths: dict[str, Path], sizes: ShardSizes = DEFAULT_SIZES, *, kind: str = "own"
+    root: Path,
+    name: str,
+    paths: dict[str, Path],
+    sizes: ShardSizes = DEFAULT_SIZES,
+    *,
+    crop: int | None = None,
+    size: int | None = None,
+    kind: str = "own",
 ) -> Dataset:
-    """`.npz` files for "train" and maybe "test" as `root`/`name`, shuffled once.
+    """`.npz` files for "train" and maybe "test" as `root`/`name`, shuffled once; `crop` and `size` as of a folder.
 
     Each holds `images` uint8 [N, H, W], [N, H, W, C] or [N, C, H, W] with C 1 or 3 and maybe `labels`, integers [N].
     Raises DataError naming the file.
     """
     arrays = {split: load_npz(path) for split, path in paths.items()}
-    shape = common_shape((str(paths[split]), arrays[split][0].shape[1:], False) for split in paths)
+    shapes = ((str(paths[split]), images.shape[1:], False) for split, (images, _) in arrays.items())
+    remarks = Remarks()
+    shape = common_shape(shapes, remarks, crop=crop, size=size)
     class_names = _numbered_classes([(str(paths[split]), arrays[split][1]) for split in paths], "files")
-    splits = {split: Split(len(images), labels, images.__getitem__) for split, (images, labels) in arrays.items()}
-    return _write(Dataset(root / name, name, shape, class_names, {}, kind=kind), splits, sizes)
+    splits = {
+        split: Split(len(images), labels, partial(read_images, images, shape, crop=crop, resize=size is not None))
+        for split, (images, labels) in arrays.items()
+    }
+    return _write(Dataset(root / name, name, shape, class_names, {}, kind=kind), splits, sizes, remarks)
 
 
 def index_shards(
-    root: Path, name: str, patterns: dict[str, Sequence[str]], *, allow_shell_urls: bool = False, kind: str = "own"
+    root: Path,
+    name: str,
+    patterns: dict[str, Sequence[str]],
+    sizes: ShardSizes = DEFAULT_SIZES,
+    *,
+    allow_shell_urls: bool = False,
+    crop: int | None = None,
+    size: int | None = None,
+    kind: str = "own",
 ) -> Dataset:
     """Existing WebDataset shards as `root`/`name`, which holds a manifest alone: they stay where they are.
 
-    `patterns` gives, for "train" and maybe "test", folders, files or URLs with * and {000..123}. Every image is decoded
-    once, so that training never meets a damaged one. Raises DataError naming the shard.
+    With `crop` or `size`, as of a folder, it holds their images instead, cropped and resized, in their order and in
+    shards of `sizes`. `patterns` gives, for "train" and maybe "test", folders, files or URLs with * and {000..123}.
+    Every image is decoded once, so that training never meets a damaged one. Raises DataError naming the shard.
     """
     locations_of = {split: list(_expand(items)) for split, items in patterns.items()}
     for location in (location for found in locations_of.values() for location in found):
         locations.check_allowed(location, allow_shell_urls)
-    labels: list[tuple[str, Labels | None]] = []
+    labels: dict[str, list[tuple[str, Labels | None]]] = {split: [] for split in patterns}
     splits: dict[str, tuple[Shard, ...]] = {split: () for split in patterns}
+    remarks = Remarks()
 
     def index() -> Iterator[tuple[str, ImageShape, bool]]:
         for split, found in locations_of.items():
             for location in bar(iterable=found, desc=f"indexing {split}", unit="shard"):
                 content = locations.read_bytes(location)
                 samples = parse_shard(content, location)
-                labels.append((location, samples.labels))
+                labels[split].append((location, samples.labels))
                 splits[split] += (Shard(location, len(samples), len(content), sha256(content).hexdigest()),)
                 if isinstance(samples.images, np.ndarray):
                     yield location, samples.images.shape[1:], False
                     continue
                 image_name = f"an image of {location}"
                 for encoded in samples.images:
-                    yield image_name, file_shape(BytesIO(encoded), image_name, decode=True), True
+                    yield image_name, file_shape(BytesIO(encoded), image_name, remarks, decode=True), True
 
     with preparing(root, name) as temporary:
-        shape = common_shape(index())
-        class_names = _numbered_classes(labels, "shards")
-        return commit(Dataset(root / name, name, shape, class_names, splits, kind=kind), temporary)
+        shape = common_shape(index(), remarks, crop=crop, size=size)
+        class_names = _numbered_classes([each for found in labels.values() for each in found], "shards")
+        dataset = Dataset(root / name, name, shape, class_names, splits, kind=kind)
+        if crop is None and size is None:
+            return commit(dataset, temporary, remarks)
+        written = write_shards(
+            temporary,
+            {
+                split: Split(
+                    dataset.num_images(split),
+                    np.concatenate([each for _, each in labels[split] if each is not None]) if class_names else None,
+                    _reader(shards, shape, crop, size is not None),
+                )
+                for split, shards in splits.items()
+            },
+            sizes,
+            shuffle=False,
+        )
+        return commit(replace(dataset, splits=written), temporary, remarks)
 
 
-def _write(dataset: Dataset, splits: dict[str, Split], sizes: ShardSizes) -> Dataset:
+def _reader(
+    shards: Sequence[Shard], shape: ImageShape, crop: int | None, resize: bool
+) -> Callable[[npt.NDArray[np.int64]], Images]:
+    """Reads images of shards by their number in all of them, one shard in memory at a time."""
+    ends = np.cumsum([shard.num_images for shard in shards])
+
+    @lru_cache(maxsize=1)
+    def images_of(location: str) -> Images | list[memoryview]:
+        return parse_shard(locations.read_bytes(location), location).images
+
+    def read(indices: npt.NDArray[np.int64]) -> Images:
+        images = np.empty((len(indices), *shape), np.uint8)
+        for row, index in enumerate(indices):
+            number = int(np.searchsorted(ends, index, side="right"))
+            location = shards[number].name
+            image = images_of(location)[index - ends[number]]  # counted from the shard's end
+            try:
+                file = image if isinstance(image, np.ndarray) else BytesIO(image)
+                images[row] = decode_image(file, shape, crop=crop, resize=resize)
+            except BROKEN_IMAGE as error:
+                raise DataError(f"an image of {location} is damaged: {error}") from None
+        return images
+
+    return read
+
+
+def _write(dataset: Dataset, splits: dict[str, Split], sizes: ShardSizes, remarks: Remarks) -> Dataset:
     """Writes and commits what `dataset` describes but for its shards."""
     with preparing(dataset.folder.parent, dataset.name) as temporary:
         shards = write_shards(temporary, splits, sizes, shuffle=True)
-        return commit(replace(dataset, splits=shards), temporary)
+        return commit(replace(dataset, splits=shards), temporary, remarks)
 
 
 def _numbered_classes(found: Sequence[tuple[str, Labels | None]], what: str) -> tuple[str, ...]:
