@@ -175,7 +175,9 @@ def _parse(manifest: object, folder: Path, base_url: str, location: str) -> Data
     if "train" not in splits:
         raise DataError(f"{location}: splits.train is missing: prepare the dataset again")
     name = get(manifest, "name", str)
-    kind = manifest.get("kind", "mnist" if name == "mnist" else "own")  # type: ignore[attr-defined] # older ones say none
+    # Of older manifests, which do not say it, only MNIST's own are of another kind than the user's images.
+    is_mnist = (name, shape, tuple(class_names)) == ("mnist", (1, 28, 28), tuple("0123456789"))
+    kind = manifest.get("kind", "mnist" if is_mnist else "own")  # type: ignore[attr-defined]
     if kind not in KINDS:
         raise DataError(f"{location}: kind is {kind!r}, not one of {', '.join(KINDS)}")
     return Dataset(folder, name, shape, tuple(class_names), splits, base_url, kind)

@@ -64,8 +64,14 @@ def test_what_the_images_are_is_no_part_of_the_fingerprint(tmp_path: Path) -> No
         path.write_text(json.dumps(manifest | more))
         assert load_dataset(dataset.folder).kind == kind
         assert load_dataset(dataset.folder).fingerprint == sha256(content.encode()).hexdigest()
-    for more, kind in (({}, "mnist"), ({"kind": "own"}, "own")):
-        path.write_text(json.dumps(manifest | {"name": "mnist"} | more))
+    mnist = {"name": "mnist", "image_shape": [1, 28, 28], "class_names": list("0123456789")}
+    for more, kind in (
+        ({}, "mnist"),
+        ({"kind": "own"}, "own"),
+        ({"image_shape": [1, 2, 2]}, "own"),  # the user's images, which an older version wrote under that name
+        ({"class_names": list("abc")}, "own"),
+    ):
+        path.write_text(json.dumps(manifest | mnist | more))
         assert load_dataset(dataset.folder).kind == kind
 
 

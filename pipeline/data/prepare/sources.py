@@ -19,7 +19,7 @@ from braceexpand import braceexpand
 from pipeline.data import locations
 from pipeline.data.images import ImageShape, Labels, Split, common_shape, file_shape, list_images, load_npz, read_images
 from pipeline.data.manifest import DataError, Dataset, Shard
-from pipeline.data.prepare.commit import DEFAULT_SIZES, ShardSizes, commit, preparing, write_shards
+from pipeline.data.prepare.commit import DEFAULT_SIZES, ShardSizes, check_name, commit, preparing, write_shards
 from pipeline.data.shards import parse_shard
 from pipeline.progress import bar
 
@@ -46,6 +46,7 @@ def prepare_folder(
     `size` then crops what is there to a square and resizes it. Raises DataError naming the file for images that do not
     decode, are smaller than `crop`, or differ in size without either.
     """
+    check_name(name)
     if size is not None and not 4 <= size <= MAX_SIZE:
         raise DataError(f"--size is {size}: it must lie between 4 and {MAX_SIZE}")
     listings = {split: list_images(path) for split, path in paths.items()}
@@ -80,6 +81,7 @@ def prepare_npz(
     Each holds `images` uint8 [N, H, W], [N, H, W, C] or [N, C, H, W] with C 1 or 3 and maybe `labels`, integers [N].
     Raises DataError naming the file.
     """
+    check_name(name)
     arrays = {split: load_npz(path) for split, path in paths.items()}
     shape = common_shape((str(paths[split]), arrays[split][0].shape[1:], False) for split in paths)
     class_names = _numbered_classes([(str(paths[split]), arrays[split][1]) for split in paths], "files")
@@ -95,6 +97,7 @@ def index_shards(
     `patterns` gives, for "train" and maybe "test", folders, files or URLs with * and {000..123}. Every image is decoded
     once, so that training never meets a damaged one. Raises DataError naming the shard.
     """
+    check_name(name)
     locations_of = {split: list(_expand(items)) for split, items in patterns.items()}
     for location in (location for found in locations_of.values() for location in found):
         locations.check_allowed(location, allow_shell_urls)
