@@ -21,7 +21,7 @@ def parse() -> Namespace:
     folder = commands.add_parser("folder", help="image files; classes are subfolders")
     folder.add_argument("--crop", type=PositiveInt, metavar="N", help="cut the centre square of N x N out first")
     folder.add_argument("--size", type=PositiveInt, metavar="N", help="crop the centre square and resize it to N x N")
-    npz = commands.add_parser("npz", help="an .npz file with the arrays images and maybe labels")
+    npz = commands.add_parser("npz", help="an .npz file: arrays images (or x_train, arr_0) and maybe labels")
     shards = commands.add_parser("shards", help="existing WebDataset shards; they stay where they are")
     for option, split in (("train", "training"), ("--test", "test")):
         folder.add_argument(option, type=Path, metavar="PATH", help=f"folder of the {split} images")

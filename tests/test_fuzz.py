@@ -21,7 +21,8 @@ from PIL import Image
 from pipeline.checks.settings import Plan, check_run_folder
 from pipeline.config import Config, RunConfig, make_parser, parse, to_yaml
 from pipeline.data import Dataset, load_dataset
-from pipeline.data.images import load_npz, open_images
+from pipeline.data.images import open_images
+from pipeline.data.npz import load_npz
 from pipeline.data.prepare import index_shards
 from pipeline.data.shards import read_shard
 from pipeline.distributed.collectives import Ranks

@@ -24,8 +24,9 @@ from webdataset import TarWriter
 from webdataset.tariterators import group_by_keys
 
 from pipeline.data import locations
-from pipeline.data.images import BROKEN_HEADER, BROKEN_IMAGE, Images, ImageShape, Labels, decode_image
+from pipeline.data.images import BROKEN_IMAGE, Images, ImageShape, Labels, decode_image
 from pipeline.data.manifest import DataError, Dataset, Shard
+from pipeline.data.npz import BROKEN_HEADER
 
 UNPACKED_BYTES = 2**30
 """A compressed shard may unpack to this much, or to ten times its size: more is a bomb."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image
 from torchvision.datasets import MNIST
@@ -27,6 +28,8 @@ from torchvision.datasets import MNIST
 from pipeline import prepare
 from pipeline.config import DataConfig
 from pipeline.data import DataError, Dataset, load_dataset, open_dataset
+from pipeline.data.images import open_images
+from pipeline.data.npz import load_npz
 from pipeline.data.prepare import downloads, index_shards, prepare_folder, prepare_mnist, prepare_npz
 from pipeline.data.prepare.idx import MNIST as KNOWN_MNIST
 from pipeline.data.resident import load_split
@@ -551,6 +554,74 @@ def test_an_npz_of_any_layout(layout: str, tmp_path: Path) -> None:
     assert {bytes(image.numpy()): label for image, label in zip(found, labels.tolist(), strict=True)} == content
 
 
+@pytest.mark.parametrize("layout", ["NHW", "NHWC", "NCHW"])
+@pytest.mark.parametrize(
+    ("stored", "levels"),
+    [
+        (np.float32([0, 1, 100 / 255, 0.5]), [0, 255, 100, 128]),  # 127.5 is rounded to even
+        (np.float16([0, 1, 100 / 255, 3 / 255]), [0, 255, 100, 3]),
+        (np.float64([-1, 1, 0, 100 / 127.5 - 1]), [0, 255, 128, 100]),
+        (np.float64([0.0, 1 + 1e-7, 1, 1]), [0, 255, 255, 255]),
+        (np.array([False, True, True, False]), [0, 255, 255, 0]),
+        (np.int64([0, 255, 7, 2]), [0, 255, 7, 2]),
+        (np.array([0, 255, 7, 2], ">u2"), [0, 255, 7, 2]),
+    ],
+    ids=["0 to 1", "half", "-1 to 1", "rounding", "truth", "int64", "big-endian"],
+)
+def test_scales_of_arrays_by_hand(
+    layout: str, stored: npt.NDArray[np.generic], levels: list[int], tmp_path: Path
+) -> None:
+    pixels = np.tile(stored.repeat(2), (3, 6, 1))  # 3 images of 6 x 8, whose columns are in pairs
+    images = {"NHW": pixels, "NHWC": np.stack([pixels] * 3, axis=3), "NCHW": np.stack([pixels] * 3, axis=1)}[layout]
+    np.savez(tmp_path / "in.npz", arr_0=images)
+    found, labels = load_npz(tmp_path / "in.npz")
+    assert (found.dtype, found.shape, labels) == (np.uint8, (3, 1 if layout == "NHW" else 3, 6, 8), None)
+    assert (found == np.repeat(levels, 2)).all()
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.uint8([2, 0, 1]),
+        np.int64([[2], [0], [1]]),  # as Keras has CIFAR-10's
+        np.float32([[0, 0, 1], [1, 0, 0], [0, 1, 0]]),
+        np.array([[0, 0, 1], [1, 0, 0], [0, 1, 0]], bool),
+    ],
+    ids=["integers", "column", "one-hot", "one-hot of truth values"],
+)
+@pytest.mark.parametrize("names", [("images", "labels"), ("X", "y"), ("arr_0", "arr_1")])
+def test_labels_of_arrays_by_hand(labels: npt.NDArray[np.generic], names: tuple[str, str], tmp_path: Path) -> None:
+    images = np.arange(3 * 36, dtype=np.uint8).reshape(3, 6, 6)
+    np.savez(tmp_path / "in.npz", **dict(zip(names, (images, labels), strict=True)))  # type: ignore[arg-type]
+    dataset = prepare_npz(tmp_path, "x", {"train": tmp_path / "in.npz"})
+    found, numbers = load_split(dataset, "train")
+    assert dataset.class_names == ("0", "1", "2")
+    assert {int(image[0, 0, 0]): int(number) for image, number in zip(found, numbers, strict=True)} == {
+        0: 2,
+        36: 0,
+        72: 1,
+    }
+
+
+def test_an_npz_of_both_splits_as_keras_has_them(tmp_path: Path) -> None:
+    numbers = np.arange(50, dtype=np.uint8)
+    images = np.broadcast_to(numbers[:, None, None], (50, 6, 6))
+    arrays = {"x_train": images[:30], "y_train": numbers[:30] % 3, "x_test": images[30:], "y_test": numbers[30:] % 3}
+    np.savez(tmp_path / "in.npz", x_val=images, **arrays, notes=np.array([{}]))  # type: ignore[arg-type]
+    result = run("npz", tmp_path / "in.npz", "--name", "x", "--root", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "in.npz: left out: arrays 'notes', 'x_val'\n" in result.stderr
+    dataset = load_dataset(tmp_path / "x")
+    for split, expected in (("train", numbers[:30]), ("test", numbers[30:])):
+        found, labels = load_split(dataset, split)
+        assert sorted(found[:, 0, 0, 0].tolist()) == expected.tolist()
+        assert (labels == found[:, 0, 0, 0] % 3).all()
+    with pytest.raises(
+        DataError, match=r"in\.npz has several arrays that may be the images: it holds .*'x_test' uint8"
+    ):
+        open_images(tmp_path / "in.npz", dataset)  # to be scored: which of them?
+
+
 def test_what_the_images_are_is_said_by_who_prepares_them(tmp_path: Path, mnist_dataset: Dataset) -> None:
     assert mnist_dataset.kind == "mnist"
     np.savez(tmp_path / "images.npz", images=np.arange(60, dtype=np.uint8).reshape(15, 2, 2))
@@ -576,20 +647,55 @@ def test_what_is_wrong_in_an_npz_is_named(tmp_path: Path) -> None:
         assert "in.npz" in str(caught.value)
         assert not (tmp_path / "x").exists()
 
-    fails("no array `images`: it holds 'x_train'", x_train=images)
-    fails(r"no array `images`: it holds 'two\\nlines'", **{"two\nlines": images})
-    fails("images is float32", images=images.astype(np.float32))
-    fails(r"images is uint8 \(4, 5\)", images=images[0][:4])
+    fails(r"no array `images` of the train split: it holds 'x_val' uint8 \(4, 5, 5\)$", x_val=images)
+    fails(r"no array `images` .*: it holds 'two\\nlines' uint8", **{"two\nlines": images})
+    fails("no array `images` of the train split", x_test=images)
+    fails("several arrays that may be the images of the train split: .* 'x_train' uint8", images=images, x_train=images)
+    fails("several arrays that may be the images", x=images, X=images)
+    fails(r"images is uint8 \(4, 5\) with values from 0 to 0: its axes are not", images=images[0][:4])
+    fails(r"images is uint8 \(5, 5, 3\) .*: it may be one image", images=images[0, :, :, None].repeat(3, 2))
+    fails("the channels", images=np.zeros((4, 5, 5, 4), np.uint8))
+    for values, extent in (
+        (np.float32([0, 255]), "float32 .* from 0.0 to 255.0"),
+        (np.float32([-0.5, 0.5]), "float32 .* from -0.5 to 0.5"),  # a scale of its own
+        (np.float64([-2.25, 2.5]), "float64 .* from -2.25 to 2.5"),  # standardised
+        (np.float64([0, 1 / 255]), "float64 .* from 0.0 to 0.0039"),  # divided by 255 twice: all black
+        (np.float32([0, np.nan]), "float32 .* from nan to nan"),
+        (np.float32([0, np.inf]), "float32 .* from 0.0 to inf"),
+        (np.uint8([0, 1]), "uint8 .* from 0 to 1"),  # all black
+        (np.int64([0, 256]), "int64 .* from 0 to 256"),
+        (np.int8([-128, 127]), "int8 .* from -128 to 127"),
+        (np.uint8([0, 3]).view(bool), "bool .* from 0 to 3"),  # no truth value has that byte
+        (np.complex64([0, 1]), r"complex64 \(4, 5, 10\): give integers"),
+        (np.array(["a", "b"]), r"<U1 \(4, 5, 10\): give integers"),
+        (np.array([0, 1], "M8[s]"), r"datetime64\[s\] \(4, 5, 10\): give integers"),
+    ):
+        fails(rf"in.npz: x_train is {extent}", x_train=np.tile(values.repeat(5), (4, 5, 1)))
     fails("the channels", images=np.zeros((4, 3, 5, 3), np.uint8))
     fails("the channels", images=np.zeros((4, 5, 5, 5), np.uint8))
-    fails("labels is int64", images=images, labels=np.arange(3))
-    fails("labels is float64", images=images, labels=np.arange(4.0))
+    fails(r"labels is int64 \(3,\) with values from 0 to 2: give 4 integers", images=images, labels=np.arange(3))
+    fails("labels is float64 .* from 0.0 to 3.0", images=images, labels=np.arange(4.0))
+    fails("labels is bool", images=images, labels=np.arange(4) > 1)
+    fails(r"labels is uint64 \(4,\) .* to 9223372036854775813", images=images, labels=np.uint64([0, 1, 2, 2**63 + 5]))
+    for rows in (
+        np.ones((4, 2)),
+        np.zeros((4, 3), int),
+        np.eye(4) * 2,
+        np.full((4, 2), 0.5),
+        np.eye(3),
+        np.eye(4)[None],
+    ):
+        fails("labels is .*: give 4 integers, or as many rows with a single 1", images=images, labels=rows)
+    fails("labels is bool .* from 0 to 7", images=images, labels=(np.eye(4, dtype=np.uint8) * 7).view(bool))
     fails(
         "labels from -1 to 2, but the files show 4 classes: number them 0 to 3", images=images, labels=np.arange(4) - 1
     )
     fails("labels from 5 to 8, but the files show 4 classes", images=images, labels=np.arange(4) + 5)
     fails("labels from 0 to 1099511627776, but", images=images, labels=np.array([0, 1, 2, 2**40]))
-    fails("without pickled objects", images=np.array([{}, {}], dtype=object))
+    for objects in ({"images": np.array([{}, {}])}, {"images": images, "labels": np.array(["a", 1, None, 2], object)}):
+        fails(
+            rf"{list(objects)[-1]} is an array \(\d,\) of Python objects, which are pickled and never loaded", **objects
+        )
     np.savez(tmp_path / "in.npz", images=images, labels=np.arange(4))
     content = (tmp_path / "in.npz").read_bytes()
     np.savez(tmp_path / "test.npz", images=images)

@@ -17,9 +17,10 @@ import numpy as np
 from braceexpand import braceexpand
 
 from pipeline.data import locations
-from pipeline.data.images import ImageShape, Labels, Split, common_shape, file_shape, list_images, load_npz, read_images
+from pipeline.data.images import ImageShape, Labels, Split, common_shape, file_shape, list_images, read_images
 from pipeline.data.manifest import DataError, Dataset, Shard
-from pipeline.data.prepare.commit import DEFAULT_SIZES, ShardSizes, check_name, commit, preparing, write_shards
+from pipeline.data.npz import array_names, holds_split, load_npz
+from pipeline.data.prepare.commit import DEFAULT_SIZES, ShardSizes, check_name, commit, preparing, say, write_shards
 from pipeline.data.shards import parse_shard
 from pipeline.progress import bar
 
@@ -78,14 +79,21 @@ def prepare_npz(
 ) -> Dataset:
     """`.npz` files for "train" and maybe "test" as `root`/`name`, shuffled once.
 
-    Each holds `images` uint8 [N, H, W], [N, H, W, C] or [N, C, H, W] with C 1 or 3 and maybe `labels`, integers [N].
+    Each holds images [N, H, W], [N, H, W, C] or [N, C, H, W] with C 1 or 3 and maybe labels, integers [N] or one-hot;
+    see npz.py for their names and scales. A file of both splits (`x_train` and `x_test`) needs no other for "test".
     Raises DataError naming the file.
     """
     check_name(name)
-    arrays = {split: load_npz(path) for split, path in paths.items()}
+    if "test" not in paths and holds_split(paths["train"], "test"):
+        paths = paths | {"test": paths["train"]}
+    arrays = {split: load_npz(path, split) for split, path in paths.items()}
     shape = common_shape((str(paths[split]), arrays[split][0].shape[1:], False) for split in paths)
     class_names = _numbered_classes([(str(paths[split]), arrays[split][1]) for split in paths], "files")
     splits = {split: Split(len(images), labels, images.__getitem__) for split, (images, labels) in arrays.items()}
+    for path in dict.fromkeys(paths.values()):
+        unread = [set(array_names(path, split)[2]) for split in paths if paths[split] == path]
+        if left_out := sorted(set.intersection(*unread)):
+            say(f"{path}: left out: arrays {', '.join(map(repr, left_out))}")
     return _write(Dataset(root / name, name, shape, class_names, {}, kind=kind), splits, sizes)
 
 
