@@ -9,6 +9,7 @@ from jsonargparse.typing import PositiveInt
 
 from pipeline.data import KINDS, KNOWN, Dataset, prepare_known
 from pipeline.data.prepare import ShardSizes, index_shards, prepare_folder, prepare_npz
+from pipeline.data.prepare.sources import add_shard_options, shard_options
 from pipeline.distributed.launcher import run_program
 
 
@@ -27,7 +28,7 @@ def parse() -> Namespace:
         folder.add_argument(option, type=Path, metavar="PATH", help=f"folder of the {split} images")
         npz.add_argument(option, type=Path, metavar="PATH", help=f"file of the {split} images")
         shards.add_argument(option, nargs="+", metavar="PATTERN", help=f"{split}: folders, files, URLs; *, {{00..12}}")
-    shards.add_argument("--allow_shell_urls", action="store_true", help="let URLs run commands (pipe: and the like)")
+    add_shard_options(shards)
     for name, command in commands.choices.items():
         command.add_argument("--root", type=Path, default=Path("data"), help="folder of the datasets (default: data)")
         if name not in KNOWN:
@@ -38,15 +39,14 @@ def parse() -> Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
+def main() -> None:
     print(prepare(parse()).folder)
-    return 0
 
 
 def prepare(given: Namespace) -> Dataset:
     root, paths = given.root, {split: path for split in ("train", "test") if (path := getattr(given, split, None))}
     if given.command == "shards":
-        return index_shards(root, given.name, paths, allow_shell_urls=given.allow_shell_urls, kind=given.kind)
+        return index_shards(root, given.name, paths, kind=given.kind, **shard_options(given))
     sizes = ShardSizes(given.images_per_block, given.images_per_shard)
     if given.command == "folder":
         return prepare_folder(root, given.name, paths, sizes, crop=given.crop, size=given.size, kind=given.kind)

@@ -170,7 +170,7 @@ def _numbers(labels: npt.NDArray[Any], count: int, name: str) -> Labels:
         values = values[:, 0]
     if values.dtype.kind in "iuf" and values.ndim == 2 and len(values) == count:
         if np.isin(values, (0, 1)).all() and (values.sum(axis=1) == 1).all():
-            return values.argmax(axis=1).astype(np.int64)
+            return np.asarray(values.argmax(axis=1), np.int64)
     elif labels.dtype.kind in "iu" and values.shape == (count,) and values.max() < 2**63:
         return values.astype(np.int64)
     raise DataError(f"{_described(labels, name)}: give {count} integers, or as many rows with a single 1 (one-hot)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from pipeline import prepare
 from pipeline.config import DataConfig
 from pipeline.data import DataError, Dataset, load_dataset, open_dataset
 from pipeline.data.images import open_images
+from pipeline.data.manifest import Reading
 from pipeline.data.npz import load_npz
 from pipeline.data.prepare import downloads, index_shards, prepare_folder, prepare_mnist, prepare_npz
 from pipeline.data.prepare.idx import MNIST as KNOWN_MNIST
@@ -755,6 +757,96 @@ def test_existing_shards_are_indexed_where_they_are(tmp_path: Path, mirror: Mirr
         "last.tar.gz",
         *(f"train-{number}.tar" for number in range(3)),
     ]
+
+
+def tar_of(path: Path, members: dict[str, object]) -> Path:
+    """A tar of members: an integer is a grey image of this level in the format of its suffix, a text is itself."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            buffer = io.BytesIO()
+            if isinstance(content, int):
+                image = Image.fromarray(np.full((3, 5), content, np.uint8))
+                image.save(buffer, {"jpg": "JPEG", "tif": "TIFF"}.get(name[-3:], name[-3:].upper()))
+            else:
+                buffer.write(str(content).encode())
+            info = tarfile.TarInfo(name)
+            info.size = buffer.tell()
+            archive.addfile(info, io.BytesIO(buffer.getvalue()))
+    return path
+
+
+def test_labels_and_images_of_existing_shards_are_those_that_were_asked_for(tmp_path: Path) -> None:
+    members = {
+        f"{kind}/{number}.{key}": number for kind in ("dog", "cat") for number in range(3) for key in ("tif", "x.png")
+    }
+    tar_of(tmp_path / "one.tar", members | {"readme.txt": "hello"})
+    tar_of(tmp_path / "two.tar", {"cat/9.tif": 9, "cat/9.x.png": 100, "cat/.9.tif": 9})
+    tar_of(tmp_path / "test.tar", {"dog/20.tif": 20})
+    arguments = ("shards", tmp_path / "{one,two}.tar", "--root", tmp_path / "data", "--name", "x")
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert "one.tar: its sample dog/0 has 2 images, tif and x.png: choose one" in result.stderr
+    assert not (tmp_path / "data" / "x").exists()
+
+    result = run(*arguments, "--image-key", "X.PNG")
+    assert result.returncode == 0, result.stderr
+    assert "x: no image has a label" in result.stderr
+    assert "the images lie in the 2 folders 'cat', 'dog': --labels folder takes them for classes" in result.stderr
+    first = f"(first: readme.txt in {tmp_path}/one.tar)"
+    assert (
+        f"x: left out: 1 imageless sample {first}, 1 hidden file (first: cat/.9.tif in {tmp_path}/two" in result.stderr
+    )
+    dataset = load_dataset(tmp_path / "data" / "x")
+    assert (dataset.class_names, dataset.reading) == ((), ("x.png", "members"))
+    assert load_split(dataset, "train")[0][:, 0, 2, 4].tolist() == [0, 1, 2, 0, 1, 2, 100]
+    assert "holds another dataset" in run(*arguments, "--image-key", "tif").stderr
+
+    arguments = (*arguments[:-1], "y", "--image-key", "tif", "--labels", "folder")
+    result = run(*arguments, "--test", tmp_path / "test.tar")
+    assert result.returncode == 0, result.stderr
+    assert "no image has a label" not in result.stderr
+    dataset = load_dataset(tmp_path / "data" / "y")
+    assert (dataset.class_names, dataset.reading) == (("cat", "dog"), ("tif", "folder"))
+    images, labels = load_split(dataset, "train")
+    assert images[:, 0, 0, 0].tolist() == [0, 1, 2, 0, 1, 2, 9]
+    assert labels.tolist() == [1, 1, 1, 0, 0, 0, 0]
+    assert load_split(dataset, "test")[1].tolist() == [1]
+    assert "is there already" in run(*arguments, "--test", tmp_path / "test.tar").stderr
+
+
+def test_the_only_image_of_each_sample_needs_no_choice(tmp_path: Path) -> None:
+    tar_of(tmp_path / "one.tar", {"0.tif": 0, "0.json": '{"label": "dog"}', "1.bmp": 1, "1.json": '{"cls": "cat"}'})
+    dataset = index_shards(tmp_path, "x", {"train": [str(tmp_path / "one.tar")]})
+    assert (dataset.class_names, dataset.reading) == (("cat", "dog"), ("bmp;tif", "members"))
+    images, labels = load_split(load_dataset(dataset.folder), "train")
+    assert (images[:, 0, 0, 0].tolist(), labels.tolist()) == ([0, 1], [1, 0])
+    none = index_shards(tmp_path, "y", {"train": [str(tmp_path / "one.tar")]}, reading=Reading("", "none"))
+    assert none.class_names == ()
+    assert load_split(load_dataset(none.folder), "train")[1].tolist() == [0, 0]
+    tar_of(tmp_path / "two.tar", {"0.png": 0, "0.jpg": 0, "0.txt": "an earlier version took png"})
+    manifest = json.loads((dataset.folder / "dataset.json").read_text())
+    content = (tmp_path / "two.tar").read_bytes()
+    shard = {"name": "../two.tar", "num_images": 1, "num_bytes": len(content), "sha256": sha256(content).hexdigest()}
+    del manifest["reading"]
+    path = dataset.folder / "dataset.json"
+    path.write_text(json.dumps(manifest | {"splits": {"train": [shard]}, "class_names": []}))
+    assert load_split(load_dataset(dataset.folder), "train")[0].shape == (1, 1, 3, 5)
+
+
+def test_names_as_labels_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+    tar_of(tmp_path / "named.tar", {"0.png": 0, "0.json": '{"label": "dog"}'})
+    tar_of(tmp_path / "cats.tar", {"0.png": 0, "0.json": '{"label": "cat"}'})
+    tar_of(tmp_path / "numbered.tar", {"0.png": 0, "0.cls": "0"})
+    for other in ("{named,numbered}", "{numbered,named}"):
+        with pytest.raises(DataError, match=r"numbered\.tar has no names as labels, other shards have"):
+            index_shards(tmp_path, "x", {"train": [str(tmp_path / f"{other}.tar")]})
+    with pytest.raises(DataError, match="the test shards have images of 'cat', the training shards have none"):
+        index_shards(tmp_path, "x", {"train": [str(tmp_path / "named.tar")], "test": [str(tmp_path / "cats.tar")]})
+    dataset = index_shards(tmp_path, "x", {"train": [str(tmp_path / "named.tar")]})
+    path = dataset.folder / "dataset.json"
+    path.write_text(path.read_text().replace('"dog"', '"cow"'))
+    with pytest.raises(DataError, match="it has images of 'dog', which is no class of the manifest"):
+        load_split(load_dataset(dataset.folder), "train")
 
 
 @pytest.mark.slow

@@ -6,26 +6,31 @@ What the images are (one of KINDS) is for the caller to say: feature spaces go b
 from __future__ import annotations
 
 import re
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from braceexpand import braceexpand
 
 from pipeline.data import locations
 from pipeline.data.images import ImageShape, Labels, Split, common_shape, file_shape, list_images, read_images
-from pipeline.data.manifest import DataError, Dataset, Shard
+from pipeline.data.manifest import DEFAULT_READING, LABELS, DataError, Dataset, Reading, Shard
 from pipeline.data.npz import array_names, holds_split, load_npz
 from pipeline.data.prepare.commit import DEFAULT_SIZES, ShardSizes, check_name, commit, preparing, say, write_shards
-from pipeline.data.shards import parse_shard
+from pipeline.data.remarks import Remarks
+from pipeline.data.shards import Samples, parse_shard
 from pipeline.progress import bar
 
 MAX_SIZE = 4096
 """Largest side that images are resized to."""
+ANY_IMAGE = Reading(image_key="")
+"""Takes whichever image a sample has, and refuses several."""
 MAX_SHARDS = 1_000_000
 """Most shards that a pattern in braces may name."""
 
@@ -98,26 +103,33 @@ def prepare_npz(
 
 
 def index_shards(
-    root: Path, name: str, patterns: dict[str, Sequence[str]], *, allow_shell_urls: bool = False, kind: str = "own"
+    root: Path,
+    name: str,
+    patterns: dict[str, Sequence[str]],
+    *,
+    allow_shell_urls: bool = False,
+    kind: str = "own",
+    reading: Reading = ANY_IMAGE,
 ) -> Dataset:
     """Existing WebDataset shards as `root`/`name`, which holds a manifest alone: they stay where they are.
 
     `patterns` gives, for "train" and maybe "test", folders, files or URLs with * and {000..123}. Every image is decoded
-    once, so that training never meets a damaged one. Raises DataError naming the shard.
+    once, so that training never meets a damaged one. `reading` chooses among several images of a sample, and where its
+    label is. Raises DataError naming the shard.
     """
     check_name(name)
     locations_of = {split: list(_expand(items)) for split, items in patterns.items()}
     for location in (location for found in locations_of.values() for location in found):
         locations.check_allowed(location, allow_shell_urls)
-    labels: list[tuple[str, Labels | None]] = []
+    found: list[tuple[str, str, Samples]] = []
     splits: dict[str, tuple[Shard, ...]] = {split: () for split in patterns}
 
     def index() -> Iterator[tuple[str, ImageShape, bool]]:
-        for split, found in locations_of.items():
-            for location in bar(iterable=found, desc=f"indexing {split}", unit="shard"):
+        for split, urls in locations_of.items():
+            for location in bar(iterable=urls, desc=f"indexing {split}", unit="shard"):
                 content = locations.read_bytes(location)
-                samples = parse_shard(content, location)
-                labels.append((location, samples.labels))
+                samples = parse_shard(content, location, reading)
+                found.append((split, location, replace(samples, images=[])))
                 splits[split] += (Shard(location, len(samples), len(content), sha256(content).hexdigest()),)
                 if isinstance(samples.images, np.ndarray):
                     yield location, samples.images.shape[1:], False
@@ -128,8 +140,59 @@ def index_shards(
 
     with preparing(root, name) as temporary:
         shape = common_shape(index())
-        class_names = _numbered_classes(labels, "shards")
-        return commit(Dataset(root / name, name, shape, class_names, splits, kind=kind), temporary)
+        class_names = _shard_classes(found)
+        image_keys = set().union(*(samples.image_keys for _, _, samples in found))
+        if not reading.image_key:
+            is_default = image_keys <= {*DEFAULT_READING.image_key.split(";")}
+            key = DEFAULT_READING.image_key if is_default else ";".join(sorted(image_keys))
+            reading = reading._replace(image_key=key)
+        if not class_names and reading.labels != "none":
+            _say_unlabelled(name, found)
+        remarks = Remarks()
+        for _, location, samples in found:
+            for (event, kind_of_member), (count, first) in samples.remarks.items():
+                remarks.add(event, kind_of_member, f"{first} in {location}", count)
+        if remarks:
+            say(f"{name}: {remarks}")
+        return commit(Dataset(root / name, name, shape, class_names, splits, kind=kind, reading=reading), temporary)
+
+
+def add_shard_options(parser: ArgumentParser) -> None:
+    """Adds the options that `shard_options` reads."""
+    parser.add_argument(
+        "--image-key", default="", metavar="KEY", help="which image of a sample: png, seg.png, 'jpg;png'"
+    )
+    parser.add_argument("--labels", choices=LABELS, default="members", help="members: .cls or .json (the default)")
+    parser.add_argument("--allow_shell_urls", action="store_true", help="let URLs run commands (pipe: and the like)")
+
+
+def shard_options(arguments: Namespace) -> dict[str, Any]:
+    """The options of a command line as arguments of `index_shards`."""
+    reading = Reading(arguments.image_key.lower(), arguments.labels)
+    return {"reading": reading, "allow_shell_urls": arguments.allow_shell_urls}
+
+
+def _shard_classes(found: Sequence[tuple[str, str, Samples]]) -> tuple[str, ...]:
+    """Class names of shards, each given with its split and location: the names in their labels, or the numbers."""
+    if not any(samples.names for _, _, samples in found):
+        return _numbered_classes([(location, samples.labels) for _, location, samples in found], "shards")
+    if other := next((location for _, location, samples in found if not samples.names), None):
+        raise DataError(f"{other} has no names as labels, other shards have: label all of them in one way")
+    names: dict[str, set[str]] = {"train": set(), "test": set()}
+    for split, _, samples in found:
+        names[split] |= set(samples.names)
+    if untrained := sorted(names["test"] - names["train"]):
+        raise DataError(f"the test shards have images of {untrained[0]!r}, the training shards have none")
+    return tuple(sorted(names["train"]))
+
+
+def _say_unlabelled(name: str, found: Sequence[tuple[str, str, Samples]]) -> None:
+    folders = sorted(set().union(*(samples.folders for _, _, samples in found)))
+    hint = ""
+    if len(folders) > 1:
+        shown = ", ".join(map(repr, folders[:3])) + (", ..." if len(folders) > 3 else "")
+        hint = f"; the images lie in the {len(folders)} folders {shown}: --labels folder takes them for classes"
+    say(f"{name}: no image has a label, in .cls, in `label` or `cls` of .json, or in labels.npy of a block{hint}")
 
 
 def _write(dataset: Dataset, splits: dict[str, Split], sizes: ShardSizes) -> Dataset:
