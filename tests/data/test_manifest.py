@@ -64,14 +64,15 @@ def test_what_the_images_are_is_no_part_of_the_fingerprint(tmp_path: Path) -> No
         path.write_text(json.dumps(manifest | more))
         assert load_dataset(dataset.folder).kind == kind
         assert load_dataset(dataset.folder).fingerprint == sha256(content.encode()).hexdigest()
-    mnist = {"name": "mnist", "image_shape": [1, 28, 28], "class_names": list("0123456789")}
-    for more, kind in (
+    mnist: dict[str, object] = {"name": "mnist", "image_shape": [1, 28, 28], "class_names": list("0123456789")}
+    others: list[tuple[dict[str, object], str]] = [
         ({}, "mnist"),
         ({"kind": "own"}, "own"),
         ({"image_shape": [1, 2, 2]}, "own"),  # the user's images, which an older version wrote under that name
         ({"class_names": list("abc")}, "own"),
-    ):
-        path.write_text(json.dumps(manifest | mnist | more))
+    ]
+    for changes, kind in others:
+        path.write_text(json.dumps(manifest | mnist | changes))
         assert load_dataset(dataset.folder).kind == kind
 
 
