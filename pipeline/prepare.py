@@ -11,6 +11,7 @@ from PIL import Image
 from pipeline.data import KINDS, KNOWN, Dataset, prepare_known
 from pipeline.data.decoding import add_options
 from pipeline.data.prepare import ShardSizes, index_shards, prepare_folder, prepare_npz
+from pipeline.data.prepare.sources import add_shard_options, shard_options
 from pipeline.distributed.launcher import run_program
 
 
@@ -21,20 +22,20 @@ def parse() -> Namespace:
         known = commands.add_parser(name, help="fetched and verified")
         known.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="folder with its original files")
     folder = commands.add_parser("folder", help="image files; classes are subfolders")
-    npz = commands.add_parser("npz", help="an .npz file with the arrays images and maybe labels")
+    npz = commands.add_parser("npz", help="an .npz file: arrays images (or x_train, arr_0) and maybe labels")
     shards = commands.add_parser("shards", help="existing WebDataset shards; they stay where they are")
     for option, split in (("train", "training"), ("--test", "test")):
-        for command, what in ((folder, "folder"), (npz, "file")):
-            command.add_argument(option, type=Path, metavar="PATH", help=f"{what} of the {split} images")
+        for command in (folder, npz):
+            command.add_argument(option, type=Path, metavar="PATH", help=f"the {split} images")
         shards.add_argument(option, nargs="+", metavar="PATTERN", help=f"{split}: folders, files, URLs; *, {{00..12}}")
-    shards.add_argument("--allow_shell_urls", action="store_true", help="let URLs run commands (pipe: and the like)")
+    add_shard_options(shards)
     for command in (folder, npz, shards):
         command.add_argument("--name", required=True, help="name of the dataset")
         command.add_argument("--kind", choices=KINDS, default="own", help="what the images are (default: own)")
         add_options(command)
-    for command in commands.choices.values():
+    for name, command in commands.choices.items():
         command.add_argument("--root", type=Path, default=Path("data"), help="folder of the datasets (default: data)")
-        for size, default in ShardSizes()._asdict().items():
+        for size, default in ShardSizes()._asdict().items() if name != "shards" else ():
             command.add_argument(f"--{size}", type=PositiveInt, default=default, metavar="N")
     return parser.parse_args()
 
@@ -44,15 +45,15 @@ def main() -> None:
 
 
 def prepare(given: Namespace) -> Dataset:
-    root, sizes = given.root, ShardSizes(given.images_per_block, given.images_per_shard)
+    sizes = ShardSizes(*(vars(given).get(name, default) for name, default in ShardSizes()._asdict().items()))
     if given.command in KNOWN:
-        return prepare_known(given.command, root, given.source, sizes)
+        return prepare_known(given.command, given.root, given.source, sizes)
     Image.MAX_IMAGE_PIXELS = given.max_pixels
     paths = {split: path for split in ("train", "test") if (path := getattr(given, split))}
-    own = {"crop": given.crop, "size": given.size, "kind": given.kind}
+    place, own = (given.root, given.name, paths), {"crop": given.crop, "size": given.size, "kind": given.kind}
     if given.command == "shards":
-        return index_shards(root, given.name, paths, sizes, allow_shell_urls=given.allow_shell_urls, **own)
-    return (prepare_folder if given.command == "folder" else prepare_npz)(root, given.name, paths, sizes, **own)
+        return index_shards(*place, **own, **shard_options(given))
+    return (prepare_folder if given.command == "folder" else prepare_npz)(*place, sizes, **own)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ names the file. FUZZ_CASES sets how many mutations of each are tried."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -17,11 +18,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from webdataset import TarWriter
 
 from pipeline.checks.settings import Plan, check_run_folder
 from pipeline.config import Config, RunConfig, make_parser, parse, to_yaml
 from pipeline.data import Dataset, load_dataset
-from pipeline.data.images import load_npz, open_images
+from pipeline.data.images import open_images
+from pipeline.data.npz import load_npz
 from pipeline.data.prepare import index_shards
 from pipeline.data.remarks import Remarks
 from pipeline.data.shards import read_shard
@@ -101,6 +104,14 @@ def read_unchecked_shard(path: Path) -> object:
     return index_shards(path.parent, "again", {"train": [str(path)]})
 
 
+def photos(folder: Path) -> Path:
+    Image.new("L", (6, 6), 7).save(buffer := io.BytesIO(), "PNG")
+    with TarWriter(str(folder / "photos.tar"), encoder=False) as writer:
+        for number, label in enumerate((b'{"label": "cat"}', b'{"label": "dog"}')):
+            writer.write({"__key__": f"{number}", "png": buffer.getvalue(), "json": label})
+    return folder / "photos.tar"
+
+
 def npz(folder: Path) -> Path:
     np.savez(folder / "in.npz", images=np.arange(5 * 36, dtype=np.uint8).reshape(5, 6, 6), labels=np.arange(5))
     return folder / "in.npz"
@@ -161,6 +172,7 @@ READERS = {
     "dataset.json": Reader(manifest, read_manifest),
     "a dataset's shard": Reader(shard, lambda path: read_manifest(path.with_name("dataset.json"))),
     "another's shard": Reader(shard, read_unchecked_shard),
+    "a tar of images": Reader(photos, read_unchecked_shard),
     "an .npz": Reader(npz, load_npz),
     "an image": Reader(png, read_png),
     "an export": Reader(export, lambda path: load_generator(path, "ema")),

@@ -21,8 +21,8 @@ import torch
 from pipeline.checks.findings import Caution, Check, Finding, against, findings_of, findings_of_all
 from pipeline.checks.settings import CHECKS, Plan
 from pipeline.config import Config
-from pipeline.data import KNOWN, Dataset, dataset_folder, load_dataset, locations
-from pipeline.data.manifest import FILE_NAME, Shard
+from pipeline.data import Dataset, existing_dataset, locations
+from pipeline.data.manifest import Shard
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.process import Runtime
 from pipeline.distributed.slurm import job_seconds_left
@@ -86,11 +86,10 @@ def check_ranks(runtime: Runtime) -> str:
 
 def find_dataset(config: Config) -> Dataset:
     """Raises Caution for a known one that the training will prepare, DataError for another that is not there."""
-    folder = dataset_folder(config.data)
-    if config.data.dataset in KNOWN and not (Path(folder) / FILE_NAME).exists():
+    if (dataset := existing_dataset(config.data)) is None:
         text = f"{config.data.dataset} is not prepared in {config.data.root}, the training will fetch it first"
         raise Caution(f"{text}; run pipeline/prepare.py where there is a network")
-    return load_dataset(folder, allow_shell_urls=config.data.allow_shell_urls)
+    return dataset
 
 
 def check_shards(plan: Plan, ranks: Ranks, all_checksums: bool) -> str | list[Finding]:

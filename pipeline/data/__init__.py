@@ -39,26 +39,37 @@ KNOWN = {name: f"pipeline.data.prepare:prepare_{name}" for name in ("mnist", "fa
 from a folder that has its files."""
 
 
-def dataset_folder(config: DataConfig) -> str | Path:
-    """The folder or URL of the dataset that the configuration names, whether it is there or not."""
-    return Path(config.root) / config.dataset if config.dataset in KNOWN else config.dataset
-
-
 def prepare_known(name: str, root: Path, *arguments: Any) -> Dataset:
     """One of KNOWN as `root`/`name`; `arguments`: a folder with its original files, the sizes of its shards."""
     prepared: Dataset = resolve_name(KNOWN[name])(root, *arguments)
     return prepared
 
 
+def existing_dataset(config: DataConfig) -> Dataset | None:
+    """Reads the manifest of the dataset that the configuration names; None for a known one that is not there yet.
+
+    Raises DataError when another is missing, when it is damaged, or when other images lie in a known one's place.
+    """
+    if config.dataset not in KNOWN:
+        return load_dataset(config.dataset, allow_shell_urls=config.allow_shell_urls)
+    folder = Path(config.root) / config.dataset
+    if not (folder / FILE_NAME).exists():
+        return None
+    dataset = load_dataset(folder, allow_shell_urls=config.allow_shell_urls)
+    if dataset.kind != config.dataset:
+        raise DataError(
+            f"{folder} holds images of kind {dataset.kind}, not {config.dataset}: name them by their path "
+            f"(data.dataset {folder.absolute()}), or move them away, and {config.dataset} is prepared in their place"
+        )
+    return dataset
+
+
 def open_dataset(config: DataConfig) -> Dataset:
     """The dataset that the configuration names; a known one that is not there yet is prepared first.
 
-    Safe in several processes at once: one prepares, the others wait for it. Raises DataError.
+    Safe in several processes at once: one prepares, the others wait for it. Raises DataError, see `existing_dataset`.
     """
-    folder = dataset_folder(config)
-    if config.dataset in KNOWN and not (Path(folder) / FILE_NAME).exists():
-        prepare_known(config.dataset, Path(config.root))
-    return load_dataset(folder, allow_shell_urls=config.allow_shell_urls)
+    return existing_dataset(config) or prepare_known(config.dataset, Path(config.root))
 
 
 def source_kind(config: DataConfig, dataset: Dataset) -> str:

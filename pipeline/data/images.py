@@ -1,11 +1,8 @@
-"""Images as people keep them: folders of image files and .npz files."""
+"""Images as people keep them: folders of image files, and .npz files (see npz.py)."""
 
 from __future__ import annotations
 
 import math
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +15,7 @@ from pipeline.data.class_names import labels_of
 from pipeline.data.decoding import BROKEN_IMAGE, decode_image, file_shape
 from pipeline.data.folders import image_files
 from pipeline.data.manifest import MAX_VALUES, DataError, Dataset
+from pipeline.data.npz import load_npz
 from pipeline.data.remarks import Remarks
 
 Images = npt.NDArray[np.uint8]
@@ -26,9 +24,6 @@ ImageShape = tuple[int, int, int]
 
 MAX_SIZE = 4096
 """Largest side that images are resized to."""
-
-BROKEN_HEADER = (SyntaxError, tokenize.TokenError)
-"""What numpy raises besides ValueError for the header of an array, which is a Python literal."""
 
 
 class Split(NamedTuple):
@@ -153,55 +148,3 @@ def read_images(
         except BROKEN_IMAGE as error:
             raise DataError(f"{images[index]} is damaged: {error}") from None
     return read
-
-
-def _check_headers(archive: zipfile.ZipFile) -> None:
-    """Raises ValueError for an array whose header claims more than follows: numpy takes the memory first."""
-    for member in archive.infolist():
-        if member.filename in ("images.npy", "labels.npy"):
-            with archive.open(member) as file:
-                version = np.lib.format.read_magic(file)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, _, dtype = read(file)
-                held = member.file_size - file.tell()
-            if math.prod(shape) * dtype.itemsize != held:
-                raise ValueError(f"{member.filename!r} claims the shape {shape}, but has {held:,} bytes")
-
-
-def load_npz(path: Path) -> tuple[Images, Labels | None]:
-    """Images uint8 [N, C, H, W] and labels int64 [N]. Raises DataError naming the file."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            _check_headers(archive)
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
-            arrays = {key: content[key] for key in content.files if key in ("images", "labels")}
-            keys = ", ".join(map(repr, content.files))  # which may hold any character
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-        TypeError,
-        RuntimeError,
-        *BROKEN_HEADER,
-    ) as error:
-        raise DataError(f"{path} cannot be read as an .npz file without pickled objects: {error}") from None
-    if "images" not in arrays:
-        raise DataError(f"{path} has no array `images`: it holds {keys or 'nothing'}")
-    images, labels = arrays["images"], arrays.get("labels")
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.size == 0:
-        raise DataError(
-            f"{path}: images is {images.dtype} {images.shape}, not uint8 [N, H, W], [N, H, W, C] or [N, C, H, W]"
-        )
-    if images.ndim == 3:
-        images = images[:, None]
-    elif (images.shape[1] in (1, 3)) == (images.shape[3] in (1, 3)):
-        raise DataError(f"{path}: which axis of images {images.shape} is the channels (1 or 3 of them) is not clear")
-    elif images.shape[3] in (1, 3):
-        images = images.transpose(0, 3, 1, 2)
-    if labels is None:
-        return images, None
-    if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
-        raise DataError(f"{path}: labels is {labels.dtype} {labels.shape}, not {len(images)} integers")
-    return images, labels.astype(np.int64)

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import TypeVar, get_type_hints
+from typing import NamedTuple, TypeVar, get_type_hints
 
 from pipeline.data import locations
 from pipeline.errors import UserError
@@ -20,11 +20,27 @@ MAX_VALUES = 2**26
 KINDS = ("mnist", "fashion_mnist", "cifar10", "own")
 """What a dataset's images may be. Feature spaces that know only some images go by it."""
 
+LABELS = ("members", "folder", "none")
+"""Where the labels of single images are: in `.cls`, else in `label` or `cls` of `.json`; in the name of the folder that
+an image lies in; nowhere."""
+
 T = TypeVar("T")
 
 
 class DataError(UserError):
     """A dataset that is missing or damaged: the message names the file and says what to do."""
+
+
+class Reading(NamedTuple):
+    """Which member of a sample is its image, and where its label is. It is chosen when shards are indexed."""
+
+    image_key: str = "images.npy;png;jpg;jpeg;webp"
+    """The first of these that a sample has, as webdataset writes them. The default is the order of earlier versions."""
+    labels: str = "members"
+    """One of LABELS."""
+
+
+DEFAULT_READING = Reading()
 
 
 @dataclass(frozen=True)
@@ -55,6 +71,7 @@ class Dataset:
     base_url: str = ""
     kind: str = "own"
     """One of KINDS."""
+    reading: Reading = DEFAULT_READING
 
     @property
     def num_classes(self) -> int:
@@ -88,6 +105,7 @@ class Dataset:
 
 def to_json(dataset: Dataset) -> dict[str, object]:
     """The manifest's content."""
+    reading = {"reading": dataset.reading._asdict()} if dataset.reading != DEFAULT_READING else {}
     return {
         "format": "image-shards",
         "version": VERSION,
@@ -96,6 +114,7 @@ def to_json(dataset: Dataset) -> dict[str, object]:
         "image_shape": list(dataset.image_shape),
         "class_names": list(dataset.class_names),
         "splits": {split: [vars(shard) for shard in shards] for split, shards in dataset.splits.items()},
+        **reading,
     }
 
 
@@ -175,7 +194,14 @@ def _parse(manifest: object, folder: Path, base_url: str, location: str) -> Data
     if "train" not in splits:
         raise DataError(f"{location}: splits.train is missing: prepare the dataset again")
     name = get(manifest, "name", str)
-    kind = manifest.get("kind", "mnist" if name == "mnist" else "own")  # type: ignore[attr-defined] # older ones say none
+    # Of older manifests, which do not say it, only MNIST's own are of another kind than the user's images.
+    is_mnist = (name, shape, tuple(class_names)) == ("mnist", (1, 28, 28), tuple("0123456789"))
+    kind = manifest.get("kind", "mnist" if is_mnist else "own")  # type: ignore[attr-defined]
     if kind not in KINDS:
         raise DataError(f"{location}: kind is {kind!r}, not one of {', '.join(KINDS)}")
-    return Dataset(folder, name, shape, tuple(class_names), splits, base_url, kind)
+    reading = DEFAULT_READING
+    if "reading" in manifest:  # type: ignore[operator]
+        reading = Reading(**{key: get(manifest["reading"], key, str, "reading.") for key in Reading._fields})  # type: ignore[index]
+    if reading.labels not in LABELS:
+        raise DataError(f"{location}: reading.labels is {reading.labels!r}, not one of {', '.join(LABELS)}")
+    return Dataset(folder, name, shape, tuple(class_names), splits, base_url, kind, reading)

@@ -2,35 +2,35 @@
 
 Two kinds of members are understood. Blocks, which `prepare` writes: `KEY.images.npy` uint8 [n, C, H, W] with
 `KEY.labels.npy` int64 [n]; fifty times the throughput of single images. Single images, which users already have:
-`KEY.png` (or .jpg, .jpeg, .webp) with `KEY.cls`. Nothing is ever unpickled.
+`KEY.png` (or another format) with `KEY.cls` or a label in `KEY.json`, see samples.py. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
-import gzip
 import io
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from webdataset import TarWriter
-from webdataset.tariterators import group_by_keys
 
 from pipeline.data import locations
+from pipeline.data.class_names import find_class
 from pipeline.data.decoding import BROKEN_IMAGE, decode_image
-from pipeline.data.images import BROKEN_HEADER, Images, ImageShape, Labels
-from pipeline.data.manifest import DataError, Dataset, Shard
-
-UNPACKED_BYTES = 2**30
-"""A compressed shard may unpack to this much, or to ten times its size: more is a bomb."""
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+from pipeline.data.folders import IMAGE_FILE_SUFFIXES
+from pipeline.data.images import Images, ImageShape, Labels
+from pipeline.data.manifest import DEFAULT_READING, DataError, Dataset, Reading, Shard
+from pipeline.data.npz import BROKEN_HEADER
+from pipeline.data.remarks import Remarks
+from pipeline.data.samples import BLOCK, NotRead, folder_of, image_key, label_of, samples_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,14 @@ class Samples:
     """uint8 [n, C, H, W], or n encoded images."""
     labels: Labels | None
     """int64 [n]; None when unlabelled."""
+    names: tuple[str, ...] = ()
+    """What label i stands for in a shard whose labels are names; `read_shard` gives the dataset's numbers instead."""
+    image_keys: frozenset[str] = frozenset()
+    """The keys of the members that hold the images."""
+    folders: frozenset[str] = frozenset()
+    """The folders that the samples lie in, "" for none."""
+    remarks: Remarks = field(default_factory=Remarks)
+    """What the shard holds besides."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -76,56 +84,117 @@ def read_shard(dataset: Dataset, shard: Shard, *, verify: bool = True) -> Sample
         raise _damaged(location, f"it has {len(content)} bytes, the manifest says {shard.num_bytes}")
     if verify and sha256(content).hexdigest() != shard.sha256:
         raise _damaged(location, "its SHA-256 is not the manifest's")
-    samples = parse_shard(content, location)
+    # Labels of a dataset without classes are not looked at, whatever they are.
+    reading = dataset.reading if dataset.num_classes else dataset.reading._replace(labels="none")
+    samples = parse_shard(content, location, reading)
     if len(samples) != shard.num_images:
         raise _damaged(location, f"it holds {len(samples)} images, the manifest says {shard.num_images}")
     if isinstance(samples.images, np.ndarray) and samples.images.shape[1:] != dataset.image_shape:
         raise _damaged(location, f"its images are {samples.images.shape[1:]}, the manifest says {dataset.image_shape}")
     if not dataset.num_classes:
-        return replace(samples, labels=None)
+        return samples
     if samples.labels is None:
         raise _damaged(location, f"it has no labels, the manifest has {dataset.num_classes} classes")
-    low, high = samples.labels.min(), samples.labels.max()
+    if unknown := [name for name in samples.names if find_class(name, dataset.class_names) is None]:
+        raise _damaged(location, f"it has images of {unknown[0]!r}, which is no class of the manifest")
+    numbers = numbered(samples, dataset.class_names)
+    assert numbers is not None
+    low, high = numbers.min(), numbers.max()
     if low < 0 or high >= dataset.num_classes:
         raise _damaged(location, f"it has labels {low} to {high}, the manifest {dataset.num_classes} classes")
-    return samples
+    return replace(samples, labels=numbers, names=())
 
 
-def parse_shard(content: bytes, location: str) -> Samples:
-    """The samples in the tar bytes of any shard. Raises DataError naming `location`."""
-    blocks: list[Images] = []
-    encoded: list[memoryview] = []
-    labels: list[Labels] = []
+def numbered(samples: Samples, class_names: Sequence[str]) -> Labels | None:
+    """The labels of samples as numbers of these classes, which hold all names; None when unlabelled."""
+    if samples.labels is None or not samples.names:
+        return samples.labels
+    return np.array([find_class(name, class_names) for name in samples.names], np.int64)[samples.labels]
+
+
+def parse_shard(content: bytes, location: str, reading: Reading = DEFAULT_READING) -> Samples:
+    """The samples in the tar bytes of any shard. Raises DataError naming `location`: that it is damaged, or what in it
+    is not read."""
     try:
-        for sample in group_by_keys(_members(content, location)):
-            key, count, label = sample["__key__"], 1, None
-            suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in sample), None)
-            if "images.npy" in sample:
-                block = _load(sample["images.npy"])
-                if block.dtype != np.uint8 or block.ndim != 4:
-                    raise ValueError(f"{key}.images.npy is {block.dtype} {block.shape}, not uint8 [n, C, H, W]")
-                blocks.append(block.view(np.uint8))
-                count = len(block)
-                label = _load(sample["labels.npy"]) if "labels.npy" in sample else None
-            elif suffix is not None:
-                encoded.append(sample[suffix])
-                label = np.array([int(sample["cls"])]) if "cls" in sample else None
-            else:
-                raise ValueError(f"{key} has no image ({', '.join(IMAGE_SUFFIXES)} or images.npy)")
-            if label is not None:
-                if label.dtype.kind not in "iu" or label.shape != (count,):
-                    raise ValueError(f"the labels of {key} are {label.dtype} {label.shape}, not {count} integers")
-                labels.append(label.astype(np.int64, copy=False))
-        if blocks and encoded:
-            raise ValueError("it mixes blocks and single images")
-        if not blocks and not encoded:
-            raise ValueError("it holds no image")
-        samples = Samples(np.concatenate(blocks) if blocks else encoded, np.concatenate(labels) if labels else None)
-        if samples.labels is not None and len(samples.labels) < len(samples):
-            raise ValueError(f"{len(samples) - len(samples.labels)} of its images have no label")
-        return samples
+        return _parse(content, location, reading)
+    except NotRead as error:
+        raise DataError(f"shard {location}: {error}") from None
     except (ValueError, EOFError, OSError, zlib.error, tarfile.TarError, *BROKEN_HEADER) as error:
         raise _damaged(location, str(error.args[0] if error.args else error)) from None
+
+
+def _parse(content: bytes, location: str, reading: Reading) -> Samples:
+    remarks, folders = Remarks(), set[str]()
+    blocks: list[Images] = []
+    encoded: list[memoryview] = []
+    block_labels: list[Labels] = []
+    labels: list[int | str] = []
+    keys: dict[str, str] = {}
+    imageless: dict[str, None] = {}
+    for sample in samples_of(content, location, remarks):
+        name, image = sample["__key__"], image_key(sample, reading.image_key)
+        if image is None:
+            imageless[name] = None
+            members = ", ".join(f"{name}.{key}" for key in sample if not key.startswith("__"))
+            remarks.add("left out", "imageless sample", members)
+            continue
+        folders.add(folder_of(sample))
+        if keys.setdefault(name, image) != image and not reading.image_key:
+            raise _scattered(name)
+        if image == BLOCK:
+            blocks.append(_block(sample, reading))
+            if reading.labels != "none" and "labels.npy" in sample:
+                block_labels.append(_block_labels(sample, len(blocks[-1])))
+            continue
+        encoded.append(sample[image])
+        if (label := label_of(sample, reading.labels)) is not None:
+            labels.append(label)
+    if scattered := next((name for name in imageless if name in keys), None):
+        raise _scattered(scattered)
+    if blocks and encoded:
+        raise NotRead("it mixes blocks and single images: expected one of them")
+    if not blocks and not encoded:
+        expected = reading.image_key or f"{', '.join(sorted(IMAGE_FILE_SUFFIXES))}, .{BLOCK}"
+        raise NotRead(f"it holds no image: expected samples with one of {expected}; {remarks or 'it is empty'}")
+    numbers, names = (np.concatenate(block_labels), ()) if block_labels else _numbered(labels)
+    images = np.concatenate(blocks) if blocks else encoded
+    if numbers is not None and len(numbers) < len(images):
+        missing, besides = len(images) - len(numbers), f"; {remarks}" if remarks else ""
+        raise NotRead(f"{missing} of its images have no label: --labels none leaves labels out{besides}")
+    return Samples(images, numbers, names, frozenset(keys.values()), frozenset(folders), remarks)
+
+
+def _scattered(name: str) -> NotRead:
+    return NotRead(f"the members of its sample {name} do not follow one another: pack them again with tar --sort=name")
+
+
+def _block(sample: dict[str, Any], reading: Reading) -> Images:
+    block, name = _load(sample[BLOCK]), f"{sample['__key__']}.{BLOCK}"
+    if block.dtype != np.uint8 or block.ndim != 4:
+        raise NotRead(f"{name} is {block.dtype} {block.shape}, not uint8 [n, C, H, W]")
+    if reading.labels == "folder":
+        raise NotRead(f"{name} is a block of images: --labels folder is for single images")
+    return block.view(np.uint8)
+
+
+def _block_labels(sample: dict[str, Any], count: int) -> Labels:
+    labels = _load(sample["labels.npy"])
+    if labels.dtype.kind not in "iu" or labels.shape != (count,):
+        raise NotRead(f"the labels of {sample['__key__']} are {labels.dtype} {labels.shape}, not {count} integers")
+    return labels.astype(np.int64, copy=False)
+
+
+def _numbered(labels: Sequence[int | str]) -> tuple[Labels | None, tuple[str, ...]]:
+    """Labels of single images as numbers, and the names that these stand for, if they are names."""
+    if not labels:
+        return None, ()
+    names = sorted({label for label in labels if isinstance(label, str)})
+    if not names:
+        return np.array(labels, np.int64), ()
+    if numbers := [label for label in labels if isinstance(label, int)]:
+        raise NotRead(f"some of its labels are names ({names[0]!r}) and others numbers ({numbers[0]})")
+    place: dict[int | str, int] = {name: number for number, name in enumerate(names)}
+    return np.array([place[label] for label in labels], np.int64), tuple(names)
 
 
 def decode(images: Images | Sequence[memoryview], image_shape: ImageShape, location: str) -> Images:
@@ -146,27 +215,6 @@ def mirrored(images: Images) -> Images:
     return torch.from_numpy(images).flip(2, 3).numpy()
 
 
-def _members(content: bytes, location: str) -> Iterator[dict[str, object]]:
-    # webdataset's own reader copies through a 10 kB stream buffer; seeking in memory, members are views of the file.
-    if content.startswith(b"\x1f\x8b"):
-        limit = max(UNPACKED_BYTES, 10 * len(content))
-        with gzip.open(io.BytesIO(content)) as file:
-            content = file.read(limit + 1)
-        if len(content) > limit:
-            raise ValueError(f"it unpacks to more than {limit:,} bytes")
-    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
-        for member in archive:
-            if member.isreg():
-                data = memoryview(content)[member.offset_data : member.offset_data + member.size]
-                if len(data) < member.size:
-                    raise tarfile.ReadError(f"{member.name} is cut off")
-                yield {"fname": member.name, "data": data, "__url__": location}
-        # tarfile takes a bad header, or a cut between two members, for the end of the archive.
-        rest = content[archive.offset :]
-        if len(rest) < 2 * tarfile.BLOCKSIZE or rest.strip(b"\0"):
-            raise tarfile.ReadError(f"it is cut off or overwritten at byte {archive.offset}")
-
-
 def _npy(array: Images | Labels) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
@@ -178,7 +226,7 @@ def _load(content: memoryview) -> npt.NDArray[np.generic]:
     length = 10 + int.from_bytes(content[8:10], "little")
     shape, fortran_order, dtype = _npy_header(bytes(content[:length]))
     if dtype.hasobject:
-        raise ValueError("it holds pickled objects, which are never loaded")
+        raise NotRead("it holds pickled objects, which are never loaded")
     return np.frombuffer(content, dtype, offset=length).reshape(shape, order="F" if fortran_order else "C")
 
 
@@ -186,7 +234,7 @@ def _load(content: memoryview) -> npt.NDArray[np.generic]:
 def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
     file = io.BytesIO(header)
     if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("it holds an .npy member of a version other than 1.0")
+        raise NotRead("it holds an .npy member of a version other than 1.0")
     return np.lib.format.read_array_header_1_0(file)
 
 

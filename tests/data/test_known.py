@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -17,10 +18,20 @@ import pytest
 import torch
 from torchvision.datasets import FashionMNIST
 
-from pipeline.config import DataConfig
+from pipeline.checks.machine import find_dataset
+from pipeline.config import Config, DataConfig
 from pipeline.data import KINDS, KNOWN, DataError, load_dataset, open_dataset
-from pipeline.data.prepare import cifar10, idx, prepare_cifar10, prepare_fashion_mnist
+from pipeline.data.prepare import (
+    cifar10,
+    idx,
+    index_shards,
+    prepare_cifar10,
+    prepare_fashion_mnist,
+    prepare_folder,
+    prepare_npz,
+)
 from pipeline.data.resident import load_split
+from pipeline.errors import UserError
 from tests.data.numbered import numbered_dataset
 from tests.data.test_prepare import Mirror, run, serving, snapshot
 
@@ -37,6 +48,41 @@ def nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_known_dataset_has_a_kind() -> None:
     assert [*KNOWN, "own"] == list(KINDS)
+
+
+@pytest.mark.parametrize("name", ["mnist", "MNIST", "Fashion_MNIST", "fa\u017fhion_mnist", "cifar10", "CIFAR10"])
+def test_no_images_of_ones_own_take_a_known_datasets_place(name: str, tmp_path: Path) -> None:
+    """Nothing is read or written: the sources do not even exist."""
+    refusal = f"the name {name!r} belongs to the known dataset"
+    for command in ("folder", "npz", "shards"):
+        result = run(command, tmp_path / "nothing", "--name", name, "--kind", "mnist", "--root", tmp_path / "data")
+        assert result.returncode == 2
+        (line,) = result.stderr.splitlines()
+        assert refusal in line
+    for prepare in (prepare_folder, prepare_npz):
+        with pytest.raises(UserError, match=refusal):
+            prepare(tmp_path / "data", name, {"train": tmp_path / "nothing"})
+    with pytest.raises(UserError, match=refusal):
+        index_shards(tmp_path / "data", name, {"train": ["nothing"]})
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_images_in_a_known_datasets_place_are_not_taken_for_it(tmp_path: Path) -> None:
+    """An earlier version, or a copy, put them there; by their path they are opened as what they are."""
+    folder = numbered_dataset(tmp_path, [10], name="mnist").folder
+    config = DataConfig(dataset="mnist", root=str(tmp_path))
+    for find in (open_dataset, lambda config: find_dataset(Config(data=config))):
+        with pytest.raises(
+            DataError, match=r"mnist holds images of kind own, not mnist: name them by their path"
+        ) as caught:
+            find(config)
+        assert str(folder) in str(caught.value)
+    assert open_dataset(DataConfig(dataset=str(folder))).kind == "own"
+    manifest = json.loads((folder / "dataset.json").read_text())
+    del manifest["kind"]
+    (folder / "dataset.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="holds images of kind own, not mnist"):
+        open_dataset(config)
 
 
 # -------------------------------------------------------------------------------------------------------- Fashion-MNIST

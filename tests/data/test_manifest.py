@@ -64,8 +64,15 @@ def test_what_the_images_are_is_no_part_of_the_fingerprint(tmp_path: Path) -> No
         path.write_text(json.dumps(manifest | more))
         assert load_dataset(dataset.folder).kind == kind
         assert load_dataset(dataset.folder).fingerprint == sha256(content.encode()).hexdigest()
-    for more, kind in (({}, "mnist"), ({"kind": "own"}, "own")):
-        path.write_text(json.dumps(manifest | {"name": "mnist"} | more))
+    mnist: dict[str, object] = {"name": "mnist", "image_shape": [1, 28, 28], "class_names": list("0123456789")}
+    others: list[tuple[dict[str, object], str]] = [
+        ({}, "mnist"),
+        ({"kind": "own"}, "own"),
+        ({"image_shape": [1, 2, 2]}, "own"),  # the user's images, which an older version wrote under that name
+        ({"class_names": list("abc")}, "own"),
+    ]
+    for changes, kind in others:
+        path.write_text(json.dumps(manifest | mnist | changes))
         assert load_dataset(dataset.folder).kind == kind
 
 
@@ -96,6 +103,10 @@ def change_shard(key: str, value: object) -> Callable[[dict[str, Any]], None]:
         (change("class_names", [1, 2]), r"class_names is \[1, 2\]"),
         (change("kind", "letters"), "kind is 'letters', not one of mnist, fashion_mnist, cifar10, own"),
         (change("kind", 7), "kind is 7"),
+        (change("reading", {"image_key": "png", "labels": "mine"}), "reading.labels is 'mine', not one of members, f"),
+        (change("reading", {"image_key": 7, "labels": "none"}), "reading.image_key is 7"),
+        (change("reading", {}), "reading.image_key is missing"),
+        (change("reading", None), "reading. is not an object"),
         (change("splits", {}), "splits.train is missing"),
         (change("splits", {"test": []}), "splits.test lists no shard"),
         (change("splits", {"train": [7]}), r"splits.train\[0\]. is not an object"),

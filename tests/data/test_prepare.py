@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image
 from torchvision.datasets import MNIST
@@ -27,6 +29,9 @@ from torchvision.datasets import MNIST
 from pipeline import prepare
 from pipeline.config import DataConfig
 from pipeline.data import DataError, Dataset, load_dataset, open_dataset
+from pipeline.data.images import open_images
+from pipeline.data.manifest import Reading
+from pipeline.data.npz import load_npz
 from pipeline.data.prepare import downloads, index_shards, prepare_folder, prepare_mnist, prepare_npz
 from pipeline.data.prepare.idx import MNIST as KNOWN_MNIST
 from pipeline.data.resident import load_split
@@ -551,6 +556,75 @@ def test_an_npz_of_any_layout(layout: str, tmp_path: Path) -> None:
     assert {bytes(image.numpy()): label for image, label in zip(found, labels.tolist(), strict=True)} == content
 
 
+@pytest.mark.parametrize("layout", ["NHW", "NHWC", "NCHW"])
+@pytest.mark.parametrize(
+    ("stored", "levels"),
+    [
+        (np.array([0, 1, 100 / 255, 0.5], np.float32), [0, 255, 100, 128]),  # 127.5 is rounded to even
+        (np.array([0, 1, 100 / 255, 3 / 255], np.float16), [0, 255, 100, 3]),
+        (np.array([-1, 1, 0, 100 / 127.5 - 1], np.float64), [0, 255, 128, 100]),
+        (np.array([0.0, 1 + 1e-7, 1, 1], np.float64), [0, 255, 255, 255]),
+        (np.array([False, True, True, False]), [0, 255, 255, 0]),
+        (np.array([0, 255, 7, 2], np.int64), [0, 255, 7, 2]),
+        (np.array([0, 255, 7, 2], ">u2"), [0, 255, 7, 2]),
+    ],
+    ids=["0 to 1", "half", "-1 to 1", "rounding", "truth", "int64", "big-endian"],
+)
+def test_scales_of_arrays_by_hand(
+    layout: str, stored: npt.NDArray[np.generic], levels: list[int], tmp_path: Path
+) -> None:
+    pixels = np.tile(stored.repeat(2), (3, 6, 1))  # 3 images of 6 x 8, whose columns are in pairs
+    images = {"NHW": pixels, "NHWC": np.stack([pixels] * 3, axis=3), "NCHW": np.stack([pixels] * 3, axis=1)}[layout]
+    np.savez(tmp_path / "in.npz", arr_0=images)
+    found, labels = load_npz(tmp_path / "in.npz")
+    assert (str(found.dtype), found.shape) == ("uint8", (3, 1 if layout == "NHW" else 3, 6, 8))
+    assert labels is None
+    assert (found == np.repeat(levels, 2)).all()
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.array([2, 0, 1], np.uint8),
+        np.array([[2], [0], [1]], np.int64),  # as Keras has CIFAR-10's
+        np.array([[0, 0, 1], [1, 0, 0], [0, 1, 0]], np.float32),
+        np.array([[0, 0, 1], [1, 0, 0], [0, 1, 0]], bool),
+    ],
+    ids=["integers", "column", "one-hot", "one-hot of truth values"],
+)
+@pytest.mark.parametrize("names", [("images", "labels"), ("X", "y"), ("arr_0", "arr_1")])
+def test_labels_of_arrays_by_hand(labels: npt.NDArray[np.generic], names: tuple[str, str], tmp_path: Path) -> None:
+    images = np.arange(3 * 36, dtype=np.uint8).reshape(3, 6, 6)
+    np.savez(tmp_path / "in.npz", **dict(zip(names, (images, labels), strict=True)))  # type: ignore[arg-type]
+    dataset = prepare_npz(tmp_path, "x", {"train": tmp_path / "in.npz"})
+    found, numbers = load_split(dataset, "train")
+    assert dataset.class_names == ("0", "1", "2")
+    assert {int(image[0, 0, 0]): int(number) for image, number in zip(found, numbers, strict=True)} == {
+        0: 2,
+        36: 0,
+        72: 1,
+    }
+
+
+def test_an_npz_of_both_splits_as_keras_has_them(tmp_path: Path) -> None:
+    numbers = np.arange(50, dtype=np.uint8)
+    images = np.broadcast_to(numbers[:, None, None], (50, 6, 6))
+    arrays = {"x_train": images[:30], "y_train": numbers[:30] % 3, "x_test": images[30:], "y_test": numbers[30:] % 3}
+    np.savez(tmp_path / "in.npz", x_val=images, **arrays, notes=np.array([{}]))  # type: ignore[arg-type]
+    result = run("npz", tmp_path / "in.npz", "--name", "x", "--root", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "in.npz: left out: arrays 'notes', 'x_val'\n" in result.stderr
+    dataset = load_dataset(tmp_path / "x")
+    for split, expected in (("train", numbers[:30]), ("test", numbers[30:])):
+        found, labels = load_split(dataset, split)
+        assert sorted(found[:, 0, 0, 0].tolist()) == expected.tolist()
+        assert (labels == found[:, 0, 0, 0] % 3).all()
+    with pytest.raises(
+        DataError, match=r"in\.npz has several arrays that may be the images: it holds .*'x_test' uint8"
+    ):
+        open_images(tmp_path / "in.npz", dataset)  # to be scored: which of them?
+
+
 def test_what_the_images_are_is_said_by_who_prepares_them(tmp_path: Path, mnist_dataset: Dataset) -> None:
     assert mnist_dataset.kind == "mnist"
     np.savez(tmp_path / "images.npz", images=np.arange(60, dtype=np.uint8).reshape(15, 2, 2))
@@ -576,20 +650,59 @@ def test_what_is_wrong_in_an_npz_is_named(tmp_path: Path) -> None:
         assert "in.npz" in str(caught.value)
         assert not (tmp_path / "x").exists()
 
-    fails("no array `images`: it holds 'x_train'", x_train=images)
-    fails(r"no array `images`: it holds 'two\\nlines'", **{"two\nlines": images})
-    fails("images is float32", images=images.astype(np.float32))
-    fails(r"images is uint8 \(4, 5\)", images=images[0][:4])
+    fails(r"no array `images` of the train split: it holds 'x_val' uint8 \(4, 5, 5\)$", x_val=images)
+    fails(r"no array `images` .*: it holds 'two\\nlines' uint8", **{"two\nlines": images})
+    fails("no array `images` of the train split", x_test=images)
+    fails("several arrays that may be the images of the train split: .* 'x_train' uint8", images=images, x_train=images)
+    fails("several arrays that may be the images", x=images, X=images)
+    fails(r"images is uint8 \(4, 5\) with values from 0 to 0: its axes are not", images=images[0][:4])
+    fails(r"images is uint8 \(5, 5, 3\) .*: it may be one image", images=images[0, :, :, None].repeat(3, 2))
+    fails("the channels", images=np.zeros((4, 5, 5, 4), np.uint8))
+    for values, extent in (
+        (np.array([0, 255], np.float32), "float32 .* from 0.0 to 255.0"),
+        (np.array([-0.5, 0.5], np.float32), "float32 .* from -0.5 to 0.5"),  # a scale of its own
+        (np.array([-2.25, 2.5], np.float64), "float64 .* from -2.25 to 2.5"),  # standardised
+        (np.array([0, 1 / 255], np.float64), "float64 .* from 0.0 to 0.0039"),  # divided by 255 twice: all black
+        (np.array([0, np.nan], np.float32), "float32 .* from nan to nan"),
+        (np.array([0, np.inf], np.float32), "float32 .* from 0.0 to inf"),
+        (np.array([0, 1], np.uint8), "uint8 .* from 0 to 1"),  # all black
+        (np.array([0, 256], np.int64), "int64 .* from 0 to 256"),
+        (np.array([-128, 127], np.int8), "int8 .* from -128 to 127"),
+        (np.array([0, 3], np.uint8).view(bool), "bool .* from 0 to 3"),  # no truth value has that byte
+        (np.array([0, 1], np.complex64), r"complex64 \(4, 5, 10\): give integers"),
+        (np.array(["a", "b"]), r"<U1 \(4, 5, 10\): give integers"),
+        (np.array([0, 1], "M8[s]"), r"datetime64\[s\] \(4, 5, 10\): give integers"),
+    ):
+        fails(rf"in.npz: x_train is {extent}", x_train=np.tile(values.repeat(5), (4, 5, 1)))
     fails("the channels", images=np.zeros((4, 3, 5, 3), np.uint8))
     fails("the channels", images=np.zeros((4, 5, 5, 5), np.uint8))
-    fails("labels is int64", images=images, labels=np.arange(3))
-    fails("labels is float64", images=images, labels=np.arange(4.0))
+    fails(r"labels is int64 \(3,\) with values from 0 to 2: give 4 integers", images=images, labels=np.arange(3))
+    fails("labels is float64 .* from 0.0 to 3.0", images=images, labels=np.arange(4.0))
+    fails("labels is bool", images=images, labels=np.arange(4) > 1)
+    fails(
+        r"labels is uint64 \(4,\) .* to 9223372036854775813",
+        images=images,
+        labels=np.array([0, 1, 2, 2**63 + 5], np.uint64),
+    )
+    for rows in (
+        np.ones((4, 2)),
+        np.zeros((4, 3), int),
+        np.eye(4) * 2,
+        np.full((4, 2), 0.5),
+        np.eye(3),
+        np.eye(4)[None],
+    ):
+        fails("labels is .*: give 4 integers, or as many rows with a single 1", images=images, labels=rows)
+    fails("labels is bool .* from 0 to 7", images=images, labels=(np.eye(4, dtype=np.uint8) * 7).view(bool))
     fails(
         "labels from -1 to 2, but the files show 4 classes: number them 0 to 3", images=images, labels=np.arange(4) - 1
     )
     fails("labels from 5 to 8, but the files show 4 classes", images=images, labels=np.arange(4) + 5)
     fails("labels from 0 to 1099511627776, but", images=images, labels=np.array([0, 1, 2, 2**40]))
-    fails("without pickled objects", images=np.array([{}, {}], dtype=object))
+    for objects in ({"images": np.array([{}, {}])}, {"images": images, "labels": np.array(["a", 1, None, 2], object)}):
+        fails(
+            rf"{list(objects)[-1]} is an array \(\d,\) of Python objects, which are pickled and never loaded", **objects
+        )
     np.savez(tmp_path / "in.npz", images=images, labels=np.arange(4))
     content = (tmp_path / "in.npz").read_bytes()
     np.savez(tmp_path / "test.npz", images=images)
@@ -649,6 +762,96 @@ def test_existing_shards_are_indexed_where_they_are(tmp_path: Path, mirror: Mirr
         "last.tar.gz",
         *(f"train-{number}.tar" for number in range(3)),
     ]
+
+
+def tar_of(path: Path, members: dict[str, object]) -> Path:
+    """A tar of members: an integer is a grey image of this level in the format of its suffix, a text is itself."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            buffer = io.BytesIO()
+            if isinstance(content, int):
+                image = Image.fromarray(np.full((3, 5), content, np.uint8))
+                image.save(buffer, {"jpg": "JPEG", "tif": "TIFF"}.get(name[-3:], name[-3:].upper()))
+            else:
+                buffer.write(str(content).encode())
+            info = tarfile.TarInfo(name)
+            info.size = buffer.tell()
+            archive.addfile(info, io.BytesIO(buffer.getvalue()))
+    return path
+
+
+def test_labels_and_images_of_existing_shards_are_those_that_were_asked_for(tmp_path: Path) -> None:
+    members = {
+        f"{kind}/{number}.{key}": number for kind in ("dog", "cat") for number in range(3) for key in ("tif", "x.png")
+    }
+    tar_of(tmp_path / "one.tar", members | {"readme.txt": "hello"})
+    tar_of(tmp_path / "two.tar", {"cat/9.tif": 9, "cat/9.x.png": 100, "cat/.9.tif": 9})
+    tar_of(tmp_path / "test.tar", {"dog/20.tif": 20})
+    arguments = ("shards", tmp_path / "{one,two}.tar", "--root", tmp_path / "data", "--name", "x")
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert "one.tar: its sample dog/0 has 2 images, tif and x.png: choose one" in result.stderr
+    assert not (tmp_path / "data" / "x").exists()
+
+    result = run(*arguments, "--image-key", "X.PNG")
+    assert result.returncode == 0, result.stderr
+    assert "x: no image has a label" in result.stderr
+    assert "the images lie in the 2 folders 'cat', 'dog': --labels folder takes them for classes" in result.stderr
+    first = f"(first: readme.txt in {tmp_path}/one.tar)"
+    assert (
+        f"x: left out: 1 imageless sample {first}, 1 hidden file (first: cat/.9.tif in {tmp_path}/two" in result.stderr
+    )
+    dataset = load_dataset(tmp_path / "data" / "x")
+    assert (dataset.class_names, dataset.reading) == ((), ("x.png", "members"))
+    assert load_split(dataset, "train")[0][:, 0, 2, 4].tolist() == [0, 1, 2, 0, 1, 2, 100]
+    assert "holds another dataset" in run(*arguments, "--image-key", "tif").stderr
+
+    chosen = (*arguments[:-1], "y", "--image-key", "tif", "--labels", "folder", "--test", tmp_path / "test.tar")
+    result = run(*chosen)
+    assert result.returncode == 0, result.stderr
+    assert "no image has a label" not in result.stderr
+    dataset = load_dataset(tmp_path / "data" / "y")
+    assert (dataset.class_names, dataset.reading) == (("cat", "dog"), ("tif", "folder"))
+    images, labels = load_split(dataset, "train")
+    assert images[:, 0, 0, 0].tolist() == [0, 1, 2, 0, 1, 2, 9]
+    assert labels.tolist() == [1, 1, 1, 0, 0, 0, 0]
+    assert load_split(dataset, "test")[1].tolist() == [1]
+    assert "is there already" in run(*chosen).stderr
+
+
+def test_the_only_image_of_each_sample_needs_no_choice(tmp_path: Path) -> None:
+    tar_of(tmp_path / "one.tar", {"0.tif": 0, "0.json": '{"label": "dog"}', "1.bmp": 1, "1.json": '{"cls": "cat"}'})
+    dataset = index_shards(tmp_path, "x", {"train": [str(tmp_path / "one.tar")]})
+    assert (dataset.class_names, dataset.reading) == (("cat", "dog"), ("bmp;tif", "members"))
+    images, labels = load_split(load_dataset(dataset.folder), "train")
+    assert (images[:, 0, 0, 0].tolist(), labels.tolist()) == ([0, 1], [1, 0])
+    none = index_shards(tmp_path, "y", {"train": [str(tmp_path / "one.tar")]}, reading=Reading("", "none"))
+    assert none.class_names == ()
+    assert load_split(load_dataset(none.folder), "train")[1].tolist() == [0, 0]
+    tar_of(tmp_path / "two.tar", {"0.png": 0, "0.jpg": 0, "0.txt": "an earlier version took png"})
+    manifest = json.loads((dataset.folder / "dataset.json").read_text())
+    content = (tmp_path / "two.tar").read_bytes()
+    shard = {"name": "../two.tar", "num_images": 1, "num_bytes": len(content), "sha256": sha256(content).hexdigest()}
+    del manifest["reading"]
+    path = dataset.folder / "dataset.json"
+    path.write_text(json.dumps(manifest | {"splits": {"train": [shard]}, "class_names": []}))
+    assert load_split(load_dataset(dataset.folder), "train")[0].shape == (1, 1, 3, 5)
+
+
+def test_names_as_labels_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+    tar_of(tmp_path / "named.tar", {"0.png": 0, "0.json": '{"label": "dog"}'})
+    tar_of(tmp_path / "cats.tar", {"0.png": 0, "0.json": '{"label": "cat"}'})
+    tar_of(tmp_path / "numbered.tar", {"0.png": 0, "0.cls": "0"})
+    for other in ("{named,numbered}", "{numbered,named}"):
+        with pytest.raises(DataError, match=r"numbered\.tar has no names as labels, other shards have"):
+            index_shards(tmp_path, "x", {"train": [str(tmp_path / f"{other}.tar")]})
+    with pytest.raises(DataError, match="the test shards have images of 'cat', the training shards have none"):
+        index_shards(tmp_path, "x", {"train": [str(tmp_path / "named.tar")], "test": [str(tmp_path / "cats.tar")]})
+    dataset = index_shards(tmp_path, "x", {"train": [str(tmp_path / "named.tar")]})
+    path = dataset.folder / "dataset.json"
+    path.write_text(path.read_text().replace('"dog"', '"cow"'))
+    with pytest.raises(DataError, match="it has images of 'dog', which is no class of the manifest"):
+        load_split(load_dataset(dataset.folder), "train")
 
 
 @pytest.mark.slow

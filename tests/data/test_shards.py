@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import pickle
+import subprocess
 import tarfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
@@ -15,10 +19,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from webdataset import TarWriter
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipeline.data import DataError, Dataset
-from pipeline.data.manifest import Shard
+from pipeline.data.manifest import Reading, Shard
 from pipeline.data.resident import load_split
 from pipeline.data.shards import decode, mirrored, parse_shard, read_shard, write_shard
 from tests.data.numbered import image_numbers, numbered_dataset, numbered_images
@@ -131,7 +136,7 @@ def test_no_cut_or_overwritten_header_of_a_tar_is_read_as_a_shorter_one() -> Non
 
 
 def test_a_gzip_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.data.shards.UNPACKED_BYTES", 10**6)
+    monkeypatch.setattr("pipeline.data.samples.UNPACKED_BYTES", 10**6)
     bomb = gzip.compress(tar({"0.images.npy": npy(np.zeros((1, 1, 2000, 2000), np.uint8))}))
     assert len(bomb) < 10_000
     with pytest.raises(DataError, match="it unpacks to more than 1,000,000 bytes"):
@@ -147,7 +152,9 @@ def test_a_member_that_climbs_or_links_is_never_followed(tmp_path: Path) -> None
         link = tarfile.TarInfo("0.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
-    with pytest.raises(DataError, match="it holds no image"):
+    with pytest.raises(
+        DataError, match=r"shard linked: it holds no image: .*; left out: 1 symbolic link \(first: 0.png\)"
+    ):
         parse_shard(buffer.getvalue(), "linked")
     assert not list(tmp_path.iterdir())
 
@@ -165,7 +172,7 @@ def test_a_pickle_is_refused_and_not_executed(tmp_path: Path, name: str) -> None
         if name in ("pyd", "pickle"):
             assert len(load_split(dataset, "train")[0]) == 1  # an unknown member, which nobody looks at
         else:
-            with pytest.raises(DataError, match="is damaged"):
+            with pytest.raises(DataError, match=r"is damaged|pickled objects, which are never loaded|not an integer"):
                 load_split(dataset, "train")
         assert not trap.exists()
     pickle.loads(pickle.dumps(Trap(trap)))
@@ -178,14 +185,29 @@ ONE = npy(numbered_images(0, 1))
 @pytest.mark.parametrize(
     ("members", "words"),
     [
-        ({}, "holds no image"),
-        ({"a.txt": b"hello"}, "a has no image"),
+        ({}, "holds no image.*; it is empty"),
+        ({"a.txt": b"hello", "a.jxl": b"x"}, r"holds no image.*; left out: 1 imageless sample \(first: a.txt, a.jxl\)"),
+        ({"a": b"hello", ".a.png": b"x"}, r"1 file without a suffix \(first: a\), 1 hidden file \(first: \.a\.png\)"),
+        ({"a.png": b"x", "b.png": b"x", "a.cls": b"1", "b.cls": b"1"}, "members of its sample a do not follow one"),
         ({"a.images.npy": npy(np.zeros((1, 1, 2, 2), np.float32))}, "a.images.npy is float32"),
         ({"a.images.npy": npy(np.zeros((2, 2), np.uint8))}, r"a.images.npy is uint8 \(2, 2\)"),
         ({"a.images.npy": ONE, "a.labels.npy": npy([1, 2])}, r"labels of a are int64 \(2,\)"),
         ({"a.images.npy": ONE, "a.labels.npy": npy([0.5])}, "labels of a are float64"),
         ({"a.images.npy": ONE, "a.labels.npy": npy([0]), "b.images.npy": ONE}, "1 of its images have no label"),
         ({"a.images.npy": ONE, "b.png": b"x"}, "mixes blocks and single images"),
+        ({"a.images.npy": npy(np.array([{}]), allow_pickle=True)}, "it holds pickled objects, which are never loaded"),
+        ({"a.png": b"x", "a.PNG": b"x"}, "it holds a.PNG more than once"),
+        ({"a.png": b"x", "a.cls": b"99999999999999999999"}, r"a.cls holds b'9+', not an integer"),
+        ({"a.png": b"x", "a.json": b"{"}, "a.json is not JSON"),
+        ({"a.png": b"x", "a.json": b'{"label": [0, 1]}'}, r"the label in a.json is '\[0, 1\]', neither"),
+        ({"a.png": b"x", "a.json": b'{"cls": true}'}, "the label in a.json is 'True', neither"),
+        ({"a.png": b"x", "a.json": b'{"label": 0.5}'}, "the label in a.json is '0.5', neither"),
+        ({"a.png": b"x", "a.json": b'{"label": "a\\nb"}'}, r"label of its sample a is 'a\\nb', which is no name"),
+        ({"a.png": b"x", "a.json": b'{"label": "cat"}', "b.png": b"x", "b.cls": b"3"}, r"names \('cat'\) and .* \(3\)"),
+        (
+            {"a.png": b"x", "a.json": b'{"label": "cat"}', "b.png": b"x", "b.json": b"[]"},
+            "1 of its images have no label",
+        ),
         ({"a.images.npy": ONE[:-1]}, "damaged"),
         ({"a.images.npy": ONE[:90]}, "damaged"),
         ({"a.images.npy": b""}, "damaged"),
@@ -196,6 +218,155 @@ def test_what_is_wrong_in_a_shard_is_named(members: dict[str, bytes], words: str
     with pytest.raises(DataError, match=words) as caught:
         parse_shard(tar(members), "the.tar")
     assert "the.tar" in str(caught.value)
+    # What can be repaired by a copy of the file is damage alone, and this tar is as its author made it.
+    assert ("restore the file" in str(caught.value)) == (words == "damaged")
+
+
+@pytest.mark.parametrize(
+    "name", ["zip", "bzip2", "xz", "zstd", "parquet", "text", "two tars", "sparse gnu", "sparse pax"]
+)
+def test_what_is_no_tar_of_samples_is_called_what_it_is(name: str, tmp_path: Path) -> None:
+    content = tar({"0.png": bytes(encoded("L", (3, 2)))})
+    words = f"shard x: it is a {name} file: expected a tar, plain or packed with gzip"
+    if name == "zip":
+        with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive:
+            archive.writestr("0.png", encoded("L", (3, 2)))
+        content = buffer.getvalue()
+    elif name == "bzip2":
+        content = bz2.compress(content)
+    elif name == "xz":
+        content = lzma.compress(content)
+    elif name in ("zstd", "parquet"):  # these begin so: RFC 8878, 3.1.1; parquet-format, "File format"
+        content = {"zstd": bytes([0x28, 0xB5, 0x2F, 0xFD]), "parquet": b"PAR1"}[name] + bytes(600)
+    elif name == "text":
+        content, words = b"<!DOCTYPE html>" * 100, "it begins with b'<!DOCTYPE ht', which is no tar's header: expected"
+    elif name == "two tars":
+        content, words = (
+            content + tar({"1.png": bytes(encoded("L", (3, 2)))}),
+            r"ends at byte \d+, and more follows: tars",
+        )
+    else:
+        words = "shard x: 0.images.npy is stored as a sparse file: pack it again without tar's --sparse"
+        (tmp_path / "0.images.npy").write_bytes(npy(np.zeros((1, 1, 512, 2048), np.uint8)))
+        with (tmp_path / "0.images.npy").open("r+b") as file:
+            file.truncate(128)
+            file.truncate(128 + 2**20)  # a hole, which takes no place on the disk
+        option = f"--format={name.split()[1]}"
+        command = ["tar", "--sparse", option, "-cf", "x.tar", "-C", str(tmp_path), "0.images.npy"]
+        subprocess.run(command, cwd=tmp_path, check=True)
+        content = (tmp_path / "x.tar").read_bytes()
+        assert len(content) < 2**20
+    with pytest.raises(DataError, match=words):
+        parse_shard(content, "x")
+
+
+def test_the_samples_are_webdatasets(tmp_path: Path) -> None:
+    """A tar of webdataset's own writer, with keys in folders, dots in folders' names, upper case and other members."""
+    names = ["a/0", "a/1", "b.c/0", "./d/2", f"{'long/' * 60}{'x' * 120}/3"]
+    with TarWriter(str(tmp_path / "x.tar"), encoder=False) as writer:
+        for number, name in enumerate(names):
+            image = Image.fromarray(np.full((2, 3), number, np.uint8))
+            image.save(buffer := io.BytesIO(), "PNG")
+            members = {"PNG": buffer.getvalue(), "cls": str(number).encode(), "caption.txt": b"a cat", "Json": b"{}"}
+            writer.write({"__key__": name} | members)
+    content = (tmp_path / "x.tar").read_bytes()
+    expected = list(group_by_keys(tar_file_expander([{"url": "x", "stream": io.BytesIO(content)}], eof_value=None)))
+    assert [sample["__key__"] for sample in expected] == names
+    found = parse_shard(content, "x", Reading(""))
+    assert [bytes(image) for image in found.images] == [sample["png"] for sample in expected]
+    assert found.labels is not None
+    assert found.labels.tolist() == [int(sample["cls"]) for sample in expected] == [0, 1, 2, 3, 4]
+    assert decode(found.images, (1, 2, 3), "x")[:, 0, 1, 1].tolist() == [0, 1, 2, 3, 4]
+    assert (list(found.image_keys), dict(found.remarks)) == (["png"], {})
+    by_folder = parse_shard(content, "x", Reading("", "folder"))
+    assert by_folder.names == ("a", "b.c", "d", "x" * 120)
+    assert by_folder.labels is not None
+    assert by_folder.labels.tolist() == [0, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_other_tars_are_read_and_what_is_left_out_is_counted(format: int) -> None:
+    """Names of more than 100 bytes, which each format stores in its own way; folders, links, devices, hidden files."""
+    folder = f"{'f' * 90}/{'ä' * 40}"
+    with tarfile.open(fileobj=(buffer := io.BytesIO()), mode="w", format=format, encoding="utf-8") as archive:
+
+        def add(name: str, content: bytes = b"", type: bytes = tarfile.REGTYPE, link: str = "") -> None:
+            info = tarfile.TarInfo(name)
+            info.size, info.type, info.linkname = len(content), type, link
+            archive.addfile(info, io.BytesIO(content))
+
+        add(folder, type=tarfile.DIRTYPE)
+        for number in range(3):
+            add(f"{folder}/{number}.png", bytes(encoded("L", (3, 2))))
+            add(f"{folder}/._{number}.png", b"a Mac's attributes")
+        add("a.png", type=tarfile.LNKTYPE, link="0.png")
+        add("b.png", type=tarfile.LNKTYPE, link="1.png")
+        add("c.png", type=tarfile.SYMTYPE, link="1.png")
+        add("d.png", type=tarfile.FIFOTYPE)
+        add("README", b"hello")
+        add("labels.json", b"{}")
+    found = parse_shard(buffer.getvalue(), "x", Reading("", "folder"))
+    assert (len(found), found.names, list(found.folders)) == (3, ("ä" * 40,), ["ä" * 40])
+    assert str(found.remarks) == (
+        f"left out: 3 hidden files (first: {folder}/._0.png), 2 hard links (first: a.png), "
+        "1 symbolic link (first: c.png), 1 special file (first: d.png), 1 file without a suffix (first: README), "
+        "1 imageless sample (first: labels.json)"
+    )
+
+
+def test_of_several_images_of_a_sample_none_is_taken_unasked() -> None:
+    content = tar(
+        {f"{key}.{suffix}": f"{key} {suffix}".encode() for key in "ab" for suffix in ("seg.png", "JPG", "txt", "png")}
+    )
+    with pytest.raises(
+        DataError, match=r"x: its sample a has 3 images, seg\.png and jpg and png: choose one, .* --image-key seg"
+    ):
+        parse_shard(content, "x", Reading(""))
+
+    def read(wanted: str) -> list[bytes]:
+        return [bytes(image) for image in parse_shard(content, "x", Reading(wanted)).images]
+
+    assert read("png") == [b"a png", b"b png"]
+    assert read("seg.png") == [b"a seg.png", b"b seg.png"]
+    assert read("webp;jpg;png") == [b"a JPG", b"b JPG"]
+    assert read(Reading().image_key) == [b"a png", b"b png"]  # a manifest of an earlier version
+    with pytest.raises(
+        DataError, match="holds no image: expected samples with one of bmp; left out: 2 imageless samples"
+    ):
+        read("bmp")
+    scattered = tar({"a.png": b"", "b.png": b"", "a.seg.png": b"", "b.seg.png": b""})
+    with pytest.raises(DataError, match="the members of its sample a do not follow one another"):
+        parse_shard(scattered, "x", Reading(""))
+    both = tar({"a.images.npy": ONE, "a.png": b""})
+    with pytest.raises(DataError, match=r"has 2 images, images\.npy and png"):
+        parse_shard(both, "x", Reading(""))
+
+
+@pytest.mark.parametrize(
+    ("members", "labels", "numbers", "names"),
+    [
+        ([{"cls": b" 7\n"}, {"cls": b"-1"}], "members", [7, -1], ()),
+        ([{"json": b'{"label": 7, "cls": 1}'}, {"json": b'{"cls": 3}'}], "members", [7, 3], ()),
+        ([{"json": b'{"label": null, "cls": 1}'}, {"cls": b"4", "json": b'{"label": 9}'}], "members", [1, 4], ()),
+        ([{"json": b'{"label": "dog"}'}, {"json": b'{"cls": "cat"}'}], "members", [1, 0], ("cat", "dog")),
+        ([{"json": b'{"caption": "a"}'}, {"json": b"[1, 2]"}], "members", None, ()),
+        ([{"json": b"{"}, {"cls": b"seven"}], "none", None, ()),
+        ([{"json": b"{"}, {"cls": b"seven"}], "folder", [1, 0], ("0", "1")),
+    ],
+)
+def test_labels_of_single_images_by_hand(
+    members: list[dict[str, bytes]], labels: str, numbers: list[int] | None, names: tuple[str, ...]
+) -> None:
+    """The first sample lies in folder 1, the second in folder 0."""
+    contents = [
+        {f"{1 - i}/{i}.{key}": value for key, value in {"png": b"", **each}.items()} for i, each in enumerate(members)
+    ]
+    found = parse_shard(tar(contents[0] | contents[1]), "x", Reading("", labels))
+    assert (None if found.labels is None else found.labels.tolist(), found.names) == (numbers, names)
+    with pytest.raises(DataError, match="its sample 0 lies in no folder, but --labels folder"):
+        parse_shard(tar({"0.png": b""}), "x", Reading("", "folder"))
+    with pytest.raises(DataError, match=r"a\.images\.npy is a block of images: --labels folder is for single images"):
+        parse_shard(tar({"c/a.images.npy": ONE}), "x", Reading("", "folder"))
 
 
 def test_a_shard_that_the_manifest_belies_is_refused(tmp_path: Path) -> None:

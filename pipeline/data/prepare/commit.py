@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from pipeline.data.images import Images, Labels, Split
-from pipeline.data.manifest import FILE_NAME, DataError, Dataset, Shard, load_dataset, to_json
+from pipeline.data.manifest import FILE_NAME, KINDS, DataError, Dataset, Shard, load_dataset, to_json
 from pipeline.data.remarks import Remarks
 from pipeline.data.shards import read_shard, write_shard
 from pipeline.distributed.progress import bar
@@ -44,15 +44,27 @@ class ShardSizes(NamedTuple):
 DEFAULT_SIZES = ShardSizes()
 
 
+def check_name(name: str) -> None:
+    """Raises UserError for the name of a dataset of one's own that is no file name, or where a known dataset belongs.
+
+    Some file systems take `MNIST` for `mnist`, and a dataset may be moved to one of them.
+    """
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"the name {name!r} must consist of letters, digits, '.', '_' and '-'")
+    if (known := name.casefold()) in KINDS and known != "own":
+        raise UserError(
+            f"the name {name!r} belongs to the known dataset {known}, in whose place these images would be trained on "
+            "and scored: choose another (images that are of that kind are given --kind)"
+        )
+
+
 @contextmanager
 def preparing(root: Path, name: str) -> Iterator[Path]:
     """A temporary folder for what will be `root`/`name`, under the lock of that name.
 
     The kernel drops the lock with the process, so a killed one leaves nothing stale; the next one clears its folder.
-    Raises UserError for a name that is no file name, and in place of any OSError inside.
+    Raises UserError in place of any OSError inside.
     """
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UserError(f"the name {name!r} must consist of letters, digits, '.', '_' and '-'")
     temporary = root / f".{name}.tmp"
     try:
         root.mkdir(parents=True, exist_ok=True)

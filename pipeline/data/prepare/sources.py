@@ -6,19 +6,21 @@ What the images are (one of KINDS) is for the caller to say: feature spaces go b
 from __future__ import annotations
 
 import re
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from braceexpand import braceexpand
 
 from pipeline.data import locations
-from pipeline.data.class_names import classes_of, labels_of, look
+from pipeline.data.class_names import classes_of, find_class, labels_of, look
 from pipeline.data.decoding import BROKEN_IMAGE, decode_image, file_shape
 from pipeline.data.folders import splits_in
 from pipeline.data.images import (
@@ -28,15 +30,17 @@ from pipeline.data.images import (
     Split,
     common_shape,
     list_images,
-    load_npz,
     read_images,
 )
-from pipeline.data.manifest import FILE_NAME, DataError, Dataset, Shard, load_dataset
-from pipeline.data.prepare.commit import DEFAULT_SIZES, ShardSizes, commit, preparing, say, write_shards
+from pipeline.data.manifest import DEFAULT_READING, FILE_NAME, LABELS, DataError, Dataset, Reading, Shard, load_dataset
+from pipeline.data.npz import array_names, holds_split, load_npz
+from pipeline.data.prepare.commit import DEFAULT_SIZES, ShardSizes, check_name, commit, preparing, say, write_shards
 from pipeline.data.remarks import Remarks
-from pipeline.data.shards import parse_shard
+from pipeline.data.shards import Samples, numbered, parse_shard
 from pipeline.distributed.progress import bar
 
+ANY_IMAGE = Reading(image_key="")
+"""Takes whichever image a sample has, and refuses several."""
 MAX_SHARDS = 1_000_000
 """Most shards that a pattern in braces may name."""
 
@@ -59,6 +63,7 @@ def prepare_folder(
     out of each; `size` then crops what is there to a square and resizes it. Raises DataError naming the file for images
     that do not decode, are smaller than `crop`, or differ in size without either.
     """
+    check_name(name)
     remarks = Remarks()
     if list(paths) == ["train"] and len(inside := splits_in(paths["train"], remarks)) == 2:
         folders = " and ".join(f"{path.name}/" for path in inside.values())
@@ -110,18 +115,25 @@ def prepare_npz(
 ) -> Dataset:
     """`.npz` files for "train" and maybe "test" as `root`/`name`, shuffled once; `crop` and `size` as of a folder.
 
-    Each holds `images` uint8 [N, H, W], [N, H, W, C] or [N, C, H, W] with C 1 or 3 and maybe `labels`, integers [N].
+    Each holds images [N, H, W], [N, H, W, C] or [N, C, H, W] with C 1 or 3 and maybe labels, integers [N] or one-hot;
+    see npz.py for their names and scales. A file of both splits (`x_train` and `x_test`) needs no other for "test".
     Raises DataError naming the file.
     """
-    arrays = {split: load_npz(path) for split, path in paths.items()}
+    check_name(name)
+    if "test" not in paths and holds_split(paths["train"], "test"):
+        paths = paths | {"test": paths["train"]}
+    arrays, remarks = {split: load_npz(path, split) for split, path in paths.items()}, Remarks()
     shapes = ((str(paths[split]), images.shape[1:], False) for split, (images, _) in arrays.items())
-    remarks = Remarks()
     shape = common_shape(shapes, remarks, crop=crop, size=size)
     class_names = _numbered_classes([(str(paths[split]), arrays[split][1]) for split in paths], "files")
     splits = {
         split: Split(len(images), labels, partial(read_images, images, shape, crop=crop, resize=size is not None))
         for split, (images, labels) in arrays.items()
     }
+    for path in dict.fromkeys(paths.values()):
+        unread = [set(array_names(path, split)[2]) for split in paths if paths[split] == path]
+        for array in sorted(set.intersection(*unread)):
+            remarks.add("left out", "array", f"{array!r} in {path}")
     return _write(Dataset(root / name, name, shape, class_names, {}, kind=kind), splits, sizes, remarks)
 
 
@@ -129,32 +141,34 @@ def index_shards(
     root: Path,
     name: str,
     patterns: dict[str, Sequence[str]],
-    sizes: ShardSizes = DEFAULT_SIZES,
     *,
     allow_shell_urls: bool = False,
     crop: int | None = None,
     size: int | None = None,
     kind: str = "own",
+    reading: Reading = ANY_IMAGE,
 ) -> Dataset:
     """Existing WebDataset shards as `root`/`name`, which holds a manifest alone: they stay where they are.
 
-    With `crop` or `size`, as of a folder, it holds their images instead, cropped and resized, in their order and in
-    shards of `sizes`. `patterns` gives, for "train" and maybe "test", folders, files or URLs with * and {000..123}.
-    Every image is decoded once, so that training never meets a damaged one. Raises DataError naming the shard.
+    With `crop` or `size`, as of a folder, it holds their images instead, cropped and resized, in their order.
+    `patterns` gives, for "train" and maybe "test", folders, files or URLs with * and {000..123}. Every image is decoded once, so
+    that training never meets a damaged one. `reading` chooses among several images of a sample, and where its label is.
+    Raises DataError naming the shard.
     """
+    check_name(name)
     locations_of = {split: list(_expand(items)) for split, items in patterns.items()}
     for location in (location for found in locations_of.values() for location in found):
         locations.check_allowed(location, allow_shell_urls)
-    labels: dict[str, list[tuple[str, Labels | None]]] = {split: [] for split in patterns}
+    found: list[tuple[str, str, Samples]] = []
     splits: dict[str, tuple[Shard, ...]] = {split: () for split in patterns}
     remarks = Remarks()
 
     def index() -> Iterator[tuple[str, ImageShape, bool]]:
-        for split, found in locations_of.items():
-            for location in bar(iterable=found, desc=f"indexing {split}", unit="shard"):
+        for split, urls in locations_of.items():
+            for location in bar(iterable=urls, desc=f"indexing {split}", unit="shard"):
                 content = locations.read_bytes(location)
-                samples = parse_shard(content, location)
-                labels[split].append((location, samples.labels))
+                samples = parse_shard(content, location, reading)
+                found.append((split, location, replace(samples, images=[])))
                 splits[split] += (Shard(location, len(samples), len(content), sha256(content).hexdigest()),)
                 if isinstance(samples.images, np.ndarray):
                     yield location, samples.images.shape[1:], False
@@ -165,35 +179,78 @@ def index_shards(
 
     with preparing(root, name) as temporary:
         shape = common_shape(index(), remarks, crop=crop, size=size)
-        class_names = _numbered_classes([each for found in labels.values() for each in found], "shards")
-        dataset = Dataset(root / name, name, shape, class_names, splits, kind=kind)
+        class_names = _shard_classes(found)
+        image_keys = set().union(*(samples.image_keys for _, _, samples in found))
+        if not reading.image_key:
+            is_default = image_keys <= {*DEFAULT_READING.image_key.split(";")}
+            key = DEFAULT_READING.image_key if is_default else ";".join(sorted(image_keys))
+            reading = reading._replace(image_key=key)
+        if not class_names and reading.labels != "none":
+            _say_unlabelled(name, found)
+        for _, location, samples in found:
+            for (event, kind_of_member), (count, first) in samples.remarks.items():
+                remarks.add(event, kind_of_member, f"{first} in {location}", count)
+        dataset = Dataset(root / name, name, shape, class_names, splits, kind=kind, reading=reading)
         if crop is None and size is None:
             return commit(dataset, temporary, remarks)
-        written = write_shards(
-            temporary,
-            {
-                split: Split(
-                    dataset.num_images(split),
-                    np.concatenate([each for _, each in labels[split] if each is not None]) if class_names else None,
-                    _reader(shards, shape, crop, size is not None),
-                )
-                for split, shards in splits.items()
-            },
-            sizes,
-            shuffle=False,
-        )
-        return commit(replace(dataset, splits=written), temporary, remarks)
+
+        def labels(split: str) -> Labels | None:
+            own = [numbered(samples, class_names) for each, _, samples in found if each == split]
+            return np.concatenate([numbers for numbers in own if numbers is not None]) if class_names else None
+
+        read = partial(_reader, dataset, crop, size is not None)
+        rows = {split: Split(dataset.num_images(split), labels(split), read(split)) for split in splits}
+        written = write_shards(temporary, rows, DEFAULT_SIZES, shuffle=False)
+        return commit(replace(dataset, splits=written, reading=DEFAULT_READING), temporary, remarks)
 
 
-def _reader(
-    shards: Sequence[Shard], shape: ImageShape, crop: int | None, resize: bool
-) -> Callable[[npt.NDArray[np.int64]], Images]:
-    """Reads images of shards by their number in all of them, one shard in memory at a time."""
+def add_shard_options(parser: ArgumentParser) -> None:
+    """Adds the options that `shard_options` reads."""
+    parser.add_argument(
+        "--image-key", default="", metavar="KEY", help="which image of a sample: png, seg.png, 'jpg;png'"
+    )
+    parser.add_argument("--labels", choices=LABELS, default="members", help="members: .cls or .json (the default)")
+    parser.add_argument("--allow_shell_urls", action="store_true", help="let URLs run commands (pipe: and the like)")
+
+
+def shard_options(arguments: Namespace) -> dict[str, Any]:
+    """The options of a command line as arguments of `index_shards`."""
+    reading = Reading(arguments.image_key.lower(), arguments.labels)
+    return {"reading": reading, "allow_shell_urls": arguments.allow_shell_urls}
+
+
+def _shard_classes(found: Sequence[tuple[str, str, Samples]]) -> tuple[str, ...]:
+    """Class names of shards, each given with its split and location: the names in their labels, or the numbers."""
+    if not any(samples.names for _, _, samples in found):
+        return _numbered_classes([(location, samples.labels) for _, location, samples in found], "shards")
+    if other := next((location for _, location, samples in found if not samples.names), None):
+        raise DataError(f"{other} has no names as labels, other shards have: label all of them in one way")
+    names: dict[str, set[str]] = {"train": set(), "test": set()}
+    for split, _, samples in found:
+        names[split] |= set(samples.names)
+    classes = tuple(classes_of(names["train"]))
+    if untrained := sorted(name for name in names["test"] if find_class(name, classes) is None):
+        raise DataError(f"the test shards have images of {untrained[0]!r}, the training shards have none")
+    return classes
+
+
+def _say_unlabelled(name: str, found: Sequence[tuple[str, str, Samples]]) -> None:
+    folders = sorted(set().union(*(samples.folders for _, _, samples in found)))
+    hint = ""
+    if len(folders) > 1:
+        shown = ", ".join(map(repr, folders[:3])) + (", ..." if len(folders) > 3 else "")
+        hint = f"; the images lie in the {len(folders)} folders {shown}: --labels folder takes them for classes"
+    say(f"{name}: no image has a label, in .cls, in `label` or `cls` of .json, or in labels.npy of a block{hint}")
+
+
+def _reader(dataset: Dataset, crop: int | None, resize: bool, split: str) -> Callable[[npt.NDArray[np.int64]], Images]:
+    """Reads images of a split's shards by their number in all of them, one shard in memory at a time."""
+    shards, shape = dataset.shards(split), dataset.image_shape
     ends = np.cumsum([shard.num_images for shard in shards])
 
     @lru_cache(maxsize=1)
     def images_of(location: str) -> Images | list[memoryview]:
-        return parse_shard(locations.read_bytes(location), location).images
+        return parse_shard(locations.read_bytes(location), location, dataset.reading).images
 
     def read(indices: npt.NDArray[np.int64]) -> Images:
         images = np.empty((len(indices), *shape), np.uint8)
