@@ -151,9 +151,9 @@ def index_shards(
     """Existing WebDataset shards as `root`/`name`, which holds a manifest alone: they stay where they are.
 
     With `crop` or `size`, as of a folder, it holds their images instead, cropped and resized, in their order.
-    `patterns` gives, for "train" and maybe "test", folders, files or URLs with * and {000..123}. Every image is decoded once, so
-    that training never meets a damaged one. `reading` chooses among several images of a sample, and where its label is.
-    Raises DataError naming the shard.
+    `patterns` gives, for "train" and maybe "test", folders, files or URLs with * and {000..123}. Every image is decoded
+    once, so that training never meets a damaged one. `reading` chooses among several images of a sample, and where its
+    label is. Raises DataError naming the shard.
     """
     check_name(name)
     locations_of = {split: list(_expand(items)) for split, items in patterns.items()}
