@@ -75,7 +75,7 @@ def train(config: Config) -> Run:
     Raises:
         UserError: what is asked for contradicts itself, the number of ranks, the dataset or the run's folder.
         Preempted: it was stopped; called again it goes on.
-        TrainingFailed: a loss or weight is not finite, replicas differ, or saving failed too often.
+        TrainingFailed: a loss, gradient or weight is not finite, replicas differ, or saving failed too often.
     """
     from pipeline.distributed.failures import closing
     from pipeline.distributed.process import Runtime

@@ -13,6 +13,7 @@ from pipeline.data.prepare import ShardSizes, prepare_mnist, prepare_npz
 REPOSITORY = Path(__file__).parent.parent
 LONGEST_FIRST = (
     *("slurm/test_slurm.py", "distributed/test_trajectory.py", "distributed/test_interruptions.py"),
+    "distributed/test_ordinary_use.py",
     *("distributed/test_chaos.py", "distributed/test_pipeline.py", "distributed/test_two_launchers.py"),
     "distributed/test_network.py",
     *(

@@ -81,7 +81,7 @@ class Trainer:
 
         Raises:
             Preempted: a signal stopped it, after saving.
-            TrainingFailed: a loss or weight is not finite, replicas differ, or saving failed too often.
+            TrainingFailed: a loss, gradient or weight is not finite, replicas differ, or saving failed too often.
         """
         run = self.config.run
         try:

@@ -199,7 +199,7 @@ def runtime() -> Iterator[Runtime]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("row", [row for row in ROWS if row.scores], ids=str)
+@pytest.mark.parametrize("row", [row for row in ROWS if row.scores and row.world_size > 1], ids=str)
 def test_scores_are_those_of_one_rank(trained: Trained, row: Row, runtime: Runtime, tmp_path: Path) -> None:
     """Of the bare run's checkpoint, which is scored here, in a process alone."""
     [*_, config] = row.configs(tmp_path, trained.dataset.folder)
