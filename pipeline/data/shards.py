@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
 import tarfile
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from webdataset import TarWriter
 from webdataset.tariterators import group_by_keys
 
@@ -140,9 +142,15 @@ def decode(images: Images | Sequence[memoryview], image_shape: ImageShape, locat
         raise _damaged(location, str(error)) from None
 
 
-def mirrored(images: Images) -> Images:
-    """Images [n, C, H, W] with H and W reversed, a copy: torch's flip takes a sixth of numpy's time."""
-    return torch.from_numpy(images).flip(2, 3).numpy()
+def copy_mirrored(images: Images, into: Images) -> None:
+    """Copies images [..., C, H, W] into others of that shape, with H and W reversed.
+
+    Reversing an image's bytes is reversing its words and the bytes of each: read as numbers of the other byte order,
+    eight bytes at a time, which takes hardly longer than a plain copy (byte by byte it takes five times as long).
+    """
+    word = math.gcd(8, images.shape[-2] * images.shape[-1])
+    planes = (*images.shape[:-2], -1)
+    into.reshape(planes).view(f"<u{word}")[...] = images.reshape(planes).view(f">u{word}")[..., ::-1]
 
 
 def _members(content: bytes, location: str) -> Iterator[dict[str, object]]:
@@ -153,17 +161,50 @@ def _members(content: bytes, location: str) -> Iterator[dict[str, object]]:
             content = file.read(limit + 1)
         if len(content) > limit:
             raise ValueError(f"it unpacks to more than {limit:,} bytes")
+    layout = next((layout for layout in _LAYOUTS if layout.fits(content)), None)
+    if layout is None:
+        layout = _read_layout(content)
+        _LAYOUTS.append(layout)
+    for name, start, size in layout.members:
+        yield {"fname": name, "data": memoryview(content)[start : start + size], "__url__": location}
+
+
+class _Layout(NamedTuple):
+    """Where the members of a tar file are: in every file that has the same bytes around its members' data."""
+
+    members: Sequence[tuple[str, int, int]]
+    """Name, offset and size of each."""
+    around: Sequence[tuple[int, bytes]]
+    """All bytes but the members' data, each run of them with its offset."""
+    size: int
+
+    def fits(self, content: bytes) -> bool:
+        return len(content) == self.size and all(content.startswith(run, start) for start, run in self.around)
+
+
+_LAYOUTS: deque[_Layout] = deque(maxlen=2)
+"""Of the last shards. `prepare` gives all shards of a split but the last the same one; for tarfile to find it in each
+shard's headers would be a fifth of the cost of streaming."""
+
+
+def _read_layout(content: bytes) -> _Layout:
+    members: list[tuple[str, int, int]] = []
+    around: list[tuple[int, bytes]] = []
+    end = 0
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
         for member in archive:
             if member.isreg():
-                data = memoryview(content)[member.offset_data : member.offset_data + member.size]
-                if len(data) < member.size:
+                start = member.offset_data
+                members.append((member.name, start, member.size))
+                around.append((end, content[end:start]))
+                end = start + member.size
+                if end > len(content):
                     raise tarfile.ReadError(f"{member.name} is cut off")
-                yield {"fname": member.name, "data": data, "__url__": location}
         # tarfile takes a bad header, or a cut between two members, for the end of the archive.
         rest = content[archive.offset :]
         if len(rest) < 2 * tarfile.BLOCKSIZE or rest.strip(b"\0"):
             raise tarfile.ReadError(f"it is cut off or overwritten at byte {archive.offset}")
+    return _Layout(members, [*around, (end, content[end:])], len(content))
 
 
 def _npy(array: Images | Labels) -> bytes:

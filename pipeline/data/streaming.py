@@ -24,7 +24,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.data.images import Images, Labels
 from pipeline.data.manifest import Dataset
-from pipeline.data.shards import decode, mirrored, read_shard
+from pipeline.data.shards import copy_mirrored, decode, read_shard
 from pipeline.data.source import Batch
 from pipeline.data.workers import Chunk, in_workers
 from pipeline.distributed.collectives import Ranks
@@ -132,23 +132,24 @@ class _Lanes(IterableDataset[Chunk | UserError]):
             share = len(owned) // worker.num_workers
             owned = owned[worker.id * share : (worker.id + 1) * share]
         verified: set[int] = set()
-        lanes = [self._read(lane, count * size, verified) for lane in owned]
+        # One lane's part of a chunk. The lanes share this memory, so that it stays in the processor's cache.
+        images_of_lane, labels_of_lane = np.empty((count * size, *shape), np.uint8), np.zeros(count * size, np.int64)
+        lanes = [self._read(lane, images_of_lane, labels_of_lane, verified) for lane in owned]
         while True:
             images = np.empty((count, len(lanes), size, *shape), np.uint8)
             labels = np.empty((count, len(lanes), size), np.int64)
             for index, lane in enumerate(lanes):
-                lane_images, lane_labels = next(lane)
-                images[:, index] = lane_images.reshape(count, size, *shape)
-                labels[:, index] = lane_labels.reshape(count, size)
+                next(lane)
+                copy_mirrored(images_of_lane.reshape(count, size, *shape), images[:, index])
+                labels[:, index] = labels_of_lane.reshape(count, size)
             yield torch.from_numpy(images).flatten(1, 2), torch.from_numpy(labels).flatten(1, 2)
 
-    def _read(self, lane: int, count: int, verified: set[int]) -> Iterator[tuple[Images, Labels]]:
-        """The samples of a lane, `count` at a time: uint8 [count, C, H, W], mirrored in H and W, and int64 [count].
+    def _read(self, lane: int, images: Images, labels: Labels, verified: set[int]) -> Iterator[None]:
+        """Fills `images` uint8 [n, C, H, W] and `labels` int64 [n] with the next samples of a lane, again and again.
 
-        The next ones overwrite these. `verified` collects the shards whose checksum is known to be right.
+        `verified` collects the shards whose checksum is known to be right.
         """
-        dataset, shards = self.dataset, self.dataset.shards("train")
-        images, labels = np.empty((count, *dataset.image_shape), np.uint8), np.zeros(count, np.int64)
+        dataset, shards, count = self.dataset, self.dataset.shards("train"), len(images)
         filled, position = 0, self.first_batch * self.samples_per_batch
         for piece in pieces([shard.num_images for shard in shards], self.seed, self.num_lanes, lane, position):
             shard = shards[piece.shard]
@@ -169,5 +170,5 @@ class _Lanes(IterableDataset[Chunk | UserError]):
                     labels[to] = samples.labels[taken]
                 filled = to.stop % count
                 if not filled:
-                    yield mirrored(images), labels
+                    yield
             del samples  # before the next shard is read, so that only one is held
