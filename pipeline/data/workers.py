@@ -1,93 +1,114 @@
-"""Processes that read ahead for the streaming source: started, asked in turn, ended."""
+"""Processes that read ahead for the streaming source: started, asked in turn, ended.
+
+Each is a new interpreter, whatever multiprocessing's start method: a fork would copy locks that other threads hold, and
+`spawn` would run the user's script again. It gets its share of the lanes and sends its chunks, pickled, through a
+socket. DataLoader would send them through /dev/shm, which many containers have too little of, and where 4 MiB cost the
+training thread 4 ms in the place of 1.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
+import pickle
 import signal
+import socket
+import subprocess
+import sys
 import threading
-import warnings
-from collections.abc import Iterator
-from functools import partial
-from multiprocessing.process import BaseProcess
-from multiprocessing.synchronize import Semaphore
+from collections.abc import Iterable, Iterator, Sequence
 
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
-
+from pipeline.data.images import Images, Labels
 from pipeline.errors import UserError
 
-Chunk = tuple[Tensor, Tensor]
+Chunk = tuple[Images, Labels]
 """uint8 [k, b, C, H, W] and int64 [k, b]: k consecutive batches."""
-START_SECONDS = 10.0
-"""Until a worker that has not started is taken for one that never will; then twice that, and so on."""
+PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from pipeline.data.workers import work; work()"
+BLOCKED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+"""Ctrl-C, the launcher and Slurm signal every process, but workers must go on until the rank has saved."""
 
 
-def in_workers(chunks: IterableDataset[Chunk | UserError], workers: int) -> Iterator[Chunk]:
-    """The chunks of all workers side by side; without workers, read here. The workers end with this generator."""
-    iterator = _started(chunks, workers)
-    try:
-        while True:
-            parts: list[Chunk] = []
-            for _ in range(max(workers, 1)):  # the loader asks its workers in turn
-                item = next(iterator)
-                if isinstance(item, UserError):
-                    raise item
-                parts.append(item)
-            images, labels = zip(*parts, strict=True)
-            yield parts[0] if len(parts) == 1 else (torch.cat(images, dim=1), torch.cat(labels, dim=1))
-    finally:
-        del iterator  # joins the workers
+def read_in_workers(shares: Sequence[Iterable[Chunk]]) -> Iterator[list[Chunk]]:
+    """Yields the next chunk of each share; a process reads each. They end with this generator.
 
-
-def _started(chunks: IterableDataset[Chunk | UserError], workers: int) -> Iterator[Chunk | UserError]:
-    """A loader's iterator, once all its workers run.
-
-    CPython before 3.12 forks without its lock on the list of threads. If a thread of C++, as gloo has, enters Python at
-    that moment, the child waits for ever for that lock and does nothing else. It is killed, and others are forked.
+    Raises UserError: what a worker raised, or that one could not be started or has ended.
     """
-    seconds = START_SECONDS
-    while True:
-        started, before = multiprocessing.Semaphore(0), set(multiprocessing.active_children())
-        loader = DataLoader(
-            chunks,
-            batch_size=None,
-            num_workers=workers,
-            generator=torch.Generator(),  # else it draws from the global one
-            worker_init_fn=partial(_begin, started=started),
-        )
-        with warnings.catch_warnings():
-            # Python 3.12 warns of fork in a process with threads; the workers use none of what such threads hold.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            iterator = iter(loader)
-        if all(started.acquire(timeout=seconds) for _ in range(workers)):
-            return iterator
-        _kill(set(multiprocessing.active_children()) - before)
-        del iterator
-        seconds *= 2
+    workers: list[_Worker] = []
+    try:
+        try:
+            workers.extend(_Worker() for _ in shares)
+        except OSError as error:
+            raise UserError(f"a data worker cannot be started ({error}): data.workers 0 reads without any") from None
+        for worker, share in zip(workers, shares, strict=True):  # they have all begun to start by now
+            worker.send(share)
+        while True:
+            yield [worker.receive() for worker in workers]
+    finally:
+        for worker in workers:
+            worker.end()
 
 
-def _kill(processes: set[BaseProcess]) -> None:
-    for process in processes:
-        with contextlib.suppress(RuntimeError):  # the loader's own, told of the first one's end by SIGCHLD
-            process.kill()
-            process.join()
+class _Worker:
+    """One such process, seen from the rank."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)  # the process inherits it
+            try:
+                self._process = subprocess.Popen([sys.executable, "-c", PROGRAM, *map(str, sys.path)], stdin=theirs)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            self._stream = ours.makefile("rwb")
+
+    def send(self, share: Iterable[Chunk]) -> None:
+        with contextlib.suppress(OSError):  # it has ended: `receive` says how
+            pickle.dump(share, self._stream, protocol=5)
+            self._stream.flush()
+
+    def receive(self) -> Chunk:
+        try:
+            item: Chunk | UserError = pickle.load(self._stream)
+        except (EOFError, OSError, pickle.UnpicklingError):
+            code = self._process.wait()
+            how = f"exit code {code}, see above" if code >= 0 else f"{signal.Signals(-code).name}; out of memory?"
+            raise UserError(f"a data worker has ended ({how}): data.workers 0 reads without any") from None
+        if isinstance(item, UserError):
+            raise item
+        return item
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        with contextlib.suppress(OSError):  # of a share that it did not take
+            self._stream.close()
 
 
-def _begin(_: int, started: Semaphore) -> None:
-    """Leaves signals to the parent, then says that this worker has started: Ctrl-C, the launcher and Slurm signal every
-    process, and the workers must go on until the parent has saved."""
-    parent = os.getppid()
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+def work() -> None:
+    """What a worker does: the socket is its standard input."""
+    connection = socket.socket(fileno=os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what it starts itself must not read from the socket
+    with connection.makefile("rwb") as stream:
 
-    def end_when_parent_says() -> None:
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
-            pass
-        os._exit(0)
+        def send(item: Chunk | UserError) -> None:
+            pickle.dump(item, stream, protocol=5)
+            stream.flush()
 
-    threading.Thread(target=end_when_parent_says, daemon=True).start()
-    started.release()
+        try:
+            share: Iterable[Chunk] = pickle.load(stream)
+        except EOFError:
+            return  # the rank has ended already
+        threading.Thread(target=_end_with_the_rank, args=[connection], daemon=True).start()
+        try:
+            for chunk in share:
+                send(chunk)
+        except UserError as error:
+            send(error)
+        except ConnectionError:
+            os._exit(1)  # the rank ends, and the thread has not seen it yet
+
+
+def _end_with_the_rank(connection: socket.socket) -> None:
+    with contextlib.suppress(ConnectionError):
+        connection.recv(1)  # nothing more comes but the end
+    os._exit(1)
