@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.benchmarking.fidelity import fidelity_scores
 from pipeline.benchmarking.plain import PlainTrainer
-from pipeline.config import Config
+from pipeline.config import Config, to_yaml
 from pipeline.data import Dataset
 from pipeline.data.resident import ResidentSource, load_split
 from pipeline.data.streaming import StreamingSource
@@ -42,6 +42,7 @@ from pipeline.evaluation.features.mnist import MnistFeatures
 from pipeline.evaluation.metrics.kernel import KID_SUBSET_SIZE
 from pipeline.export.images import render_range
 from pipeline.models.cpu_kernels import faster_form
+from pipeline.storage.files import write_text
 from pipeline.storage.provenance import device_name
 from pipeline.training.trainer import Trainer
 
@@ -121,14 +122,16 @@ def measure_training(config: Config, runtime: Runtime, steps: int) -> dict[str, 
     burn-in.
 
     A checkpoint is started every tenth step; `checkpoint_stall_share` is the time that takes from the training thread,
-    by the time of one step.
+    by the time of one step. Raises TrainingFailed when one fails.
     """
     ranks = runtime.ranks
     with tempfile.TemporaryDirectory() as folder:
         ordinary = replace(config.training, burn_in_n_critic=None)
-        run = replace(config.run, root=ranks.broadcast(folder), trackers=[])
+        # A save that fails ends the benchmark: the time of one that wrote nothing is no figure.
+        run = replace(config.run, root=ranks.broadcast(folder), trackers=[], max_save_failures=0)
         config = replace(config, run=run, training=ordinary)
         trainer = Trainer(config, runtime)
+        ranks.on_main(lambda: write_text(trainer.folder.config, to_yaml(config)))  # a folder without it is no run
         plain, gradients, waited = PlainTrainer(trainer), _gradient_buffers(trainer), [0.0]
         # Of convolutions and matrix products. What a step of ours does beside the plain one is no useful work.
         with FlopCounterMode(display=False) as counter:
@@ -150,7 +153,7 @@ def measure_training(config: Config, runtime: Runtime, steps: int) -> dict[str, 
             works["single"] = _single_step(config, runtime)
         works["save"] = lambda: trainer.saver.save() if trainer.state.step % SAVE_EVERY == 1 else None
         seconds = time_in_turn(works, steps, runtime, warm_up=WARM_UP_STEPS)
-        trainer.saver.writer.finish()
+        trainer.saver.save_now()
         figures = _speeds(config, runtime, seconds, counter.get_total_flops() * ranks.world_size / 1e9) | {
             "data_wait_share": (waited[-1] - waited[WARM_UP_STEPS]) / sum(seconds["step"]),
             "evaluation_images_per_second": _evaluation_rate(trainer),
@@ -267,6 +270,8 @@ def _busy_process(cores: list[int]) -> Iterator[None]:
     process = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
     try:
         yield
+        if process.poll() is not None:
+            raise RuntimeError(f"the process beside the steps ended with {process.returncode}")
     finally:
         process.kill()
         process.wait()

@@ -96,7 +96,7 @@ class DataConfig:
     """Independent streams that make up a streamed batch; world size x max(workers, 1) divides it, it divides the
     batch size. Part of the trajectory."""
     workers: int = knob(1, low=0, high=256, free=True)
-    """DataLoader worker processes per rank of the streaming source."""
+    """Processes per rank that read ahead for the streaming source; 0: the rank reads by itself."""
     horizontal_flip: bool = knob(False)
     """Flip each real image that training sees left to right at even odds: not for digits or letters."""
     allow_shell_urls: bool = knob(False, free=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from pipeline.data.manifest import Dataset
-from pipeline.data.shards import decode, mirrored, read_shard
+from pipeline.data.shards import copy_mirrored, decode, read_shard
 from pipeline.data.source import Batch
 from pipeline.distributed.collectives import Ranks
 from pipeline.rng import data_indices
@@ -27,7 +27,11 @@ def load_split(dataset: Dataset, split: str, *, mirror: bool = False) -> tuple[t
         samples = read_shard(dataset, shard)
         stop = start + len(samples)
         stored = decode(samples.images, dataset.image_shape, dataset.locate(shard))
-        images[start:stop] = torch.from_numpy(mirrored(stored) if mirror else stored)
+        into = images[start:stop].numpy()
+        if mirror:
+            copy_mirrored(stored, into)
+        else:
+            into[:] = stored
         if samples.labels is not None:
             labels[start:stop] = torch.from_numpy(samples.labels)
         start = stop

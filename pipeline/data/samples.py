@@ -11,8 +11,9 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterator
-from typing import Any
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
@@ -103,17 +104,54 @@ def label_of(sample: dict[str, Any], labels: str) -> int | str | None:
 def _members(content: bytes, location: str, remarks: Remarks) -> Iterator[dict[str, object]]:
     # webdataset's own reader copies through a 10 kB stream buffer; seeking in memory, members are views of the file.
     content = _unpacked(content)
+    layout = next((layout for layout in _LAYOUTS if layout.fits(content)), None)
+    if layout is None:
+        layout = _read_layout(content)
+        _LAYOUTS.append(layout)
+    for kind, name in layout.left_out:
+        remarks.add("left out", kind, name)
+    for name, start, size in layout.members:
+        yield {"fname": name, "data": memoryview(content)[start : start + size], "__url__": location}
+
+
+class _Layout(NamedTuple):
+    """Where the members of a tar file are: in every file that has the same bytes around its members' data."""
+
+    members: Sequence[tuple[str, int, int]]
+    """Name, offset and size of each."""
+    left_out: Sequence[tuple[str, str]]
+    """Kind and name of what is no member of a sample."""
+    around: Sequence[tuple[int, bytes]]
+    """All bytes but the members' data, each run of them with its offset."""
+    size: int
+
+    def fits(self, content: bytes) -> bool:
+        return len(content) == self.size and all(content.startswith(run, start) for start, run in self.around)
+
+
+_LAYOUTS: deque[_Layout] = deque(maxlen=2)
+"""Of the last shards. `prepare` gives all shards of a split but the last the same one; for tarfile to find it in each
+shard's headers would be a fifth of the cost of streaming."""
+
+
+def _read_layout(content: bytes) -> _Layout:
+    members: list[tuple[str, int, int]] = []
+    left_out: list[tuple[str, str]] = []
+    around: list[tuple[int, bytes]] = []
+    end = 0
     with _opened(content) as archive:
         for member in archive:
             if kind := _kind_left_out(member):
-                remarks.add("left out", kind, member.name)
+                left_out.append((kind, member.name))
             elif member.isreg():
                 if member.issparse():
                     raise NotRead(f"{member.name} is stored as a sparse file: pack it again without tar's --sparse")
-                data = memoryview(content)[member.offset_data : member.offset_data + member.size]
-                if len(data) < member.size:
+                start = member.offset_data
+                members.append((member.name, start, member.size))
+                around.append((end, content[end:start]))
+                end = start + member.size
+                if end > len(content):
                     raise tarfile.ReadError(f"{member.name} is cut off")
-                yield {"fname": member.name, "data": data, "__url__": location}
         # tarfile takes a bad header, or a cut between two members, for the end of the archive.
         rest = content[archive.offset :]
         if len(rest) < 2 * tarfile.BLOCKSIZE or rest[: 2 * tarfile.BLOCKSIZE].strip(b"\0"):
@@ -123,6 +161,7 @@ def _members(content: bytes, location: str, remarks: Remarks) -> Iterator[dict[s
                 f"its archive ends at byte {archive.offset}, and more follows: tars are joined by tar --concatenate, "
                 "not by cat; or it is damaged there"
             )
+    return _Layout(members, left_out, [*around, (end, content[end:])], len(content))
 
 
 def _opened(content: bytes) -> tarfile.TarFile:

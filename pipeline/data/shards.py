@@ -8,6 +8,7 @@ Two kinds of members are understood. Blocks, which `prepare` writes: `KEY.images
 from __future__ import annotations
 
 import io
+import math
 import tarfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from webdataset import TarWriter
 
 from pipeline.data import locations
@@ -210,9 +210,15 @@ def decode(images: Images | Sequence[memoryview], image_shape: ImageShape, locat
         raise _damaged(location, str(error)) from None
 
 
-def mirrored(images: Images) -> Images:
-    """Images [n, C, H, W] with H and W reversed, a copy: torch's flip takes a sixth of numpy's time."""
-    return torch.from_numpy(images).flip(2, 3).numpy()
+def copy_mirrored(images: Images, into: Images) -> None:
+    """Copies images [..., C, H, W] into others of that shape, with H and W reversed.
+
+    Reversing an image's bytes is reversing its words and the bytes of each: read as numbers of the other byte order,
+    eight bytes at a time, which takes hardly longer than a plain copy (byte by byte it takes five times as long).
+    """
+    word = math.gcd(8, images.shape[-2] * images.shape[-1])
+    planes = (*images.shape[:-2], -1)
+    into.reshape(planes).view(f"<u{word}")[...] = images.reshape(planes).view(f">u{word}")[..., ::-1]
 
 
 def _npy(array: Images | Labels) -> bytes:

@@ -20,15 +20,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.data.images import Images, Labels
 from pipeline.data.manifest import Dataset
-from pipeline.data.shards import decode, mirrored, read_shard
+from pipeline.data.shards import copy_mirrored, decode, read_shard
 from pipeline.data.source import Batch
-from pipeline.data.workers import Chunk, in_workers
+from pipeline.data.workers import Chunk, read_in_workers
 from pipeline.distributed.collectives import Ranks
-from pipeline.errors import UserError
 from pipeline.rng import seeded
 
 CHUNK_BATCHES = 64
@@ -65,11 +63,19 @@ class StreamingSource:
         device: torch.device,
     ) -> None:
         assert not batch_size % lanes, f"{batch_size} rows among {lanes} lanes"
-        self._lanes = _Lanes(dataset, seed, lanes, batch_size // lanes, range(lanes)[ranks.rows(lanes)])
+        owned, size = range(lanes)[ranks.rows(lanes)], batch_size // lanes
+        chunk_batches = max(1, min(CHUNK_BATCHES, CHUNK_BYTES // (len(owned) * size * prod(dataset.image_shape))))
+        self._lanes = _Lanes(dataset, seed, lanes, size, owned, chunk_batches)
         self._workers, self._device = workers, device
 
     def batches(self, first: int) -> Iterator[Batch]:
-        for images, labels in in_workers(replace(self._lanes, first_batch=first), self._workers):
+        lanes = replace(self._lanes, first_batch=first)
+        chunks = read_in_workers(lanes.shares(self._workers)) if self._workers else zip(lanes)
+        for parts in chunks:
+            images, labels = (
+                torch.from_numpy(of_each[0] if len(of_each) == 1 else np.concatenate(of_each, axis=1))
+                for of_each in zip(*parts, strict=True)
+            )
             if self._device.type == "cuda":
                 # Pinned, the copy does not wait for the device; the allocator keeps the memory until it is done.
                 images, labels = images.pin_memory(), labels.pin_memory()
@@ -102,12 +108,9 @@ def pieces(num_images: Sequence[int], seed: int, lanes: int, lane: int, position
         at = first
 
 
-@dataclass(eq=False)
-class _Lanes(IterableDataset[Chunk | UserError]):
-    """The lanes of a rank as chunks of batches; in a worker process those of this worker.
-
-    A user's error comes as the last item: raised in a worker it would reach the user as a traceback.
-    """
+@dataclass(frozen=True)
+class _Lanes:
+    """Consecutive lanes, those of a rank or of one of its workers, as chunks of batches without end."""
 
     dataset: Dataset
     seed: int
@@ -116,39 +119,36 @@ class _Lanes(IterableDataset[Chunk | UserError]):
     samples_per_batch: int
     """Of one lane."""
     owned: range
-    """The lanes of this rank."""
+    """The lanes that are read here."""
+    batches_per_chunk: int
     first_batch: int = 0
 
-    def __iter__(self) -> Iterator[Chunk | UserError]:
-        try:
-            yield from self._chunks()
-        except UserError as error:
-            yield error
+    def shares(self, count: int) -> list[_Lanes]:
+        """These lanes cut into `count` shares of consecutive ones."""
+        size = len(self.owned) // count
+        return [replace(self, owned=self.owned[index * size : (index + 1) * size]) for index in range(count)]
 
-    def _chunks(self) -> Iterator[Chunk]:
-        owned, size, shape = self.owned, self.samples_per_batch, self.dataset.image_shape
-        count = max(1, min(CHUNK_BATCHES, CHUNK_BYTES // (len(owned) * size * prod(shape))))  # in all workers the same
-        if worker := get_worker_info():
-            share = len(owned) // worker.num_workers
-            owned = owned[worker.id * share : (worker.id + 1) * share]
+    def __iter__(self) -> Iterator[Chunk]:
+        count, size, shape = self.batches_per_chunk, self.samples_per_batch, self.dataset.image_shape
         verified: set[int] = set()
-        lanes = [self._read(lane, count * size, verified) for lane in owned]
+        # One lane's part of a chunk. The lanes share this memory, so that it stays in the processor's cache.
+        images_of_lane, labels_of_lane = np.empty((count * size, *shape), np.uint8), np.zeros(count * size, np.int64)
+        lanes = [self._read(lane, images_of_lane, labels_of_lane, verified) for lane in self.owned]
         while True:
             images = np.empty((count, len(lanes), size, *shape), np.uint8)
             labels = np.empty((count, len(lanes), size), np.int64)
             for index, lane in enumerate(lanes):
-                lane_images, lane_labels = next(lane)
-                images[:, index] = lane_images.reshape(count, size, *shape)
-                labels[:, index] = lane_labels.reshape(count, size)
-            yield torch.from_numpy(images).flatten(1, 2), torch.from_numpy(labels).flatten(1, 2)
+                next(lane)
+                copy_mirrored(images_of_lane.reshape(count, size, *shape), images[:, index])
+                labels[:, index] = labels_of_lane.reshape(count, size)
+            yield images.reshape(count, -1, *shape), labels.reshape(count, -1)
 
-    def _read(self, lane: int, count: int, verified: set[int]) -> Iterator[tuple[Images, Labels]]:
-        """The samples of a lane, `count` at a time: uint8 [count, C, H, W], mirrored in H and W, and int64 [count].
+    def _read(self, lane: int, images: Images, labels: Labels, verified: set[int]) -> Iterator[None]:
+        """Fills `images` uint8 [n, C, H, W] and `labels` int64 [n] with the next samples of a lane, again and again.
 
-        The next ones overwrite these. `verified` collects the shards whose checksum is known to be right.
+        `verified` collects the shards whose checksum is known to be right.
         """
-        dataset, shards = self.dataset, self.dataset.shards("train")
-        images, labels = np.empty((count, *dataset.image_shape), np.uint8), np.zeros(count, np.int64)
+        dataset, shards, count = self.dataset, self.dataset.shards("train"), len(images)
         filled, position = 0, self.first_batch * self.samples_per_batch
         for piece in pieces([shard.num_images for shard in shards], self.seed, self.num_lanes, lane, position):
             shard = shards[piece.shard]
@@ -169,5 +169,5 @@ class _Lanes(IterableDataset[Chunk | UserError]):
                     labels[to] = samples.labels[taken]
                 filled = to.stop % count
                 if not filled:
-                    yield mirrored(images), labels
+                    yield
             del samples  # before the next shard is read, so that only one is held

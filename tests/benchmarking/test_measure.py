@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -17,6 +18,7 @@ from pipeline.benchmarking import measure
 from pipeline.config import Config, NetworkConfig, TrainingConfig
 from pipeline.data import Dataset
 from pipeline.distributed.process import Runtime
+from pipeline.errors import TrainingFailed
 from pipeline.training.trainer import Trainer
 from tests.jobs import ROOT, launch
 
@@ -85,6 +87,25 @@ def test_the_neighbour_is_there_in_every_second_round_and_gone_afterwards(
     assert changes == ([0] if seen[0] else [1, 0]) + [1, 0] * (measure.NEIGHBOUR_ROUNDS - 1)
 
 
+def test_a_benchmark_whose_saves_fail_fails(
+    config: Config, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measure, "MATMUL_SIZE", 8)
+    monkeypatch.setattr(measure, "measure_neighbour", lambda trainer: 1.0)  # takes seconds
+    monkeypatch.setattr(measure, "KERNEL_SECONDS", 0.0)
+    config = replace(config, training=TrainingConfig(batch_size=8, n_critic=1))
+    figures = measure.measure_training(config, runtime, 10)
+    assert figures["checkpoint_stall_share"] > 0
+    assert capsys.readouterr().err == "step 13: saved\n"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, hard))  # a longer file, as a checkpoint is, cannot be written
+    try:
+        with pytest.raises(TrainingFailed, match=r"checkpoints can't be written: .*File too large"):
+            measure.measure_training(config, runtime, 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_benchmark_measures_what_it_says(world_size: int, mnist_dataset: Dataset, tmp_path: Path) -> None:
@@ -92,6 +113,7 @@ def test_the_benchmark_measures_what_it_says(world_size: int, mnist_dataset: Dat
     settings = ["--steps", "10", "--json", str(figures), "--data.root", str(mnist_dataset.folder.parent)]
     result = launch(ROOT / "tests/benchmarking/brief_benchmark.py", [*SMALL, *settings], world_size)
     assert result.returncode == 0, result.stderr[-3000:]
+    assert "failed" not in result.stderr
     found = json.loads(figures.read_text())
     assert found == json.loads(result.stdout), "what is printed"
     kernels = found.pop("kernels")

@@ -111,20 +111,19 @@ class Watched:
                 peak = next((line for line in status.splitlines() if line.startswith("VmHWM")), None)
                 if peak is not None:  # else it is a zombie
                     before = self._peaks.get(process.pid)
-                    role = before[0] if before else f"{role_of(process, root)} (process {len(self._peaks) + 1})"
+                    role = before[0] if before else f"{role_of(process)} (process {len(self._peaks) + 1})"
                     self._peaks[process.pid] = role, int(peak.split()[1])
             except (OSError, psutil.Error):
                 continue
 
 
-def role_of(process: psutil.Process, root: psutil.Process) -> str:
-    """The script that a process runs; whether it launches that, or is one that such a process has forked."""
+def role_of(process: psutil.Process) -> str:
+    """The script that a process runs; whether it launches that, or reads data for it."""
     arguments = process.cmdline()
+    if "pipeline.data.workers" in "".join(arguments[2:3]):
+        return "data worker"
     script = next((Path(text).name for text in arguments[1:] if text.endswith(".py")), " ".join(arguments[1:3]))
-    parent = process.parent()
-    if process.pid == root.pid:
-        return f"launcher of {script}" if "accelerate.commands.launch" in arguments else script
-    return f"worker of {script}" if parent is not None and parent.cmdline() == arguments else script
+    return f"launcher of {script}" if "accelerate.commands.launch" in arguments else script
 
 
 def train(given: Namespace, dataset: Path, runs: Path, steps: int) -> Watched:

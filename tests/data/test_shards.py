@@ -25,7 +25,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from pipeline.data import DataError, Dataset
 from pipeline.data.manifest import Reading, Shard
 from pipeline.data.resident import load_split
-from pipeline.data.shards import decode, mirrored, parse_shard, read_shard, write_shard
+from pipeline.data.shards import copy_mirrored, decode, parse_shard, read_shard, write_shard
 from tests.data.numbered import image_numbers, numbered_dataset, numbered_images
 from tests.trap import Trap
 
@@ -386,8 +386,33 @@ def test_a_shard_that_the_manifest_belies_is_refused(tmp_path: Path) -> None:
 
 def test_mirrored_images_are_reversed_in_both_axes() -> None:
     images = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3)
-    assert mirrored(images)[0].tolist() == [[[5, 4, 3], [2, 1, 0]], [[11, 10, 9], [8, 7, 6]]]
-    assert np.array_equal(mirrored(mirrored(images)), images)
+    mirrored = np.empty_like(images)
+    copy_mirrored(images, mirrored)
+    assert mirrored[0].tolist() == [[[5, 4, 3], [2, 1, 0]], [[11, 10, 9], [8, 7, 6]]]
+    # Planes of 1, 2, 4 and 8 bytes and of multiples of them; out of memory that is read only, into every second place.
+    for height, width in [(1, 1), (3, 5), (2, 5), (6, 6), (2, 4), (28, 28)]:
+        stored = np.random.default_rng(0).integers(0, 256, (4, 2, 3, height, width), dtype=np.uint8)
+        given = np.frombuffer(b"." + stored.tobytes(), np.uint8, offset=1).reshape(stored.shape)
+        places = np.full((4, 4, 3, height, width), 7, np.uint8)
+        copy_mirrored(given, places[:, ::2])
+        assert np.array_equal(places[:, ::2], stored[:, :, :, ::-1, ::-1])
+        assert (places[:, 1::2] == 7).all()
+
+
+def test_a_shard_is_read_by_its_own_headers_whatever_was_read_before() -> None:
+    one, other = npy(numbered_images(0, 3)), npy(numbered_images(0, 90))
+    first, second, renamed = (
+        tar({f"{key}.images.npy": block for key, block in blocks.items()})
+        for blocks in ({"a": one, "b": other}, {"a": other, "b": one}, {"c": one, "d": other})
+    )
+    assert len(first) == len(second) == len(renamed)
+    expected = {first: [*range(3), *range(90)], second: [*range(90), *range(3)], renamed: [*range(3), *range(90)]}
+    for content in (first, second, renamed, first, first, renamed, second):
+        images = parse_shard(content, "x").images
+        assert isinstance(images, np.ndarray)
+        assert image_numbers(images).tolist() == expected[content]
+    with pytest.raises(DataError, match="overwritten"):  # its layout is known, but for a byte behind the members
+        parse_shard(first[:-1] + b"\1", "x")
 
 
 def encoded(mode: str, size: tuple[int, int], format: str = "PNG") -> memoryview:

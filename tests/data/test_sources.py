@@ -150,10 +150,14 @@ def test_a_manifest_is_read_without_torch(module: str) -> None:
 
 
 @pytest.mark.slow
-def test_sources_need_no_torchvision() -> None:
-    modules = "pipeline.data.prepare, pipeline.data.resident, pipeline.data.streaming"
-    code = f"import sys, {modules}; print('torchvision' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).stdout == b"False\n"
+def test_sources_import_neither_torchvision_nor_what_trains() -> None:
+    """Each data worker imports what streaming needs."""
+    modules = "pipeline.data.prepare, pipeline.data.resident, pipeline.data.streaming, pipeline.data.workers"
+    heavy = "{'torchvision', 'accelerate', 'pipeline.training', 'pipeline.models', 'matplotlib', 'torchmetrics'}"
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys, {modules}; print({heavy} & set(sys.modules))"], capture_output=True
+    )
+    assert (result.stdout, result.stderr) == (b"set()\n", b"")
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path: Path) -> None:

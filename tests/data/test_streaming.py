@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,13 +27,14 @@ from webdataset import TarWriter
 from pipeline.config import Config, DataConfig, TrainingConfig
 from pipeline.data import DataError, Dataset, check_source, load_dataset, locations, open_source, streaming
 from pipeline.data.manifest import Shard
-from pipeline.data.prepare import index_shards
+from pipeline.data.prepare import index_shards, prepare_npz
 from pipeline.data.shards import Samples, read_shard
 from pipeline.data.streaming import StreamingSource, pieces
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
 from tests.data.numbered import image_numbers, numbered_dataset
 from tests.data.test_prepare import serving
+from tests.jobs import TIMEOUT_SECONDS, environment
 
 COUNTS = [1, 900, 17, 250, 3, 444, 120]
 TOTAL = sum(COUNTS)
@@ -109,12 +110,14 @@ def test_every_sample_comes_once_an_epoch(tmp_path: Path, lanes: int) -> None:
     assert tuple(range(TOTAL)) not in orders
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # fewer cores
 @pytest.mark.parametrize(
     ("lanes", "workers"), [(4, 0), (4, 1), (8, 1), (8, 2), (12, 0), (12, 1), (12, 3), (24, 1), (24, 3)]
 )
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_global_batches_are_the_same_in_all_settings(tmp_path: Path, lanes: int, workers: int, world_size: int) -> None:
+def test_global_batches_are_the_same_in_all_settings(
+    tmp_path: Path, lanes: int, workers: int, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "read_in_workers", lambda shares: zip(*shares, strict=True))  # without processes
     dataset = numbered_dataset(tmp_path, COUNTS)
     count = 2 * TOTAL // 24 + 5
     expected = numbers(make_source(dataset, lanes=lanes), 0, count)
@@ -177,8 +180,7 @@ def test_order_depends_on_seed_and_epoch_alone(tmp_path: Path) -> None:
     assert (lane.diff().abs() == 1).float().mean() < 0.02
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_the_global_rngs_are_left_alone(tmp_path: Path, workers: int) -> None:
+def test_the_global_rngs_are_left_alone(tmp_path: Path) -> None:
     dataset = numbered_dataset(tmp_path, COUNTS)
     torch.manual_seed(5)
     np.random.seed(5)
@@ -187,7 +189,7 @@ def test_the_global_rngs_are_left_alone(tmp_path: Path, workers: int) -> None:
     torch.manual_seed(5)
     np.random.seed(5)
     random.seed(5)
-    numbers(make_source(dataset, workers=workers), 3, 5)
+    numbers(make_source(dataset), 3, 5)
     assert (torch.rand(2).tolist(), np.random.rand(), random.random()) == expected
 
 
@@ -259,8 +261,10 @@ def damage(path: Path, kind: str) -> None:
         path.unlink()
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-@pytest.mark.parametrize("kind", ["flipped bit", "cut", "replaced", "deleted"])
+@pytest.mark.parametrize(
+    ("workers", "kind"),
+    [(0, "flipped bit"), (0, "cut"), (0, "replaced"), (0, "deleted"), pytest.param(1, "cut", marks=pytest.mark.slow)],
+)
 def test_a_damaged_shard_is_named_before_its_images_are_used(tmp_path: Path, workers: int, kind: str) -> None:
     dataset = numbered_dataset(tmp_path, [300] * 6)
     damage(dataset.folder / "train-3.tar", kind)
@@ -283,13 +287,10 @@ def test_single_image_shards_stream(tmp_path: Path) -> None:
                 writer.write({"__key__": f"{number:03d}", "png": buffer.getvalue(), "cls": str(number).encode()})
     dataset = index_shards(tmp_path / "data", "photos", {"train": [str(tmp_path / "s{0..3}.tar")]})
     assert (dataset.image_shape, dataset.num_classes, dataset.num_images("train")) == ((3, 3, 5), 37, 37)
-    for workers in (0, 1):
-        source = make_source(dataset, lanes=1, workers=workers, batch_size=37, seed=4)
-        stream = source.batches(0)
-        for images, labels in islice(stream, 3):
-            assert labels.sort().values.tolist() == list(range(37))
-            assert np.array_equal(images.flip(2, 3).numpy(), colours[labels.numpy()].transpose(0, 3, 1, 2))
-        stream.close()  # type: ignore[attr-defined]
+    stream = make_source(dataset, lanes=1, batch_size=37, seed=4).batches(0)
+    for images, labels in islice(stream, 3):
+        assert labels.sort().values.tolist() == list(range(37))
+        assert np.array_equal(images.flip(2, 3).numpy(), colours[labels.numpy()].transpose(0, 3, 1, 2))
 
 
 class Once(dict[str, str]):
@@ -299,8 +300,7 @@ class Once(dict[str, str]):
         return self.pop(name, otherwise)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_faulty_server_gives_the_same_batches(tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_faulty_server_gives_the_same_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers of 503, bodies that end early and ones that never end are asked for again."""
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(locations, "TIMEOUT_SECONDS", 0.3)
@@ -312,7 +312,7 @@ def test_a_faulty_server_gives_the_same_batches(tmp_path: Path, workers: int, mo
         faults = ("503", "cut", "stalled", "", "503", "cut", "")
         faulty = Once({f"numbers/train-{number}.tar": fault for number, fault in enumerate(faults)})
         mirror.failing = faulty
-        assert torch.equal(numbers(make_source(remote, workers=workers), 0, TOTAL // 24), expected)
+        assert torch.equal(numbers(make_source(remote), 0, TOTAL // 24), expected)
         assert not faulty
         for number, fault in enumerate(faults):
             asked = mirror.requests.count(f"numbers/train-{number}.tar")
@@ -320,70 +320,91 @@ def test_a_faulty_server_gives_the_same_batches(tmp_path: Path, workers: int, mo
 
 
 def children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    """All processes below this one: a source starts one, which forks the workers."""
+    below = psutil.Process().children(recursive=True)
+    return [child for child in below if child.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_workers_end_with_the_iterator(tmp_path: Path) -> None:
-    source = make_source(numbered_dataset(tmp_path, COUNTS), workers=2)
-    before = children()
-    streams = [source.batches(0), source.batches(7)]
-    for stream in streams:
-        next(stream)
-    assert len(children()) == len(before) + 4
-    streams[0].close()  # type: ignore[attr-defined]
-    assert len(children()) == len(before) + 2
-    del streams, stream
-    assert len(children()) == len(before)
-
-
-def test_workers_that_never_start_are_forked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPython before 3.12 leaves a child so when a thread of C++ enters Python during the fork."""
-    monkeypatch.setattr("pipeline.data.workers.START_SECONDS", 0.5)
+@pytest.mark.slow
+def test_workers_read_the_same_batches_whatever_signals_come_until_the_iterator_ends(tmp_path: Path) -> None:
     dataset = numbered_dataset(tmp_path, COUNTS)
-    expected, before, left = numbers(make_source(dataset), 0, 100), children(), multiprocessing.Value("i", 2)
-
-    def stand_still() -> None:
-        with left.get_lock():
-            left.value -= 1
-            stands = left.value >= 0
-        while stands:
-            signal.pause()
-
-    os.register_at_fork(after_in_child=stand_still)
-    stream = make_source(dataset, workers=2).batches(0)
-    found = np.stack([stored_numbers(images) for images, _ in islice(stream, 100)])
-    assert np.array_equal(found, expected.numpy())
-    assert left.value <= -2, "two stood still, two were forked in their place"
-    assert len(children()) == len(before) + 2
-    stream.close()  # type: ignore[attr-defined]
-    assert len(children()) == len(before)
-
-
-def test_workers_survive_signals_to_all_processes(tmp_path: Path) -> None:
-    dataset = numbered_dataset(tmp_path, COUNTS)
-    expected = numbers(make_source(dataset), 0, 500)
-    before = children()
-    stream = make_source(dataset, workers=1).batches(0)
+    expected, before = numbers(make_source(dataset, lanes=12), 31, 500), children()
+    stream = make_source(dataset, lanes=12, workers=2).batches(31)
     rows = [next(stream)]
-    (worker,) = set(children()) - set(before)
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        worker.send_signal(number)
-    # SIGTERM comes from the launcher or Slurm, not from the parent, whose word alone counts.
-    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    workers = set(children()) - set(before)
+    assert len(workers) == 3
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM):
+        for worker in workers:
+            worker.send_signal(number)
     rows += islice(stream, 499)
-    found = np.stack([stored_numbers(images) for images, _ in rows])
-    assert np.array_equal(found, expected.numpy())
-    assert worker.is_running()
+    assert np.array_equal(np.stack([stored_numbers(images) for images, _ in rows]), expected.numpy())
+    assert all(torch.equal(labels, torch.from_numpy(stored_numbers(images) % 10)) for images, labels in rows)
+    assert set(children()) - set(before) == workers
     stream.close()  # type: ignore[attr-defined]
-    assert not worker.is_running()
+    assert children() == before
 
 
-PROGRAM = """
+@pytest.mark.slow
+def test_a_worker_that_is_killed_ends_the_stream_with_one_line(tmp_path: Path) -> None:
+    before = children()
+    stream = make_source(numbered_dataset(tmp_path, COUNTS), workers=2).batches(0)
+    next(stream)
+    (starter,) = set(psutil.Process().children()) - set(before)
+    starter.children()[1].kill()
+    with pytest.raises(UserError, match=r"^a data worker has ended, for lack of memory or .*: data\.workers 0 reads"):
+        list(stream)
+    assert children() == before
+
+
+def test_workers_that_cannot_be_started_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    stream = make_source(numbered_dataset(tmp_path, COUNTS), workers=2).batches(0)
+    with pytest.raises(UserError, match=r"^data workers cannot be started \(.*No such file.*\): data\.workers 0 reads"):
+        next(stream)
+
+
+def can_mount() -> bool:
+    return subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0
+
+
+BATCHES = """
 import sys, torch
 from pipeline.data import load_dataset
 from pipeline.data.streaming import StreamingSource
 from pipeline.distributed.collectives import Ranks
-source = StreamingSource(load_dataset(sys.argv[1]), lanes=4, workers=2, batch_size=24, seed=0, ranks=Ranks(),
+source = StreamingSource(load_dataset(sys.argv[1]), lanes=8, workers=1, batch_size=64, seed=0, ranks=Ranks(),
+                         device=torch.device("cpu"))
+total = torch.zeros(28, 28, dtype=torch.int64)
+for number, batch in zip(range(1, 201), source.batches(0)):
+    total += number * batch.images.sum((0, 1))
+print(total.tolist())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("unshare") is None or not can_mount(), reason="no mount namespaces here")
+def test_workers_need_no_shared_memory(tmp_path: Path) -> None:
+    """Containers have a /dev/shm of 64 MB; here it has one, less than one chunk."""
+    images = np.random.default_rng(0).integers(0, 256, (600, 28, 28), dtype=np.uint8)
+    np.savez(tmp_path / "noise.npz", images=images)
+    dataset = prepare_npz(tmp_path, "noise", {"train": tmp_path / "noise.npz"})
+    batches = make_source(dataset, lanes=8, batch_size=64).batches(0)
+    expected = torch.zeros(28, 28, dtype=torch.int64)
+    for number, batch in zip(range(1, 201), batches, strict=False):
+        expected += number * batch.images.sum((0, 1))
+    mounted = 'mount -t tmpfs -o size=1m none /dev/shm && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", mounted, "sh", sys.executable, "-c", BATCHES, str(dataset.folder)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=environment())
+    assert (result.stdout, result.stderr) == (f"{expected.tolist()}\n", "")
+
+
+PROGRAM = """
+import multiprocessing, sys, torch
+from pipeline.data import load_dataset
+from pipeline.data.streaming import StreamingSource
+from pipeline.distributed.collectives import Ranks
+multiprocessing.set_start_method(sys.argv[3])
+source = StreamingSource(load_dataset(sys.argv[1]), lanes=4, workers=1, batch_size=24, seed=0, ranks=Ranks(),
                          device=torch.device("cpu"))
 stream = source.batches(0)
 next(stream)
@@ -396,23 +417,30 @@ if sys.argv[2] == "wait":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", ["exit", "raise", "kill"])
-def test_no_worker_outlives_its_process(tmp_path: Path, ending: str) -> None:
+@pytest.mark.parametrize(("ending", "start_method"), [("exit", "spawn"), ("raise", "forkserver"), ("wait", "fork")])
+def test_no_worker_outlives_its_process(tmp_path: Path, ending: str, start_method: str) -> None:
+    """A script without a `__main__` guard, which multiprocessing's `spawn` would run again in each worker."""
     dataset = numbered_dataset(tmp_path, COUNTS)
+    script = tmp_path / "script.py"
+    script.write_text(PROGRAM)
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(dataset.folder), "wait" if ending == "kill" else ending],
+        [sys.executable, str(script), str(dataset.folder), ending, start_method],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        env=environment(),
     )
     with process:
         assert process.stdout is not None
+        assert process.stderr is not None
         assert process.stdout.readline() == b"started\n"
-        if ending == "kill":
-            assert len(psutil.Process(process.pid).children()) == 2
+        if ending == "wait":
+            assert len(psutil.Process(process.pid).children(recursive=True)) == 2
             process.kill()
-        assert process.wait(timeout=60) == {"exit": 0, "raise": 1, "kill": -signal.SIGKILL}[ending]
+        assert process.wait(timeout=60) == {"exit": 0, "raise": 1, "wait": -signal.SIGKILL}[ending]
+        errors = process.stderr.read().decode()
+    assert errors.endswith("SystemError: lost\n") if ending == "raise" else not errors
     deadline = time.monotonic() + 30
     while group := [each.pid for each in psutil.process_iter() if each.is_running() and in_session(each, process.pid)]:
         assert time.monotonic() < deadline, group
