@@ -9,11 +9,7 @@ import yaml
 
 from pipeline.config import (
     Config,
-    DataConfig,
-    EvaluationConfig,
-    RunConfig,
     RuntimeConfig,
-    TrainingConfig,
     captures_steps,
     flatten,
     make_parser,
@@ -21,7 +17,7 @@ from pipeline.config import (
     to_yaml,
 )
 from pipeline.errors import UserError
-from tests.jobs import ROOT, launch
+from tests.jobs import ROOT, changed, launch
 
 
 def from_arguments(*arguments: str) -> Config:
@@ -122,13 +118,15 @@ def test_what_is_no_file_of_settings_is_refused_by_its_name(content: bytes, mess
         ("run", {"profile": "0:4"}, "run.profile is '0:4': give FROM:TO"),
         ("run", {"profile": "5:4"}, "run.profile is '5:4': give FROM:TO"),
         ("run", {"profile": "40000:40001"}, "run.profile is '40000:40001': give FROM:TO"),
+        ("runtime", {"timeout_seconds": 0}, "runtime.timeout_seconds is 0: it must be at least 1"),
+        ("runtime", {"timeout_seconds": -1}, "runtime.timeout_seconds is -1: it must be at least 1"),
+        ("runtime", {"timeout_seconds": 10**14}, f"runtime.timeout_seconds is {10**14}: it must be at most 1000000"),
         ("data", {"source": "streaming", "lanes": 7}, "data.lanes 7 does not divide training.batch_size 64"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(section: str, changes: dict[str, object], message: str) -> None:
-    kinds = {"training": TrainingConfig, "run": RunConfig, "data": DataConfig, "evaluation": EvaluationConfig}
     with pytest.raises(UserError, match=message):
-        Config(**{section: kinds[section](**changes)})
+        changed(Config(), **{section: changes})
 
 
 @pytest.mark.parametrize(
@@ -137,6 +135,7 @@ def test_values_out_of_range_are_refused_by_name(section: str, changes: dict[str
         (["--training.n_critics", "3"], "--training.n_critics"),
         (["--training.n_critic", "many"], 'key "training.n_critic"'),
         (["--training.critic_updates", "both"], 'key "training.critic_updates"'),
+        (["--runtime.timeout_seconds", "nan"], 'key "runtime.timeout_seconds"'),
     ],
 )
 def test_unknown_keys_and_wrong_types_are_refused_by_name(

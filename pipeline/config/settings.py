@@ -250,7 +250,7 @@ class RuntimeConfig:
     """Processes and hardware."""
 
     device: Literal["auto", "cpu", "cuda"] = knob("auto", free=True)
-    """auto: CUDA where it is available."""
+    """auto: CUDA where it is available, unless accelerate's configuration says use_cpu."""
     precision: Literal["float32", "tf32", "float64", "bf16", "fp16"] = knob("float32")
     """Arithmetic of convolutions and matrix products, over float32 weights: tf32 (CUDA; elsewhere float32), bf16, fp16
     (CUDA; with loss scaling). float64 is all of it, for tests of exactness."""
@@ -263,8 +263,8 @@ class RuntimeConfig:
     """Gone; configurations of before hold `false`."""
     threads: int | None = knob(None, low=1, high=1024, free=True)
     """Threads of one rank on a CPU; null: this machine's cores shared among its ranks."""
-    timeout_seconds: int = knob(600, low=1, free=True)
-    """Longest wait for another rank before a rank gives up."""
+    timeout_seconds: int = knob(600, low=1, high=1_000_000, free=True)
+    """Longest wait for another rank, as the ranks meet and later, before a rank gives up."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -89,6 +88,10 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
     try:
         rank, world_size = told("RANK", 0), told("WORLD_SIZE", 1)
+        for name, limit in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+            if told(name, 0) >= told(limit, 1):
+                text = f"the environment variable {name} is {told(name, 0)}, but {limit} is {told(limit, 1)}"
+                raise LocalError(f"{text}: a launcher sets both, unset them for a process alone")
         with _ending_at_second_interrupt():
             try:
                 code = main() or 0
@@ -177,26 +180,25 @@ def _say(line: str, rank: int = 0) -> None:
 def end_with_launcher() -> None:
     """Has the kernel send this process SIGTERM when its launcher dies: with one process `accelerate launch` hands on no
     signal, and one that is killed leaves its ranks behind, which would train on and hold the run's lock."""
-    if _launcher():
+    names = {Path(argument).name for argument in _parents_command()}
+    if launch_arguments() is not None or names & {"torchrun", "torch.distributed.run"}:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _launcher() -> list[str]:
-    """The command line of the parent process where it is `accelerate launch` or torchrun; otherwise empty."""
+def launch_arguments() -> list[str] | None:
+    """The arguments of the `accelerate launch` that started this process; None if something else did."""
+    arguments = _parents_command()
+    for place, argument in enumerate(arguments, 1):
+        name = Path(argument).name
+        if name in ("accelerate-launch", "accelerate.commands.launch"):
+            return arguments[place:]
+        if name in ("accelerate", "accelerate.commands.accelerate_cli") and arguments[place : place + 1] == ["launch"]:
+            return arguments[place + 1 :]
+    return None
+
+
+def _parents_command() -> list[str]:
     try:
-        arguments = psutil.Process().parent().cmdline()  # type: ignore[union-attr]
+        return psutil.Process().parent().cmdline()  # type: ignore[union-attr]
     except (psutil.Error, AttributeError):
         return []
-    # python .../accelerate launch, accelerate-launch or python -m accelerate.commands.launch
-    program = " ".join(arguments[:4])
-    return arguments if "torchrun" in program or ("accelerate" in program and "launch" in program) else []
-
-
-def processes_asked_for() -> int:
-    """What `accelerate launch --num_processes` was given: with --cpu it starts one process whatever that says."""
-    arguments = [*_launcher(), ""]
-    for argument, following in pairwise(arguments):
-        name, _, value = argument.replace("-", "_").partition("=")
-        if name == "__num_processes":
-            return int(value or following)
-    return 1

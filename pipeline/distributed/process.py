@@ -16,19 +16,19 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 from pipeline.compat import leave_buffers_alone, settle_buckets, stop_timing
 from pipeline.config import RuntimeConfig, captures_steps, check_device
+from pipeline.distributed import accelerate_settings
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.cpu import give_back_freed_memory, use_cpu
-from pipeline.distributed.launcher import processes_asked_for, told
+from pipeline.distributed.launcher import told
+from pipeline.distributed.rendezvous import join_process_group
 from pipeline.distributed.slurm import JobComment
 from pipeline.distributed.spinning import sharing_the_cores
 from pipeline.distributed.stopping import StopRequest
-from pipeline.errors import LocalError, UserError
+from pipeline.errors import UserError
 
 
 class Runtime:
@@ -43,33 +43,32 @@ class Runtime:
         self.cores = sorted(os.sched_getaffinity(0))
         """Of this machine, for its ranks to share on a CPU."""
         self.stop = StopRequest()
-        check_device(config, torch.cuda.is_available())
-        on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-        asked, world_size = processes_asked_for(), told("WORLD_SIZE", 1)
-        if asked not in (1, world_size):
-            fix = "add --multi_gpu (on CPUs too), or use a file of launch/accelerate/" if asked > 1 else "ask for some"
-            raise UserError(f"the launcher was told --num_processes {asked} but started {world_size}: {fix}")
+        has_cuda = torch.cuda.is_available() and not (config.device == "auto" and accelerate_settings.asks_for_cpu())
+        check_device(config, has_cuda)
+        on_cpu = config.device == "cpu" or not has_cuda
+        accelerate_settings.refuse_unfit()
+        world_size = told("WORLD_SIZE", 1)
         self.before_close = contextlib.ExitStack()
         """What has to end before the process group does: graphs that hold its collectives."""
         if on_cpu:
             use_cpu(self.cores, config.threads)
         timeout = timedelta(seconds=config.timeout_seconds)
-        if world_size > 1:
-            _join_process_group("gloo" if on_cpu else "nccl", timeout)
-        self.accelerator = Accelerator(
-            cpu=on_cpu,
-            mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
-            kwargs_handlers=[
-                # A network's gradients in one collective. At 25 MiB, the default, torch makes a first bucket of 1 MiB.
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=26)
-            ],
-        )
+        several = world_size > 1
+        self.ranks = self.stop.ranks = join_process_group("gloo" if on_cpu else "nccl", timeout) if several else Ranks()
+        with accelerate_settings.hidden(several):
+            self.accelerator = Accelerator(
+                cpu=on_cpu,
+                mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
+                kwargs_handlers=[
+                    # A network's gradients in one collective. At 25 MiB, the default, torch makes a first one of 1 MiB.
+                    DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=26)
+                ],
+            )
         if self.accelerator.num_processes != world_size:
             raise UserError(
                 f"WORLD_SIZE is {world_size} but accelerate runs {self.accelerator.num_processes} process(es): "
                 "start with a file of launch/accelerate/"
             )
-        self.ranks = self.stop.ranks = Ranks.of_job(timeout)
         self.device = torch.empty(0, device=self.accelerator.device).device
         """As tensors there name it: accelerate's `cpu:0` is not equal to their `cpu`, so `.to` would copy what is there
         already."""
@@ -79,10 +78,12 @@ class Runtime:
         # Bit-exact resume needs the same kernels every time.
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
-        self.captures = captures_steps(config, torch.cuda.is_available())
+        self.captures = captures_steps(config, has_cuda)
         self.capture_stream = torch.cuda.Stream() if self.captures else None  # type: ignore[no-untyped-call]
         """Where steps are captured: DDP is built, warmed up and captured on one stream."""
         self._comment = JobComment()
+        for line in accelerate_settings.unused(config):
+            self.say(line)
         self._watch = contextlib.ExitStack()
         if on_cpu and torch.get_num_threads() > 1:  # last: its thread would stay where what follows fails
             self._watch.enter_context(sharing_the_cores())
@@ -164,22 +165,3 @@ def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
     with torch.cuda.stream(stream):
         yield
     torch.cuda.current_stream().wait_stream(stream)
-
-
-def _join_process_group(backend: str, timeout: timedelta) -> None:
-    """The launcher's key-value store outlives the ranks that it restarts (`--max_restarts`): without a prefix of its
-    own, an attempt would read the addresses of dead ranks there."""
-    try:
-        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-        attempt = PrefixStore(f"attempt {told('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(backend, timeout=timeout, store=attempt, rank=rank, world_size=world_size)
-    except ValueError as error:
-        reason = str(error).rpartition(": ")[2]
-        raise UserError(f"WORLD_SIZE is {told('WORLD_SIZE', 1)}, but {reason}: start with a launcher") from None
-    except dist.DistError as error:  # its text has a page of C++ frames
-        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        reason = str(error).partition("\n")[0].partition(". Exception raised from")[0]
-        raise LocalError(
-            f"the ranks did not meet at {place} within runtime.timeout_seconds {timeout.seconds} ({reason}); "
-            "the launcher's main_process_ip must name a host that every rank reaches"
-        ) from None

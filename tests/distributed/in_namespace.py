@@ -12,6 +12,7 @@ from tests.distributed.network import DEVICE, address, enter
 if __name__ == "__main__":
     names, ranks_a_machine, script = sys.argv[1].split(","), int(sys.argv[2]), sys.argv[3]
     enter(names[int(os.environ["RANK"]) // ranks_a_machine])
-    os.environ |= {"MASTER_ADDR": address(0), "GLOO_SOCKET_IFNAME": DEVICE}
+    os.environ["MASTER_ADDR"] = address(0)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", DEVICE)
     sys.argv[:] = sys.argv[3:]
     runpy.run_path(script, run_name="__main__")

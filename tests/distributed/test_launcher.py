@@ -10,10 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import RuntimeConfig
-from pipeline.distributed import process
-from pipeline.errors import UserError
-from tests.jobs import ROOT, environment, flags, launch, process_kept, tiny_config
+from tests.jobs import ROOT, environment, flags, launch, tiny_config
 
 
 @pytest.mark.parametrize(
@@ -21,10 +18,14 @@ from tests.jobs import ROOT, environment, flags, launch, process_kept, tiny_conf
     [
         ({"WORLD_SIZE": "many"}, "the environment variable WORLD_SIZE is 'many', no number"),
         ({"RANK": "-1"}, "the environment variable RANK is '-1', no number"),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but environment variable RANK expected, but not set"),
+        ({"RANK": "1"}, "the environment variable RANK is 1, but WORLD_SIZE is 1"),
+        ({"WORLD_SIZE": "0"}, "the environment variable RANK is 0, but WORLD_SIZE is 0"),
+        ({"LOCAL_RANK": "3"}, "the environment variable LOCAL_RANK is 3, but LOCAL_WORLD_SIZE is 1"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set: start with a launcher"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "[rank 1] error: WORLD_SIZE is 2, but MASTER_ADDR is not set"),
         (
-            {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
-            "[rank 1] error: the ranks did not meet at 127.0.0.1:1 within runtime.timeout_seconds 1",
+            {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "65536"},
+            "[rank 1] error: the environment variable MASTER_PORT is 65536, no port",
         ),
     ],
 )
@@ -32,7 +33,7 @@ def test_what_no_launcher_says_is_one_line(variables: dict[str, str], line: str)
     config = tiny_config(runtime={"timeout_seconds": 1})
     result = launch(ROOT / "pipeline/train.py", flags(config), variables=variables)
     assert result.returncode == 2
-    assert line in result.stderr.splitlines()[-1]  # torch's own log may stand above it
+    assert line in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
 
 
@@ -121,7 +122,20 @@ def test_an_interrupt_at_the_interpreters_end_is_no_traceback() -> None:
     assert (result.returncode, result.stderr) == (-2, "")
 
 
-def test_a_launcher_of_no_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "processes_asked_for", lambda: 0)
-    with process_kept(), pytest.raises(UserError, match="was told --num_processes 0 but started 1: ask for some"):
-        process.Runtime(RuntimeConfig(device="cpu"))
+def test_the_launcher_is_known_by_the_command_of_the_parent_process(tmp_path: Path) -> None:
+    """Not by the names of folders on the way to it."""
+    parent = "import subprocess, sys\nsubprocess.run([sys.executable, '-c', sys.argv[-1]], check=True)"
+    child = "from pipeline.distributed.launcher import launch_arguments\nprint((launch_arguments() or [None])[:-1])"
+    folder = tmp_path / "accelerate launch"
+    folder.mkdir()
+    for name, arguments, expected in [
+        ("accelerate", ["launch", "--num_processes", "2"], "['--num_processes', '2']"),
+        ("accelerate", ["launch", "-m", "launch"], "['-m', 'launch']"),
+        ("accelerate-launch", ["--multi_gpu"], "['--multi_gpu']"),
+        ("accelerate", ["test"], "[]"),
+        ("other", ["--multi_gpu"], "[]"),
+    ]:
+        (folder / name).write_text(parent)
+        command = [sys.executable, str(folder / name), *arguments, child]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert result.stdout.strip() == expected, name

@@ -15,7 +15,7 @@ from pipeline.storage.checkpoint import find, newest_intact
 from pipeline.storage.run_folder import RunFolder
 from tests.distributed.interrupting import LIMIT_SECONDS, assert_same_end, interruptible, wait_for_step
 from tests.distributed.network import Network
-from tests.jobs import ROOT, changed, flags, launch
+from tests.jobs import ROOT, changed, flags, launch, tiny_config
 from tests.ranks import Job
 
 IN_NAMESPACE, TRAIN = ROOT / "tests/distributed/in_namespace.py", ROOT / "pipeline/train.py"
@@ -85,3 +85,33 @@ def test_a_partition_ends_all_ranks_names_who_is_missed_and_the_run_goes_on(
     assert result.returncode == 0, result.stderr[-3000:]
     assert f"going on from {find(RunFolder(run), saved.step).folder}" in result.stderr
     assert_same_end(whole[2], run, STEPS)
+
+
+def test_ranks_that_meet_but_do_not_reach_each_other_say_so_at_the_limit(tmp_path: Path) -> None:
+    """Each offers the others the address of its own loopback device, as a machine does whose name stands beside
+    127.0.1.1 in /etc/hosts."""
+    config = tiny_config(run={"root": str(tmp_path)}, runtime={"timeout_seconds": 3})
+    with network() as machines:
+        result = launch(IN_NAMESPACE, arguments(machines, config, 1), 2, variables={"GLOO_SOCKET_IFNAME": "lo"})
+    assert result.returncode == 2
+    line = (
+        r"\[rank \d\] error: the ranks have met but do not reach each other within runtime.timeout_seconds 3 \(.+\); "
+    )
+    lines = result.stderr.splitlines()[1:]  # after the one that says what is trained
+    assert 1 <= len(lines) <= 2, result.stderr
+    assert all(re.match(line + "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME must name", told) for told in lines), lines
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_first_machine_that_does_not_answer_is_a_line_of_each_rank_at_the_limit(tmp_path: Path) -> None:
+    config = tiny_config(run={"root": str(tmp_path)}, runtime={"timeout_seconds": 2})
+    with network() as machines:
+        machines.cut(0)
+        result = launch(IN_NAMESPACE, arguments(machines, config, 1), 2)
+    assert result.returncode == 2
+    line = r"\[rank {}\] error: the ranks did not meet at 10.77.0.1:\d+ within runtime.timeout_seconds 2 \({}\); .*"
+    lines = sorted(result.stderr.splitlines()[1:])
+    assert re.fullmatch(line.format(0, r"rank\(s\) 1 of 2 did not come"), lines[0]), result.stderr
+    assert re.fullmatch(line.format(1, "timed out"), lines[1]), result.stderr
+    assert len(lines) == 2
+    assert not list(tmp_path.iterdir())
