@@ -35,7 +35,7 @@ from tests.jobs import ROOT, launch
 
 MAKERS: dict[str, Callable[[], FeatureMetric]] = {
     "fid": lambda: FrechetDistance(WIDTH),
-    "fid_infinite": lambda: ExtrapolatedFrechetDistance(WIDTH, keep=150),
+    "fid_infinite": lambda: ExtrapolatedFrechetDistance(WIDTH, keep=200),
     "inception_score": lambda: InceptionScore(WIDTH, keep=150),
     "kid": lambda: KernelDistance(WIDTH, keep=150),
     "manifold": lambda: ManifoldScores(WIDTH, keep=150),
