@@ -60,7 +60,8 @@ def evaluate_images(
         interrupted: asked before each batch and between scores whether to give up; ranks may disagree for a while.
 
     Returns on every rank, for each extractor's name:
-        "fid", "fid_floor" (null without another split), "fid_interval" [low, high], "fid_infinite", "is_mean",
+        "fid", "fid_floor" (null without another split), "fid_interval" [low, high] (95 %, for the mean FID of as many
+        images of this generator, not of infinitely many), "fid_infinite" (null with too few images), "is_mean",
         "is_std", "kid_mean", "kid_std", "precision", "recall", "density", "coverage", "sliced_wasserstein" and its
         "..._floor", "authenticity" among the training images and "authenticity_real", that of other real ones;
         where the logits stand for the dataset's classes also "class_histogram" and "class_histogram_real" (share of

@@ -51,7 +51,8 @@ def test_report_says_everything_verdict_first(run: Path) -> None:
     # The verdict: 45.2 / 0.904 = 50; the interval is 45.2 * 2950 / 3000 to 45.2 * 3050 / 3000.
     for words in (
         "finished, 3,000 steps",
-        "45.2 10,000 images · 95% interval 44.4 to 46.0 · floor 0.904 · 43.7 with infinitely many images",
+        "45.2 10,000 images · 95% interval for the mean FID of as many images: 44.4 to 46.0 · floor 0.904 · 43.7 with "
+        "infinitely many images",
         "That is 50 times the floor of 0.904, which 10,000 real test images score against the same real train images: "
         "a wide gap between generated and real images.",
         "Best FID 45.2 the last",
@@ -73,8 +74,8 @@ def test_report_says_everything_verdict_first(run: Path) -> None:
         "GAN-train 87.6% of 10,000 images",
         "In the last evaluation 15.0% of the distance lies between seen and unseen images (standard error 2.1%). "
         "N = 2,000 training, 1,995 test, 1,990 generated images.",
-        "Distance to the real images: lower is better. Dashed: the floor, real against real. N = 10,000 generated, "
-        "60,000 real.",
+        "Distance to the real images: lower is better. Band: 95% interval for the mean FID of as many images. "
+        "Dashed: the floor, real against real. N = 10,000 generated, 60,000 real.",
         "Confident and varied classes: higher is better. N = 10,000 generated.",
         "unbiased: lower is better. N = 10,000 generated, 50,000 real.",
         "how many real images the samples reach. k = 3. N = 10,000 generated, 10,000 real.",
