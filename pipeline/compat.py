@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
-    from torch.distributed import Store
+    from torch.distributed.distributed_c10d import Store
 
 
 def run_exit_functions() -> None:

@@ -45,14 +45,14 @@ def main() -> None:
 
 
 def prepare(given: Namespace) -> Dataset:
-    sizes = ShardSizes(*(vars(given).get(name, default) for name, default in ShardSizes()._asdict().items()))
+    sizes = ShardSizes(**{name: vars(given).get(name, default) for name, default in ShardSizes()._asdict().items()})
     if given.command in KNOWN:
         return prepare_known(given.command, given.root, given.source, sizes)
     Image.MAX_IMAGE_PIXELS = given.max_pixels
     paths = {split: path for split in ("train", "test") if (path := getattr(given, split))}
     place, own = (given.root, given.name, paths), {"crop": given.crop, "size": given.size, "kind": given.kind}
     if given.command == "shards":
-        return index_shards(*place, **own, **shard_options(given))
+        return index_shards(*place, **(own | shard_options(given)))
     return (prepare_folder if given.command == "folder" else prepare_npz)(*place, sizes, **own)
 
 

@@ -150,7 +150,9 @@ class InputStream:
         if config.training.diff_augment:
             numbers["critic_augmentation"] = count, 2, batches[1], rng.AUGMENTATION_DRAWS
             numbers["generator_augmentation"] = batches[1], rng.AUGMENTATION_DRAWS
-        rates = {"critic_rates": (count,), "generator_rates": (1,), "ema_weights": (1,)} if self._captured else {}
+        rates: dict[str, tuple[int, ...]] = {}
+        if self._captured:
+            rates = {"critic_rates": (count,), "generator_rates": (1,), "ema_weights": (1,)}
         classes = {"critic_labels": batches, "generator_labels": batches[1:]}
         return _Buffers(
             _Packed(numbers, torch.float32, weight.device, weight.dtype),

@@ -160,9 +160,8 @@ class Step:
         self, images: Iterable[Tensor], labels: Tensor, draws: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields the generator's loss on each micro-batch of its images."""
-        # `images` first: asked once more than there are micro-batches, it does what is left after the last backward
-        # pass.
-        for pixels, classes, draw in zip(images, self.split(labels), self.split(draws), strict=True):
+        # `images` first: asked once more than there are micro-batches, it ends what the last backward pass has left.
+        for pixels, classes, draw in zip(images, labels.chunk(self.micro_batches), self.split(draws), strict=True):
             scores, logits = self.state.critic(pixels if draw is None else self.augmented(pixels, draw))
             loss = with_class_loss(self.objective.generator_loss(scores), logits, classes)
             yield loss, loss.detach()

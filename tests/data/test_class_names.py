@@ -12,6 +12,7 @@ from pipeline.data.class_names import class_asked_for, classes_of, labels_of
 from pipeline.data.images import Split, open_images
 from pipeline.data.prepare import prepare_folder
 from pipeline.data.prepare.commit import ShardSizes, commit, preparing, write_shards
+from pipeline.data.remarks import Remarks
 from pipeline.data.resident import load_split
 from pipeline.errors import UserError
 from tests.data.test_prepare import grey_folder, run, save, snapshot
@@ -131,11 +132,11 @@ def test_classes_with_numbers_for_names_are_in_numeric_order(tmp_path: Path) -> 
         pixels = {label: int(image[0, 0, 0]) for label, image in zip(labels.tolist(), images, strict=True)}
         assert pixels == dict(enumerate(values))
     (test / "10 ").rename(test / "10\u200b")
-    scored = open_images(test, dataset).labels
+    scored = open_images(test, dataset, Remarks()).labels
     assert scored is not None
     assert scored.tolist() == [0, 2, 3, 1], "in the order of the files' paths"
     (test / "1").rename(test / "one")
-    assert open_images(test, dataset).labels is None
+    assert open_images(test, dataset, Remarks()).labels is None
 
 
 def test_folders_whose_names_look_the_same_are_one_class_and_that_is_said(tmp_path: Path) -> None:
@@ -167,7 +168,7 @@ def test_a_dataset_of_before_keeps_the_order_of_its_classes(tmp_path: Path) -> N
     assert load_dataset(before.folder).class_names == tuple(names)
     assert prepare_folder(root, "numbers", {"train": source}).class_names == tuple(names)
     assert snapshot(before.folder) == files
-    labels = open_images(source, before).labels
+    labels = open_images(source, before, Remarks()).labels
     assert labels is not None
     assert labels.tolist() == (np.arange(24) // 2).tolist()
     assert prepare_folder(root, "again", {"train": source}).class_names == tuple(map(str, range(12)))

@@ -34,6 +34,7 @@ from pipeline.data.manifest import Reading
 from pipeline.data.npz import load_npz
 from pipeline.data.prepare import downloads, index_shards, prepare_folder, prepare_mnist, prepare_npz
 from pipeline.data.prepare.idx import MNIST as KNOWN_MNIST
+from pipeline.data.remarks import Remarks
 from pipeline.data.resident import load_split
 from pipeline.distributed.launcher import run_program
 from pipeline.errors import UserError
@@ -622,7 +623,7 @@ def test_an_npz_of_both_splits_as_keras_has_them(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"in\.npz has several arrays that may be the images: it holds .*'x_test' uint8"
     ):
-        open_images(tmp_path / "in.npz", dataset)  # to be scored: which of them?
+        open_images(tmp_path / "in.npz", dataset, Remarks())  # to be scored: which of them?
 
 
 def test_what_the_images_are_is_said_by_who_prepares_them(tmp_path: Path, mnist_dataset: Dataset) -> None:

@@ -66,8 +66,8 @@ def prepare_folder(
     check_name(name)
     remarks = Remarks()
     if list(paths) == ["train"] and len(inside := splits_in(paths["train"], remarks)) == 2:
-        folders = " and ".join(f"{path.name}/" for path in inside.values())
-        say(f"{paths['train']} holds {folders}: they are read as the splits train and test, not as classes")
+        named = " and ".join(f"{path.name}/" for path in inside.values())
+        say(f"{paths['train']} holds {named}: they are read as the splits train and test, not as classes")
         paths = inside
     listings = {split: list_images(path, remarks) for split, path in paths.items()}
     class_names = _folder_classes({paths[split]: folders for split, (_, folders) in listings.items()}, root / name)

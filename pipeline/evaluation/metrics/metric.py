@@ -72,8 +72,7 @@ class FeatureMetric(Metric):
         for state in (*self.fake.values(), *self.real.values()):
             state.gather(ranks)
 
-    # -- what torchmetrics does with states that it knows
-    # -----------------------------------------------------------------
+    # -- what torchmetrics does with states that it knows --------------------------------------------------------------
 
     @contextmanager
     def sync_context(self, *_: Any, should_sync: bool = True, **__: Any) -> Iterator[None]:
@@ -82,10 +81,9 @@ class FeatureMetric(Metric):
         if not should_sync or ranks.world_size == 1:
             yield
             return
-        everyone = self.clone()
-        everyone.merge(ranks)
         mine = self.fake, self.real
-        self.fake, self.real = everyone.fake, everyone.real
+        self.fake, self.real = copy.deepcopy(mine)
+        self.merge(ranks)
         try:
             yield
         finally:
