@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def prepare(given: Namespace) -> Dataset:
-    sizes = ShardSizes(**{name: vars(given).get(name, default) for name, default in ShardSizes()._asdict().items()})
+    sizes = ShardSizes(**{name: getattr(given, name, default) for name, default in ShardSizes()._asdict().items()})
     if given.command in KNOWN:
         return prepare_known(given.command, given.root, given.source, sizes)
     Image.MAX_IMAGE_PIXELS = given.max_pixels
