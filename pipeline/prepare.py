@@ -1,7 +1,5 @@
 """Prepares a dataset: a known one, a folder of images, an .npz file, or existing WebDataset shards."""
 
-from __future__ import annotations
-
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -45,12 +43,12 @@ def main() -> None:
 
 
 def prepare(given: Namespace) -> Dataset:
-    sizes = ShardSizes(**{name: getattr(given, name, default) for name, default in ShardSizes()._asdict().items()})
+    sizes = ShardSizes(*(getattr(given, name, 1) for name in ShardSizes._fields))  # shards stay as they are
     if given.command in KNOWN:
         return prepare_known(given.command, given.root, given.source, sizes)
     Image.MAX_IMAGE_PIXELS = given.max_pixels
     paths = {split: path for split in ("train", "test") if (path := getattr(given, split))}
-    place, own = (given.root, given.name, paths), {"crop": given.crop, "size": given.size, "kind": given.kind}
+    place, own = (given.root, given.name, paths), {name: vars(given)[name] for name in ("crop", "size", "kind")}
     if given.command == "shards":
         return index_shards(*place, **(own | shard_options(given)))
     return (prepare_folder if given.command == "folder" else prepare_npz)(*place, sizes, **own)

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import nn
-from torch.distributed.distributed_c10d import FileStore
 from tqdm import tqdm
 
 from pipeline import compat
@@ -26,7 +25,7 @@ from tests.jobs import ROOT, process_kept
 
 @pytest.fixture
 def wrapped(tmp_path: Path) -> Iterator[nn.parallel.DistributedDataParallel]:
-    store = FileStore(str(tmp_path / "store"), 1)
+    store = dist.FileStore(str(tmp_path / "store"), 1)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timedelta(seconds=60))
     try:
         network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))

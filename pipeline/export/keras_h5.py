@@ -147,8 +147,8 @@ def _layers_by_number(layers: Any) -> tuple[int, list[Layer]]:
     arrays = {name: dict(layer["vars"]) for name, layer in layers.items() if len(layer["vars"])}
     found: list[Layer] = []
     for group, (_, variables) in zip(GROUPS, MODULES, strict=True):
-        names: dict[int, str] = {number: str(name) for number, name in enumerate(variables)}
-        found.append((group, {names.get(int(key), key): array for key, array in arrays.pop(group, {}).items()}))
+        names: dict[str, str] = {str(number): str(name) for number, name in enumerate(variables)}
+        found.append((group, {str(names.get(key, key)): array for key, array in arrays.pop(group, {}).items()}))
     return len(layers), [*found, *arrays.items()]
 
 
