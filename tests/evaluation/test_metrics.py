@@ -192,6 +192,9 @@ def test_a_state_can_be_kept_and_is_that_of_all_ranks() -> None:
         mine.gather(Both(0, 2))
         for name, tensor in whole.state().items():
             torch.testing.assert_close(mine.state()[name], tensor, rtol=1e-12, atol=1e-12)
+    empty, others = Sample(WIDTH, 150), [[], ([], [], 0)]
+    empty.gather(Both(0, 2))
+    assert empty.first()[0].shape == (0, WIDTH), "of a side that no rank has images of"
     kept = Sample.of_state(mine_sample := _sample_of(rows), 150).first()
     assert all(
         torch.equal(one, other) for one, other in zip(kept, (mine_sample["rows"], mine_sample["indices"]), strict=True)

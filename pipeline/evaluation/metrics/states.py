@@ -149,7 +149,8 @@ class Sample:
     def gather(self, ranks: Ranks) -> None:
         if ranks.world_size == 1:
             return
-        self._drop_after(self._last_place(torch.cat([torch.cat(each) for each in ranks.gather(self._indices) if each])))
+        of_all = [indices for each in ranks.gather(self._indices) for indices in each]
+        self._drop_after(self._last_place(torch.cat([torch.empty(0, dtype=torch.int64), *of_all])))
         everyone = ranks.gather((self._rows, self._indices, self.seen))
         self._rows = [rows for each, _, _ in everyone for rows in each]
         self._indices = [indices for _, each, _ in everyone for indices in each]
