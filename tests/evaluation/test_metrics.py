@@ -142,7 +142,7 @@ def test_forward_accumulates_and_gives_the_batch(make: Callable[[], FeatureMetri
             stepped(**stepped._filter_kwargs(features=rows, logits=rows, real=real))
     assert close(values(stepped), values(fed))
     if isinstance(stepped, SampleMetric):
-        assert len(set(stepped.sample(real=False)[1].tolist())) == 150
+        assert len(set(stepped.sample(real=False)[1].tolist())) == stepped.keep
 
 
 def test_pickled_in_the_middle_it_goes_on(make: Callable[[], FeatureMetric]) -> None:
