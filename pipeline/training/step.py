@@ -65,7 +65,7 @@ class Step:
             scaler.step(optimizer)
             scaler.update()
         else:
-            separate = []
+            separate: list[Tensor] = []
             for images, loss_of in ((real, self.objective.real_loss), (fake, self.objective.fake_loss)):
                 if separate and self.training.spectral_norm:
                     follow_update(self.state.critic)  # by the first loss: it is not clipped yet
