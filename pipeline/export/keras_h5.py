@@ -144,11 +144,13 @@ def _layers_by_number(layers: Any) -> tuple[int, list[Layer]]:
     for layer in layers.values():
         if "layers" in layer:
             return _layers_by_number(layer["layers"])
-    arrays = {name: dict(layer["vars"]) for name, layer in layers.items() if len(layer["vars"])}
+    arrays: dict[str, dict[str, Any]] = {
+        name: dict(layer["vars"]) for name, layer in layers.items() if len(layer["vars"])
+    }
     found: list[Layer] = []
     for group, (_, variables) in zip(GROUPS, MODULES, strict=True):
-        names: dict[str, str] = {str(number): str(name) for number, name in enumerate(variables)}
-        found.append((group, {str(names.get(key, key)): array for key, array in arrays.pop(group, {}).items()}))
+        names = dict(zip(map(str, range(len(variables))), variables, strict=True))
+        found.append((group, {names.get(key, key): array for key, array in arrays.pop(group, {}).items()}))
     return len(layers), [*found, *arrays.items()]
 
 
