@@ -18,7 +18,7 @@ from typing import TextIO
 
 import pytest
 
-from pipeline import progress
+from pipeline.distributed import progress
 from pipeline.distributed.progress import TrainingBar, bar, messages_above_bars
 
 

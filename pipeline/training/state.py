@@ -46,7 +46,9 @@ class TrainingState:
 
     def copied_generator(self, weights: str) -> AnyGenerator:
         """Copies the generator's moving average ("ema") or the generator itself ("raw"), for reading alone."""
-        return _copied(self.ema if weights == "ema" else self.generator, self.new_generator)
+        copied = _copied(self.ema if weights == "ema" else self.generator, self.new_generator)
+        copied.class_names = self.generator.class_names
+        return copied
 
     def copied_critic(self) -> nn.Module:
         """Copies the critic, for reading alone."""

@@ -22,7 +22,7 @@ from pipeline.data.resident import load_split
 from pipeline.data.shards import Samples, read_shard
 from pipeline.distributed.collectives import Ranks
 from pipeline.evaluation import extract
-from pipeline.evaluation.evaluate import _Space, evaluate_images
+from pipeline.evaluation.evaluate import evaluate_images
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.features import FeatureExtractor
 from pipeline.evaluation.real_statistics import RealStatistics, real_scores, real_statistics
@@ -219,7 +219,7 @@ def test_a_second_evaluation_computes_no_score_of_real_images(
     def refuse(*_: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(_Space, "_controls", refuse)
+    monkeypatch.setattr("pipeline.evaluation.evaluate.fid_per_class", refuse)
     monkeypatch.setattr("pipeline.evaluation.evaluate.squared_radii", refuse)
     assert evaluate_images(images, digits, [counting], config) == first
     for number, seed, neighbours in ((300, 1, 5), (300, 0, 4), (200, 0, 5)):
