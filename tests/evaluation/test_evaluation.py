@@ -192,10 +192,11 @@ def test_the_floor_is_of_as_many_images_as_are_scored(count: int, digits: Datase
     assert found["fid_floor"] == pytest.approx(itself["fid"], rel=1e-9)
     assert found["images"]["fid_floor"] == min(count, 610)
     per_class = evaluate_images(ImageSet.of_tensor(real[0]), digits, [extractor])["mnist"]
-    floors, expected = (
-        {name: math.nan if score is None else score for name, score in scores.items()}
-        for scores in (found["fid_per_class_floor"], per_class["fid_per_class"])
-    )
+
+    def with_nan(scores: Any) -> dict[str, float]:
+        return {name: math.nan if score is None else score for name, score in scores.items()}
+
+    floors, expected = with_nan(found["fid_per_class_floor"]), with_nan(per_class["fid_per_class"])
     assert floors == pytest.approx(expected, rel=1e-9, nan_ok=True)
     assert found["images"]["fid_per_class_floor"] == 610
 
