@@ -51,8 +51,7 @@ def settle_buckets(wrapped: nn.parallel.DistributedDataParallel) -> None:
 
 def stop_timing(wrapped: nn.parallel.DistributedDataParallel) -> None:
     """Keeps DDP from timing its first ten iterations and some later ones: on CUDA it waits for the device then, which
-    is an error within a graph capture. The rate has a setter, but DDP's own forward pass calls the logger
-    regardless."""
+    is an error within a graph capture. A rate that could be set leaves those first ten."""
     from torch._C._distributed_c10d import Logger
 
     class Untimed(Logger):

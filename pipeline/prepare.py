@@ -31,6 +31,7 @@ def parse() -> Namespace:
         command.add_argument("--name", required=True, help="name of the dataset")
         command.add_argument("--kind", choices=KINDS, default="own", help="what the images are (default: own)")
         add_options(command)
+    shards.set_defaults(**ShardSizes()._asdict())
     for name, command in commands.choices.items():
         command.add_argument("--root", type=Path, default=Path("data"), help="folder of the datasets (default: data)")
         for size, default in ShardSizes()._asdict().items() if name != "shards" else ():
@@ -43,7 +44,7 @@ def main() -> None:
 
 
 def prepare(given: Namespace) -> Dataset:
-    sizes = ShardSizes(*(getattr(given, name, 1) for name in ShardSizes._fields))  # shards stay as they are
+    sizes = ShardSizes(given.images_per_block, given.images_per_shard)
     if given.command in KNOWN:
         return prepare_known(given.command, given.root, given.source, sizes)
     Image.MAX_IMAGE_PIXELS = given.max_pixels

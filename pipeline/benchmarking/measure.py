@@ -205,9 +205,8 @@ def _take_step(trainer: Trainer) -> None:
 
 def _single_step(config: Config, runtime: Runtime) -> Callable[[], None]:
     """A step that the main rank takes as if it were alone, with the threads of all; nothing on the others."""
-    config = replace(
-        config, run=replace(config.run, name=f"{config.run.name}-alone")
-    )  # the other trainer's is a run now
+    # In a folder of its own: the other trainer's holds its run.
+    config = replace(config, run=replace(config.run, name=f"{config.run.name}-alone"))
     single = Trainer(config, runtime.alone()) if runtime.ranks.is_main else None
     threads = torch.get_num_threads()
 

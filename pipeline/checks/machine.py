@@ -101,7 +101,7 @@ def check_shards(plan: Plan, ranks: Ranks, all_checksums: bool) -> str | list[Fi
         return ""
     shards = [shard for split in dataset.splits.values() for shard in split]
     mine = shards[ranks.rank :: ranks.world_size]
-    random.shuffle(mine)  # another sample each time
+    random.Random().shuffle(mine)  # another sample each time; the process's own random numbers are its user's
     deadline = math.inf if all_checksums else time.monotonic() + CHECKSUM_SECONDS
     num_hashed, damaged = 0, []
     for shard in mine:

@@ -88,10 +88,7 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
     try:
         rank, world_size = told("RANK", 0), told("WORLD_SIZE", 1)
-        for name, limit in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
-            if told(name, 0) >= told(limit, 1):
-                text = f"the environment variable {name} is {told(name, 0)}, but {limit} is {told(limit, 1)}"
-                raise LocalError(f"{text}: a launcher sets both, unset them for a process alone")
+        _check_ranks()
         with _ending_at_second_interrupt():
             try:
                 code = main() or 0
@@ -137,6 +134,13 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     # The interpreter's end is no place for a traceback either; in a program that goes on, ^C stays as it is.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
     sys.exit(code)
+
+
+def _check_ranks() -> None:
+    for name, limit in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if told(name, 0) >= told(limit, 1):
+            text = f"the environment variable {name} is {told(name, 0)}, but {limit} is {told(limit, 1)}"
+            raise LocalError(f"{text}: a launcher sets both, unset them for a process alone")
 
 
 @contextlib.contextmanager

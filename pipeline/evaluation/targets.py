@@ -52,10 +52,8 @@ def score_target(
         Preempted: a signal came.
     """
     runtime, dataset = scorer.runtime, scorer.dataset
-    is_run, is_export = (
-        RunFolder(target).has_begun,
-        target.suffix in EXPORT_SUFFIXES or (target / HUB_WEIGHTS).is_file(),
-    )
+    is_run = RunFolder(target).has_begun
+    is_export = target.suffix in EXPORT_SUFFIXES or (target / HUB_WEIGHTS).is_file()
     if (crop or size) and (is_run or is_export or not target.exists()):
         raise UserError(f"{target}: --crop and --size are for images in a folder or an .npz file: leave them out")
     if is_run:

@@ -44,7 +44,7 @@ class SampleScore:
     """As many real images as generated ones, so that scores of different evaluations of N images compare."""
     against_training: bool = False
     """The real images are the training split, whatever the reference is."""
-    least: Callable[[Options], tuple[int, int]] = lambda _: (2, 2)
+    least: tuple[int, int] = (2, 2)
     """Fewest generated and real images that give a score."""
 
     def __call__(self, fake: Sample, real: Sample, options: Options) -> tuple[dict[str, float], list[int]]:
@@ -52,37 +52,33 @@ class SampleScore:
         most = min(fake.seen, fake.keep, self.most_fake)
         count = min(most, real.seen, real.keep) if self.equal else most
         numbers = [count, count if self.equal else min(real.seen, real.keep)]
-        if any(number < least for number, least in zip(numbers, self.least(options), strict=True)):
+        if any(number < least for number, least in zip(numbers, self.least, strict=True)):
             return dict.fromkeys(self.names, torch.nan), numbers
         rows = fake.first(count)[0], real.first(count)[0] if self.equal else real.first()[0]
         return dict(zip(self.names, self.function(*rows, options), strict=True)), numbers
 
 
 def _manifold(fake: Tensor, real: Tensor, how: Options) -> Sequence[float]:
+    if len(fake) <= how.neighbours:  # and as many real ones
+        return [torch.nan] * 4
     radii = how.real_radii and how.real_radii(real)
     return list(manifold_scores(fake, real, how.neighbours, how.poll, radii).values())
 
 
-def _more_than_neighbours(how: Options) -> tuple[int, int]:
-    return how.neighbours + 1, how.neighbours + 1
-
-
 SAMPLE_SCORES = {
     "kid": SampleScore(("kid_mean", "kid_std"), lambda x, y, how: kernel_distance(x, y, how.seed, how.poll)),
-    "manifold": SampleScore(
-        ("precision", "recall", "density", "coverage"), _manifold, 10_000, equal=True, least=_more_than_neighbours
-    ),
+    "manifold": SampleScore(("precision", "recall", "density", "coverage"), _manifold, 10_000, equal=True),
     "sliced_wasserstein": SampleScore(
         ("sliced_wasserstein",),
         lambda x, y, how: [sliced_wasserstein(x, y, how.seed, how.poll)],
         *(10_000, True),
-        least=lambda _: (1, 1),
+        least=(1, 1),
     ),
     "authenticity": SampleScore(
         ("authenticity",),
         lambda x, y, how: [authenticity(x, y, how.poll)],
         1_000,
         against_training=True,
-        least=lambda _: (1, 2),
+        least=(1, 2),
     ),
 }
