@@ -25,7 +25,7 @@ from pipeline.data.prepare import prepare_npz
 from pipeline.distributed.process import Runtime
 from pipeline.evaluation.metrics.frechet import Moments, frechet_distance
 from pipeline.export.images import render_range
-from pipeline.models.interface import AnyGenerator
+from pipeline.models.networks import AnyGenerator
 from pipeline.models.objectives import OBJECTIVES
 from pipeline.storage.run_folder import RunFolder
 from pipeline.training.trainer import Trainer

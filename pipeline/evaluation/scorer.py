@@ -23,8 +23,7 @@ from pipeline.evaluation.extract import ImageSet, interruptible
 from pipeline.evaluation.features import FORWARD_SIZE, PUBLISHED, FeatureExtractor, load_all
 from pipeline.export.generator_file import fingerprint
 from pipeline.export.images import render_range, save_grid
-from pipeline.models.interface import AnyGenerator
-from pipeline.models.networks import Critic
+from pipeline.models.networks import AnyGenerator, Critic
 from pipeline.reporting.formatting import few_images
 from pipeline.reporting.read import USUAL_NEIGHBOURS
 from pipeline.rng import evaluation_labels, seeded

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from pipeline.config import NetworkConfig
 from pipeline.errors import UserError
-from pipeline.models.interface import AnyGenerator
-from pipeline.models.networks import Critic, Generator, mirror_state
+from pipeline.models.networks import AnyGenerator, Critic, Generator, mirror_state
 from pipeline.models.spectral_norm import SINGULAR_VECTORS, use_spectral_norm
 from pipeline.models.user_networks import drawing_nothing, generator_of_spec
 from pipeline.storage.checkpoint import Checkpoint, find, read_checkpoint, sha256_of_tensor

@@ -19,7 +19,7 @@ import yaml
 from pipeline.errors import UserError
 from pipeline.export.generator_file import CLASS_NAMES, FORMAT, HUB_WEIGHTS, fingerprint, save_export
 from pipeline.export.images import row_names, sample_grid, save_grid
-from pipeline.models.interface import AnyGenerator
+from pipeline.models.networks import AnyGenerator
 from pipeline.reporting.formatting import code, number
 from pipeline.reporting.read import Evaluation, Run, read_run
 from pipeline.storage.files import write_text

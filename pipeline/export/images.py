@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.distributed.progress import bar
-from pipeline.models.interface import AnyGenerator
+from pipeline.models.networks import AnyGenerator
 from pipeline.rng import evaluation_labels, evaluation_latents
 from pipeline.storage.files import replacing
 

@@ -31,8 +31,7 @@ from torch import nn
 
 from pipeline.config import NetworkConfig
 from pipeline.errors import UserError
-from pipeline.models.depth import REFERENCE_DOUBLINGS, generator_layers
-from pipeline.models.networks import NORM_EPSILON, Generator, mirror, scaled
+from pipeline.models.networks import NORM_EPSILON, REFERENCE_DOUBLINGS, Generator, generator_layers, mirror, scaled
 
 CHANNELS, STRIDES = generator_layers(REFERENCE_DOUBLINGS)
 Layer = tuple[str, dict[str, Any]]

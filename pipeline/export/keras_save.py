@@ -19,9 +19,7 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.export.keras_h5 import KERNEL_AXES, LAYERS, MODULES
-from pipeline.models.depth import REFERENCE_DOUBLINGS
-from pipeline.models.interface import AnyGenerator
-from pipeline.models.networks import KERNEL, Generator, mirror
+from pipeline.models.networks import KERNEL, REFERENCE_DOUBLINGS, AnyGenerator, Generator, mirror
 from pipeline.storage.files import replacing
 
 KERAS_VERSION = "2.2.4"

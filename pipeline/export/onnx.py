@@ -11,7 +11,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.export.generator_file import CLASS_NAMES
-from pipeline.models.interface import AnyGenerator
+from pipeline.models.networks import AnyGenerator
 from pipeline.models.user_networks import told
 from pipeline.storage.files import replacing
 

@@ -1,9 +1,15 @@
-"""Generator and critic of the reference notebook, from stock layers: forward passes only.
+"""The reference notebook's generator and critic, from stock layers: forward passes only.
 
 Keras's 'same' padding is asymmetric where a stride of 2 does not divide the size, and its transposed convolution crops
-one row before and two after. On images mirrored in both axes that is torch's own symmetric padding. So the networks
-live mirrored: real images are mirrored once when they are loaded, generated ones once when they are rendered, and
-weights are stored mirrored (`mirror`). Keras flattens to height, width, channels; so do these.
+one row before and two after. On images mirrored in both axes that is torch's own symmetric padding. So these networks
+live in a mirrored world: real images are mirrored once when they are loaded, generated ones once when they are
+rendered, and weights are stored mirrored (`mirror`). Keras flattens feature maps to height, width, channels; so do
+these.
+
+Their depth follows the size of the images. The notebook's generator doubles maps of 7 x 7 twice, and its critic halves
+images of 28 x 28 three times. From 32 pixels a side on, the generator doubles as often as leaves first maps of 4 to 8
+pixels a side, and the critic halves as often. Layers before the notebook's in the generator, and behind them in the
+critic, have twice the channels of their neighbour, as in DCGAN (Radford et al. 2016, 1511.06434), and at most 512.
 """
 
 from __future__ import annotations
@@ -17,34 +23,101 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config import NetworkConfig
-from pipeline.models.depth import check_sides, critic_layers, doublings_of, generator_layers, halvings_of
-from pipeline.models.interface import AnyGenerator
+from pipeline.errors import UserError
 
 KERNEL = 5
 LEAK = 0.2
 NORM_EPSILON = 1e-3
 BATCHES_TOGETHER = 16
-"""Most critic batches whose images are made at once: memory for those of a burn-in would be twenty times an ordinary
-step's."""
+"""Most critic batches whose images are made at once: those of a burn-in would take twenty times an ordinary step's
+memory."""
+GENERATOR_CHANNELS = (512, 512, 512, 256, 128, 128, 64, 32)
+"""Channels before each layer of the deepest generator. One of d doublings has the last d + 2: the notebook's 128 to
+32."""
+CRITIC_CHANNELS = (32, 64, 128, 256, 512, 512, 512)
+"""Channels after each convolution of the deepest critic. One that halves d times has the first d + 1."""
+REFERENCE_DOUBLINGS, MOST_DOUBLINGS = 2, 6
+REFERENCE_HALVINGS = 3
+LARGEST_BASE, LARGEST_SIDE = 8, 256
+SIDES = (4, 8, 12, *(base << count for count in range(2, 6) for base in range(4, 8)), LARGEST_SIDE)
+"""Sides of square images that there are generators for, ascending. Those under 16 are doubled twice, from a smaller
+base."""
+
+
+class AnyGenerator(nn.Module):
+    """What training, checkpoints, exports and evaluation need of a generator, the reference's or a user's.
+
+    It takes latents (n, latent_dim) with entries in [-1, 1] to mirrored images (n, C, H, W) with pixels in [0, 1]. A
+    conditional one also takes labels (n,), int64 in [0, num_classes); an unconditional one ignores them.
+    """
+
+    def __init__(self, config: NetworkConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__()
+        self.config, self.image_shape, self.num_classes = config, image_shape, num_classes
+        self.class_names: tuple[str, ...] = ()
+        """The name of each label; empty where the dataset or the file has none. It is no part of `spec`: a name changes
+        nothing that is computed."""
+
+    def spec(self) -> dict[str, Any]:
+        """Returns what `generator_of_spec` rebuilds the network from, as JSON-serialisable values.
+
+        Fingerprints of scored images include it, so a network's spec must never change.
+        """
+        network = {"latent_dim": self.config.latent_dim, "width": self.config.width}
+        return {"network": network, "image_shape": list(self.image_shape), "num_classes": self.num_classes}
+
+
+# -- depth -------------------------------------------------------------------------------------------------------------
+
+
+def doublings_of(height: int, width: int) -> int:
+    """Returns how often a generator of such images doubles its first maps."""
+    return min(MOST_DOUBLINGS, max(REFERENCE_DOUBLINGS, (min(height, width) // 4).bit_length() - 1))
+
+
+def check_sides(height: int, width: int) -> None:
+    """Raises UserError for a size that doubling does not reach; the message names the nearest sizes that it does."""
+    factor = 2 ** doublings_of(height, width)
+    if any(side % factor or side > min(LARGEST_BASE * factor, LARGEST_SIDE) for side in (height, width)):
+        smaller = [side for side in SIDES if side <= min(height, width)][-1:]
+        larger = [side for side in SIDES if side >= max(height, width)][:1]
+        sizes = " or ".join(f"--size {side}" for side in smaller + larger)
+        raise UserError(
+            f"images of {height} x {width}: the generator doubles a base of 4 to {LARGEST_BASE} pixels a side, up to "
+            f"{LARGEST_SIDE}, which does not reach them (prepare the dataset with {sizes})"
+        )
+
+
+def generator_layers(doublings: int) -> tuple[list[int], list[int]]:
+    """Returns the channels before each convolution of a generator of width 1, and the convolutions' strides.
+
+    Raises:
+        ValueError: there is no generator with so many doublings.
+    """
+    if doublings not in range(REFERENCE_DOUBLINGS, MOST_DOUBLINGS + 1):
+        raise ValueError(f"a generator doubles {REFERENCE_DOUBLINGS} to {MOST_DOUBLINGS} times, not {doublings}")
+    return list(GENERATOR_CHANNELS[-2 - doublings :]), [2] * doublings + [1, 1]
 
 
 def scaled(channels: Sequence[int], width: float) -> list[int]:
-    """Channel counts of a network whose `network.width` is `width`, at least 1 each."""
+    """Returns the channel counts of a network whose `network.width` is `width`, at least 1 each."""
     return [max(1, round(count * width)) for count in channels]
 
 
-class Generator(AnyGenerator):
-    """Latents (n, latent_dim), entries in [-1, 1] -> mirrored images (n, C, H, W), pixels in [0, 1].
+# -- networks ----------------------------------------------------------------------------------------------------------
 
-    With classes, labels (n,) int64 in [0, num_classes) are concatenated one-hot to the latents.
-    At 28 x 28 x 1, width 1 and no classes it has 1,301,505 parameters, counting the moving averages.
+
+class Generator(AnyGenerator):
+    """The reference's generator; a conditional one takes its labels one-hot beside the latents.
+
+    For images of 28 x 28 x 1, with width 1 and no classes, it has 1,301,505 parameters, moving averages included.
 
     Args:
-        doublings: from the first feature maps to the images; None: as many as the size takes (depth.py).
+        doublings: the number of layers that double the maps; None: as many as the image size takes.
 
     Raises:
-        UserError: no doublings reach images of this size.
-        ValueError: those that are given don't.
+        UserError: no number of doublings reaches images of this size.
+        ValueError: `doublings` does not reach it.
     """
 
     def __init__(
@@ -68,7 +141,7 @@ class Generator(AnyGenerator):
         """Rows and columns of the first feature maps."""
         self.dense = nn.Linear(config.latent_dim + num_classes, math.prod(self.base) * channels[0])
         self.norms = nn.ModuleList(nn.BatchNorm2d(count, eps=NORM_EPSILON, momentum=0.01) for count in channels[:-1])
-        # With stride 1 a transposed convolution is a convolution with the kernel flipped, which is the faster kernel.
+        # A transposed convolution of stride 1 is a convolution with the kernel flipped, whose kernels are faster.
         self.convolutions = nn.ModuleList(
             nn.ConvTranspose2d(before, after, KERNEL, stride, padding=2, output_padding=1)
             if stride == 2
@@ -77,7 +150,7 @@ class Generator(AnyGenerator):
         )
 
     def spec(self) -> dict[str, Any]:
-        # Files of before there were others say nothing of two doublings.
+        # Files that are older than deeper networks have no entry for two doublings.
         return super().spec() | ({} if self.doublings == 2 else {"doublings": self.doublings})
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -87,7 +160,8 @@ class Generator(AnyGenerator):
         return torch.sigmoid(images)
 
     def first_maps(self, latents: Tensor, labels: Tensor | None) -> Tensor:
-        """(n, channels, *base), before the first batch norm; channels-last in memory, as Keras reshapes."""
+        """Returns the dense layer's feature maps (n, channels, *base), which the first batch norm takes. They are
+        channels-last in memory, as Keras reshapes."""
         if self.num_classes:
             if labels is None:
                 raise ValueError("a generator with classes takes labels")
@@ -97,10 +171,11 @@ class Generator(AnyGenerator):
 
 
 class StepGenerator(nn.Module):
-    """A generator that makes all images of a training step: it does not change before its own update.
+    """A generator that makes all images of a training step in one call, since it does not change before its own update.
 
     Args:
-        fakes_by_batch: in the critic's images batch norm takes the statistics of each batch, not the moving averages.
+        fakes_by_batch: while it makes the critic's images, batch norm takes the statistics of each batch; otherwise
+            the moving averages.
     """
 
     def __init__(self, generator: AnyGenerator, fakes_by_batch: bool) -> None:
@@ -110,13 +185,21 @@ class StepGenerator(nn.Module):
     def forward(
         self, critic_latents: Tensor, critic_labels: Tensor, latents: Tensor, labels: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        """Images (k, b, C, H, W) of the critic's k batches of latents (k, b, latent_dim), which want no gradients, and
-        a list of one micro-batch (b, C, H, W) of the generator's own latents (b, latent_dim)."""
+        """Returns images for the critic and for the generator's own update.
+
+        Args:
+            critic_latents: (k, b, latent_dim), of k batches for the critic; critic_labels: (k, b).
+            latents: (b, latent_dim), of the generator's update; labels: (b,).
+
+        Returns:
+            (k, b, C, H, W) without a graph, and a list of one micro-batch (b, C, H, W) with it.
+        """
         generator = self.generator.train(self.fakes_by_batch)
         with torch.no_grad():
-            if critic_latents.is_cuda and not generator.training:  # a GPU takes all at once, a CPU's caches prefer few
-                given = (torch.split(batches, BATCHES_TOGETHER) for batches in (critic_latents, critic_labels))
-                fakes = torch.cat([generator(z.flatten(0, 1), y.flatten()) for z, y in zip(*given, strict=True)])
+            # Without batch statistics a GPU can make all batches as one; a CPU's caches prefer one at a time.
+            if critic_latents.is_cuda and not generator.training:
+                groups = (torch.split(batches, BATCHES_TOGETHER) for batches in (critic_latents, critic_labels))
+                fakes = torch.cat([generator(z.flatten(0, 1), y.flatten()) for z, y in zip(*groups, strict=True)])
                 fakes = fakes.view(*critic_labels.shape, *fakes.shape[1:])
             else:
                 fakes = torch.stack([generator(*batch) for batch in zip(critic_latents, critic_labels, strict=True)])
@@ -124,17 +207,18 @@ class StepGenerator(nn.Module):
 
 
 class Critic(nn.Module):
-    """Mirrored images (n, C, H, W), pixels in [0, 1] -> scores (n,), unbounded, and class logits (n, num_classes) or
-    None.
+    """The WGAN paper's critic, called discriminator in the papers of the other objectives.
 
-    The WGAN paper's critic, called discriminator in the papers of the other objectives.
-    At 28 x 28 x 1, width 1 and no classes it has 1,080,577 parameters.
+    It takes mirrored images (n, C, H, W) with pixels in [0, 1] to unbounded scores (n,) and class logits
+    (n, num_classes), or None without classes. For images of 28 x 28 x 1, with width 1 and no classes, it has 1,080,577
+    parameters.
     """
 
     def __init__(self, config: NetworkConfig, image_shape: tuple[int, int, int], num_classes: int = 0) -> None:
         super().__init__()
-        channels, self.strides = critic_layers(halvings_of(*image_shape[1:]))
-        channels = [image_shape[0], *scaled(channels, config.width)]
+        halvings = max(REFERENCE_HALVINGS, doublings_of(*image_shape[1:]))
+        self.strides = [2] * halvings + [1]
+        channels = [image_shape[0], *scaled(CRITIC_CHANNELS[: halvings + 1], config.width)]
         self.convolutions = nn.ModuleList(
             nn.Conv2d(before, after, KERNEL, stride, padding=2)
             for before, after, stride in zip(channels, channels[1:], self.strides, strict=False)
@@ -148,7 +232,7 @@ class Critic(nn.Module):
             self.classes = nn.Sequential(nn.Linear(features, 128), nn.Linear(128, num_classes))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        # The first activation is no idle one: augmented pixels may be negative, and a penalty's slope at 0 is LEAK.
+        # The first activation matters: augmented pixels may be negative, and a penalty's slope at 0 is LEAK.
         for convolution in self.convolutions:
             images = convolution(F.leaky_relu(images, LEAK))
         features = images.permute(0, 2, 3, 1).flatten(1)
@@ -157,14 +241,15 @@ class Critic(nn.Module):
 
 
 def critic_base(image_shape: Sequence[int], stride: int) -> tuple[int, int]:
-    """Rows and columns of the last feature maps of a critic of this stride in all, for images (C, H, W)."""
+    """Returns rows and columns of a critic's last feature maps, for images (C, H, W) and the product of its strides."""
     height, width = (math.ceil(side / stride) for side in image_shape[1:])
     return height, width
 
 
 @torch.no_grad()
 def initialise(network: Generator | Critic, random: torch.Generator) -> None:
-    """Keras's defaults: Glorot-uniform weights (Glorot & Bengio 2010, eq. 16) and zero biases, in its orientation."""
+    """Draws a network's weights as Keras does by default: Glorot-uniform (Glorot & Bengio 2010, eq. 16), in Keras's
+    orientation, with zero biases."""
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             nn.init.xavier_uniform_(module.weight, generator=random)
@@ -174,13 +259,15 @@ def initialise(network: Generator | Critic, random: torch.Generator) -> None:
         parameter.copy_(mirror(name, parameter, network.base))
 
 
-def mirror(name: str, tensor: Tensor, base: tuple[int, int]) -> Tensor:
-    """A network's parameter, or an optimiser's moment of it, between Keras's orientation and the mirrored one.
+# -- the mirrored world ------------------------------------------------------------------------------------------------
 
-    It is its own inverse.
+
+def mirror(name: str, tensor: Tensor, base: tuple[int, int]) -> Tensor:
+    """Turns a network's parameter, or an optimiser's moment of it, from Keras's orientation to the mirrored one or
+    back: it is its own inverse.
 
     Args:
-        name: the parameter's name in its network, maybe with more behind it (`dense.weight.square_avg`).
+        name: the parameter's name in its network; more may follow it (`dense.weight.square_avg`).
         base: rows and columns of the feature maps that the dense layer makes or the scores are taken from.
     """
     if tensor.ndim == 4:
@@ -193,5 +280,5 @@ def mirror(name: str, tensor: Tensor, base: tuple[int, int]) -> Tensor:
 
 
 def mirror_state(network: Generator | Critic, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a network's state dict in the other orientation."""
+    """Returns the tensors of a network's state dict in the other orientation."""
     return {name: mirror(name, tensor, network.base) for name, tensor in tensors.items()}

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from pipeline.config import NetworkConfig, imported
 from pipeline.errors import UserError
-from pipeline.models.interface import AnyGenerator
-from pipeline.models.networks import Critic, Generator, initialise
+from pipeline.models.networks import AnyGenerator, Critic, Generator, initialise
 
 ImageShape = tuple[int, int, int]
 drawing_nothing = torch.random.fork_rng(devices=[])

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from pipeline.config import Config, OptimizerConfig
 from pipeline.errors import UserError
 from pipeline.models.cpu_kernels import use_cpu_kernels
-from pipeline.models.interface import AnyGenerator
-from pipeline.models.networks import Critic, Generator
+from pipeline.models.networks import AnyGenerator, Critic, Generator
 from pipeline.models.spectral_norm import use_spectral_norm
 from pipeline.models.user_networks import build_critic, build_generator
 from pipeline.rng import seeded

@@ -18,8 +18,7 @@ from pipeline.evaluation.scorer import Scorer
 from pipeline.evaluation.selection import Selection
 from pipeline.export.generator_file import CLASS_NAMES, save_export
 from pipeline.export.images import interpolate, row_names, sample_grid, save_grid
-from pipeline.models.interface import AnyGenerator
-from pipeline.models.networks import Critic
+from pipeline.models.networks import AnyGenerator, Critic
 from pipeline.models.objectives import choose
 from pipeline.reporting.formatting import in_brief
 from pipeline.reporting.read import read_run

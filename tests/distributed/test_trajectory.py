@@ -21,8 +21,7 @@ from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
 from pipeline.export.generator_file import load_export, load_generator
 from pipeline.export.images import render_range
-from pipeline.models.interface import AnyGenerator
-from pipeline.models.networks import Generator
+from pipeline.models.networks import AnyGenerator, Generator
 from pipeline.models.objectives import OBJECTIVES
 from pipeline.storage.run_folder import RunFolder
 from pipeline.training.trainer import Trainer

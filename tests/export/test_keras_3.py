@@ -17,7 +17,7 @@ from pipeline.config import OptimizerConfig, configure
 from pipeline.errors import UserError
 from pipeline.export.generator_file import load_generator
 from pipeline.export.keras_save import save_keras
-from pipeline.models.interface import AnyGenerator
+from pipeline.models.networks import AnyGenerator
 from pipeline.models.objectives import choose
 from pipeline.training.state import build_optimizer
 from tests.export.generators import random_generator
