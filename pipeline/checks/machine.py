@@ -21,8 +21,7 @@ import torch
 from pipeline.checks.findings import Caution, Check, Finding, against, findings_of, findings_of_all
 from pipeline.checks.settings import CHECKS, Plan
 from pipeline.config import Config
-from pipeline.data import Dataset, existing_dataset, locations
-from pipeline.data.manifest import Shard
+from pipeline.data import Dataset, Shard, existing_dataset, locations
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.process import Runtime
 from pipeline.distributed.slurm import job_seconds_left

@@ -11,7 +11,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, DataConfig
-from pipeline.data.manifest import FILE_NAME, KINDS, DataError, Dataset, load_dataset
+from pipeline.data.manifest import FILE_NAME, KINDS, DataError, Dataset, Shard, load_dataset, to_json
 from pipeline.data.source import Batch, Source
 from pipeline.errors import UserError
 
@@ -26,12 +26,14 @@ __all__ = [
     "Batch",
     "DataError",
     "Dataset",
+    "Shard",
     "Source",
     "check_source",
     "load_dataset",
     "open_dataset",
     "open_source",
     "prepare_known",
+    "to_json",
 ]
 
 KNOWN = {name: f"pipeline.data.prepare:prepare_{name}" for name in ("mnist", "fashion_mnist", "cifar10")}

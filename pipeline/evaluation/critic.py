@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pipeline.data.manifest import Dataset
+from pipeline.data import Dataset
 from pipeline.data.resident import load_images
 from pipeline.distributed.collectives import Ranks
 from pipeline.evaluation.features import FORWARD_SIZE

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import EvaluationConfig
-from pipeline.data.manifest import Dataset
+from pipeline.data import Dataset
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
 from pipeline.evaluation.extract import ALONE, ImageSet, extract_features, interruptible, never

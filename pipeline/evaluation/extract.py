@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from pipeline.data.manifest import Dataset
+from pipeline.data import Dataset
 from pipeline.data.shards import Samples, decode, read_shard
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.progress import bar

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.data.manifest import Dataset
+from pipeline.data import Dataset
 from pipeline.data.shards import decode, read_shard
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.metrics.states import Poll

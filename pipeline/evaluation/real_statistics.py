@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.data.manifest import Dataset
+from pipeline.data import Dataset
 from pipeline.distributed.collectives import Ranks
 from pipeline.evaluation.extract import ALONE, ImageSet, extract_features, never
 from pipeline.evaluation.features import FORWARD_SIZE, FeatureExtractor

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import EvaluationConfig
-from pipeline.data.manifest import Dataset
+from pipeline.data import Dataset
 from pipeline.data.resident import load_images
 from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError

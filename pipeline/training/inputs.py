@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline import rng
 from pipeline.config import Config, OptimizerConfig, TrainingConfig
-from pipeline.data.source import Batch, Source
+from pipeline.data import Batch, Source
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import LocalError, UserError
 from pipeline.training.state import TrainingState

@@ -15,8 +15,7 @@ import yaml
 from pipeline.checks.machine import examine
 from pipeline.checks.settings import Plan, refuse
 from pipeline.config import Config, DataConfig, EvaluationConfig, RunConfig, RuntimeConfig, to_yaml
-from pipeline.data import Dataset, load_dataset
-from pipeline.data.manifest import to_json
+from pipeline.data import Dataset, load_dataset, to_json
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
 from pipeline.storage.run_folder import RunFolder

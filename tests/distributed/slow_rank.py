@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 
 from pipeline.config import make_parser, parse
-from pipeline.data.source import Batch, Source
+from pipeline.data import Batch, Source
 from pipeline.distributed.launcher import run_program
 from pipeline.distributed.process import Runtime
 from pipeline.training.trainer import Trainer

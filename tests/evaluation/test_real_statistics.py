@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import EvaluationConfig
-from pipeline.data import Dataset
-from pipeline.data.manifest import Shard
+from pipeline.data import Dataset, Shard
 from pipeline.data.prepare import ShardSizes, prepare_npz
 from pipeline.data.resident import load_split
 from pipeline.data.shards import Samples, read_shard

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline import rng
 from pipeline.config import Config, OptimizerConfig, TrainingConfig
-from pipeline.data.source import Batch
+from pipeline.data import Batch
 from pipeline.distributed.collectives import Ranks
 from pipeline.training.inputs import InputStream, StepInputs, ema_weight, learning_rate
 from pipeline.training.state import TrainingState, build_state

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from pipeline.config import EvaluationConfig
-from pipeline.data.manifest import Dataset
+from pipeline.data import Dataset
 from pipeline.errors import UserError
 from pipeline.evaluation.features import dinov2, inception
 from pipeline.evaluation.features.base import FORWARD_SIZE, FeatureExtractor

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pipeline.data.manifest import Dataset
+from pipeline.data import Dataset
 from pipeline.evaluation.features.base import FeatureExtractor
 
 LARGEST_BASE = 8

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import imported
-from pipeline.data.manifest import Dataset
+from pipeline.data import Dataset
 from pipeline.errors import UserError
 from pipeline.evaluation.features.base import FeatureExtractor, digest_of
 

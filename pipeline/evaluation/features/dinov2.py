@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.config import EvaluationConfig
-from pipeline.data.manifest import Dataset
+from pipeline.data import Dataset
 from pipeline.errors import UserError
 from pipeline.evaluation.features.base import FeatureExtractor, digest_of
 from pipeline.evaluation.features.weights import PublishedWeights

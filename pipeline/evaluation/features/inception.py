@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import EvaluationConfig
-from pipeline.data.manifest import Dataset
+from pipeline.data import Dataset
 from pipeline.errors import UserError
 from pipeline.evaluation.features.base import FeatureExtractor
 from pipeline.evaluation.features.weights import PublishedWeights

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config import EvaluationConfig
-from pipeline.data.manifest import FILE_NAME, Dataset
+from pipeline.data import Dataset
 from pipeline.errors import UserError
 from pipeline.evaluation.features.base import FeatureExtractor
 from pipeline.evaluation.features.classifier import ClassifierFeatures, TrainedClassifier, training_command
@@ -30,7 +30,7 @@ def load_mnist(dataset: Dataset, device: torch.device, _: EvaluationConfig) -> F
     if dataset.kind != "mnist":
         raise UserError(
             f"the 'mnist' features know MNIST's digits alone, and dataset {dataset.name} is of kind {dataset.kind}: "
-            f'{instead}; or, if it does hold these digits, write "kind": "mnist" into its {FILE_NAME}'
+            f'{instead}; or, if it does hold these digits, write "kind": "mnist" into its dataset.json'
         )
     if dataset.image_shape != MNIST_SHAPE:
         raise UserError(

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config import EvaluationConfig
-from pipeline.data.manifest import Dataset
+from pipeline.data import Dataset
 from pipeline.errors import UserError
 from pipeline.evaluation.features.base import FeatureExtractor, digest_of
 from pipeline.evaluation.features.classifier import ClassifierFeatures, TrainedClassifier, training_command
