@@ -1,9 +1,9 @@
 """Checks a run before it starts: `accelerate launch pipeline/doctor.py [--KEY VALUE ...] [--checksums sampled|all]`.
 
-Give it the launcher and the settings of the training, before that is submitted or as the first act of its job. Prints a
-line for each finding, `ok|warning|error  subject: finding; fix`, and exits with 2 if one is an error. It neither makes
-nor changes a run: it only makes a file for a moment in the nearest folder above the run that exists. Takes less than
-ten seconds, unless all checksums of a large dataset are asked for.
+Use the launcher and the settings of the training, before it is submitted or at the beginning of its job. Prints a line
+`ok|warning|error  subject: finding; fix` for each finding, and exits with 2 if one is an error. It neither makes nor
+changes a run: it only makes a file for a moment in the nearest existing folder above the run. It takes less than ten
+seconds, unless all checksums of a large dataset are asked for.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from pipeline.distributed.launcher import run_program
 from pipeline.errors import EXIT_USER_ERROR, LocalError, UserError
 
 PATIENCE_SECONDS = 60
-"""Longest wait for another rank, which reads no more than a few seconds' worth of data before it comes."""
+"""Longest wait for another rank, which reads data for a few seconds at most between two collectives."""
 
 
 def main() -> int:
@@ -28,17 +28,17 @@ def main() -> int:
     if arguments.thorough:
         raise UserError("--thorough is no more: launch/gpu_check.sh on each node finds a GPU that computes wrong")
 
-    from pipeline.checks.findings import Finding, findings_of_all  # here: `--help` and mistakes need no torch
-    from pipeline.checks.machine import check_ranks, examine
+    # Imported here, so that `--help` and mistakes need no torch.
+    from pipeline.checks.machine import Finding, check_ranks, examine, run_check_on_all_ranks
     from pipeline.distributed.failures import closing
     from pipeline.distributed.process import Runtime
 
-    patience = config.runtime.timeout_seconds
+    timeout_seconds = config.runtime.timeout_seconds
     if arguments.checksums == "sampled":
-        patience = min(patience, PATIENCE_SECONDS)
+        timeout_seconds = min(timeout_seconds, PATIENCE_SECONDS)
     try:
-        runtime = Runtime(dataclasses.replace(config.runtime, timeout_seconds=patience))
-        communication = findings_of_all(runtime.ranks, "ranks", lambda: check_ranks(runtime))
+        runtime = Runtime(dataclasses.replace(config.runtime, timeout_seconds=timeout_seconds))
+        communication = run_check_on_all_ranks(runtime.ranks, "ranks", lambda: check_ranks(runtime))
     except (RuntimeError, LocalError) as error:
         fix = "name the interface that the nodes share (NETWORK_INTERFACE in launch/slurm/site.sh)"
         reason = (str(error).splitlines() or [type(error).__name__])[0]

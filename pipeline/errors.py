@@ -28,3 +28,8 @@ class RankLost(Exception):
 
 class Preempted(Exception):
     """The run was asked to stop and every rank knows."""
+
+
+def describe_error(error: Exception) -> str:
+    """Returns an error of other people's code in one line: its type and the last line of its text."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"

@@ -1,4 +1,8 @@
-"""What only the doctor looks at: whether this machine and its neighbours can carry the run."""
+"""What only the doctor checks: whether this machine and its neighbours can carry the run.
+
+A check returns a line about what is in order ("" if there is nothing to say) or a list of findings, and raises
+UserError or OSError for what is not; `run_check` makes findings of either. `examine` runs them all.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +14,15 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from pipeline.checks.findings import Caution, Check, Finding, against, findings_of, findings_of_all
 from pipeline.checks.settings import CHECKS, Plan
 from pipeline.config import Config
 from pipeline.data import Dataset, Shard, existing_dataset, locations
@@ -32,21 +36,74 @@ from pipeline.storage.provenance import device_name
 from pipeline.storage.run_folder import RunFolder
 
 CHECKSUM_SECONDS = 3.0
-"""A rank begins no further sampled checksum after this."""
-SHOWN_SHARDS = 3
-"""Damaged shards that a rank tells one by one."""
+"""Time after which a rank begins no further checksum of the sample."""
+MAX_SHARDS_SHOWN = 3
+"""How many damaged shards a rank names one by one."""
 SIGNAL_SECONDS = 120
-"""What launch/slurm/train.sbatch keeps of its time limit, to save and stop."""
+"""Part of the time limit that launch/slurm/train.sbatch reserves to save and stop."""
 MIB = 2**20
 
 
+# -- findings ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A line of the doctor's output."""
+
+    level: Literal["ok", "warning", "error"]
+    subject: str
+    text: str
+    """What is the case, and after a semicolon or colon what to do about it."""
+
+    def __str__(self) -> str:
+        return f"{self.level:<8} {self.subject}: {self.text}"
+
+
+class Caution(UserError):
+    """Raised by a check for something that the run will survive: a warning."""
+
+
+Check = Callable[[], str | list[Finding]]
+
+
+def finding_of(subject: str, error: Exception) -> Finding:
+    """Returns what a check raised as a finding."""
+    return Finding("warning" if isinstance(error, Caution) else "error", subject, str(error))
+
+
+def run_check(subject: str, check: Check) -> list[Finding]:
+    """Runs a check and returns its findings, what it raises included."""
+    try:
+        result = check()
+    except (UserError, OSError) as error:
+        return [finding_of(subject, error)]
+    if isinstance(result, list):
+        return result
+    return [Finding("ok", subject, result)] if result else []
+
+
+def run_check_on_all_ranks(ranks: Ranks, subject: str, check: Check) -> list[Finding]:
+    """Runs a check on every rank and returns every rank's warnings and errors; if there are none, the first rank's
+    findings."""
+    by_rank = ranks.gather(run_check(subject, check))
+    seen_by: dict[Finding, list[str]] = {}
+    for rank, findings in enumerate(by_rank):
+        for finding in findings:
+            seen_by.setdefault(finding, []).append(str(rank))
+    bad = [finding for finding in seen_by if finding.level != "ok"]
+    if ranks.world_size > 1:
+        bad = [replace(finding, text=f"on rank {', '.join(seen_by[finding])}: {finding.text}") for finding in bad]
+    return bad or by_rank[0]
+
+
 def examine(config: Config, ranks: Ranks, all_checksums: bool) -> Iterator[list[Finding]]:
-    """The findings of one check after the other, the same on all ranks. Every rank must take them all."""
+    """Yields the findings of one check after the other, the same on all ranks. Every rank must take them all."""
     plan = Plan(config, ranks.world_size)
     try:
         plan = replace(plan, dataset=ranks.on_main(lambda: find_dataset(config)))
     except UserError as error:
-        yield [against("data.dataset", error)]
+        yield [finding_of("data.dataset", error)]
     checks: list[tuple[str, Check, bool]] = [
         ("data.dataset", partial(check_shards, plan, ranks, all_checksums), True),
         *((subject, partial(check, plan), False) for subject, check in CHECKS.items()),
@@ -57,15 +114,20 @@ def examine(config: Config, ranks: Ranks, all_checksums: bool) -> Iterator[list[
     ]
     for subject, check, on_all_ranks in checks:
         if on_all_ranks:
-            yield findings_of_all(ranks, subject, check)
+            yield run_check_on_all_ranks(ranks, subject, check)
         else:
-            yield ranks.on_main(partial(findings_of, subject, check))
+            yield ranks.on_main(partial(run_check, subject, check))
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
 
 
 def check_ranks(runtime: Runtime) -> str:
-    """A sum over all ranks of 4 MiB with a known result on the device; on the host, as for checkpoints, a smaller one.
+    """Checks that all ranks sum 4 MiB on the device to the known result (three times; the fastest is reported), and a
+    flag on the host, as checkpoints do.
 
-    Raises RuntimeError when the ranks can't reach each other.
+    Raises:
+        RuntimeError: the ranks can't reach each other.
     """
     ranks, world_size, device = runtime.ranks, runtime.ranks.world_size, device_name(runtime.device, len(runtime.cores))
     if world_size == 1:
@@ -84,7 +146,8 @@ def check_ranks(runtime: Runtime) -> str:
 
 
 def find_dataset(config: Config) -> Dataset:
-    """Raises Caution for a known one that the training will prepare, DataError for another that is not there."""
+    """Opens the dataset. Raises Caution for a known one that the training will prepare, UserError for another that is
+    missing or damaged."""
     if (dataset := existing_dataset(config.data)) is None:
         text = f"{config.data.dataset} is not prepared in {config.data.root}, the training will fetch it first"
         raise Caution(f"{text}; run pipeline/prepare.py where there is a network")
@@ -92,7 +155,7 @@ def find_dataset(config: Config) -> Dataset:
 
 
 def check_shards(plan: Plan, ranks: Ranks, all_checksums: bool) -> str | list[Finding]:
-    """Each rank looks at its share of the shards: presence and size of each file, SHA-256 of a sample or all.
+    """Checks this rank's share of the shards: the presence and size of each file, the SHA-256 of a sample or of all.
 
     Shards behind URLs are only read if all checksums are asked for.
     """
@@ -100,28 +163,28 @@ def check_shards(plan: Plan, ranks: Ranks, all_checksums: bool) -> str | list[Fi
         return ""
     shards = [shard for split in dataset.splits.values() for shard in split]
     mine = shards[ranks.rank :: ranks.world_size]
-    random.Random().shuffle(mine)  # another sample each time; the process's own random numbers are its user's
+    random.Random().shuffle(mine)  # another sample each time, without the random numbers of the process
     deadline = math.inf if all_checksums else time.monotonic() + CHECKSUM_SECONDS
     num_hashed, damaged = 0, []
     for shard in mine:
         location = dataset.locate(shard)
-        hashed = time.monotonic() < deadline and (all_checksums or not locations.scheme(location))
-        num_hashed += hashed
-        if problem := _problem(shard, location, hashed):
+        is_hashed = time.monotonic() < deadline and (all_checksums or not locations.scheme(location))
+        num_hashed += is_hashed
+        if problem := _find_damage(shard, location, is_hashed):
             damaged.append(f"{problem}; copy that file again, or prepare the dataset again")
-    if len(damaged) > SHOWN_SHARDS:
-        damaged[SHOWN_SHARDS:] = [f"{len(damaged) - SHOWN_SHARDS} more shards are missing or damaged"]
+    if len(damaged) > MAX_SHARDS_SHOWN:
+        damaged[MAX_SHARDS_SHOWN:] = [f"{len(damaged) - MAX_SHARDS_SHOWN} more shards are missing or damaged"]
     images = " and ".join(f"{dataset.num_images(split)} {split}" for split in dataset.splits)
     where = "" if ranks.world_size == 1 else " on the first rank"
     text = f"{dataset.name}, {images} images in {len(shards)} shards, {num_hashed} of {len(mine)} hashed{where}"
     return [Finding("error", "data.dataset", problem) for problem in damaged] or text
 
 
-def _problem(shard: Shard, location: str, hashed: bool) -> str | None:
+def _find_damage(shard: Shard, location: str, is_hashed: bool) -> str | None:
     try:
         if not locations.scheme(location) and (num_bytes := Path(location).stat().st_size) != shard.num_bytes:
             return f"{location} has {num_bytes} bytes, the manifest says {shard.num_bytes}"
-        if hashed and sha256(locations.read_bytes(location)).hexdigest() != shard.sha256:
+        if is_hashed and sha256(locations.read_bytes(location)).hexdigest() != shard.sha256:
             return f"{location} is damaged, its SHA-256 is not the manifest's"
     except OSError as error:
         return f"{location} can't be read ({error.strerror or error})"
@@ -129,10 +192,10 @@ def _problem(shard: Shard, location: str, hashed: bool) -> str | None:
 
 
 def check_features(plan: Plan, name: str) -> str:
-    """The weights of a feature space, and whether it speaks for this dataset."""
-    if plan.config.evaluation.every is None:
-        return f"{name}, not used, evaluation.every is null"
+    """Checks that a feature space takes this dataset, and that its weights are there and load."""
     config = plan.config.evaluation
+    if config.every is None:
+        return f"{name}, not used, evaluation.every is null"
     if name in PUBLISHED and not (path := PUBLISHED[name].path(config)).is_file():
         text = f"{PUBLISHED[name].what} are not at {path}, the evaluation will download them"
         raise Caution(f"{text}; put them there where there is no network")
@@ -143,7 +206,7 @@ def check_features(plan: Plan, name: str) -> str:
 
 
 def check_writable(folder: Path, ranks: Ranks) -> str:
-    """Whether every rank can write where the run's folder will be, and all see the same place."""
+    """Checks that every rank can write where the run's folder will be, and that all see the same place."""
     folder = _existing(folder)
     shared = Path(ranks.on_main(lambda: _new_file(folder)))
     try:
@@ -152,7 +215,7 @@ def check_writable(folder: Path, ranks: Ranks) -> str:
             text = "is not the first rank's; choose a run.root on a file system that all nodes share"
             raise UserError(f"{folder} {text}")
     finally:
-        ranks.any(False)  # all have looked
+        ranks.any(False)  # waits until all have looked
         if ranks.is_main:
             with contextlib.suppress(OSError):
                 shared.unlink()
@@ -169,23 +232,25 @@ def _new_file(folder: Path) -> str:
 
 
 def _existing(folder: Path) -> Path:
+    """Returns the folder, or the nearest one above it that exists."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
 
 
 def check_disk(plan: Plan) -> str:
-    """Free space against all checkpoints that will be kept, one more while it is written, less what is there."""
+    """Checks the free space against all checkpoints that will be kept and the one being written, less those that are
+    there."""
     if plan.dataset is None:
         return ""
     run, training = plan.config.run, plan.config.training
     optimizers, checkpoint = (training.generator_optimizer, training.critic_optimizer), 0
     for network, optimizer, copies in zip(plan.networks(plan.dataset), optimizers, (2, 1), strict=True):
-        checkpoint += copies * sum(tensor.nbytes for tensor in network.state_dict().values())  # the average is a copy
+        checkpoint += copies * sum(tensor.nbytes for tensor in network.state_dict().values())  # 2: with the average
         checkpoint += {"rmsprop": 1, "adam": 2}[optimizer.algorithm] * sum(p.nbytes for p in network.parameters())
-    kept = run.keep_last + (training.steps // math.lcm(run.checkpoint_every, run.keep_every) if run.keep_every else 0)
+    keep = run.keep_last + (training.steps // math.lcm(run.checkpoint_every, run.keep_every) if run.keep_every else 0)
     saves = -(-training.steps // run.checkpoint_every)
     if run.keep_best is not None:
-        kept, saves = kept + 1, saves + -(-training.steps // (plan.config.evaluation.every or training.steps))
-    count = min(kept, saves) + 1
+        keep, saves = keep + 1, saves + -(-training.steps // (plan.config.evaluation.every or training.steps))
+    count = min(keep, saves) + 1
     files = [path for folder in committed(RunFolder(plan.config.folder)) for path in folder.iterdir()]
     needed = max(checkpoint, count * checkpoint - sum(path.stat().st_size for path in files))
     folder = _existing(plan.config.folder)
@@ -197,7 +262,7 @@ def check_disk(plan: Plan) -> str:
 
 
 def check_time(config: Config, seconds_left: float | None) -> str:
-    """The job's time limit against the time between two checkpoints, at the pace of the run's newest metrics."""
+    """Checks the job's time limit against the time between two checkpoints, at the pace of the run's newest metrics."""
     if seconds_left is None:
         return "none is known here"
     usable = seconds_left - SIGNAL_SECONDS
@@ -215,7 +280,8 @@ def check_time(config: Config, seconds_left: float | None) -> str:
 
 
 def _step_seconds(config: Config) -> float | None:
-    """A mean over the steps to the next checkpoint, a burn-in among them."""
+    """Returns the mean seconds of the steps until the next checkpoint, those of a burn-in included; None without
+    metrics."""
     training, every = config.training, config.run.checkpoint_every
     try:
         line = json.loads(RunFolder(config.folder).metrics.read_text().splitlines()[-1])

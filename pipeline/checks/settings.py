@@ -1,7 +1,8 @@
-"""What can be refused before a run from its settings, dataset, ranks and folder.
+"""What is refused before a run, from its settings, dataset, number of ranks and folder.
 
-Each check is written once: the trainer raises it (`refuse`), the doctor prints it. One takes a Plan and returns what it
-found to be in order, or raises UserError; another one is a function and a line of CHECKS.
+Each check is written once: the trainer raises its error (`refuse`), the doctor prints it. A check takes a Plan and
+returns a line about what is in order ("" if there is nothing to say), or raises UserError. A new one is a function and
+its line in CHECKS.
 """
 
 from __future__ import annotations
@@ -9,21 +10,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipeline.checks.user_networks import check_user_networks
-from pipeline.config import Config, check_device, flatten, imported
-from pipeline.config.yaml_files import read_yaml
+from pipeline.config import Config, check_device, flatten, import_object, read_yaml
 from pipeline.data import Dataset, check_source, source_kind
-from pipeline.distributed.tracking import check_trackers
 from pipeline.errors import UserError
-from pipeline.evaluation.selection import named_score
 from pipeline.models.objectives import choose
-from pipeline.models.user_networks import build_critic, build_generator
+from pipeline.models.user_networks import build_for_sizes, check_user_networks
 from pipeline.storage.checkpoint import committed
 from pipeline.storage.run_folder import RunFolder
 
@@ -35,24 +31,20 @@ class Plan:
     config: Config
     world_size: int
     dataset: Dataset | None = None
-    """None while it is not prepared: what depends on it is not checked."""
+    """The dataset; None while it is not prepared, and then nothing that depends on it is checked."""
     has_cuda: bool = field(default_factory=torch.cuda.is_available)
 
     def num_classes(self, dataset: Dataset) -> int:
-        """That the networks are told of."""
+        """Returns the number of classes that the networks are conditioned on; 0 for an unconditional GAN."""
         return dataset.num_classes if choose(self.config.training).classifies else 0
 
     def networks(self, dataset: Dataset) -> tuple[nn.Module, nn.Module]:
-        """Generator and critic. The reference's are on torch's meta device, where they have sizes but take no memory.
-        Raises UserError for unfit images, and for code of the user's that fails."""
-        dtype = torch.float64 if self.config.runtime.precision == "float64" else torch.float32
-        network = self.config.network
-        given = network, dataset.image_shape, self.num_classes(dataset)
-        # Code of the user's may look at numbers, which there are none of on the meta device.
-        with torch.device("meta" if network.generator is None else "cpu"):
-            generator = build_generator(*given).to(dtype)
-        with torch.device("meta" if network.critic is None else "cpu"):
-            return generator, build_critic(*given).to(dtype)
+        """Returns generator and critic to look at their sizes, not at their weights.
+
+        Raises:
+            UserError: they do not take images of this size, or the user's code fails.
+        """
+        return build_for_sizes(self.config, dataset.image_shape, self.num_classes(dataset))
 
 
 def refuse(plan: Plan) -> None:
@@ -68,11 +60,13 @@ def check_runtime(plan: Plan) -> str:
 
 
 def check_tracker_names(plan: Plan) -> str:
+    from pipeline.distributed.tracking import check_trackers
+
     return check_trackers(plan.config.run.trackers, plan.config.run.tracker_options)
 
 
 def check_objective(plan: Plan) -> str:
-    """The keys that go with an objective, and the labels that it may need."""
+    """Checks the keys that go with an objective, and that there are labels if it needs them."""
     training, dataset = plan.config.training, plan.dataset
     if choose(training).classifies and dataset is not None and dataset.num_classes < 2:
         raise UserError(f"training.objective is {training.objective}, but {dataset.name} has no labels")
@@ -85,7 +79,7 @@ def check_objective(plan: Plan) -> str:
 
 
 def check_shares(plan: Plan) -> str:
-    """The batch among ranks and micro-batches, and the lanes of a streamed dataset among ranks and workers."""
+    """Checks that ranks and micro-batches can share a batch, and ranks and workers the lanes of a streamed dataset."""
     config, dataset, batch_size = plan.config, plan.dataset, plan.config.training.batch_size
     check_source(config, dataset, plan.world_size)
     share, micro_batches, lanes = batch_size // plan.world_size, config.runtime.accumulation, config.data.lanes
@@ -100,10 +94,10 @@ def check_shares(plan: Plan) -> str:
 
 
 def check_networks(plan: Plan) -> str:
-    """Whether the networks take images of this size, and those of the user's own do what is asked of them."""
+    """Checks that the networks take images of this size, and that the user's own do what is asked of them."""
     for role in ("generator", "critic"):
         if name := getattr(plan.config.network, role):
-            imported(f"network.{role}", name)
+            import_object(f"network.{role}", name)
     if plan.dataset is None:
         return ""
     check_user_networks(plan.config, plan.dataset.image_shape, plan.num_classes(plan.dataset))
@@ -112,7 +106,7 @@ def check_networks(plan: Plan) -> str:
 
 
 def check_selection(plan: Plan) -> str:
-    """The score that run.keep_best names, and the evaluations that give it."""
+    """Checks that the evaluations give the score that run.keep_best names."""
     run, every = plan.config.run, plan.config.evaluation.every
     if run.keep_best is None:
         if run.patience is not None:
@@ -120,12 +114,14 @@ def check_selection(plan: Plan) -> str:
         return ""
     if every is None:
         raise UserError(f"run.keep_best is {run.keep_best}, but evaluation.every is null: set it to a number of steps")
+    from pipeline.evaluation.selection import named_score
+
     space, key = named_score(run.keep_best, plan.config.evaluation.features)
     return f"{space} {key} of an evaluation every {every} steps"
 
 
 def check_run_folder(plan: Plan) -> str:
-    """Whether the run's folder is free, or holds this very run."""
+    """Checks that the run's folder is free, or holds this very run."""
     folder, dataset = RunFolder(plan.config.folder), plan.dataset
     names = {path.name for path in folder.path.iterdir()} if folder.path.is_dir() else set()
     if folder.export.exists() and not folder.checkpoints.is_dir():
@@ -154,24 +150,18 @@ def check_run_folder(plan: Plan) -> str:
     return f"{folder.path} holds this run, which will go on"
 
 
-def _differences(saved: Any, config: Config) -> list[str]:
-    """Of the settings that may not change between two launches. One that is younger than the saved run had its default
-    there."""
-    given, defaults = (
-        {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(each, free=False).items()}
-        for each in (config, Config())
-    )
-
-    def saved_value(key: str) -> Any:
-        return reduce(
-            lambda at, part: at.get(part, defaults[key]) if isinstance(at, dict) else at, key.split("."), saved
-        )
-
-    return [
-        f"{key} is {before} there and {value} here"
-        for key, value in given.items()
-        if (before := saved_value(key)) != value
-    ]
+def _differences(saved: dict[str, Any], config: Config) -> list[str]:
+    """Lists settings that differ from the saved run's and must not. A setting that the saved run does not know counts
+    as its default."""
+    settings, defaults = (json.loads(json.dumps(flatten(one, free=False))) for one in (config, Config()))  # no tuples
+    differences = []
+    for key, value in settings.items():
+        before: Any = saved
+        for part in key.split("."):
+            before = before.get(part, defaults[key]) if isinstance(before, dict) else before
+        if before != value:
+            differences.append(f"{key} is {before} there and {value} here")
+    return differences
 
 
 CHECKS: dict[str, Callable[[Plan], str]] = {
@@ -183,4 +173,4 @@ CHECKS: dict[str, Callable[[Plan], str]] = {
     "run.keep_best": check_selection,
     "run.name": check_run_folder,
 }
-"""By what the doctor calls its line."""
+"""The checks, by the subject that the doctor prints."""

@@ -1,6 +1,6 @@
 """Every setting of a run, where settings come from, and the user's objects that they name."""
 
-from pipeline.config.command_line import configure, make_parser, parse, to_yaml
+from pipeline.config.command_line import configure, import_object, make_parser, parse, read_yaml, to_yaml
 from pipeline.config.settings import (
     Config,
     DataConfig,
@@ -14,7 +14,6 @@ from pipeline.config.settings import (
     check_device,
     flatten,
 )
-from pipeline.config.user_code import imported
 
 __all__ = [
     "Config",
@@ -29,8 +28,9 @@ __all__ = [
     "check_device",
     "configure",
     "flatten",
-    "imported",
+    "import_object",
     "make_parser",
     "parse",
+    "read_yaml",
     "to_yaml",
 ]

@@ -10,5 +10,5 @@ from pipeline.errors import UserError
 if __name__ == "__main__":
     try:
         print(parse(make_parser("Print the folder of the run that the settings give."))[0].folder)
-    except UserError as mistake:
-        sys.exit(f"error: {mistake}")
+    except UserError as error:
+        sys.exit(f"error: {error}")

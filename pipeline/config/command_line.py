@@ -1,8 +1,9 @@
-"""The command line and the files that give a run's settings, and the settings as a file."""
+"""Where settings come from: YAML files, command lines, and the modules of the user that a setting names."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import sys
 from argparse import SUPPRESS
@@ -17,35 +18,56 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namesp
 
 from pipeline.compat import arguments_of
 from pipeline.config.settings import Config
-from pipeline.config.yaml_files import read_yaml
 from pipeline.errors import UserError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 CONFIG = "YAML file that lists differences from the defaults, or the name of one of the package's, like quickstart"
+MAX_YAML_BYTES = 2**20
+SHIPPED = Path(__file__).parents[1] / "configs"
 
 
-def make_parser(description: str, concerned: tuple[str, ...] = ("",)) -> ArgumentParser:
-    """A parser of every key; programs add their own arguments to it.
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def make_parser(description: str, documented: tuple[str, ...] = ("",)) -> ArgumentParser:
+    """Makes a parser that takes every key; programs add arguments of theirs to it.
 
     Args:
-        concerned: what the keys begin with that `--help` documents, the others being of no concern to the program.
+        documented: prefixes of the keys that `--help` lists; the others are taken too.
     """
     usage = "%(prog)s [--config FILE] [--KEY VALUE ...]"
-    others = None if concerned == ("",) else "The other keys of a run are taken too: see train.py --help."
-    parser = ArgumentParser(description=description, usage=usage, epilog=others)
+    epilog = None if documented == ("",) else "The other keys of a run are taken too: see train.py --help."
+    parser = ArgumentParser(description=description, usage=usage, epilog=epilog)
     parser.add_argument("--config", action=ActionConfigFile, help=CONFIG)
     parser.add_class_arguments(Config, instantiate=True)
     sections = [item.name for item in dataclasses.fields(Config)]
     for action in arguments_of(parser):
         section, _, key = action.dest.partition(".")
-        if section in sections and not (key and action.dest.startswith(concerned)):
+        if section in sections and not (key and action.dest.startswith(documented)):
             action.help = SUPPRESS
     return parser
 
 
+def parse(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> tuple[Config, Namespace]:
+    """Returns the configuration that the arguments (by default the process's) give, and the parsed namespace with the
+    program's other arguments.
+
+    Raises:
+        UserError: naming the key, the value and the fix.
+    """
+    ordered = _files_first(sys.argv[1:] if arguments is None else arguments)
+    parser.exit_on_error = False  # it would print its usage above the error
+    try:
+        namespace = parser.instantiate(parser.parse_args(ordered))
+    except ArgumentError as error:
+        files = "".join(f" and {value}" for name, value in pairwise(ordered) if name == "--config")
+        raise UserError(f"{' '.join(str(error).split())}; look at --help{files}") from None
+    return Config(**{item.name: namespace[item.name] for item in dataclasses.fields(Config)}), namespace
+
+
 def configure(file: str | Path | None = None, settings: Mapping[str, object] = MappingProxyType({})) -> Config:
-    """The configuration of a YAML file, or of one of the package's by its name, and over it `settings` by their dotted
-    keys: `configure("quickstart", {"run.name": "first", "training.steps": 500})`. Without a file: the defaults.
+    """Returns the configuration of a YAML file (a path, or the name of one of the package's) or else the defaults, with
+    `settings` in place of some of its values: `configure("quickstart", {"run.name": "first", "training.steps": 500})`.
 
     Raises:
         UserError: naming the key, the value and the fix.
@@ -55,60 +77,106 @@ def configure(file: str | Path | None = None, settings: Mapping[str, object] = M
     return parse(make_parser("configure"), [*files, *(f"--{key}={text}" for key, text in texts.items())])[0]
 
 
-def parse(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> tuple[Config, Namespace]:
-    """The configuration that the arguments give, and the parsed namespace with an entry's own arguments.
-
-    Raises:
-        UserError: naming the key, the value and the fix.
-    """
-    given = _files_first(sys.argv[1:] if arguments is None else arguments)
-    parser.exit_on_error = False  # it would print its usage above the error
-    try:
-        namespace = parser.instantiate(parser.parse_args(given))
-    except ArgumentError as mistake:
-        files = "".join(f" and {value}" for name, value in pairwise(given) if name == "--config")
-        raise UserError(f"{' '.join(str(mistake).split())}; look at --help{files}") from None
-    return Config(**{item.name: namespace[item.name] for item in dataclasses.fields(Config)}), namespace
-
-
 def _files_first(arguments: Sequence[str]) -> list[str]:
-    """`--config FILE` before everything else: a file replaces all that was given before it. Each file is checked."""
-    files, rest, following = [], list[str](), iter(arguments)
-    for argument in following:
+    """Moves `--config FILE` before all other arguments, because jsonargparse lets a file replace what stands before it;
+    and checks each file."""
+    files, others, remaining = [], list[str](), iter(arguments)
+    for argument in remaining:
         name, _, value = argument.partition("=")
-        if name == "--config" and (value := value or next(following, "")):
-            file = _settings_file(value)
-            _check_sections(file, read_yaml(file), Config())
-            files += ["--config", str(file)]
+        if name == "--config" and (value := value or next(remaining, "")):
+            path = _find_file(value)
+            _check_sections(path, read_yaml(path), Config())
+            files += ["--config", str(path)]
         else:
-            rest.append(argument)
-    return files + rest
+            others.append(argument)
+    return files + others
 
 
-def _settings_file(name: str) -> Path:
-    """The file of this path; where there is none, the one of the package: quickstart, or configs/quickstart.yaml."""
-    path, shipped = Path(name), Path(__file__).parents[1] / "configs"
+def _find_file(name: str) -> Path:
+    """Returns the file of this path; if there is none, the package's: `quickstart` or `configs/quickstart.yaml`."""
+    path = Path(name)
     if path.exists():
         return path
-    if path.parent.name == "configs" and (shipped / path.name).is_file():
-        return shipped / path.name
+    if path.parent.name == "configs" and (SHIPPED / path.name).is_file():
+        return SHIPPED / path.name
     if path.name != name or path.suffix:
         return path
-    if (shipped / f"{name}.yaml").is_file():
-        return shipped / f"{name}.yaml"
-    known = ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))
+    if (SHIPPED / f"{name}.yaml").is_file():
+        return SHIPPED / f"{name}.yaml"
+    known = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
     raise UserError(f"--config is {name}: no such file, and none of the package's: {known}")
 
 
-def _check_sections(path: Path, given: dict[str, Any], config: Any, prefix: str = "") -> None:
-    """Raises UserError for a section of settings that is a single value, or nothing."""
-    for name, section in vars(config).items():
-        if dataclasses.is_dataclass(section) and name in given:
-            if not isinstance(given[name], dict):
-                raise UserError(f"{path}: {prefix}{name} is {given[name]!r}: write its keys below it, or leave it out")
-            _check_sections(path, given[name], section, f"{prefix}{name}.")
+def _check_sections(path: Path, content: dict[str, Any], section: Any, prefix: str = "") -> None:
+    """Raises UserError if a file gives a single value, or nothing, where a section of settings belongs."""
+    for name, inner in vars(section).items():
+        if dataclasses.is_dataclass(inner) and name in content:
+            if not isinstance(content[name], dict):
+                raise UserError(
+                    f"{path}: {prefix}{name} is {content[name]!r}: write its keys below it, or leave it out"
+                )
+            _check_sections(path, content[name], inner, f"{prefix}{name}.")
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A YAML loader that refuses a key given twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Reads the settings in a YAML file.
+
+    Raises:
+        UserError: it can't be read, holds no mapping, or is larger than MAX_YAML_BYTES.
+    """
+    try:
+        content = path.read_bytes()
+        if len(content) > MAX_YAML_BYTES:
+            raise ValueError(f"its {len(content):,} bytes are no settings")
+        settings = yaml.load(content.decode(), _StrictLoader)
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror})") from None
+    except yaml.MarkedYAMLError as error:
+        place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{place}: {error.problem}; write SECTION: and below it KEY: VALUE") from None
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: is no YAML file of settings ({str(error).splitlines()[0]})") from None
+    if not isinstance(settings, dict):
+        kind = type(settings).__name__
+        raise UserError(f"{path}: holds no settings, but {kind}; write SECTION: and below it KEY: VALUE")
+    return settings
 
 
 def to_yaml(config: Config) -> str:
+    """Returns all settings as the text of a YAML file."""
     plain = json.loads(json.dumps(dataclasses.asdict(config)))  # YAML's safe subset has no tuples
     return yaml.safe_dump(plain, sort_keys=False)
+
+
+# -- objects of the user -----------------------------------------------------------------------------------------------
+
+
+def import_object(key: str, name: str) -> Any:
+    """Imports the object that the setting `key` names as `module:NAME`, from the installed modules or the working
+    directory.
+
+    Raises:
+        UserError: there is no such module or object.
+    """
+    module, _, attribute = name.partition(":")
+    if (folder := str(Path.cwd())) not in sys.path:
+        sys.path.append(folder)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{key} is {name!r}: {error}") from None

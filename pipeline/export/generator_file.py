@@ -16,7 +16,7 @@ from pipeline.config import NetworkConfig
 from pipeline.errors import UserError
 from pipeline.models.networks import AnyGenerator, Critic, Generator, mirror_state
 from pipeline.models.spectral_norm import SINGULAR_VECTORS, use_spectral_norm
-from pipeline.models.user_networks import drawing_nothing, generator_of_spec
+from pipeline.models.user_networks import generator_of_spec, preserve_global_rng
 from pipeline.storage.checkpoint import Checkpoint, find, read_checkpoint, sha256_of_tensor
 from pipeline.storage.files import write_tensors
 from pipeline.storage.run_folder import RunFolder
@@ -92,7 +92,7 @@ def generator_of(checkpoint: Checkpoint, weights: str, code: str | None = None) 
     return _frozen(generator)
 
 
-@drawing_nothing
+@preserve_global_rng
 def critic_of(checkpoint: Checkpoint) -> Critic | None:
     """The critic of a checkpoint, on the CPU; None where it holds none of the reference's."""
     own = {name.removeprefix("critic."): t for name, t in checkpoint.tensors().items() if name.startswith("critic.")}

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, describe_error
 from pipeline.export.generator_file import CLASS_NAMES
 from pipeline.models.networks import AnyGenerator
-from pipeline.models.user_networks import told
 from pipeline.storage.files import replacing
 
 
@@ -49,7 +48,7 @@ def save_onnx(generator: AnyGenerator, path: Path) -> None:
     except ModuleNotFoundError as error:
         raise UserError(f"{path}: ONNX needs the package {error.name!r}: pip install 'gan-pipeline[onnx]'") from None
     except torch.onnx.OnnxExporterError as error:  # code of the user's may do what no graph can
-        raise UserError(f"{path}: torch can't write this network as ONNX ({told(error)})") from error
+        raise UserError(f"{path}: torch can't write this network as ONNX ({describe_error(error)})") from error
     assert program is not None  # with dynamo=True
     if generator.class_names:
         program.model.metadata_props[CLASS_NAMES] = json.dumps(generator.class_names)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.config import TrainingConfig, imported
+from pipeline.config import TrainingConfig, import_object
 from pipeline.errors import UserError
 
 ScoreLoss = Callable[[Tensor], Tensor]
@@ -132,7 +132,7 @@ def choose(training: TrainingConfig) -> Objective:
 
 
 def _import(name: str) -> Objective:
-    found = imported("training.objective", name)
+    found = import_object("training.objective", name)
     if not isinstance(found, Objective):
         raise UserError(f"training.objective is {name!r}: that is a {type(found).__name__}, not an Objective")
     return found

@@ -1,4 +1,4 @@
-"""Networks of the user's own (`network.generator`, `network.critic`), and the choice between them and the reference's.
+"""Networks of the user's own (`network.generator`, `network.critic`): how they are built, and tried before a run.
 
 The NAME of `module:NAME` is called as the reference's classes are, with the network's settings, the images' shape
 (C, H, W) and the number of classes (0: none), and returns a torch.nn.Module:
@@ -6,37 +6,42 @@ The NAME of `module:NAME` is called as the reference's classes are, with the net
     generator: latents (n, latent_dim) in [-1, 1], labels int64 (n,) or None -> images (n, C, H, W), pixels in [0, 1]
     critic: such images -> scores (n,) and, with classes, logits (n, num_classes), else None
 
-Images are the right way round there: the mirrored world is kept from these networks, and so is everything that is done
-to the reference's layers. Their weights are what torch's layers draw for themselves, from a seed of the run's. They run
-on a CPU too, where they are tried first and exports are drawn from.
+These networks see images the right way round: the wrappers below mirror them for the rest of the pipeline (see
+`networks.py`), and nothing that is done to the reference's layers is done to theirs. Their weights are what torch's
+layers draw by themselves, from a seed of the run. They run on a CPU too, where they are tried first and where exports
+are drawn.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import NetworkConfig, imported
-from pipeline.errors import UserError
+from pipeline.config import Config, NetworkConfig, import_object
+from pipeline.errors import UserError, describe_error
 from pipeline.models.networks import AnyGenerator, Critic, Generator, initialise
 
 ImageShape = tuple[int, int, int]
-drawing_nothing = torch.random.fork_rng(devices=[])
-"""Decorates what builds networks: layers draw weights from torch's global random numbers, which are others' too."""
-Network = TypeVar("Network", Generator, Critic)
+preserve_global_rng = torch.random.fork_rng(devices=[])
+"""Decorates functions that build networks. Layers draw their weights from torch's global random numbers, whose state
+belongs to the caller."""
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+"""The batch norms that `distributed/batch_norm.py` can replace by ones over all ranks."""
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+TRIAL_IMAGES = 4
 
 
 class UserGenerator(AnyGenerator):
-    """The network that `network.generator` names, as the pipeline takes it."""
+    """The network that `network.generator` names, as the pipeline takes it: it returns mirrored images."""
 
     def __init__(
-        self, config: NetworkConfig, image_shape: ImageShape, num_classes: int, random: torch.Generator | None
+        self, config: NetworkConfig, image_shape: ImageShape, num_classes: int, rng: torch.Generator | None
     ) -> None:
         super().__init__(config, image_shape, num_classes)
-        self.network = _made("generator", config, image_shape, num_classes, random)
+        self.network = _make("generator", config, image_shape, num_classes, rng)
 
     def spec(self) -> dict[str, Any]:
         spec = super().spec()
@@ -49,54 +54,65 @@ class UserGenerator(AnyGenerator):
 
 
 class UserCritic(nn.Module):
-    """The network that `network.critic` names, as the pipeline takes it: see `Critic`."""
+    """The network that `network.critic` names, as the pipeline takes it: mirrored images -> scores and logits."""
 
     def __init__(
-        self, config: NetworkConfig, image_shape: ImageShape, num_classes: int, random: torch.Generator | None
+        self, config: NetworkConfig, image_shape: ImageShape, num_classes: int, rng: torch.Generator | None
     ) -> None:
         super().__init__()
-        self.network = _made("critic", config, image_shape, num_classes, random)
+        self.network = _make("critic", config, image_shape, num_classes, rng)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         scores, logits = self.network(images.flip(2, 3))
         return scores, logits
 
 
-@drawing_nothing
+@preserve_global_rng
 def build_generator(
-    config: NetworkConfig, image_shape: ImageShape, num_classes: int = 0, random: torch.Generator | None = None
+    config: NetworkConfig, image_shape: ImageShape, num_classes: int = 0, rng: torch.Generator | None = None
 ) -> AnyGenerator:
-    """The generator that the settings name; its weights are drawn from `random`, or nobody cares which they are.
-
-    Raises:
-        UserError: see `Generator`; or the user's code is not there, fails, or makes something else.
-    """
-    if config.generator is not None:
-        return UserGenerator(config, image_shape, num_classes, random)
-    return _drawn(Generator(config, image_shape, num_classes), random)
-
-
-@drawing_nothing
-def build_critic(
-    config: NetworkConfig, image_shape: ImageShape, num_classes: int = 0, random: torch.Generator | None = None
-) -> Critic | UserCritic:
-    """The critic: see `build_generator`."""
-    if config.critic is not None:
-        return UserCritic(config, image_shape, num_classes, random)
-    return _drawn(Critic(config, image_shape, num_classes), random)
-
-
-@drawing_nothing
-def generator_of_spec(spec: dict[str, Any], code: str | None, source: Path) -> AnyGenerator:
-    """The generator that a file describes.
+    """Builds the generator that the settings name: the user's or the reference's.
 
     Args:
-        code: module:NAME of the code that it takes if it is no network of the reference's. What the file says of it is
-            never imported: only the caller can name it.
+        rng: the weights are drawn from it (of the user's network, from its seed). Without it they are arbitrary: they
+            will be loaded, or not be used.
+
+    Raises:
+        UserError: the reference's does not take images of this shape; or the user's code is missing, fails, or does not
+            make a torch.nn.Module.
+    """
+    if config.generator is not None:
+        return UserGenerator(config, image_shape, num_classes, rng)
+    generator = Generator(config, image_shape, num_classes)
+    if rng is not None:
+        initialise(generator, rng)
+    return generator
+
+
+@preserve_global_rng
+def build_critic(
+    config: NetworkConfig, image_shape: ImageShape, num_classes: int = 0, rng: torch.Generator | None = None
+) -> Critic | UserCritic:
+    """Builds the critic that the settings name, as `build_generator` does the generator."""
+    if config.critic is not None:
+        return UserCritic(config, image_shape, num_classes, rng)
+    critic = Critic(config, image_shape, num_classes)
+    if rng is not None:
+        initialise(critic, rng)
+    return critic
+
+
+@preserve_global_rng
+def generator_of_spec(spec: dict[str, Any], code: str | None, source: Path) -> AnyGenerator:
+    """Builds the generator that a file describes.
+
+    Args:
+        code: module:NAME of the code of a network that is not the reference's. The file names it too, but what a file
+            names is never imported: only the caller can allow it.
         source: the file.
 
     Raises:
-        UserError: it takes code and the caller names none; see `build_generator`.
+        UserError: the network takes code and the caller names none; see `build_generator`.
         ValueError, TypeError, KeyError: the file is damaged.
     """
     network, image_shape, num_classes = dict(spec["network"]), tuple(spec["image_shape"]), spec["num_classes"]
@@ -111,29 +127,139 @@ def generator_of_spec(spec: dict[str, Any], code: str | None, source: Path) -> A
     return build_generator(NetworkConfig(**network, generator=code), image_shape, num_classes)
 
 
-def _drawn(network: Network, random: torch.Generator | None) -> Network:
-    if random is not None:
-        initialise(network, random)
-    return network
-
-
-def _made(
-    role: str, config: NetworkConfig, image_shape: ImageShape, num_classes: int, random: torch.Generator | None
+def _make(
+    role: str, config: NetworkConfig, image_shape: ImageShape, num_classes: int, rng: torch.Generator | None
 ) -> nn.Module:
+    """Calls the user's code. The caller preserves the global random numbers."""
     key, name = f"network.{role}", getattr(config, role)
-    make = imported(key, name)
-    with torch.random.fork_rng(devices=[]):
-        if random is not None:  # what layers draw themselves, they draw from the default generator
-            torch.default_generator.manual_seed(random.initial_seed())
-        try:
-            network = make(config, image_shape, num_classes)
-        except Exception as error:  # the user's code may raise anything
-            raise UserError(f"{key}: {name} could not be made ({told(error)})") from error
+    make_network = import_object(key, name)
+    if rng is not None:
+        torch.default_generator.manual_seed(rng.initial_seed())
+    try:
+        network = make_network(config, image_shape, num_classes)
+    except Exception as error:  # the user's code may raise anything
+        raise UserError(f"{key}: {name} could not be made ({describe_error(error)})") from error
     if not isinstance(network, nn.Module):
         raise UserError(f"{key} is {name!r}: that makes a {type(network).__name__}, not a torch.nn.Module")
     return network
 
 
-def told(error: Exception) -> str:
-    """An error of the user's code in one line."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+# -- before a run ------------------------------------------------------------------------------------------------------
+
+
+def build_for_sizes(config: Config, image_shape: ImageShape, num_classes: int) -> tuple[nn.Module, nn.Module]:
+    """Builds generator and critic to look at their sizes. The reference's are on torch's meta device, where they take
+    no memory; the user's are on the CPU, since their code may look at numbers. Raises UserError as `build_generator`.
+    """
+    network, dtype = config.network, _dtype(config)
+    with torch.device("meta" if network.generator is None else "cpu"):
+        generator = build_generator(network, image_shape, num_classes).to(dtype)
+    with torch.device("meta" if network.critic is None else "cpu"):
+        return generator, build_critic(network, image_shape, num_classes).to(dtype)
+
+
+def check_user_networks(config: Config, image_shape: ImageShape, num_classes: int) -> None:
+    """Tries the user's own networks, if there are any, on a few images on the CPU.
+
+    Raises:
+        UserError: a network does not do what the head of this file says, or can't be trained with these settings.
+    """
+    arguments, dtype = (config.network, image_shape, num_classes, torch.Generator()), _dtype(config)
+    if config.network.generator is not None:
+        _check_generator(config, build_generator(*arguments).to(dtype))
+    if config.network.critic is not None:
+        critic = build_critic(*arguments).to(dtype)
+        images = torch.rand(TRIAL_IMAGES, *image_shape, dtype=dtype, generator=torch.Generator())
+        _check_critic(config, critic, images, num_classes)
+
+
+def _dtype(config: Config) -> torch.dtype:
+    return torch.float64 if config.runtime.precision == "float64" else torch.float32
+
+
+def _check_generator(config: Config, generator: AnyGenerator) -> None:
+    key = "network.generator"
+    if config.runtime.accumulation > 1:
+        raise UserError(
+            f"runtime.accumulation is {config.runtime.accumulation}: {key}, a network of your own, can't be taken in "
+            "parts: set it to 1"
+        )
+    _check_norms(key, generator)
+    shape = TRIAL_IMAGES, config.network.latent_dim
+    latents = torch.linspace(-1, 1, shape[0] * shape[1], dtype=_dtype(config)).view(shape)
+    images = _call(key, generator, latents, torch.arange(TRIAL_IMAGES) % max(generator.num_classes, 1))
+    _check_shape(key, "images", images, (TRIAL_IMAGES, *generator.image_shape))
+    if not 0 <= images.min() <= images.max() <= 1:
+        low, high = images.min().item(), images.max().item()
+        raise UserError(f"{key} makes pixels from {low:.3g} to {high:.3g}: end it in [0, 1], with a sigmoid say")
+    _check_gradients(key, generator, images)
+
+
+def _check_critic(config: Config, critic: nn.Module, images: Tensor, num_classes: int) -> None:
+    key, training = "network.critic", config.training
+    penalised = training.gradient_penalty is not None or training.r1_penalty is not None
+    if _check_norms(key, critic) and (penalised or config.runtime.accumulation > 1):
+        raise UserError(
+            f"{key} has batch norm: gradient penalties and runtime.accumulation need scores that depend on one image "
+            "alone (Gulrajani et al. 2017, section 4); use another norm"
+        )
+    scores, logits = _call(key, critic, images)
+    _check_shape(key, "scores", scores, (TRIAL_IMAGES,))
+    if num_classes:
+        _check_shape(key, "logits", logits, (TRIAL_IMAGES, num_classes))
+    elif logits is not None:
+        raise UserError(f"{key} gives logits, but there are no classes to tell apart: give None")
+    _check_gradients(key, critic, scores if logits is None else scores + logits.sum(1))
+
+
+def _call(key: str, network: nn.Module, *inputs: Tensor) -> Any:
+    """Returns what a network in training mode gives. Raises UserError if it fails or draws random numbers."""
+    with torch.random.fork_rng(devices=[]):
+        before = torch.get_rng_state()
+        try:
+            outputs = network(*inputs)
+        except Exception as error:  # the user's code may raise anything
+            given = f"{inputs[0].dtype} {list(inputs[0].shape)}"
+            raise UserError(f"{key} was given {given} and failed ({describe_error(error)})") from error
+        if not torch.equal(before, torch.get_rng_state()):
+            raise UserError(
+                f"{key} draws random numbers when it is called (dropout, noise), so that no run of it could be "
+                "repeated: leave them out"
+            )
+    return outputs
+
+
+def _check_shape(key: str, what: str, output: object, shape: tuple[int, ...]) -> None:
+    if not isinstance(output, Tensor) or output.shape != shape:
+        actual = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise UserError(f"{key} gives {what} of shape {actual}, where {list(shape)} are expected")
+
+
+def _check_norms(key: str, network: nn.Module) -> bool:
+    """Returns whether an image's output depends on other images, through batch norms or instance norms with running
+    statistics. Raises UserError for one that can't take its statistics over all ranks."""
+    depends = False
+    for name, norm in network.named_modules():
+        is_batch_norm = isinstance(norm, (*BATCH_NORMS, nn.SyncBatchNorm))
+        if not (is_batch_norm or (isinstance(norm, INSTANCE_NORMS) and norm.track_running_stats)):
+            continue
+        depends = True
+        if not (type(norm) in BATCH_NORMS and norm.affine and norm.track_running_stats and norm.momentum is not None):
+            raise UserError(
+                f"{key}: {name.removeprefix('network.')} is {norm}: over several ranks there are torch's BatchNorm1d, "
+                "2d and 3d, affine and with running statistics of a fixed momentum"
+            )
+    return depends
+
+
+def _check_gradients(key: str, network: nn.Module, outputs: Tensor) -> None:
+    """Raises UserError for a parameter without a gradient: optimisers, and DDP when it averages, expect them all."""
+    if not outputs.requires_grad:
+        raise UserError(f"{key} gives what no parameter has a part in: there is nothing to train")
+    torch.autograd.backward(outputs.sum())
+    for name, parameter in network.named_parameters():
+        if parameter.grad is None:
+            raise UserError(
+                f"{key}: the parameter {name.removeprefix('network.')} has no part in what it gives, or is frozen: "
+                "leave it out, or make it a buffer"
+            )

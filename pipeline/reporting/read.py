@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import Config, flatten
-from pipeline.config.yaml_files import read_yaml
+from pipeline.config import Config, flatten, read_yaml
 from pipeline.errors import UserError
 from pipeline.storage.run_folder import RunFolder
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, flatten
-from pipeline.config.yaml_files import read_yaml
+from pipeline.config import Config, flatten, read_yaml
 from pipeline.errors import UserError
 from pipeline.evaluation.selection import named_score
 

@@ -11,8 +11,15 @@ from typing import Literal
 import pytest
 import torch
 
-from pipeline.checks.findings import Caution, findings_of
-from pipeline.checks.machine import SIGNAL_SECONDS, check_disk, check_features, check_time, find_dataset
+from pipeline.checks.machine import (
+    SIGNAL_SECONDS,
+    Caution,
+    check_disk,
+    check_features,
+    check_time,
+    find_dataset,
+    run_check,
+)
 from pipeline.checks.settings import Plan
 from pipeline.config import (
     Config,
@@ -203,7 +210,7 @@ def test_time_limits(tmp_path: Path) -> None:
     config = Config(run=RunConfig(root=str(tmp_path), name="slow", checkpoint_every=100))
 
     def line(seconds_left: float | None) -> str:
-        [finding] = findings_of("time limit", lambda: check_time(config, seconds_left))
+        [finding] = run_check("time limit", lambda: check_time(config, seconds_left))
         return f"{finding.level} {finding.text}"
 
     assert line(None).startswith("ok none is known")

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.checks.user_networks import check_user_networks
 from pipeline.config import Config, NetworkConfig, make_parser, parse, to_yaml
+from pipeline.distributed.batch_norm import CONVERTED
 from pipeline.errors import UserError
 from pipeline.export.__main__ import NetworkCode, convert
 from pipeline.export.generator_file import fingerprint, load_export, save_export
 from pipeline.export.images import render, render_range
 from pipeline.export.onnx import save_onnx
 from pipeline.models.networks import Critic, Generator
-from pipeline.models.user_networks import build_critic, build_generator
+from pipeline.models.user_networks import BATCH_NORMS, build_critic, build_generator, check_user_networks
 from pipeline.rng import evaluation_labels, evaluation_latents, seeded
 from pipeline.training.state import TrainingState, build_state
 from tests.jobs import changed, tiny_config
@@ -205,3 +205,7 @@ def test_options_that_no_file_keeps_are_refused(value: object) -> None:
 def test_options_that_no_network_takes_are_refused() -> None:
     with pytest.raises(UserError, match="which are for networks of your own: name one, or leave them out"):
         Config(network=NetworkConfig(options={"hidden": 3}))
+
+
+def test_the_batch_norms_that_users_may_have_are_those_that_are_replaced_over_ranks() -> None:
+    assert BATCH_NORMS == CONVERTED

@@ -14,7 +14,7 @@ from pipeline.evaluation.features.base import FORWARD_SIZE, FeatureExtractor
 from pipeline.evaluation.features.custom import load_module
 from pipeline.evaluation.features.mnist import load_mnist
 from pipeline.evaluation.features.own import load_own
-from pipeline.models.user_networks import drawing_nothing
+from pipeline.models.user_networks import preserve_global_rng
 
 __all__ = ["FORWARD_SIZE", "PUBLISHED", "FeatureExtractor", "load_all", "load_features"]
 
@@ -29,7 +29,7 @@ PUBLISHED = {"inception": inception.WEIGHTS, "dinov2": dinov2.WEIGHTS}
 """The spaces that need a file of somebody else's."""
 
 
-@drawing_nothing
+@preserve_global_rng
 def load_features(name: str, dataset: Dataset, device: torch.device, config: EvaluationConfig) -> FeatureExtractor:
     """The extractor called `name` for a dataset's images.
 

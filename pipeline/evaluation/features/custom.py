@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import imported
+from pipeline.config import import_object
 from pipeline.data import Dataset
-from pipeline.errors import UserError
+from pipeline.errors import UserError, describe_error
 from pipeline.evaluation.features.base import FeatureExtractor, digest_of
 
 
@@ -32,9 +32,8 @@ class CustomFeatures(FeatureExtractor):
         try:
             features, logits = self(torch.zeros(2, *image_shape, dtype=torch.uint8))
         except Exception as error:  # the user's code may raise anything
-            reason = (str(error).strip().splitlines() or [""])[-1]
-            given = f"{name} was given uint8 {[2, *image_shape]}"
-            raise UserError(f"evaluation.features: {given} and failed ({type(error).__name__}: {reason})") from error
+            call = f"{name} was given uint8 {[2, *image_shape]}"
+            raise UserError(f"evaluation.features: {call} and failed ({describe_error(error)})") from error
         self.num_features, self.num_classes = features.shape[1], logits.shape[1]
 
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +47,7 @@ class CustomFeatures(FeatureExtractor):
 
 def load_module(name: str, dataset: Dataset, device: torch.device) -> FeatureExtractor:
     """Its fingerprint is that of the module's source file and of its weights: what it imports is not looked at."""
-    network = imported("evaluation.features", name)
+    network = import_object("evaluation.features", name)
     if not isinstance(network, nn.Module) and callable(network):
         network = network()
     if not isinstance(network, nn.Module):
