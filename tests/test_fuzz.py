@@ -33,7 +33,7 @@ from pipeline.errors import UserError
 from pipeline.export.generator_file import load_generator, save_export
 from pipeline.reporting.read import read_run
 from pipeline.storage.checkpoint import CheckpointWriter, newest_intact
-from pipeline.storage.lock import RunLock
+from pipeline.storage.lock import lock_run
 from pipeline.storage.run_folder import RunFolder
 from tests.data.numbered import numbered_dataset
 from tests.export.generators import random_generator
@@ -140,7 +140,7 @@ def lock(folder: Path) -> Path:
 
 
 def read_lock(path: Path) -> object:
-    held = RunLock(RunFolder(path.parent))
+    held = lock_run(RunFolder(path.parent))
     held.release()
     return held
 

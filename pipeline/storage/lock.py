@@ -1,109 +1,135 @@
-"""One run folder, one writer: also across machines, as far as a file with an owner and a heartbeat can tell.
+"""One writer for a run, and for a dataset that is being prepared, also where several machines share the file system.
 
-filelock's SoftFileLease comes near, but takes a zombie for alive, waits out a dead machine's heartbeat again in each
-contender, and takes over a lock that it can't read after two seconds: here such a one is a person's to judge.
+A lock is a file that names its owner. Two mechanisms each cover what the other can't:
+
+- The file gets its name by a hard link, which only one process can make, on any file system. It is complete by then:
+  nobody ever reads a lock without an owner, not even after a power cut.
+- The owner also holds the kernel's lock (flock) on it, which ends with the process. If the file was made on this
+  machine that tells a dead owner from a living one, so a run that was killed can go on at once.
+
+Whether one machine sees the kernel's locks of another depends on the file system. A file that another machine made is
+therefore never taken over: the error says which file to delete by hand.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
-import threading
+from collections.abc import Callable
 from pathlib import Path
-
-import psutil
+from typing import TextIO
 
 from pipeline.errors import UserError
 from pipeline.storage.files import fsync, make_folder, temporary_beside
 from pipeline.storage.run_folder import RunFolder
 
-HEARTBEAT_SECONDS = 10
-STALE_SECONDS = 60
-"""A heartbeat this old is taken for a dead machine's. Well above what a shared file system delays."""
+
+class LockHeld(Exception):
+    """Another process holds a lock, or may hold it; the message names that process."""
 
 
-class RunLock:
-    """Held from construction to `release` or the end of the process.
+class Lock:
+    """An exclusive lock, held from construction until `release` or the end of the process.
 
-    The file names its owner (host, process) and its modification time is the heartbeat. On the owner's host the process
-    table decides whether the owner lives, so a killed run can go on at once; from another host the heartbeat does.
+    Args:
+        path: The lock file. Its folder is made if necessary.
+        on_wait: Is called before waiting for a living owner to release the lock. Without it nothing waits.
 
     Raises:
-        UserError: another process holds it; the message names it.
+        LockHeld: A living process holds the lock and there is no `on_wait`, or nobody can tell whether its owner lives.
     """
 
-    def __init__(self, run: RunFolder) -> None:
-        self._path = run.lock
-        self._released = threading.Event()
-        make_folder(run.path)
-        owner = {"host": os.uname().nodename, "pid": os.getpid(), "started": _start_of(os.getpid())}
-        self._content = json.dumps(owner)
-        draft = temporary_beside(run.lock)
-        draft.write_text(self._content)
-        fsync(draft)  # a power cut must not leave a lock that names nobody
+    def __init__(self, path: Path, on_wait: Callable[[], None] | None = None) -> None:
+        self._path = path
+        make_folder(path.parent)
+        draft = temporary_beside(path)
+        draft.unlink(missing_ok=True)  # left by a killed process of the same number, as the first one in a container
+        self._file = draft.open("w")
         try:
-            while not self._take(draft):
-                # By the file's clock: that of this machine may be hours from the one that the heartbeat is told in.
-                if holder := _living_owner(self._path, now=draft.stat().st_mtime):
-                    reason = f"is being written by {holder}: stop that one first, or use another run.name"
-                    raise UserError(f"{run.path}: {reason}")
-                # Renamed first: of two processes that find the same stale lock, only one gets to remove it.
-                with contextlib.suppress(FileNotFoundError):
-                    self._path.rename(f"{draft}.stale").unlink()
+            json.dump({"host": os.uname().nodename, "boot": _boot(), "pid": os.getpid()}, self._file)
+            self._file.flush()
+            fsync(draft)
+            with contextlib.suppress(OSError):  # on a file system without kernel locks the name alone counts
+                fcntl.flock(self._file, fcntl.LOCK_EX)
+            while not self._take(draft, on_wait):
+                pass
+        except BaseException:
+            self._file.close()
+            raise
         finally:
-            draft.unlink()
-        threading.Thread(target=self._beat, daemon=True).start()
+            draft.unlink(missing_ok=True)
 
     def release(self) -> None:
-        self._released.set()
+        """Removes the lock file, unless another process has made it anew."""
         if not self.lost():
             self._path.unlink(missing_ok=True)
+        self._file.close()
 
     def lost(self) -> str | None:
-        """In words, that another process has it: this one, or its file system, stood still for too long."""
-        try:
-            taken = self._path.read_text() != self._content
-        except (OSError, ValueError):  # a person may have deleted it
-            return None
-        return f"{self._path} was taken over by another process, which writes this run now" if taken else None
-
-    def _take(self, draft: Path) -> bool:
-        """Links the lock into place with its content, so that nobody ever reads an empty one."""
-        try:
-            self._path.hardlink_to(draft)
-        except FileExistsError:
-            return False
-        return True
-
-    def _beat(self) -> None:
-        while not self._released.wait(HEARTBEAT_SECONDS):
-            try:
-                if not self.lost():
-                    os.utime(self._path)
-            except OSError:  # a file system that is away: training goes on, the lock may be taken for stale
-                continue
-
-
-def _living_owner(path: Path, now: float) -> str | None:
-    """Who holds the lock, or None if it is gone or stale."""
-    try:
-        owner = json.loads(path.read_text())
-        host, pid, started = str(owner["host"]), int(owner["pid"]), owner["started"]
-        name, age_seconds = f"process {pid} on {host}", now - path.stat().st_mtime
-        if host == os.uname().nodename:
-            process = psutil.Process(pid)
-            # A number is an earlier version's.
-            same = started == _start_of(pid) if isinstance(started, str) else float(started) == process.create_time()
-            return name if same and process.status() != psutil.STATUS_ZOMBIE else None
-    except (FileNotFoundError, psutil.NoSuchProcess):
+        """Returns a message if another process has the lock, because somebody deleted this one's file; else None."""
+        with contextlib.suppress(OSError):  # the file system is away, or nobody has taken the deleted lock
+            if not _is_at(self._path, self._file):
+                return f"{self._path} was taken over by another process, which writes here now"
         return None
-    except (OSError, ValueError, ArithmeticError, LookupError, TypeError, psutil.Error) as error:
-        return f"the unknown owner of {path} ({error}; delete that file if nothing writes there)"
-    return f"{name} (heartbeat {age_seconds:.0f} s ago)" if age_seconds < STALE_SECONDS else None
+
+    def _take(self, draft: Path, on_wait: Callable[[], None] | None) -> bool:
+        """Tries to give the draft the lock's name. Returns False if the lock changed meanwhile: then try again."""
+        with contextlib.suppress(FileExistsError):
+            self._path.hardlink_to(draft)
+            return True
+        try:
+            with self._path.open("r+") as file:
+                owner, is_of_this_machine = _owner(file)
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if on_wait is None:
+                        raise LockHeld(owner) from None
+                    on_wait()
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    return False
+                if not is_of_this_machine:
+                    raise LockHeld(f"{owner} (if that has ended, delete {self._path})")
+                if not _is_at(self._path, file):  # its owner released it after it was opened here
+                    return False
+                draft.replace(self._path)  # the dead owner's kernel lock is held here: no other process does the same
+                return True
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError, ArithmeticError, LookupError, TypeError, RecursionError) as error:
+            reason = f"the unknown owner of {self._path} ({error}; delete that file if nothing writes there)"
+            raise LockHeld(reason) from None
 
 
-def _start_of(pid: int) -> str:
-    """When a process began, in ticks since which boot: not by the clock, which may be set while the process lives."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]} of {boot}"
+def lock_run(run: RunFolder) -> Lock:
+    """Takes the lock of a run, whose folder is made if necessary.
+
+    Raises:
+        UserError: Another process holds it; the message names that process.
+    """
+    try:
+        return Lock(run.lock)
+    except LockHeld as holder:
+        reason = f"is being written by {holder}: stop that one first, or use another run.name"
+        raise UserError(f"{run.path}: {reason}") from None
+
+
+def _owner(file: TextIO) -> tuple[str, bool]:
+    """Returns the name of a lock's owner, and whether that is or was a process of this machine."""
+    owner = json.load(file)
+    # The host's name outlives a restart; the boot is common to the machine's containers, whose names differ.
+    is_of_this_machine = owner["host"] == os.uname().nodename or (owner.get("boot") or "none") == _boot()
+    return f"process {int(owner['pid'])} on {owner['host']}", is_of_this_machine
+
+
+def _boot() -> str | None:
+    """Returns Linux's identifier of the time since the machine was started; None elsewhere."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return None
+
+
+def _is_at(path: Path, file: TextIO) -> bool:
+    return os.path.samestat(os.fstat(file.fileno()), path.stat())

@@ -24,7 +24,7 @@ from pipeline.reporting.formatting import in_brief
 from pipeline.reporting.read import read_run
 from pipeline.storage.checkpoint import newest_intact, sweep
 from pipeline.storage.files import write_text
-from pipeline.storage.lock import RunLock
+from pipeline.storage.lock import Lock, lock_run
 from pipeline.storage.provenance import provenance
 from pipeline.storage.run_folder import RunFolder
 from pipeline.training.build import build_step
@@ -72,7 +72,7 @@ class Trainer:
         self.saver = Saver(config, self.state, runtime, self._progress, self._damage, self.selection)
         self._last_step = training.steps
         self._ends_at = ends_at or (self.selection.is_over if self.selection else None)
-        self._lock: RunLock | None = None
+        self._lock: Lock | None = None
 
     def run(self) -> None:
         """Trains to the last step, or until run.patience is at its end, from the newest intact checkpoint if there is
@@ -125,7 +125,7 @@ class Trainer:
         self.log.introduce(self.dataset)
 
     def _describe(self) -> None:
-        self._lock, runtime, dataset = RunLock(self.folder), self.runtime, self.dataset
+        self._lock, runtime, dataset = lock_run(self.folder), self.runtime, self.dataset
         made_with = provenance(runtime.ranks, runtime.device, len(runtime.cores), job_id())
         made_with |= {"dataset": dataset.name, "dataset_fingerprint": dataset.fingerprint}
         if names := row_names(self.state.generator):

@@ -194,7 +194,7 @@ def test_mnist_from_a_local_folder_is_the_same_dataset(
     dataset = load_dataset(result.stdout.strip())
     # Bytes are reproducible, wherever the files came from.
     assert dataset.fingerprint == mnist_dataset.fingerprint
-    assert {path.name for path in (tmp_path / "deep" / "data").iterdir()} == {"mnist", ".mnist.lock"}
+    assert {path.name for path in (tmp_path / "deep" / "data").iterdir()} == {"mnist"}
 
 
 def test_a_prepared_mnist_is_left_alone(idx_folder: Path, tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_a_damaged_local_file_is_named(kind: str, idx_folder: Path, gz_folder: P
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ")
     assert "t10k-labels-idx1-ubyte" in line
-    assert [path.name for path in (tmp_path / "data").iterdir()] == [".mnist.lock"]
+    assert not list((tmp_path / "data").iterdir())
 
 
 def test_mnist_from_a_mirror(
@@ -258,7 +258,7 @@ def test_mnist_from_a_mirror(
     assert result.returncode == 0, result.stderr
     assert load_dataset(tmp_path / "mnist").fingerprint == mnist_dataset.fingerprint
     assert mirror.requests == [f"{name}.gz" for name in MNIST_SHA256]
-    assert {path.name for path in tmp_path.iterdir()} == {"mnist", ".mnist.lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {"mnist"}
 
 
 @pytest.mark.parametrize("failure", ["flipped", "cut", "503"])
@@ -352,7 +352,7 @@ def test_a_kill_while_writing_leaves_nothing_half_done(
             assert load_dataset(tmp_path / "mnist").fingerprint == mnist_dataset.fingerprint
             shutil.rmtree(tmp_path / "mnist")
     assert prepare_mnist(tmp_path, idx_folder).fingerprint == mnist_dataset.fingerprint
-    assert {path.name for path in tmp_path.iterdir()} == {"mnist", ".mnist.lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {"mnist"}
 
 
 @pytest.mark.slow
@@ -453,7 +453,7 @@ def test_a_folder_of_classes(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "holds another dataset" in result.stderr.splitlines()[-1]
     assert snapshot(dataset.folder) == before
-    assert {path.name for path in (tmp_path / "data").iterdir()} == {"pets", ".pets.lock"}
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {"pets"}
 
 
 def test_grey_and_colour_together_are_rgb(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_a_second_launch_on_the_same_run_is_refused(tiny_dataset: Path, tmp_path
 
 
 def test_a_run_whose_lock_was_taken_over_saves_no_more_and_leaves_the_lock(tiny_dataset: Path, tmp_path: Path) -> None:
-    """As by another machine, while this one's file system stood still for longer than a heartbeat may be old."""
+    """As after somebody deleted the lock of a living run and started another one."""
     run, log = tmp_path / "taken", tmp_path / "log"
     with job(changed(interruptible(tiny_dataset, tmp_path, run.name), training=ENDLESS), 2, log) as process:
         wait_for_step(run, 12, process, log)

@@ -5,22 +5,21 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
-import psutil
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.storage.lock import STALE_SECONDS, RunLock
+from pipeline.storage.lock import Lock, lock_run
 from pipeline.storage.run_folder import RunFolder
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from pipeline.storage.lock import RunLock
+from pipeline.storage.lock import lock_run
 from pipeline.storage.run_folder import RunFolder
-lock = RunLock(RunFolder(Path(sys.argv[1])))
+lock = lock_run(RunFolder(Path(sys.argv[1])))
 print('held', flush=True)
 time.sleep(60)
 """
@@ -31,46 +30,81 @@ def test_a_second_writer_is_refused_and_a_killed_one_is_replaced_at_once(tmp_pat
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=rf"is being written by process {holder.pid} on {os.uname().nodename}"):
-        RunLock(RunFolder(tmp_path))
+        lock_run(RunFolder(tmp_path))
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     holder.stdout.close()
-    lock = RunLock(RunFolder(tmp_path))
+    lock = lock_run(RunFolder(tmp_path))
     assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
     lock.release()
     assert not list(tmp_path.iterdir())
 
 
-def test_a_clock_that_was_set_frees_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process's beginning in seconds is reckoned from the boot's, which moves with the clock."""
-    lock, created = RunLock(RunFolder(tmp_path)), psutil.Process.create_time
-    monkeypatch.setattr(psutil.Process, "create_time", lambda process: created(process) + 120)
-    with pytest.raises(UserError, match=f"is being written by process {os.getpid()} on"):
-        RunLock(RunFolder(tmp_path))
-    lock.release()
-
-
-def test_another_hosts_lock_counts_until_its_heartbeat_stops(tmp_path: Path) -> None:
+def test_another_machines_lock_is_never_taken_over(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
-    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 0.0}))
-    with pytest.raises(UserError, match=r"process 1 on elsewhere \(heartbeat 0 s ago\)"):
-        RunLock(RunFolder(tmp_path))
-    past = path.stat().st_mtime - STALE_SECONDS - 1
-    os.utime(path, (past, past))
-    RunLock(RunFolder(tmp_path)).release()
+    path.write_text(json.dumps({"host": "elsewhere", "boot": "another", "pid": 1}))
+    with pytest.raises(UserError, match=rf"process 1 on elsewhere \(if that has ended, delete {path}\): stop that"):
+        lock_run(RunFolder(tmp_path))
+    path.unlink()
+    lock_run(RunFolder(tmp_path)).release()
 
 
-@pytest.mark.parametrize("hours", [-5, 5])
-def test_a_clock_that_is_wrong_takes_no_lock(hours: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 0.0}))
-    monkeypatch.setattr(time, "time", lambda now=time.time: now() + hours * 3600)
-    with pytest.raises(UserError, match=r"process 1 on elsewhere \(heartbeat 0 s ago\)"):
-        RunLock(RunFolder(tmp_path))
+@pytest.mark.parametrize("changed", ["host", "boot"])
+def test_a_dead_owner_in_a_container_or_before_a_restart_is_replaced(changed: str, tmp_path: Path) -> None:
+    lock = lock_run(RunFolder(tmp_path))
+    owner = json.loads((tmp_path / ".lock").read_text())
+    lock.release()
+    (tmp_path / ".lock").write_text(json.dumps(owner | {changed: "another"}))
+    lock_run(RunFolder(tmp_path)).release()
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_process_number_that_was_given_out_again_does_not_hold_the_lock(tmp_path: Path) -> None:
-    (tmp_path / ".lock").write_text(json.dumps({"host": os.uname().nodename, "pid": os.getpid(), "started": 1.0}))
-    RunLock(RunFolder(tmp_path)).release()
+def test_a_lock_of_an_earlier_version_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text(json.dumps({"host": os.uname().nodename, "pid": 2**22 + 5, "started": 1.0}))
+    lock_run(RunFolder(tmp_path)).release()
+
+
+def test_of_many_that_meet_a_dead_owner_one_gets_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    program = "import sys; from pathlib import Path; from pipeline.storage.lock import Lock, LockHeld\n"
+    program += "try: lock = Lock(Path(sys.argv[1])); print('taken', flush=True); sys.stdin.read()\n"
+    program += "except LockHeld: print('refused', flush=True)"
+    path.write_text(json.dumps({"host": os.uname().nodename, "pid": 2**22 + 5}))
+    command = [sys.executable, "-c", program, str(path)]
+    processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    answers = [process.stdout.readline() for process in processes if process.stdout]
+    for process in processes:
+        process.communicate()
+    assert sorted(answers) == ["refused\n"] * 3 + ["taken\n"]
+
+
+def test_a_lock_is_waited_for(tmp_path: Path) -> None:
+    waits, ended, first = threading.Event(), threading.Event(), Lock(tmp_path / "lock")
+
+    def second() -> None:
+        Lock(tmp_path / "lock", on_wait=waits.set).release()
+        ended.set()
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    assert waits.wait(60)
+    assert not ended.is_set()
+    first.release()
+    thread.join(60)
+    assert ended.is_set()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_deleted_lock_that_another_takes_is_lost(tmp_path: Path) -> None:
+    first = Lock(tmp_path / "lock")
+    (tmp_path / "lock").unlink()
+    assert first.lost() is None
+    second = Lock(tmp_path / "lock")
+    assert first.lost() == f"{tmp_path / 'lock'} was taken over by another process, which writes here now"
+    first.release()
+    assert second.lost() is None
+    second.release()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -80,29 +114,26 @@ def test_a_process_number_that_was_given_out_again_does_not_hold_the_lock(tmp_pa
         "[]",
         '"held"',
         '{"host": "elsewhere"}',
-        '{"host": "HERE", "pid": "me", "started": 1.0}',
-        '{"host": "HERE", "pid": -1, "started": 1.0}',
-        '{"host": "HERE", "pid": 1, "started": null}',
-        '{"host": "HERE", "pid": Infinity, "started": 1.0}',
+        '{"host": "HERE", "pid": "me"}',
+        '{"host": "HERE", "pid": Infinity}',
         "\xff",
     ],
 )
 def test_a_damaged_lock_is_not_taken_for_free(content: str, tmp_path: Path) -> None:
     (tmp_path / ".lock").write_bytes(content.replace("HERE", os.uname().nodename).encode("latin-1"))
     with pytest.raises(UserError, match="delete that file if nothing writes there"):
-        RunLock(RunFolder(tmp_path))
+        lock_run(RunFolder(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_a_zombie_does_not_hold_the_lock(tmp_path: Path) -> None:
-    child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
-    started = psutil.Process(child.pid).create_time()
-    (tmp_path / ".lock").write_text(json.dumps({"host": os.uname().nodename, "pid": child.pid, "started": started}))
+    child = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"process {child.pid} on"):
-        RunLock(RunFolder(tmp_path))
+        lock_run(RunFolder(tmp_path))
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, and not waited for
-    RunLock(RunFolder(tmp_path)).release()
-    assert child.stdin is not None
-    child.stdin.close()
+    lock_run(RunFolder(tmp_path)).release()
+    child.stdout.close()
     child.wait()

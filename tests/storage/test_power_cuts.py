@@ -20,7 +20,7 @@ import pytest
 from pipeline.checks.settings import Plan, check_run_folder
 from pipeline.config import Config
 from pipeline.storage.checkpoint import newest_intact, sha256_of_tensor, sweep
-from pipeline.storage.lock import RunLock
+from pipeline.storage.lock import lock_run
 from pipeline.storage.run_folder import RunFolder
 from tests.jobs import ROOT, changed, flags, launch, tiny_config
 from tests.storage.power_cuts import Disk, calls, read, write
@@ -79,7 +79,7 @@ class Recorded:
 
     def _go_on(self, run: RunFolder, promised: int, *, may_be_damaged: bool) -> None:
         """As the trainer does."""
-        RunLock(run).release()
+        lock_run(run).release()
         sweep(run)
         newest, lines = newest_intact(run)
         step = newest.step if newest else 0

@@ -6,7 +6,6 @@ and renamed, under a lock that lets one process work while the others wait. What
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 import shutil
@@ -29,6 +28,7 @@ from pipeline.distributed.progress import bar
 from pipeline.errors import UserError
 from pipeline.rng import seeded
 from pipeline.storage.files import fsync
+from pipeline.storage.lock import Lock, LockHeld
 
 
 class ShardSizes(NamedTuple):
@@ -62,24 +62,23 @@ def check_name(name: str) -> None:
 def preparing(root: Path, name: str) -> Iterator[Path]:
     """A temporary folder for what will be `root`/`name`, under the lock of that name.
 
-    The kernel drops the lock with the process, so a killed one leaves nothing stale; the next one clears its folder.
-    Raises UserError in place of any OSError inside.
+    A killed process leaves a folder, which the next one clears. Raises UserError in place of any OSError inside.
     """
     temporary = root / f".{name}.tmp"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with (root / f".{name}.lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(f"another process is preparing {root / name}: waiting for it")
-                fcntl.flock(file, fcntl.LOCK_EX)
+        lock = Lock(
+            root / f".{name}.preparing",
+            on_wait=lambda: say(f"another process is preparing {root / name}: waiting for it"),
+        )
+        try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            try:
-                yield temporary
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            lock.release()
+    except LockHeld as holder:
+        raise UserError(f"{root / name} is being prepared by {holder}") from None
     except OSError as error:  # it names its file
         raise UserError(str(error)) from None
 
