@@ -19,10 +19,10 @@ def main() -> None:
     def configure(settings: Mapping[str, str]) -> Config:
         return parse(parser, [*sys.argv[1:], *(f"--{key}={value}" for key, value in settings.items())])[0]
 
-    from pipeline.distributed.failures import closing  # here: `--help` and mistakes need no torch
+    # Imported here, so that `--help` and mistakes need no torch.
+    from pipeline.distributed.failures import closing
     from pipeline.distributed.process import Runtime
-    from pipeline.tuning.study_file import read_study
-    from pipeline.tuning.tuner import Tuner
+    from pipeline.tuning.tuner import Tuner, read_study
 
     study = read_study(arguments.study)
     runtime = Runtime(config.runtime)

@@ -1,7 +1,7 @@
 """Grids of settings: `python -m pipeline.tuning.grid [--task I | --unfinished] KEY=VALUE,VALUE ... -- [--KEY ...]`.
 
-For launch/slurm/sweep.sh. Prints the folder of each run; or the command line of run I, an argument a line; or the
-numbers of the runs that have steps left, as `sbatch --array` takes them.
+launch/slurm/sweep.sh calls it. It prints the folder of each run of the grid; with --task the command line of run I, one
+argument a line; with --unfinished the numbers of the runs that have steps left, as `sbatch --array` takes them.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from pipeline.reporting.read import read_run
 from pipeline.storage.run_folder import RunFolder
 
 COMMA = re.compile(r",(?![^\[{(]*[\]})])")
-"""Between values, but not within the brackets of one."""
+"""A comma between values, not within the brackets of one."""
 
 
-def runs_of(grid: Sequence[str], given: Sequence[str]) -> list[list[str]]:
-    """The command line of each run: every combination of the grid's values, the last key's changing first.
+def runs_of(grid: Sequence[str], shared: Sequence[str]) -> list[list[str]]:
+    """Returns the command line of each run: every combination of the grid's values, the last key changing first.
 
     Args:
-        grid: `KEY=VALUE,VALUE` each; the key `config` names files.
-        given: what all runs have.
+        grid: `KEY=VALUE,VALUE` each; the values of the key `config` are files.
+        shared: the arguments that all runs have.
 
     Raises:
-        UserError: a key without values or given twice, or two runs of the same name.
+        UserError: a key has no values or is given twice, or two runs would have the same name.
     """
-    parts = [part.partition("=") for part in grid]
-    values = {key: COMMA.split(text) for key, _, text in parts}
-    for key, count in Counter(key for key, _, _ in parts).items():
+    pairs = [part.partition("=") for part in grid]
+    values = {key: COMMA.split(text) for key, _, text in pairs}
+    for key, count in Counter(key for key, _, _ in pairs).items():
         if count > 1 or not all(values[key]) or key.startswith("run."):
             raise UserError(f"{key} in the grid: give a key once, as KEY=VALUE,VALUE; runs get their names from it")
     labels = {key: _label(key, list(values)) for key in values}
@@ -47,24 +47,25 @@ def runs_of(grid: Sequence[str], given: Sequence[str]) -> list[list[str]]:
         chosen = dict(zip(values, combination, strict=True))
         files = [f"--config={path}" for key, path in chosen.items() if key == "config"]
         settings = [f"--{key}={value}" for key, value in chosen.items() if key != "config"]
-        first = Path(chosen["config"]).stem if files else parse(make_parser("grid"), given)[0].run.name
+        first = Path(chosen["config"]).stem if files else parse(make_parser("grid"), shared)[0].run.name
         words = [first, *(f"{labels[key]}-{value}" for key, value in chosen.items() if key != "config")]
         names.append(re.sub(r"[^\w.-]+", "_", "-".join(words)))
-        runs.append([*files, *given, *settings, f"--run.name={names[-1]}"])
+        runs.append([*files, *shared, *settings, f"--run.name={names[-1]}"])
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise UserError(f"{twice[0]} would be the name of two runs of the grid: give each value and file name once")
     return runs
 
 
 def _label(key: str, keys: list[str]) -> str:
-    """The last parts of a key, as many as no other key has."""
+    """Returns the last parts of a dotted key, as many as tell it from the other keys."""
     parts = key.split(".")
     shorter = (".".join(parts[-count:]) for count in range(1, len(parts)))
     return next((end for end in shorter if sum(f".{other}".endswith(f".{end}") for other in keys) == 1), key)
 
 
 def is_finished(config: Config) -> bool:
-    """Whether the last step's generator is exported, which is what a run does at its end."""
+    """Returns whether the generator of the last step is exported, with which a run ends: that of training.steps, or of
+    the step at which run.patience ended it."""
     folder = RunFolder(config.folder)
     try:
         with safe_open(folder.export, "np") as file:
@@ -75,14 +76,14 @@ def is_finished(config: Config) -> bool:
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    given = arguments[arguments.index("--") + 1 :] if "--" in arguments else []
-    grid = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    grid, shared = sys.argv[1:], list[str]()
+    if "--" in grid:
+        grid, shared = grid[: grid.index("--")], grid[grid.index("--") + 1 :]
     if grid[:1] == ["--task"]:
-        print("\n".join(runs_of(grid[2:], given)[int(grid[1])]))
+        print("\n".join(runs_of(grid[2:], shared)[int(grid[1])]))
         return
     only_unfinished, parser = grid[:1] == ["--unfinished"], make_parser("grid")
-    configs = [parse(parser, run)[0] for run in runs_of(grid[1:] if only_unfinished else grid, given)]
+    configs = [parse(parser, run)[0] for run in runs_of(grid[1:] if only_unfinished else grid, shared)]
     if only_unfinished:
         print(",".join(str(task) for task, config in enumerate(configs) if not is_finished(config)))
     else:

@@ -1,22 +1,25 @@
-"""Searches settings: one worker of a study that any number of them share through a journal on a common file system.
+"""Searches settings: a worker of a study, which any number of workers share through a journal on a common file system.
 
-A trial trains the same settings with every seed of the study, in this process, and its value is the median of the last
-scores; it is pruned where the median of its seeds so far is worse than other trials' at the same step. Optuna keeps the
-journal and proposes settings. A worker that is asked to stop puts its trial back into the queue, and the next one goes
-on from the trial's last checkpoint; the trial of a worker that was killed is left out, and another takes its place.
+A trial trains the same settings with every seed of the study, one after the other in this process. Its value is the
+median of their last scores; it is pruned where the median of its seeds so far is worse than that of other trials at the
+same step. Optuna proposes the settings and writes the journal. A worker that is asked to stop puts its trial back into
+the queue, and the next one goes on from the trial's last checkpoint. The trial of a worker that was killed is left out:
+another takes its place.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pipeline.config import Config, flatten
+from pipeline.config import Config, flatten, read_yaml
 from pipeline.distributed.process import Runtime
 from pipeline.errors import LocalError, Preempted, TrainingFailed, UserError
 from pipeline.evaluation.selection import LOWER_IS_BETTER, named_score
@@ -25,17 +28,107 @@ from pipeline.rng import seeded
 from pipeline.storage.files import write_text
 from pipeline.storage.run_folder import RunFolder
 from pipeline.training.trainer import Trainer
-from pipeline.tuning.study_file import Configure, StudyFile
 
 if TYPE_CHECKING:
     import optuna
 
 STARTUP_TRIALS = 5
-"""Trials that are drawn at random and never pruned, before there is something to compare with."""
+"""Number of trials that are drawn at random and never pruned, before there is something to compare with."""
+RANGES = "write it as {log: [LOW, HIGH]}, {uniform: [LOW, HIGH]}, {int: [LOW, HIGH]} or {choice: [VALUE, VALUE]}"
+Configure = Callable[[Mapping[str, str]], Config]
+"""Makes the study's configuration with some settings (dotted key -> text as on the command line) replaced."""
+
+
+# -- the study's file --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that the search may try for one setting."""
+
+    kind: str
+    """log: log-uniform; uniform; int: whole numbers, both ends included; choice: any of the values."""
+    values: tuple[Any, ...]
+    """The lowest and the highest value as numbers, or the choices as text."""
+
+
+@dataclass(frozen=True)
+class StudyFile:
+    """The content of a study's YAML file."""
+
+    name: str
+    score: str
+    """The score to improve, named as by run.keep_best."""
+    seeds: tuple[int, ...]
+    """The seeds that each trial trains with."""
+    trials: int
+    """Number of trials, of all workers together."""
+    space: dict[str, Range]
+    """The range of each searched key."""
+
+    def check(self, configure: Configure) -> None:
+        """Checks that a configuration takes both ends, or every choice, of each range, and that it gives the score.
+
+        Raises:
+            UserError: naming the key and the value.
+        """
+        config = configure({})
+        if config.evaluation.every is None:
+            raise UserError("evaluation.every is null: a study needs evaluations, set it to a number of steps")
+        named_score(self.score, config.evaluation.features)
+        for key, allowed in self.space.items():
+            if key not in flatten(config) or key.startswith("run.") or key == "training.seed":
+                raise UserError(f"space.{key} is no setting that can be searched: see train.py --help")
+            for value in allowed.values:
+                configure({key: str(value)})
+
+    def settings(self, config: Config) -> dict[str, Any]:
+        """Returns, as JSON values, what workers must agree on to work on one study: score, seeds, space, and all other
+        settings that decide about a score."""
+        study = {"score": self.score, "seeds": self.seeds, **{f"space.{key}": vars(r) for key, r in self.space.items()}}
+        deciding = {"training.steps", *flatten(config, free=False)}
+        ignored = {*self.space, "training.seed", "evaluation.batch_size", "evaluation.inception_weights"}
+        others = {
+            key: value
+            for key, value in flatten(config).items()
+            if (key in deciding or key.startswith("evaluation.")) and key not in ignored
+        }
+        return dict(json.loads(json.dumps(study | others)))
+
+
+def read_study(path: Path) -> StudyFile:
+    """Reads a study's file; its name without the suffix is the study's.
+
+    Raises:
+        UserError: it can't be read, or holds no study.
+    """
+    match content := read_yaml(path):
+        case {"score": str() as score, "seeds": [*seeds], "trials": int() as trials, "space": dict() as space} if (
+            len(content) == 4 and seeds and all(type(seed) is int for seed in seeds) and trials > 0 and space
+        ):
+            ranges = {str(key): _read_range(f"{path}: space.{key}", value) for key, value in space.items()}
+            return StudyFile(path.stem, score, tuple(dict.fromkeys(seeds)), trials, ranges)
+    raise UserError(f"{path}: give score: NAME, seeds: [N, ...], trials: N, space: {{KEY: RANGE, ...}}, nothing else")
+
+
+def _read_range(where: str, content: Any) -> Range:
+    try:
+        [(kind, values)] = content.items()
+        if kind == "choice" and values:
+            return Range(kind, tuple(value if isinstance(value, str) else json.dumps(value) for value in values))
+        low, high = map(int if kind == "int" else float, values)
+        if kind in ("log", "uniform", "int") and low < high and (kind != "log" or low > 0):
+            return Range(kind, (low, high))
+    except (AttributeError, TypeError, ValueError):
+        pass
+    raise UserError(f"{where} is {content}: {RANGES}")
+
+
+# -- a worker ----------------------------------------------------------------------------------------------------------
 
 
 class Tuner:
-    """A worker. Every rank makes the same calls; the main one talks to the study.
+    """A worker of a study. Every rank makes the same calls; only the main rank has the `study` and the `trial`.
 
     `folder` gets `study.journal`, a folder of runs for each trial, `best.yaml` (a --config file) and `study.md`.
 
@@ -43,18 +136,19 @@ class Tuner:
         UserError: the study began with other settings, the file is wrong (`StudyFile.check`), or Optuna is missing.
     """
 
-    def __init__(self, study: StudyFile, configure: Configure, runtime: Runtime) -> None:
-        self._file, self._configure, self._runtime = study, configure, runtime
+    study: optuna.Study
+    trial: optuna.Trial
+
+    def __init__(self, file: StudyFile, configure: Configure, runtime: Runtime) -> None:
+        self._file, self._configure, self._runtime = file, configure, runtime
         self._config = configure({})
-        self.folder = Path(self._config.run.root) / study.name
-        runtime.ranks.on_main(lambda: study.check(configure))
-        self._space, self._key = named_score(study.score, self._config.evaluation.features)
-        self._study: optuna.Study | None = None
-        self._trial: optuna.Trial | None = None
+        self.folder = Path(self._config.run.root) / file.name
+        runtime.ranks.on_main(lambda: file.check(configure))
+        self._space, self._key = named_score(file.score, self._config.evaluation.features)
         runtime.ranks.on_main(self._open)
 
     def run(self) -> None:
-        """Works on trials until as many are done as the study's file says.
+        """Trains trials until as many are done as the study's file says.
 
         Raises:
             Preempted: a signal came; the trial's step is saved, and the next worker goes on with it.
@@ -65,7 +159,7 @@ class Tuner:
             try:
                 outcome = self._train(folder, settings)
                 ranks.on_main(partial(self.tell, outcome))
-            except LocalError:  # perhaps of this rank alone: the job ends
+            except LocalError:  # perhaps of this rank alone, so the ranks can't go on together: the job ends
                 raise
             except (TrainingFailed, UserError) as error:
                 ranks.on_main(partial(self.tell, str(error)))
@@ -73,21 +167,8 @@ class Tuner:
                 ranks.on_main(partial(self.put_back, folder))
                 raise
             finally:
-                self._runtime.before_close.close()  # a captured graph goes with its trial
+                self._runtime.before_close.close()  # a captured CUDA graph goes with its trial
         ranks.on_main(self._write_results)
-
-    # -- the study, on the main rank -----------------------------------------------------------------------------------
-
-    @property
-    def study(self) -> optuna.Study:
-        assert self._study is not None, "it is the main rank's"
-        return self._study
-
-    @property
-    def trial(self) -> optuna.Trial:
-        """The trial that this worker has taken."""
-        assert self._trial is not None, "it is the main rank's"
-        return self._trial
 
     def _open(self) -> None:
         try:
@@ -100,7 +181,7 @@ class Tuner:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.folder.mkdir(parents=True, exist_ok=True)
         journal = JournalFileBackend(str(self.folder / "study.journal"))
-        self._study = optuna.create_study(
+        self.study = optuna.create_study(
             study_name=self._file.name,
             storage=optuna.storages.JournalStorage(journal),
             direction="minimize" if LOWER_IS_BETTER[self._key] else "maximize",
@@ -110,36 +191,37 @@ class Tuner:
         settings = self._file.settings(self._config)
         before = self.study.user_attrs.get("settings", settings)
         if differing := [key for key in {**settings, **before} if settings.get(key) != before.get(key)]:
-            told = "; ".join(f"{key} is {before.get(key)} there and {settings.get(key)} here" for key in differing)
-            raise UserError(f"{self.folder}: holds a study with other settings ({told}): give its file another name")
+            listed = "; ".join(f"{key} is {before.get(key)} there and {settings.get(key)} here" for key in differing)
+            raise UserError(f"{self.folder}: holds a study with other settings ({listed}): give its file another name")
         self.study.set_user_attr("settings", settings)
 
     def take(self) -> tuple[Path, dict[str, str]] | None:
-        """Returns the folder and the settings of a trial that was put back, or else of a new one; None when as many are
-        done as the study wants. Workers that begin one at the same time may finish a few more."""
+        """Returns the folder and the settings of a trial that was put back, or else of a new one; None if as many are
+        done as the study wants. Workers that begin one at the same time may finish a few more. Main rank only."""
         import optuna
 
         if len(self._done()) >= self._file.trials:
             return None
-        self._trial = trial = self.study.ask()
-        # A function of the seed, the trial and those before it: a worker alone repeats its study.
+        self.trial = trial = self.study.ask()
+        # A function of the seed, the trial and those before it: a study with one worker can be repeated.
         seed = seeded(self._config.training.seed, "trial", trial.number).initial_seed() % 2**32
         self.study.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, seed=seed)
         settings = dict[str, str]()
-        for key, values in self._file.space.items():
+        for key, allowed in self._file.space.items():
             value: Any
-            match values.kind:
+            match allowed.kind:
                 case "choice":
-                    value = trial.suggest_categorical(key, values.values)
+                    value = trial.suggest_categorical(key, allowed.values)
                 case "int":
-                    value = trial.suggest_int(key, *values.values)
+                    value = trial.suggest_int(key, *allowed.values)
                 case kind:
-                    value = trial.suggest_float(key, *values.values, log=kind == "log")
+                    value = trial.suggest_float(key, *allowed.values, log=kind == "log")
             settings[key] = str(value)
         return self.folder / trial.user_attrs.get("folder", f"trial-{trial.number:04d}"), settings
 
     def tell(self, outcome: float | str) -> None:
-        """Ends the trial with its value, or with the reason why it has none: it then counts among the worse ones."""
+        """Ends the trial with its value, or with the reason why it has none: it then counts as pruned. Main rank
+        only."""
         import optuna
 
         if isinstance(outcome, str):
@@ -152,33 +234,38 @@ class Tuner:
         self._write_results()
 
     def put_back(self, folder: Path) -> None:
-        """Queues the trial again under another number, with its settings and the folder of its runs."""
+        """Queues the trial again, under another number, with its settings and its folder. Main rank only."""
         import optuna
 
         self.study.enqueue_trial(self.trial.params, user_attrs={"folder": folder.name})
         self.study.tell(self.trial, state=optuna.trial.TrialState.FAIL)
 
     def _done(self) -> list[optuna.trial.FrozenTrial]:
-        """The trials that have a value or were pruned."""
+        """Returns the trials that have a value or were pruned."""
         trials = self.study.get_trials(deepcopy=False)
         return [trial for trial in trials if trial.state.name in ("COMPLETE", "PRUNED")]
 
-    # -- a trial -------------------------------------------------------------------------------------------------------
-
     def _train(self, folder: Path, settings: dict[str, str]) -> float | str:
-        """Returns the trial's value, or why it was pruned."""
+        """Trains with every seed; returns the trial's value, or why it was pruned."""
         ranks, seeds = self._runtime.ranks, self._file.seeds
         last_step = self._config.training.steps
         for index, seed in enumerate(seeds):
-            own = {"training.seed": str(seed), "run.root": str(folder), "run.name": f"seed-{seed}"}
-            config = self._configure(settings | own | {"run.trackers": "[]", "run.patience": "null"})
+            run = {"run.root": str(folder), "run.name": f"seed-{seed}", "run.trackers": "[]", "run.patience": "null"}
+            config = self._configure({**settings, **run, "training.seed": str(seed)})
             trainer = Trainer(config, self._runtime, partial(self._is_worse, folder, index))
             trainer.run()
-            step, more = trainer.state.step, index + 1 < len(seeds)
-            if step < last_step or (more and ranks.on_main(partial(self._is_worse, folder, index, step))):
+            step, is_last = trainer.state.step, index + 1 == len(seeds)
+            if step < last_step or (not is_last and ranks.on_main(partial(self._is_worse, folder, index, step))):
                 return f"pruned at step {step} of seed {seed}"
         value = ranks.on_main(partial(self._median, folder, len(seeds), last_step))
         return "its last evaluations gave no score" if value is None else value
+
+    def _is_worse(self, folder: Path, index: int, step: int) -> bool:
+        """Reports the median of seeds 0, ..., index at a step; returns whether other trials had a better one there."""
+        if (value := self._median(folder, index + 1, step)) is None:
+            return False
+        self.trial.report(value, index * self._config.training.steps + step)
+        return self.trial.should_prune()
 
     def _median(self, folder: Path, count: int, step: int) -> float | None:
         """Returns the median of the scores of the first `count` seeds at a step; None if one has none."""
@@ -186,42 +273,35 @@ class Tuner:
         for seed in self._file.seeds[:count]:
             evaluations = read_evaluations(RunFolder(folder / f"seed-{seed}"), [])
             values += [item.score(self._space, self._key) for item in evaluations if item.step == step]
-        known = [value for value in values if value is not None]
-        return statistics.median(known) if len(known) == count else None
-
-    def _is_worse(self, folder: Path, index: int, step: int) -> bool:
-        """Reports the median of seeds 0, ..., index at a step; returns whether other trials had a better one there."""
-        reported = index * self._config.training.steps + step
-        if (value := self._median(folder, index + 1, step)) is None:
-            return False
-        self.trial.report(value, reported)
-        return self.trial.should_prune()
-
-    # -- results -------------------------------------------------------------------------------------------------------
+        scores = [value for value in values if value is not None]
+        return statistics.median(scores) if len(scores) == count else None
 
     def _write_results(self) -> None:
-        """The best settings as a configuration, and a table of all trials."""
-        trials = self._done()
-        done = [trial for trial in trials if trial.state.name == "COMPLETE" and trial.value is not None]
-        sign = 1 if LOWER_IS_BETTER[self._key] else -1
-        done.sort(key=lambda trial: sign * (trial.value or 0.0))
+        """Writes the best settings as a configuration, and a table of all trials, the best first."""
+        trials, keys, sign = self._done(), list(self._file.space), 1 if LOWER_IS_BETTER[self._key] else -1
+        scored = [
+            (trial, trial.value) for trial in trials if trial.state.name == "COMPLETE" and trial.value is not None
+        ]
+        scored.sort(key=lambda pair: sign * pair[1])
         what = f"median {self._space} {self._key} over seeds {', '.join(map(str, self._file.seeds))}"
-        if done:
-            best = self._configure({key: str(value) for key, value in done[0].params.items()})
-            header = f"# Trial {done[0].number} of the study {self._file.name}: {what}: {done[0].value:.4g}.\n"
-            write_text(self.folder / "best.yaml", header + _differences(best, f"{self._file.name}-best"))
-        keys = list(self._file.space)
+        if scored:
+            best, value = scored[0]
+            config = self._configure({key: str(value) for key, value in best.params.items()})
+            header = f"# Trial {best.number} of the study {self._file.name}: {what}: {value:.4g}.\n"
+            write_text(self.folder / "best.yaml", header + _changed_settings(config, f"{self._file.name}-best"))
+        outcomes = [(trial, f"{value:.4g}") for trial, value in scored]
+        outcomes += [(t, t.user_attrs.get("reason", "")) for t in trials if t not in [trial for trial, _ in scored]]
         rows = [["trial", "state", what, *keys], ["---"] * (3 + len(keys))]
-        for trial in [*done, *(trial for trial in trials if trial not in done)]:
-            value = f"{trial.value:.4g}" if trial in done else trial.user_attrs.get("reason", "")
+        for trial, outcome in outcomes:
             chosen = [f"{x:.4g}" if isinstance(x := trial.params.get(key, ""), float) else str(x) for key in keys]
-            rows.append([str(trial.number), trial.state.name.lower(), value, *chosen])
+            rows.append([str(trial.number), trial.state.name.lower(), outcome, *chosen])
         table = "\n".join(f"| {' | '.join(cell.replace('|', ' ') for cell in row)} |" for row in rows)
-        write_text(self.folder / "study.md", f"# {self._file.name}: {len(done)} of {len(trials)} complete\n\n{table}\n")
+        title = f"# {self._file.name}: {len(scored)} of {len(trials)} complete"
+        write_text(self.folder / "study.md", f"{title}\n\n{table}\n")
 
 
-def _differences(config: Config, name: str) -> str:
-    """The settings that are not the defaults, as a YAML file of configs/ has them."""
+def _changed_settings(config: Config, name: str) -> str:
+    """Returns the settings that differ from the defaults as YAML, for a run called `name`."""
     defaults, nested = flatten(Config()), dict[str, Any]()
     for key, value in (flatten(config) | {"run.name": name}).items():
         if value != defaults[key]:

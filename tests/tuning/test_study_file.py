@@ -8,7 +8,7 @@ import yaml
 
 from pipeline.config import Config, make_parser, parse
 from pipeline.errors import UserError
-from pipeline.tuning.study_file import Range, read_study
+from pipeline.tuning.tuner import Range, read_study
 from tests.jobs import ROOT
 
 

@@ -19,8 +19,7 @@ from pipeline.data import Dataset
 from pipeline.distributed.process import Runtime
 from pipeline.errors import EXIT_PREEMPTED, UserError
 from pipeline.storage.run_folder import RunFolder
-from pipeline.tuning.study_file import read_study
-from pipeline.tuning.tuner import STARTUP_TRIALS, Tuner
+from pipeline.tuning.tuner import STARTUP_TRIALS, Tuner, read_study
 from tests.distributed.interrupting import LIMIT_SECONDS
 from tests.jobs import ROOT, flags, launch, process_kept, tiny_config
 from tests.ranks import Job
