@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,6 @@ from tests.jobs import ROOT
 
 PACKAGE = ROOT / "pipeline"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-README = (ROOT / "README.md").read_text()
 
 # Low to high: a module imports from lower layers, and from its own folder.
 LAYERS = [
@@ -118,12 +118,18 @@ def test_programs_only_parse_build_run_and_close() -> None:
             assert len(path.read_text().splitlines()) < PROGRAM_LINES, path
 
 
-def test_the_readme_names_every_folder_and_every_file_at_the_top() -> None:
-    table = README.split("## Layout")[1]
-    for path in PACKAGE.iterdir():
-        name = f"{path.name}/" if path.is_dir() else path.name
-        if name not in ("__pycache__/", "__init__.py"):
-            assert f"`{name}`" in table, name
+def test_readmes_name_every_folder_and_file() -> None:
+    """The nearest README above a module names it."""
+    house = (PACKAGE / "README.md").read_text()
+    for wing in {path.parent for path in MODULES} - {PACKAGE}:
+        if wing.parent == PACKAGE:
+            assert f"]({wing.name}/README.md)" in house, wing
+    for path in MODULES:
+        if path.name != "__init__.py":
+            readme = next(above / "README.md" for above in path.parents if (above / "README.md").exists())
+            if readme.parent == PACKAGE and path.parent != PACKAGE:
+                continue  # a folder whose README is still to be written
+            assert re.search(rf"\b{re.escape(path.name)}`", readme.read_text()), f"{readme} does not name {path}"
 
 
 @pytest.mark.slow
