@@ -1,4 +1,4 @@
-"""Looks at a run's checkpoints: `python -m pipeline.checkpoint list|verify|consolidate RUN ...`."""
+"""Inspects a run's checkpoints: `python -m pipeline.checkpoint list|verify|consolidate RUN ...`."""
 
 from pathlib import Path
 
@@ -13,12 +13,12 @@ from pipeline.storage.run_folder import RunFolder
 
 def show(run: Path) -> None:
     """Prints step, size, world size that wrote it, and whether the manifest can be read."""
-    _print_each(run, every_byte=False)
+    _print_checkpoints(run, every_byte=False)
 
 
 def verify(run: Path) -> int:
     """Reads every byte of every checkpoint; the exit code is 2 if any is damaged."""
-    return 0 if _print_each(run, every_byte=True) else EXIT_USER_ERROR
+    return 0 if _print_checkpoints(run, every_byte=True) else EXIT_USER_ERROR
 
 
 def consolidate(run: Path, out: Path, step: int | None = None) -> None:
@@ -36,8 +36,8 @@ def consolidate(run: Path, out: Path, step: int | None = None) -> None:
     print(out)
 
 
-def _print_each(run: Path, *, every_byte: bool) -> bool:
-    """Whether none is damaged."""
+def _print_checkpoints(run: Path, *, every_byte: bool) -> bool:
+    """Prints a line for each checkpoint; returns True if none is damaged."""
     folders, intact = committed(RunFolder(run)), True
     if not folders:
         raise UserError(f"{run}: holds no checkpoint (expected {RunFolder(run).checkpoints}/step-XXXXXXXX)")

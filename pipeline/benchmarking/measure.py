@@ -43,7 +43,7 @@ from pipeline.evaluation.metrics.kernel import KID_SUBSET_SIZE
 from pipeline.export.images import render_range
 from pipeline.models.cpu_kernels import faster_form
 from pipeline.storage.files import write_text
-from pipeline.storage.provenance import device_name
+from pipeline.storage.run_folder import device_name
 from pipeline.training.trainer import Trainer
 
 ROUNDS, SCORING_ROUNDS, EVALUATION_ROUNDS, KERNEL_ROUNDS = 7, 3, 3, 5

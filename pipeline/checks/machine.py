@@ -32,8 +32,7 @@ from pipeline.distributed.slurm import job_seconds_left
 from pipeline.errors import UserError
 from pipeline.evaluation.features import PUBLISHED, load_features
 from pipeline.storage.checkpoint import committed
-from pipeline.storage.provenance import device_name
-from pipeline.storage.run_folder import RunFolder
+from pipeline.storage.run_folder import RunFolder, device_name
 
 CHECKSUM_SECONDS = 3.0
 """Time after which a rank begins no further checksum of the sample."""

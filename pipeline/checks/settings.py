@@ -138,7 +138,7 @@ def check_run_folder(plan: Plan) -> str:
         text = "is not empty and holds no run that can be read: use another run.name"
         raise UserError(f"{folder.path}: {text}") from None
     differences = _differences(saved, plan.config)
-    if differences and not committed(folder) and not folder.has_results():
+    if differences and not committed(folder) and not folder.has_results:
         return f"{folder.path} holds a run that got nowhere, whose settings are replaced"
     if differences:
         raise UserError(

@@ -1,9 +1,23 @@
 """Sharded checkpoints that are either whole or absent.
 
-A checkpoint is a folder `step-00001000`: safetensors shards written by all ranks through torch.distributed.checkpoint,
-and a manifest with the size and SHA-256 of each. It is written as `step-00001000.tmp` and renamed once every byte is on
-the disk, so a name without `.tmp` promises a whole checkpoint, and the checksums find what rotted since. Nothing here
-unpickles anything.
+A checkpoint is a folder `step-00001000`: safetensors shards, written by all ranks through torch.distributed.checkpoint,
+and a manifest with the size and SHA-256 of each. Nothing here unpickles anything.
+
+The commit protocol makes a folder of that name a promise that all its bytes are on the disk. A save takes these steps
+in this order; after a power cut between any two of them a run goes on from a whole checkpoint:
+
+1. All ranks check the state and compare their replicas. A broken state is never written.
+2. They write their shards into `step-00001000.tmp`, which no reader looks at, and which `sweep` removes if a cut comes.
+3. Each rank flushes its own shards to the disk, and hashes them. Before the manifest: it must not vouch for bytes that
+   a cut can still take away.
+4. The main rank writes and flushes the manifest, then the folder's list of names. It is complete, but not committed.
+5. The log of metrics is flushed. Otherwise a run that goes on from this checkpoint could miss lines of steps before it.
+6. The folder is renamed, which is atomic, and the rename is flushed. A cut before the flush leaves the old name or the
+   new one: this save is lost or done, and its predecessor is there in either case.
+7. Only now are older checkpoints removed, each renamed to a `.tmp` first: one removed in part has no committed name.
+
+Disks also damage what was written well: readers compare every byte with the manifest's checksums (`verify`), and use
+the checkpoint before a damaged one.
 """
 
 from __future__ import annotations
@@ -39,21 +53,18 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT = 2
-"""2: tensors as the networks hold them, mirrored. 1, still read: in Keras's orientation."""
+"""What is written: tensors as the networks hold them, mirrored. Format 1, in Keras's orientation, is still read."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is damaged, or that can't be had."""
+    """A checkpoint is damaged or does not exist."""
 
 
 class IntegrityError(Exception):
-    """The live state must not be saved: replicas differ, weights left their range, or a number is not finite."""
+    """The state must not be saved: replicas differ, weights left their range, or a number is not finite."""
 
 
-EXPECTED = (OSError, IntegrityError)
-"""What a save may fail of on one rank; every rank then fails of it."""
-
-# -- reading -----------------------------------------------------------------------------------------------------------
+EXPECTED = (OSError, IntegrityError)  # errors of one rank that make a save fail on all of them
 
 
 @dataclass(frozen=True)
@@ -64,21 +75,21 @@ class Checkpoint:
     format: int
     step: int
     world_size: int
-    """Ranks that wrote it; any number may read it."""
+    """The number of ranks that wrote it; any number can read it."""
     progress: dict[str, Any]
-    """What the trainer wants back beside the tensors (elapsed times, the generator's specification)."""
+    """What the trainer saved beside the tensors: elapsed times, the generator's specification."""
     files: dict[str, dict[str, Any]]
-    """Name -> {"num_bytes", "sha256"}."""
+    """The shards: name -> {"num_bytes", "sha256"}."""
 
     def __str__(self) -> str:
         num_bytes = sum(entry["num_bytes"] for entry in self.files.values())
         return f"{num_bytes / 1e6:.1f} MB  {len(self.files)} shard(s)  world size {self.world_size}"
 
     def verify(self) -> Checkpoint:
-        """Reads every byte; returns itself.
+        """Reads every byte and returns the checkpoint itself.
 
         Raises:
-            CheckpointError: naming the file that is missing, cut or changed.
+            CheckpointError: A file is missing, cut or changed; the message names it.
         """
         for name, expected in self.files.items():
             path = self.folder / name
@@ -93,31 +104,29 @@ class Checkpoint:
         return self
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors, mirrored, on the CPU. Replicated state is written whole, each tensor by one rank."""
+        """Returns all tensors, mirrored, on the CPU. Each is whole in one shard, whichever rank wrote it."""
         tensors: dict[str, Tensor] = {}
         for name in self.files:
             try:
                 tensors |= load_file(self.folder / name)
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{self.folder / name}: not a safetensors file ({error})") from None
-        return self._mirrored(tensors) if self.format == 1 else tensors
-
-    def _mirrored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        shape = self.progress["generator"]["image_shape"]
-        generator = (shape[1] // 4, shape[2] // 4)
-        bases = {"generator": generator, "ema": generator, "critic": critic_base(shape, 8)}
-        for name, tensor in tensors.items():
-            role, _, own_name = name.partition(".")
-            if base := bases.get(role.removesuffix("_optimizer")):
-                tensors[name] = mirror(own_name, tensor, base)
+        if self.format == 1:
+            shape = self.progress["generator"]["image_shape"]
+            generator = (shape[1] // 4, shape[2] // 4)
+            bases = {"generator": generator, "ema": generator, "critic": critic_base(shape, 8)}
+            for name, tensor in tensors.items():
+                role, _, parameter = name.partition(".")  # as in generator_optimizer.dense.weight.square_avg
+                if base := bases.get(role.removesuffix("_optimizer")):
+                    tensors[name] = mirror(parameter, tensor, base)
         return tensors
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Reads the manifest, not the tensors.
+    """Reads the manifest of a checkpoint, not its tensors.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: There is none, or it is damaged.
     """
     path = folder / MANIFEST
     try:
@@ -135,14 +144,14 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def committed(run: RunFolder) -> list[Path]:
-    """Folders of the run's committed checkpoints, oldest first."""
+    """Returns the folders of the run's committed checkpoints, oldest first."""
     paths = run.checkpoints.iterdir() if run.checkpoints.is_dir() else []
     steps = [step for path in paths if not path.suffix and (step := step_of(path)) is not None]
     return [run.checkpoint(step) for step in sorted(steps)]
 
 
 def newest_intact(run: RunFolder) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and a line about each newer one that does not."""
+    """Returns the newest checkpoint that verifies, and a message about each newer one that does not."""
     damaged: list[str] = []
     for path in reversed(committed(run)):
         try:
@@ -153,11 +162,11 @@ def newest_intact(run: RunFolder) -> tuple[Checkpoint | None, list[str]]:
 
 
 def find(run: RunFolder, step: int | None = None) -> Checkpoint:
-    """The run's checkpoint of that step, by default the newest intact one, verified. Each newer one that is damaged is
-    named in a line of the log, which programs show on stderr.
+    """Returns the verified checkpoint of a step, or else the newest intact one; each newer one, which is damaged, is
+    named in the log, which programs show on stderr.
 
     Raises:
-        CheckpointError: there is none (it tells which there are), or the one named is damaged.
+        CheckpointError: It does not exist (the message lists those that do), or the one asked for is damaged.
     """
     steps = [step_of(folder) for folder in committed(run)]
     if not steps:
@@ -186,8 +195,14 @@ def sweep(run: RunFolder) -> None:
 class CheckpointWriter:
     """Writes checkpoints beside the training thread. Every rank makes the same calls in the same order.
 
-    The training thread only copies the state to host memory; checking, writing, hashing and the commit happen in a
-    thread of each rank that talk over a process group of their own.
+    The training thread only copies the state to host memory. A thread of each rank does the rest; these threads have
+    their own process group, because collectives of two threads in one group get mixed up.
+
+    Args:
+        keep_last: The number of newest checkpoints to keep.
+        keep_every: Keep those whose step is a multiple of this, too.
+        clip_value: The bound of the critic's weights, which is checked; None if nothing clips them.
+        best_of: Is called on the main rank with the steps that exist, and returns another one to keep.
     """
 
     def __init__(
@@ -200,36 +215,35 @@ class CheckpointWriter:
         clip_value: float | None,
         best_of: Callable[[list[int]], int | None] = lambda steps: None,
     ) -> None:
-        """Beside the last and every n-th it keeps the step that `best_of`, asked on the main rank, names of those there
-        are."""
         self._run, self._ranks = run, ranks.with_own_group()
         self._keep_last, self._keep_every, self._clip_value = keep_last, keep_every, clip_value
         self._best_of = best_of
         self._pending: Future[None] | None = None
         self.committed_step: int | None = None
-        """Step of the newest checkpoint that this writer committed."""
+        """The step of the newest checkpoint that this writer committed."""
         self.failures_in_a_row = 0
 
     def save(self, tensors: dict[str, Tensor], step: int, progress: dict[str, Any], damage: str | None = None) -> None:
-        """Starts to save; raises what the previous save ended with (see `finish`).
+        """Starts a save, after waiting for the previous one, whose error it raises (see `finish`).
 
         Args:
-            damage: why this rank's state must not be saved, if it is known already.
+            progress: JSON-serialisable values that a resumed run needs beside the tensors.
+            damage: Why this rank's state must not be saved, if that is known already.
         """
         self.finish()
-        # Half a second at the first save (it brings DTensor), so not at start-up; and in this thread, because of two
-        # threads that import the same packages at once one may meet half a module.
+        # The package brings DTensor, half a second, which only the first save should cost. It is imported in this
+        # thread: of two threads that import the same packages at once, one may see a module half initialised.
         importlib.import_module("torch.distributed.checkpoint")
-        # The one copy that the training thread pays for; contiguous, as safetensors has no strides.
+        # The one copy that training waits for; contiguous, because safetensors stores no strides.
         staged = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
         self._pending = _in_daemon_thread(lambda: self._save(staged, step, progress, damage))
 
     def finish(self) -> None:
-        """Waits for the save under way.
+        """Waits for the save in progress, if there is one.
 
         Raises:
-            IntegrityError: the state must not be saved; on all ranks.
-            OSError: it could not be written; on all ranks. The previous checkpoints are as they were.
+            IntegrityError: The state must not be saved; on all ranks.
+            OSError: It could not be written; on all ranks. Earlier checkpoints are as they were.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -238,29 +252,25 @@ class CheckpointWriter:
     # -- in the thread -------------------------------------------------------------------------------------------------
 
     def _save(self, staged: dict[str, Tensor], step: int, progress: dict[str, Any], damage: str | None) -> None:
+        """Follows the commit protocol; numbers are those of its steps, at the top of this file. No rank begins a step
+        before all have ended the previous one, as `on_every_rank` and `gather` wait for all."""
         ranks, final = self._ranks, self._run.checkpoint(step)
         temporary = final.with_suffix(".tmp")
         try:
-            ranks.on_every_rank(lambda: self._check(staged, damage), EXPECTED)
+            ranks.on_every_rank(lambda: self._check(staged, damage), EXPECTED)  # 1
             self._compare_replicas(staged)
-            ranks.on_every_rank(lambda: self._make_anew(temporary) if ranks.is_main else None, EXPECTED)
+            ranks.on_every_rank(lambda: self._make_anew(temporary) if ranks.is_main else None, EXPECTED)  # 2
             self._write_shards(staged, temporary)
-            shares = ranks.on_every_rank(lambda: self._seal_shards(temporary), EXPECTED)
+            shares = ranks.on_every_rank(lambda: self._seal_shards(temporary), EXPECTED)  # 3
             files = {name: entry for share in shares for name, entry in share.items()}
             checkpoint = Checkpoint(final, FORMAT, step, ranks.world_size, progress, files)
-            ranks.on_every_rank(lambda: self._commit(temporary, checkpoint) if ranks.is_main else None, EXPECTED)
+            ranks.on_every_rank(lambda: self._commit(temporary, checkpoint) if ranks.is_main else None, EXPECTED)  # 4-7
             self.committed_step, self.failures_in_a_row = step, 0
         except BaseException:
             self.failures_in_a_row += 1
             if ranks.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
+                shutil.rmtree(temporary, ignore_errors=True)  # it may be what filled the disk
             raise
-
-    def _make_anew(self, temporary: Path) -> None:
-        if not self._run.config.exists():
-            raise OSError(f"{self._run.path}: was moved or deleted while the run was going on")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
 
     def _check(self, staged: dict[str, Tensor], damage: str | None) -> None:
         if damage is not None:
@@ -268,29 +278,36 @@ class CheckpointWriter:
         for name, tensor in staged.items():
             if not torch.isfinite(tensor).all():
                 raise IntegrityError(f"{name} holds a number that is not finite")
-            if self._clip_value is None or name.endswith(SINGULAR_VECTORS):
-                continue
-            if name.startswith("critic."):
+            if self._clip_value is not None and name.startswith("critic.") and not name.endswith(SINGULAR_VECTORS):
                 largest = tensor.abs().max().item()
-                # The clip rounds to the tensor's dtype.
+                # The bound itself is rounded to the tensor's dtype when it clips.
                 if largest > self._clip_value and not math.isclose(largest, self._clip_value, rel_tol=1e-6):
                     raise IntegrityError(f"{name} reaches {largest}, beyond the clip value {self._clip_value}")
 
     def _compare_replicas(self, staged: dict[str, Tensor]) -> None:
+        """Raises IntegrityError if a tensor differs between ranks, as after a flipped bit in one rank's memory. The
+        minority is to blame; of two ranks, the second one."""
         digests = self._ranks.gather({name: sha256_of_tensor(tensor) for name, tensor in staged.items()})
         for name in staged:
             values = [digest.get(name) for digest in digests]
-            [(usual, _)] = Counter(values).most_common(1)  # of two ranks, rank 0's
+            [(usual, _)] = Counter(values).most_common(1)
             if odd := [rank for rank, value in enumerate(values) if value != usual]:
                 others = ", ".join(map(str, odd))
                 raise IntegrityError(f"{name} differs between rank {values.index(usual)} and rank(s) {others}")
 
+    def _make_anew(self, temporary: Path) -> None:
+        if not self._run.config.exists():
+            raise OSError(f"{self._run.path}: was moved or deleted while the run was going on")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
     def _write_shards(self, staged: dict[str, Tensor], temporary: Path) -> None:
+        """Writes the tensors, of which each rank gets a share of about equal size."""
         from torch.distributed.checkpoint.api import CheckpointException  # `save` has imported the package
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
         from torch.distributed.checkpoint.state_dict_saver import save
 
-        # Saving without a process group is meant: a single process has none.
+        # torch warns of saving without a process group, but a single process has none.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         writer, group = HuggingFaceStorageWriter(str(temporary), save_distributed=True), self._ranks.host_group
         try:
@@ -300,43 +317,40 @@ class CheckpointWriter:
             raise OSError(f"{temporary}: {causes}") from None
 
     def _seal_shards(self, temporary: Path) -> dict[str, dict[str, Any]]:
-        """Flushes and hashes the shards that this rank wrote."""
-        entries = {}
-        for path in sorted(temporary.glob(f"shard-{self._ranks.rank + 1:05d}-*")):
+        """Flushes the shards that this rank wrote, and returns their entries in the manifest."""
+        paths = sorted(temporary.glob(f"shard-{self._ranks.rank + 1:05d}-*"))
+        for path in paths:
             fsync(path)
-            entries[path.name] = {"num_bytes": path.stat().st_size, "sha256": _sha256_of_file(path)}
-        return entries
+        return {path.name: {"num_bytes": path.stat().st_size, "sha256": _sha256_of_file(path)} for path in paths}
 
     def _commit(self, temporary: Path, checkpoint: Checkpoint) -> None:
         manifest = {key: value for key, value in vars(checkpoint).items() if key != "folder"}
         path, final = temporary / MANIFEST, checkpoint.folder
-        path.write_text(json.dumps(manifest | {"sha256": _sha256_of_json(manifest)}, indent=1))
+        path.write_text(json.dumps(manifest | {"sha256": _sha256_of_json(manifest)}, indent=1))  # 4
         fsync(path)
         fsync(temporary)
-        self._run.settle()
-        if final.exists():
-            # Only a damaged checkpoint is ever written again (a run resumes from the newest intact one).
+        self._run.settle()  # 5
+        if final.exists():  # it is damaged: a run goes on from the newest intact one, and so comes to this step again
             _remove(final)
-        temporary.rename(final)
+        temporary.rename(final)  # 6
         fsync(final.parent)
-        # Later ones are damaged (the run went on from before them) and take nobody's place.
+        # Those of later steps are damaged as well. Counted among the last, they would take the place of good ones.
         steps = [step for step in map(step_of, committed(self._run)) if step is not None and step <= checkpoint.step]
         best = self._best_of(steps)
         for step in steps[: -self._keep_last]:
             if step != best and (self._keep_every is None or step % self._keep_every):
-                _remove(self._run.checkpoint(step))
+                _remove(self._run.checkpoint(step))  # 7
 
 
 def _in_daemon_thread(work: Callable[[], None]) -> Future[None]:
-    """The outcome of `work`. No executor: its threads are joined when the process exits, so that after an error a save
-    that waits for a lost rank would hold this one up until gloo gives up, half an hour later."""
+    """Runs `work` in a daemon thread and returns its outcome. An executor's threads are joined when the process exits:
+    after an error, a save that waits for a lost rank would keep it half an hour, until gloo gives up."""
     outcome: Future[None] = Future()
 
     def run() -> None:
         try:
-            work()
-            outcome.set_result(None)
-        except BaseException as error:  # raised again by whoever asks for the result
+            outcome.set_result(work())
+        except BaseException as error:  # raised again by `outcome.result()`
             outcome.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
@@ -344,7 +358,6 @@ def _in_daemon_thread(work: Callable[[], None]) -> Future[None]:
 
 
 def _remove(folder: Path) -> None:
-    """Takes the committed name away first, so that a half-removed folder is never taken for a checkpoint."""
     doomed = folder.with_suffix(".removed.tmp")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
@@ -361,5 +374,5 @@ def _sha256_of_json(content: dict[str, Any]) -> str:
 
 
 def sha256_of_tensor(tensor: Tensor) -> str:
-    """Of the bytes of a tensor on the CPU, whatever its strides."""
+    """Returns the SHA-256 of the bytes of a CPU tensor, in the order of its elements whatever its strides."""
     return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()

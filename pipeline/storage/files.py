@@ -1,4 +1,4 @@
-"""Files that are either the old content or the new one, whatever happens in between, a power cut included."""
+"""Replacing files so that each is the old one or the new one, whatever happens in between, a power cut included."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ if TYPE_CHECKING:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, whose folder is made; on success it takes the name `path`.
+    """Yields a temporary path beside `path`, whose folder is made if necessary. What the block writes there gets the
+    name `path` if the block succeeds.
 
     Raises:
-        OSError: it can't be written; its filename is `path`.
+        OSError: It can't be written; the error's filename is `path`.
     """
     make_folder(path.parent)
     temporary = temporary_beside(path)
     try:
         yield temporary
-        fsync(temporary)  # or the name could come to the disk without the bytes
+        fsync(temporary)  # before the rename: or the name could reach the disk without the bytes
         temporary.replace(path)
         fsync(path.parent)
     except OSError as error:
@@ -37,7 +38,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def temporary_beside(path: Path) -> Path:
-    """A name for what is to become `path`. What processes of this machine that are gone left of theirs is removed."""
+    """Returns a temporary name for what is to become `path`, with this process's number in it. Files of such names that
+    killed processes of this machine left are removed."""
     prefix = f".{path.name}.{os.uname().nodename}."
     for other in path.parent.iterdir():
         pid = other.name.removeprefix(prefix).removesuffix(".tmp")
@@ -53,16 +55,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Replaces a safetensors file atomically. Not by safetensors' own writer: it takes another temporary file, which
-    outlives a kill, makes the file readable by its owner alone, and tells of a full disk in an error of its own."""
-    from safetensors.torch import save  # here: a run's folder needs no torch
+    """Replaces a safetensors file atomically.
+
+    safetensors' own `save_file` is not used: its temporary file outlives a kill, the result is readable by its owner
+    alone, and a full disk raises an error of another type.
+    """
+    from safetensors.torch import save  # here: a run's folder is read where torch is not
 
     with replacing(path) as temporary:
         temporary.write_bytes(save(dict(tensors), metadata))
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and what is missing above it, and waits until their names are on the disk."""
+    """Makes a folder and its missing parents, and waits until their names are on the disk."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:

@@ -1,50 +1,50 @@
-"""A run's folder: every path and file name in it, and the log of metrics. Nothing else writes such a name."""
+"""The folder of a run: where each file lies in it, the log of metrics, and what the run was made with.
+
+No other module knows the name of a file in a run's folder, or of what is written beside runs.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.storage.files import fsync, write_text
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = ("torch", "accelerate", "webdataset", "torchmetrics", "torch-fidelity", "numpy")
+"""Packages whose versions a run records."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """`runs/NAME`, whether it is there or not. Files of a step carry its number."""
+    """The folder `runs/NAME`, whether it exists or not. Files that belong to a step carry its number."""
 
     path: Path
 
     @property
     def config(self) -> Path:
-        """Every setting, YAML. Its presence makes a folder a run."""
+        """All settings, as YAML. A folder with this file is a run."""
         return self.path / "config.yaml"
 
     @property
     def environment(self) -> Path:
-        """Versions, hardware, commit, the dataset's fingerprint: JSON."""
+        """What `environment_of` returns and the dataset's fingerprint, as JSON."""
         return self.path / "environment.json"
 
     @property
     def metrics(self) -> Path:
-        """A JSON object a line, each with its `step`."""
+        """The log: a JSON object on each line, with its `step`."""
         return self.path / "metrics.jsonl"
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether a run is here, be it without a checkpoint."""
-        return self.config.is_file() or self.metrics.is_file() or self.checkpoints.is_dir()
-
-    @property
-    def dataset_fingerprint(self) -> str | None:
-        """Of the dataset that the run was trained on; None where its environment does not tell."""
-        try:
-            return str(json.loads(self.environment.read_text())["dataset_fingerprint"])
-        except (OSError, ValueError, LookupError, TypeError):
-            return None
 
     @property
     def lock(self) -> Path:
@@ -52,23 +52,18 @@ class RunFolder:
 
     @property
     def trackers(self) -> Path:
-        """Where trackers write, TensorBoard's event files among them."""
+        """The folder that trackers write to, with TensorBoard's event files."""
         return self.path / "tensorboard"
 
     @property
     def tracker_runs(self) -> Path:
-        """The names that trackers have for this run, JSON: a launch that goes on with it goes on in them."""
+        """The names that trackers gave this run, as JSON, so that a later launch continues there."""
         return self.path / "trackers.json"
 
     @property
     def export(self) -> Path:
-        """The last step's generator."""
+        """The generator of the last step."""
         return self.path / "export" / "generator.safetensors"
-
-    @property
-    def collectives(self) -> Path:
-        """Before a rank's number: the last collectives of a run on GPUs that timed out, for `torchfrtrace`."""
-        return self.path / "collectives-rank-"
 
     @property
     def best_export(self) -> Path:
@@ -77,14 +72,13 @@ class RunFolder:
 
     @property
     def best_scores(self) -> Path:
-        """Scores of the best generator on images that did not choose it, how it was chosen, and the run's last step."""
+        """The best generator's scores on images that did not choose it, how it was chosen, and the run's last step."""
         return self.evaluation / "best.json"
 
-    def report(self, kind: str) -> Path:
-        """`kind`: html, md or json."""
-        return self.path / f"report.{kind}"
-
-    # -- of a step -----------------------------------------------------------------------------------------------------
+    @property
+    def collectives(self) -> Path:
+        """A prefix: with a rank's number, the last collectives of a GPU run that timed out, for `torchfrtrace`."""
+        return self.path / "collectives-rank-"
 
     @property
     def checkpoints(self) -> Path:
@@ -97,6 +91,10 @@ class RunFolder:
     @property
     def evaluation(self) -> Path:
         return self.path / "evaluation"
+
+    def report(self, kind: str) -> Path:
+        """Returns the path of a report; `kind` is html, md or json."""
+        return self.path / f"report.{kind}"
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / step_name(step)
@@ -111,13 +109,32 @@ class RunFolder:
         return self.evaluation / f"{step_name(step)}.json"
 
     def profile(self, first_step: int, last_step: int, rank: int) -> Path:
-        """A rank's trace of these steps, Chrome's format."""
+        """Returns the path of one rank's trace of these steps, in Chrome's format."""
         return self.path / "profile" / f"{step_name(first_step)}-to-{last_step:08d}-rank-{rank}.json.gz"
 
-    # -- what is there -------------------------------------------------------------------------------------------------
+    # -- what exists ---------------------------------------------------------------------------------------------------
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a run exists here, even if it has no checkpoint yet."""
+        return self.config.is_file() or self.metrics.is_file() or self.checkpoints.is_dir()
+
+    @property
+    def has_results(self) -> bool:
+        """Whether the run has left anything but its settings and checkpoints."""
+        logged = self.metrics.exists() and self.metrics.stat().st_size > 0
+        return logged or any(folder.exists() for folder in (self.evaluation, self.samples, self.export))
+
+    @property
+    def dataset_fingerprint(self) -> str | None:
+        """The fingerprint of the dataset that the run was trained on; None if its environment does not hold one."""
+        try:
+            return str(json.loads(self.environment.read_text())["dataset_fingerprint"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
 
     def grids(self) -> list[tuple[int, Path]]:
-        """Step and path of each grid, oldest first."""
+        """Returns step and path of each grid of samples, oldest first."""
         return sorted((int(path.stem), path) for path in self.samples.glob("*.png") if path.stem.isdecimal())
 
     def all_scores(self) -> list[Path]:
@@ -126,18 +143,13 @@ class RunFolder:
     def newest_interpolation(self) -> Path | None:
         return _newest(self.samples.glob("*-interpolation.png"))
 
-    def real_images(self) -> Path | None:
-        """The picture of real images of the dataset that the run was trained on."""
-        name = f"real-{(self.dataset_fingerprint or '')[:12]}.png"
-        return next((path for path in self.evaluation.glob("real-*.png") if path.name == name), None)
-
     def newest_neighbours(self) -> Path | None:
         return _newest(self.evaluation.glob("neighbours-*.png"))
 
-    def has_results(self) -> bool:
-        """Whether the run has left anything but its settings."""
-        logged = self.metrics.exists() and self.metrics.stat().st_size > 0
-        return logged or any(folder.exists() for folder in (self.evaluation, self.samples, self.export))
+    def real_images(self) -> Path | None:
+        """Returns the picture of real images of the run's dataset, if there is one."""
+        path = real_images(self.evaluation / "any", self.dataset_fingerprint or "")
+        return path if path.exists() else None
 
     # -- the log of metrics --------------------------------------------------------------------------------------------
 
@@ -145,64 +157,109 @@ class RunFolder:
         with self.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
+    def trim_metrics(self, last_step: int) -> None:
+        """Drops the lines after `last_step`, which a resumed run writes again, and any line that a kill cut short."""
+        if not self.metrics.exists():
+            return
+        lines = []
+        for line in self.metrics.read_text(errors="replace").splitlines():
+            try:
+                if json.loads(line)["step"] <= last_step:
+                    lines.append(line + "\n")
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue
+        write_text(self.metrics, "".join(lines))
+
     def settle(self) -> None:
-        """Waits until the log's lines and the names in the folder are on the disk: a checkpoint must not outlive the
-        lines of the steps before it, nor the name of the folder that it is in."""
+        """Waits until the log and the names in the folder are on the disk."""
         for path in (self.metrics, self.path):
             if path.exists():
                 fsync(path)
 
-    def trim_metrics(self, last_step: int) -> None:
-        """Drops the lines after `last_step`, which will be written again, and one that a kill cut short."""
-        if not self.metrics.exists():
-            return
-        kept = []
-        for line in self.metrics.read_text(errors="replace").splitlines():
-            try:
-                if json.loads(line)["step"] <= last_step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError, RecursionError):
-                continue
-        write_text(self.metrics, "".join(kept))
-
 
 def step_name(step: int) -> str:
-    """The name of a step's checkpoint and scores, which sorts by step."""
+    """Returns the name of a step's checkpoint and scores. Names of up to eight digits sort by step."""
     return f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int | None:
-    """The step of a name that `step_name` gave, whatever its suffix; None for another name."""
-    found = re.fullmatch(r"step-(\d{8,})", path.name.partition(".")[0])
-    return int(found[1]) if found else None
-
-
-def comparison(folder: Path) -> Path:
-    """The page that compares the runs of a folder; its numbers are beside it as .csv and .json."""
-    return folder / "comparison.html"
-
-
-def is_beside_runs(path: Path) -> bool:
-    """Whether a path has the name of what is written among runs but is none: comparisons, scores of other images."""
-    return path.name == "evaluations" or path.stem == comparison(path).stem
-
-
-def scores_of(target: Path, root: Path) -> Path:
-    """Where the scores go of images that belong to no run's step: under `root`, the folder of all runs."""
-    path, root = target.resolve(), root.resolve()
-    name = "-".join(path.relative_to(root).parts) if path.is_relative_to(root) else path.name
-    return root / "evaluations" / f"{name}.json"
+    """Returns the step in a name that `step_name` made, whatever its suffix; None for another name."""
+    match = re.fullmatch(r"step-(\d{8,})", path.name.partition(".")[0])
+    return int(match[1]) if match else None
 
 
 def neighbours(scores: Path) -> Path:
-    """The picture of nearest training images that lies beside a file of scores."""
+    """Returns the path of the picture of nearest training images that belongs to a file of scores."""
     return scores.with_name(f"neighbours-{scores.stem.removeprefix('step-')}.png")
 
 
 def real_images(scores: Path, fingerprint: str) -> Path:
-    """The picture of real images of the dataset with this fingerprint that lies beside files of scores."""
+    """Returns the path beside a file of scores of the picture of the real images of a dataset."""
     return scores.with_name(f"real-{fingerprint[:12]}.png")
 
 
 def _newest(paths: Iterator[Path]) -> Path | None:
     return max(paths, default=None, key=lambda path: (len(path.name), path.name))
+
+
+# -- beside the runs ---------------------------------------------------------------------------------------------------
+
+
+def comparison(folder: Path) -> Path:
+    """Returns the path of the page that compares the runs in a folder; its .csv and .json have the same name."""
+    return folder / "comparison.html"
+
+
+def scores_of(target: Path, root: Path) -> Path:
+    """Returns the path of the scores of images that belong to no run's step; `root` is the folder of all runs."""
+    path, root = target.resolve(), root.resolve()
+    name = "-".join(path.relative_to(root).parts) if path.is_relative_to(root) else path.name
+    return root / "evaluations" / f"{name}.json"
+
+
+def is_beside_runs(path: Path) -> bool:
+    """Tells whether a path has the name of something that is written among runs but is none, as the two above."""
+    return path.name == "evaluations" or path.stem == comparison(path).stem
+
+
+# -- what a run was made with ------------------------------------------------------------------------------------------
+
+
+def environment_of(world_size: int, device: torch.device, cores: int, slurm_job_id: str | None) -> dict[str, Any]:
+    """Returns the commit, versions and hardware of this process, for environment.json.
+
+    Args:
+        cores: The cores of this machine that all ranks use together.
+    """
+    import torch  # here: paths are needed where torch is not
+
+    return {
+        "git_commit": _git_commit(),
+        "python": sys.version.split()[0],
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "world_size": world_size,
+        "device": device_name(device, cores),
+        "threads_per_rank": torch.get_num_threads(),
+        "hostname": os.uname().nodename,
+        "slurm_job_id": slurm_job_id,
+    }
+
+
+def device_name(device: torch.device, cores: int) -> str:
+    """Returns the name of the GPU, or of the processor after its number of cores."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{cores} x {names[0] if names else 'CPU'}"
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

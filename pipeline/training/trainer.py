@@ -25,8 +25,7 @@ from pipeline.reporting.read import read_run
 from pipeline.storage.checkpoint import newest_intact, sweep
 from pipeline.storage.files import write_text
 from pipeline.storage.lock import Lock, lock_run
-from pipeline.storage.provenance import provenance
-from pipeline.storage.run_folder import RunFolder
+from pipeline.storage.run_folder import RunFolder, environment_of
 from pipeline.training.build import build_step
 from pipeline.training.inputs import InputStream
 from pipeline.training.metrics_log import MetricsLog
@@ -126,7 +125,7 @@ class Trainer:
 
     def _describe(self) -> None:
         self._lock, runtime, dataset = lock_run(self.folder), self.runtime, self.dataset
-        made_with = provenance(runtime.ranks, runtime.device, len(runtime.cores), job_id())
+        made_with = environment_of(runtime.ranks.world_size, runtime.device, len(runtime.cores), job_id())
         made_with |= {"dataset": dataset.name, "dataset_fingerprint": dataset.fingerprint}
         if names := row_names(self.state.generator):
             made_with["sample_rows"] = list(names)
