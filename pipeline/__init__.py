@@ -6,16 +6,13 @@ What is named here is imported when it is used, and so is torch.
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
-
-from pipeline.distributed.interrupt import end_quietly_while_importing
-
-end_quietly_while_importing()  # before anything that takes long
 
 if TYPE_CHECKING:
     from pipeline.config import Config, configure
@@ -64,6 +61,17 @@ class _Package(ModuleType):
 sys.modules[__name__].__class__ = _Package
 
 
+def _is_program() -> bool:
+    """Returns whether a program of this package is starting, not a user's that imports the package."""
+    as_module = sys.argv[0] == "-m" and any(argument.startswith("pipeline.") for argument in sys.orig_argv)
+    return as_module or Path(sys.argv[0]).absolute().parent == Path(__file__).parent
+
+
+if _is_program() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # What a program imports before `run_program` handles ^C takes a second or two: it ends without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def train(config: Config) -> Run:
     """Trains the run that the configuration describes, from its newest checkpoint if there is one, and returns what its
     folder then holds: `log` has the metrics, `evaluations` the scores, `grids` the samples' PNG files.
@@ -78,14 +86,13 @@ def train(config: Config) -> Run:
         TrainingFailed: a loss, gradient or weight is not finite, replicas differ, or saving failed too often.
     """
     from pipeline.distributed.failures import closing
-    from pipeline.distributed.process import Runtime
-    from pipeline.distributed.restoring import process_kept
+    from pipeline.distributed.process import Runtime, restoring_process
     from pipeline.reporting.read import read_run
     from pipeline.storage.run_folder import RunFolder
     from pipeline.training.trainer import Trainer
 
     folder = RunFolder(config.folder)
-    with process_kept():
+    with restoring_process():
         runtime = Runtime(config.runtime)
         with closing(runtime, config):
             Trainer(config, runtime).run()
@@ -119,8 +126,7 @@ def evaluate(
     from pipeline.config import Config, configure
     from pipeline.data import open_dataset
     from pipeline.distributed.failures import closing
-    from pipeline.distributed.process import Runtime
-    from pipeline.distributed.restoring import process_kept
+    from pipeline.distributed.process import Runtime, restoring_process
     from pipeline.evaluation.scorer import Scorer
     from pipeline.evaluation.targets import score_target
     from pipeline.storage.run_folder import RunFolder
@@ -128,7 +134,7 @@ def evaluate(
     run = RunFolder(Path(target))
     if config is None:
         config = configure(run.config) if run.config.is_file() else Config()
-    with process_kept():
+    with restoring_process():
         runtime = Runtime(config.runtime)
         with closing(runtime, config):
             dataset = runtime.ranks.on_main(lambda: open_dataset(config.data))

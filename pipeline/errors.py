@@ -1,13 +1,13 @@
-"""How a program can end badly, and the exit code of each way.
+"""The ways in which a program can end badly, and their exit codes.
 
 0: done. 1: a defect of the program, or a lost rank. 2: a mistake in what the user gave. 3: the training diverged, or
-can't be saved. 75 (EX_TEMPFAIL): stopped on request after saving, the same command goes on. 130: stopped at once by a
-second SIGINT.
+cannot be saved. 75 (EX_TEMPFAIL): stopped on request after saving, the same command goes on. 130: stopped at once by a
+second SIGINT. 143: SIGTERM before there was anything to save.
 """
 
 from __future__ import annotations
 
-EXIT_RANK_LOST, EXIT_USER_ERROR, EXIT_FAILED, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 3, 75, 130
+EXIT_RANK_LOST, EXIT_USER_ERROR, EXIT_FAILED, EXIT_PREEMPTED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 3, 75, 130, 143
 
 
 class UserError(Exception):
@@ -15,19 +15,19 @@ class UserError(Exception):
 
 
 class LocalError(UserError):
-    """An error that perhaps only this rank has met, like a damaged shard of its own: whichever rank raises it tells."""
+    """An error that perhaps only this rank has met, like a damaged shard: every rank that raises it prints it."""
 
 
 class TrainingFailed(Exception):
-    """The run can't go on: it diverged, or its state can't be saved. The last good checkpoint is kept."""
+    """The run cannot go on: it diverged, or its state cannot be saved. The last good checkpoint is kept."""
 
 
 class RankLost(Exception):
-    """Another rank did not come to a collective, or its connection is lost. Whoever raises it has told."""
+    """Another rank did not come to a collective, or its connection is lost. A line about it is already printed."""
 
 
 class Preempted(Exception):
-    """The run was asked to stop and every rank knows."""
+    """The run was asked to stop, and every rank knows."""
 
 
 def describe_error(error: Exception) -> str:

@@ -243,7 +243,7 @@ def measure_neighbour(trainer: Trainer) -> float:
     """How many times as long steps take beside another process of this machine that never waits.
 
     It takes 20 seconds: threads need some of them to find that they are not alone, or are again
-    (distributed/spinning.py).
+    (distributed/cpu.py).
     """
     runtime, seconds = trainer.runtime, Seconds(beside=[], alone=[])
     for _ in range(NEIGHBOUR_ROUNDS):

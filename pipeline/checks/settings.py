@@ -60,7 +60,7 @@ def check_runtime(plan: Plan) -> str:
 
 
 def check_tracker_names(plan: Plan) -> str:
-    from pipeline.distributed.tracking import check_trackers
+    from pipeline.distributed.process import check_trackers
 
     return check_trackers(plan.config.run.trackers, plan.config.run.tracker_options)
 

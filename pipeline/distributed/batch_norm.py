@@ -1,7 +1,8 @@
-"""Batch norm over the ranks: statistics of the global batch on any device and backend; and all images of a step made
-together, which is the way to few collectives and launches.
+"""Batch norm with the statistics of the global batch, on any device and backend, and a generator that makes all images
+of a step together, for few collectives and few launches.
 
-torch's own SyncBatchNorm refuses CPU tensors. Equal slices on all ranks are assumed (`Ranks.rows`).
+torch's own SyncBatchNorm refuses CPU tensors. Every rank has as many rows as the others (`Ranks.rows`), so the mean of
+the ranks' means is the mean of the global batch.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from torch.nn import functional as F
 
 from pipeline.models.networks import BATCHES_TOGETHER, Generator, StepGenerator
 
+CONVERTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+"""The layers that `convert_batch_norm` replaces."""
+
 
 class Statistics(NamedTuple):
-    """Mean and biased variance of a batch norm's input, (channels,) or for several batches (batches, channels) each,
-    over `num_values` values of a channel."""
+    """The mean and biased variance of a batch norm's input over `num_values` values of each channel: (channels,), or
+    (batches, channels) for several batches."""
 
     mean: Tensor
     variance: Tensor
@@ -29,7 +33,8 @@ class Statistics(NamedTuple):
 
 @torch.no_grad()
 def update_moving_averages(norm: nn.BatchNorm2d, statistics: Statistics) -> None:
-    """What a batch norm in training mode does with the statistics of its batches, one after the other."""
+    """Moves the moving averages of a batch norm by the statistics of its batches, one after the other, as torch does in
+    training mode: r <- r + momentum * (s - r), where the variance s is the unbiased one."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     assert norm.num_batches_tracked is not None
@@ -41,13 +46,20 @@ def update_moving_averages(norm: nn.BatchNorm2d, statistics: Statistics) -> None
         torch._foreach_lerp_([norm.running_mean, norm.running_var], moments, norm.momentum)
 
 
-CONVERTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-"""The layers that `convert_batch_norm` replaces."""
+def convert_batch_norm(network: nn.Module) -> None:
+    """Replaces every batch norm of a network by a SyncBatchNorm, in place; parameters and buffers stay the same."""
+    for parent in list(network.modules()):
+        for name, norm in parent.named_children():
+            if isinstance(norm, CONVERTED) and type(norm) in CONVERTED:
+                converted = SyncBatchNorm(norm.num_features, norm.eps, norm.momentum)
+                for key, tensor in [*norm.named_parameters(), *norm.named_buffers()]:
+                    setattr(converted, key, tensor)
+                setattr(parent, name, converted)
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """Images (n, c, h, w) are normalised with the statistics of all ranks' images in training mode; and so are (n, c)
-    and (n, c, ...) of a network of the user's."""
+    """Batch norm that takes, in training mode, the statistics of all ranks' images: (n, c, h, w), and in a network of the
+    user's also (n, c) and (n, c, ...)."""
 
     def forward(self, images: Tensor) -> Tensor:
         if not self.training:
@@ -57,12 +69,12 @@ class SyncBatchNorm(nn.BatchNorm2d):
         return self.normalise([images.reshape(*images.shape[:2], -1, 1)], [1])[0].reshape(images.shape)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of them."""
+        """Accepts any number of dimensions, unlike nn.BatchNorm2d."""
 
     def normalise(self, groups: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        """Groups of images, each of so many equal batches; every batch with its own statistics, all of them in one
-        collective."""
-        groups = [images.to(self.weight.dtype) for images in groups]  # autocast's are of half precision
+        """Normalises groups of images, of which group i holds `sizes[i]` equal batches, each batch with its own
+        statistics. All statistics travel in one collective."""
+        groups = [images.to(self.weight.dtype) for images in groups]  # under autocast they are of half precision
         means, variances = _statistics_of_all_ranks(groups, sizes)
         count = groups[-1][:, 0].numel() // sizes[-1] * dist.get_world_size()
         update_moving_averages(self, Statistics(means, variances, count))
@@ -72,7 +84,8 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
     def _apply_statistics(self, images: Tensor, means: Tensor, inverses: Tensor, count: int) -> Tensor:
         n, c, h, w = images.shape
-        # Channels-last images are rows of w * c numbers already: long enough for a CPU's vectors, unlike c.
+        # Channels-last images are rows of w * c numbers already, long enough for a CPU's vectors; c alone is not. A
+        # GPU prefers to broadcast.
         width = 1 if images.is_cuda else w
         rows = images.permute(0, 2, 3, 1).reshape(len(means), -1, width * c)
         rows = _Normalise.apply(rows, self.weight, self.bias, means, inverses, count)
@@ -80,30 +93,26 @@ class SyncBatchNorm(nn.BatchNorm2d):
         return normalised
 
 
-def convert_batch_norm(network: nn.Module) -> None:
-    """Replaces every batch norm of a network by one over all ranks, in place; parameters and buffers stay the same."""
-    for parent in list(network.modules()):
-        for name, norm in parent.named_children():
-            if isinstance(norm, CONVERTED) and type(norm) in CONVERTED:
-                converted = SyncBatchNorm(norm.num_features, norm.eps, norm.momentum)
-                for own, tensor in [*norm.named_parameters(), *norm.named_buffers()]:
-                    setattr(converted, own, tensor)
-                setattr(parent, name, converted)
-
-
 class LayerwiseStepGenerator(StepGenerator):
-    """All images layer by layer, so that they share each batch norm's collective; its statistics are those of batches.
+    """A StepGenerator that takes all images of a step through the network layer by layer.
 
-    A GPU takes the critic's batches as one; a CPU takes one after the other, each of which fits into its cache.
+    Batch by batch, a step with n_critic critic batches would have n_critic + 1 collectives for each batch norm. But all
+    batches are known before the step begins, and the generator's weights do not change before its own update. So every
+    layer takes all batches at once, and at each batch norm the statistics of all batches, which stay separate, travel
+    in one collective. The results are those of one batch after the other; moving averages too move in that order.
+
+    A GPU takes the critic's batches as one group, for few launches. A CPU takes a group for each batch, which fits into
+    its cache. At most BATCHES_TOGETHER batches are in memory at a time.
     """
 
     def forward(
         self, critic_latents: Tensor, critic_labels: Tensor, latents: Tensor, labels: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        each = (torch.split(batches, BATCHES_TOGETHER) for batches in (critic_latents, critic_labels))
-        *early, late = (self._groups(*several) for several in zip(*each, strict=True))
+        portions = (torch.split(batches, BATCHES_TOGETHER) for batches in (critic_latents, critic_labels))
+        *early, late = (self._groups(*portion) for portion in zip(*portions, strict=True))
         with torch.no_grad():
-            fakes = [made for groups in early for made in self._layer_by_layer(groups)]
+            fakes = [images for groups in early for images in self._layer_by_layer(groups)]
+        # The generator's own batch shares the collectives of the last portion, and is the only one with gradients.
         *last, images = self._layer_by_layer([*late, (latents[None], labels[None])])
         return torch.cat([*fakes, *last]), [images.flatten(0, 1)]
 
@@ -112,27 +121,29 @@ class LayerwiseStepGenerator(StepGenerator):
         return [*zip(torch.split(latents, size), torch.split(labels, size), strict=True)]
 
     def _layer_by_layer(self, groups: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """Images (k, b, C, H, W) of groups of k batches (k, b, latent_dim); only those of the last want gradients."""
+        """Makes images (k, b, C, H, W) of each group of latents (k, b, latent_dim) and labels (k, b). Only the last
+        group's have gradients."""
         generator, sizes, batch_size = self.generator.train(), [len(z) for z, _ in groups], groups[-1][1].shape[1]
-        assert isinstance(generator, Generator), "others know no layers here"
+        assert isinstance(generator, Generator), "the layers of a user's network are not known"
 
-        def each(layer: Callable[..., Tensor], groups: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+        def apply(layer: Callable[..., Tensor], groups: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
             with torch.no_grad():
-                done = [layer(*group) for group in groups[:-1]]
-            return [*done, layer(*groups[-1])]
+                outputs = [layer(*group) for group in groups[:-1]]
+            return [*outputs, layer(*groups[-1])]
 
         flat = [(latents.flatten(0, 1), labels.flatten()) for latents, labels in groups]
-        maps = each(generator.first_maps, flat)
+        maps = apply(generator.first_maps, flat)
         for norm, convolution in zip(generator.norms, generator.convolutions, strict=True):
             assert isinstance(norm, nn.BatchNorm2d)
             normalised = [(images,) for images in normalise(norm, maps, sizes)]
-            maps = each(lambda images, layer=convolution: layer(F.relu(images)), normalised)
-        images = each(torch.sigmoid, [(images,) for images in maps])
-        return [made.view(-1, batch_size, *made.shape[1:]) for made in images]
+            maps = apply(lambda images, layer=convolution: layer(F.relu(images)), normalised)
+        images = apply(torch.sigmoid, [(images,) for images in maps])
+        return [group.view(-1, batch_size, *group.shape[1:]) for group in images]
 
 
 def normalise(norm: nn.BatchNorm2d, groups: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-    """Groups of images, each of so many equal batches, as batch norm in training mode makes them of every batch."""
+    """Normalises groups of images, of which group i holds `sizes[i]` equal batches, as `norm` in training mode does
+    with one batch after the other; synchronised over the ranks or not."""
     if isinstance(norm, SyncBatchNorm):
         return norm.normalise(groups, sizes)
     assert norm.num_batches_tracked is not None
@@ -148,9 +159,15 @@ def normalise(norm: nn.BatchNorm2d, groups: Sequence[Tensor], sizes: Sequence[in
 
 @torch.no_grad()
 def _statistics_of_all_ranks(groups: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Means and biased variances (batches, channels) from the ranks' own (Chan et al. 1983) in one collective."""
-    own = [_statistics(images, size) for images, size in zip(groups, sizes, strict=True)]
-    packed = torch.cat([part for parts in zip(*own, strict=True) for part in parts])
+    """Returns the means and biased variances (batches, channels) of the global batches, in one collective.
+
+    With equal shares the mean is the mean of the ranks' means m_r, and the variance is the mean of the ranks' variances
+    plus the variance of the m_r (Chan et al. 1983, "Algorithms for computing the sample variance"). Unlike a sum of
+    squares less a squared sum, this cancels nothing. Each rank writes its numbers into a row of its own and zeros into
+    the others, so the sum over the ranks is a gather that is exact and that a CUDA graph can capture.
+    """
+    statistics = [_statistics(images, size) for images, size in zip(groups, sizes, strict=True)]
+    packed = torch.cat([part for parts in zip(*statistics, strict=True) for part in parts])
     ranks = packed.new_zeros(dist.get_world_size(), *packed.shape)
     ranks[dist.get_rank()] = packed
     dist.all_reduce(ranks)
@@ -160,8 +177,8 @@ def _statistics_of_all_ranks(groups: Sequence[Tensor], sizes: Sequence[int]) -> 
 
 
 def _statistics(images: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Means and biased variances, (size, channels) each, of that many batches."""
-    if size == 1:
+    """Returns the means and biased variances, (size, channels) each, of a group of `size` batches of this rank."""
+    if size == 1:  # one pass over the images
         mean, variance = torch.batch_norm_update_stats(images, None, None, 0.0)
         return mean[None], variance[None]
     variances, means = torch.var_mean(images.view(size, -1, *images.shape[1:]), (1, 3, 4), correction=0)
@@ -169,9 +186,13 @@ def _statistics(images: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 class _Normalise(torch.autograd.Function):
-    """(x - mean) * inverse * weight + bias for rows (batches, m, w * channels). `means` and `inverses`, one by the
-    standard deviation, (batches, channels), are those of `count` values of a channel over all ranks' rows of a batch,
-    and the gradient, for one batch alone, knows that."""
+    """y = (x - mean) * inverse * weight + bias, for rows x (batches, m, w * channels) of which the last dimension
+    repeats the channels w times.
+
+    `means` and `inverses` (1 / sqrt(variance + eps)), (batches, channels) each, are those of `count` values of a
+    channel, over all ranks' rows of a batch. The gradient, for a single batch, takes into account that they depend on
+    x.
+    """
 
     @staticmethod
     def forward(
@@ -179,21 +200,31 @@ class _Normalise(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(rows, weight, means, inverses)
         ctx.count = count
+        # y = shift + x * scale: one pass over the rows.
         scales = weight * inverses
         shifts = torch.addcmul(bias, means, scales, value=-1)
         return torch.addcmul(_along(rows, shifts), rows, _along(rows, scales))
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # penalties, which differentiate twice, are refused for critics with batch norm
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Let g = dL/dy, n = (x - mean) * inverse, and E[...] the mean over the `count` values of a channel on all
+        ranks. Then (Ioffe & Szegedy 2015, section 3, their six equations combined)
+
+            dL/dbias = sum g,   dL/dweight = sum g n,
+            dL/dx = weight * inverse * (g - E[g] - n E[g n]).
+
+        The sums for the parameters are this rank's: DDP averages them with all other gradients. E[...] takes the sums
+        of all ranks, in one collective. L is then the sum of the ranks' losses, as everywhere before DDP's average.
+        """
         rows, weight, mean, inverse = ctx.saved_tensors
         sums = torch.stack([_by_channel(upstream, mean), _by_channel(upstream * rows, mean)])
         for_bias, products = sums
-        for_weight = torch.addcmul(products, mean, for_bias, value=-1).mul_(inverse)
+        for_weight = torch.addcmul(products, mean, for_bias, value=-1).mul_(inverse)  # sum g n from sum g x
         shares = torch.cat([for_bias, for_weight])
         dist.all_reduce(shares)
         bias_mean, weight_mean = (shares / ctx.count).split(len(mean))
-        # scale * (upstream - mean(upstream) - normalised * mean(upstream * normalised))
+        # dL/dx = scale * g + slope * x + shift, with n multiplied out: two passes over the rows.
         scale = weight * inverse
         slope = -scale * inverse * weight_mean
         shift = -scale * bias_mean - slope * mean
@@ -203,13 +234,13 @@ class _Normalise(torch.autograd.Function):
 
 
 def _along(rows: Tensor, values: Tensor) -> Tensor:
-    """Values (batches, channels) of channels, repeated to what can be added to rows (batches, m, w * channels)."""
+    """Repeats the channels' values (batches, channels) so that they broadcast to rows (batches, m, w * channels)."""
     if values.shape[1] < rows.shape[2]:
         values = values.repeat(1, rows.shape[2] // values.shape[1])
     return values[:, None]
 
 
 def _by_channel(rows: Tensor, like: Tensor) -> Tensor:
-    """Sums (batches, channels) over rows (batches, m, w * channels)."""
+    """Sums rows (batches, m, w * channels) to (batches, channels), the shape of `like`."""
     sums = rows.sum(1)
     return sums if sums.shape == like.shape else sums.view(len(sums), -1, like.shape[1]).sum(1)

@@ -1,4 +1,4 @@
-"""What can be said in one line of failures that a library tells in a traceback: memory ran out, a rank did not come."""
+"""Failures for which libraries print a page of traceback, in one line: memory ran out, or another rank is lost."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from pipeline.distributed.process import Runtime
 from pipeline.errors import LocalError, RankLost
 
 ROLL_CALL_SECONDS = 5.0
-"""For ranks that wait for the same one to give up as well: their waits began within one step."""
+"""The time in which ranks that wait for the same one give up as well: their waits began within one step."""
 DUMP_SECONDS = 30.0
-"""For NCCL's watchdog to notice the time-out too, write what it has recorded, and end the process."""
+"""The time in which NCCL's watchdog notices the time-out too, writes what it has recorded, and ends the process."""
 PACKAGE = Path(__file__).parents[1]
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|_ALLOC_FAILED")
-"""In CUDA's, the CPU allocator's and cuBLAS's errors."""
+"""The texts of CUDA's, the CPU allocator's and cuBLAS's errors."""
 
 
 @contextlib.contextmanager
 def closing(runtime: Runtime, config: Config) -> Iterator[None]:
-    """Closes the runtime at the end of a program, however that comes.
+    """Closes the runtime at the end of the block, however that comes.
 
     Raises:
-        LocalError: for an error that says that memory ran out: it names the settings to change.
-        RankLost: for one that says that another rank did not come to a collective or has gone, after a line that tells.
-            The runtime is not closed then: what is left of a job can't end together.
+        LocalError: memory ran out; the message names the settings to change.
+        RankLost: another rank did not come to a collective, or its connection is lost, after a line that says so. The
+            runtime stays open then: what remains of a job cannot end together.
     """
     with contextlib.ExitStack() as end:
         end.callback(runtime.close)
@@ -45,7 +45,7 @@ def closing(runtime: Runtime, config: Config) -> Iterator[None]:
         except (MemoryError, RuntimeError) as error:
             if runtime.ranks.world_size > 1 and (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
                 end.pop_all()
-                _tell_of_lost_rank(error, runtime)
+                _print_lost_rank(error, runtime)
                 raise RankLost from error
             if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
                 raise LocalError(_out_of_memory(error, config, runtime.ranks.world_size)) from error
@@ -53,16 +53,17 @@ def closing(runtime: Runtime, config: Config) -> Iterator[None]:
 
 
 def record_collectives(prefix: Path) -> None:
-    """NCCL's flight recorder writes its last collectives into files of this prefix, one a rank, when one times out.
+    """Has NCCL's flight recorder write its last collectives into files of this prefix, one for each rank, when one of
+    them times out. Must be called before there is a process group.
 
-    To call before there is a process group. Torch records and writes by default, into a cache folder; a place that the
-    environment names comes first. `torchfrtrace` compares the files and names the ranks that fell behind.
+    torch records and writes by default, into a cache folder; a place that the environment names comes first.
+    `torchfrtrace` compares the files and names the ranks that fell behind.
     """
     if "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in os.environ:
         os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(prefix.absolute()))
 
 
-def _tell_of_lost_rank(error: Exception, runtime: Runtime) -> None:
+def _print_lost_rank(error: Exception, runtime: Runtime) -> None:
     ranks, place = runtime.ranks, _place(error)
     line = f"[rank {ranks.rank}] error: {place}: the connection to another rank is lost; the launcher names who ended"
     if timed_out := "timed out" in str(error).lower():
@@ -78,9 +79,9 @@ def _tell_of_lost_rank(error: Exception, runtime: Runtime) -> None:
 
 
 def _roll_call(ranks: Ranks) -> list[int]:
-    """The ranks that have given up waiting at about the same time, this one among them, in order."""
+    """Returns the ranks that have given up waiting at about the same time, this one among them, in order."""
     gave_up = [ranks.rank]
-    with contextlib.suppress(dist.DistError):  # the store's own process may be the one that is gone
+    with contextlib.suppress(dist.DistError):  # the process that serves the store may be the one that is gone
         store = job_store()
         store.set_timeout(timedelta(seconds=ROLL_CALL_SECONDS))
         store.set(f"gave up {ranks.rank}", "")
@@ -90,13 +91,14 @@ def _roll_call(ranks: Ranks) -> list[int]:
 
 
 def _out_of_memory(error: Exception, config: Config, world_size: int) -> str:
+    """Returns the message for memory that ran out: how much was missing, where, and the setting that takes less."""
     training, evaluation = config.training, config.evaluation
     frames = {(Path(frame.filename), frame.name) for frame in traceback.extract_tb(error.__traceback__)}
     if any(file.is_relative_to(PACKAGE / "evaluation") for file, _ in frames):
         fix = (
             f"lower evaluation.batch_size ({evaluation.batch_size}) or evaluation.num_images ({evaluation.num_images})"
         )
-    elif (PACKAGE / "data/resident.py", "__init__") in frames:  # the split; its batches are the batch size's
+    elif (PACKAGE / "data/resident.py", "__init__") in frames:  # the whole split; elsewhere it is a batch
         fix = f"set data.source to streaming (it is {config.data.source})"
     else:
         share = f"{training.batch_size}: {training.batch_size // world_size} images a rank"
@@ -104,12 +106,13 @@ def _out_of_memory(error: Exception, config: Config, world_size: int) -> str:
             f"raise runtime.accumulation ({config.runtime.accumulation}), lower training.batch_size ({share}) "
             f"or network.width ({config.network.width})"
         )
-    asked = re.search(r"allocate (\d[\d.]* \w+)", str(error))
-    return f"out of memory{f', {asked[1]} more were asked for,' if asked else ''} in {_place(error)}: {fix}"
+    missing = re.search(r"allocate (\d[\d.]* \w+)", str(error))
+    return f"out of memory{f', {missing[1]} more were asked for,' if missing else ''} in {_place(error)}: {fix}"
 
 
 def _place(error: Exception) -> str:
-    """The innermost line of the package that is not about ranks but about what they do: file, number, text."""
+    """Returns the file, number and text of the innermost line of the package outside this folder: what was being done,
+    not how ranks communicate."""
     inside = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)

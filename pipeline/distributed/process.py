@@ -1,100 +1,90 @@
-"""One process of a job: its device, its arithmetic, its ranks, and what it says to people."""
+"""One process of a job: its ranks, its device and arithmetic, how networks are wrapped, and what it prints.
+
+accelerate is used here and nowhere else: for the device, the precision, data parallelism and trackers.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pipeline.compat import leave_buffers_alone, settle_buckets, stop_timing
+from pipeline.compat import fresh_accelerate, leave_buffers_alone, settle_buckets, stop_timing
 from pipeline.config import RuntimeConfig, captures_steps, check_device
-from pipeline.distributed import accelerate_settings
-from pipeline.distributed.collectives import Ranks
-from pipeline.distributed.cpu import give_back_freed_memory, use_cpu
-from pipeline.distributed.launcher import told
-from pipeline.distributed.rendezvous import join_process_group
+from pipeline.distributed import launcher
+from pipeline.distributed.collectives import Ranks, join_process_group
+from pipeline.distributed.cpu import available_cores, release_freed_memory, restoring_cpu, sharing_the_cores, use_cpu
 from pipeline.distributed.slurm import JobComment
-from pipeline.distributed.spinning import sharing_the_cores
-from pipeline.distributed.stopping import StopRequest
+from pipeline.distributed.stopping import StopRequest, restoring_signals
 from pipeline.errors import UserError
 
 
 class Runtime:
-    """This process as the programs see it.
+    """This process as the programs see it. Building it joins the ranks and prepares the device; `close` ends that.
 
     Raises:
-        UserError: no CUDA device where one was asked for, or the launcher started another number of processes than it
-            was told to.
+        UserError: there is no CUDA device although one is asked for, or the launcher started another number of
+            processes than it was asked for.
     """
 
     def __init__(self, config: RuntimeConfig) -> None:
-        self.cores = sorted(os.sched_getaffinity(0))
-        """Of this machine, for its ranks to share on a CPU."""
+        self.cores = available_cores()
+        """The machine's cores, which its ranks share where they compute on a CPU."""
         self.stop = StopRequest()
-        has_cuda = torch.cuda.is_available() and not (config.device == "auto" and accelerate_settings.asks_for_cpu())
+        has_cuda = torch.cuda.is_available() and not (config.device == "auto" and launcher.asks_for_cpu())
         check_device(config, has_cuda)
         on_cpu = config.device == "cpu" or not has_cuda
-        accelerate_settings.refuse_unfit()
-        world_size = told("WORLD_SIZE", 1)
+        launcher.refuse_unfit_launch()
+        world_size = launcher.read_number("WORLD_SIZE", 1)
         self.before_close = contextlib.ExitStack()
-        """What has to end before the process group does: graphs that hold its collectives."""
+        """Callbacks for what has to end before the process group does: graphs that hold its collectives."""
         if on_cpu:
             use_cpu(self.cores, config.threads)
         timeout = timedelta(seconds=config.timeout_seconds)
-        several = world_size > 1
-        self.ranks = self.stop.ranks = join_process_group("gloo" if on_cpu else "nccl", timeout) if several else Ranks()
-        with accelerate_settings.hidden(several):
-            self.accelerator = Accelerator(
-                cpu=on_cpu,
-                mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
-                kwargs_handlers=[
-                    # A network's gradients in one collective. At 25 MiB, the default, torch makes a first one of 1 MiB.
-                    DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=26)
-                ],
-            )
-        if self.accelerator.num_processes != world_size:
-            raise UserError(
-                f"WORLD_SIZE is {world_size} but accelerate runs {self.accelerator.num_processes} process(es): "
-                "start with a file of launch/accelerate/"
-            )
+        several, backend = world_size > 1, "gloo" if on_cpu else "nccl"
+        self.ranks = self.stop.ranks = join_process_group(backend, timeout) if several else Ranks()
+        with launcher.environment_without_accelerate(keep_ranks=several):
+            self.accelerator = _build_accelerator(config, on_cpu, world_size)
         self.device = torch.empty(0, device=self.accelerator.device).device
-        """As tensors there name it: accelerate's `cpu:0` is not equal to their `cpu`, so `.to` would copy what is there
-        already."""
+        """The device under the name that its tensors have: accelerate's `cpu:0` is not equal to `cpu`, so `.to` would
+        copy tensors that are already there."""
         self.scaler: torch.amp.GradScaler = self.accelerator.scaler or torch.amp.GradScaler(enabled=False)
-        """Of losses; disabled unless the precision is fp16."""
+        """The scaler of losses; disabled unless the precision is fp16."""
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
-        # Bit-exact resume needs the same kernels every time.
+        # A resumed run equals an uninterrupted one bit for bit only if the same kernels are chosen every time.
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
         self.captures = captures_steps(config, has_cuda)
         self.capture_stream = torch.cuda.Stream() if self.captures else None  # type: ignore[no-untyped-call]
-        """Where steps are captured: DDP is built, warmed up and captured on one stream."""
+        """The stream on which DDP is built, warmed up and captured, where steps are captured as CUDA graphs."""
         self._comment = JobComment()
-        for line in accelerate_settings.unused(config):
-            self.say(line)
+        for line in launcher.ignored_settings(config):
+            self.print(line)
         self._watch = contextlib.ExitStack()
-        if on_cpu and torch.get_num_threads() > 1:  # last: its thread would stay where what follows fails
+        if on_cpu and torch.get_num_threads() > 1:  # last: if a line above raised, nothing would end its thread
             self._watch.enter_context(sharing_the_cores())
 
     def autocast(self) -> AbstractContextManager[None]:
-        """What a wrapped network's forward pass runs under: the arithmetic of `runtime.precision`."""
+        """Returns the context of a wrapped network's forward pass: the arithmetic of `runtime.precision`."""
         return self.accelerator.autocast()  # type: ignore[no-any-return]
 
     def wrap(self, network: nn.Module, *, data_parallel: bool = True) -> nn.Module:
-        """The network with its forward pass under `autocast`, and with its gradients averaged over the ranks during the
-        backward pass if `data_parallel` (and there are several)."""
+        """Returns the network with its forward pass under `autocast` and, if `data_parallel`, its gradients averaged
+        over the ranks during the backward pass."""
         leave_buffers_alone(network)
         alone = not data_parallel or self.ranks.world_size == 1
         with on_stream(self.capture_stream):
@@ -102,62 +92,88 @@ class Runtime:
         if isinstance(wrapped, nn.parallel.DistributedDataParallel):
             settle_buckets(wrapped)
             for weight in network.parameters():
-                if weight.is_contiguous():  # one channel: channels-last or not is the same memory under other strides
+                if weight.is_contiguous():  # with one channel, channels-last or not is the same memory, other strides
                     weight.register_hook(partial(_with_strides, weight.stride()))  # type: ignore[no-untyped-call]
             stop_timing(wrapped)
         return wrapped
 
     def alone(self) -> Runtime:
-        """This process as if it were the only one, to compare with."""
+        """Returns this process as if it were the only one, to compare with."""
         single = copy.copy(self)
         single.ranks = Ranks()
         return single
 
     def __str__(self) -> str:
-        """How many ranks on which device."""
+        """Names the number of ranks and the device."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         return f"{self.ranks.world_size} rank{'s' * (self.ranks.world_size > 1)} on {name}"
 
     # -- what a person sees --------------------------------------------------------------------------------------------
 
-    def say(self, message: str) -> None:
-        """One line on the main process's standard error, above the progress bar."""
+    def print(self, line: str) -> None:
+        """Prints a line on the main rank's standard error, above the progress bar."""
         if self.ranks.is_main:
-            tqdm.write(message, file=sys.stderr)
+            tqdm.write(line, file=sys.stderr)
             sys.stderr.flush()
 
     def comment(self, text: str, *, last: bool = False) -> None:
-        """Makes `text` the comment of the Slurm job, if there is one."""
+        """Makes `text` the comment of the Slurm job, if there is one (`JobComment`)."""
         if self.ranks.is_main:
             self._comment.set(text, last=last)
 
     @contextlib.contextmanager
-    def tolerating(self, what: str) -> Iterator[None]:
-        """A full or lost disk costs what was to be written, never the run: checkpoints decide when to give up."""
+    def tolerating(self, subject: str) -> Iterator[None]:
+        """Prints an OSError of the block, as from a full disk, and goes on: only checkpoints end a run that cannot be
+        written."""
         try:
             yield
         except OSError as error:
-            self.say(f"{what} not written: {error}")
+            self.print(f"{subject} not written: {error}")
 
     def close(self) -> None:
+        """Ends what the Runtime started: graphs, threads, trackers, the process group."""
         self.before_close.close()
         self._watch.close()
-        with self.tolerating("the trackers' last lines"):  # a tracker flushes to a disk that is full
+        with self.tolerating("the trackers' last lines"):
             self.accelerator.end_training()
         if dist.is_initialized():
             dist.destroy_process_group()
         if self.device.type == "cpu":
-            give_back_freed_memory()
+            release_freed_memory()
+
+
+def _build_accelerator(config: RuntimeConfig, on_cpu: bool, world_size: int) -> Accelerator:
+    """Builds accelerate's object for this process.
+
+    Raises:
+        UserError: accelerate sees another number of ranks than the launcher started.
+    """
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
+        kwargs_handlers=[
+            # All gradients of a network in one collective. At the default of 25 MiB torch makes a first one of 1 MiB.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=26)
+        ],
+    )
+    if accelerator.num_processes != world_size:
+        raise UserError(
+            f"WORLD_SIZE is {world_size} but accelerate runs {accelerator.num_processes} process(es): "
+            "start with a file of launch/accelerate/"
+        )
+    return accelerator
 
 
 def _with_strides(strides: tuple[int, ...], gradient: Tensor) -> Tensor:
-    """DDP copies a gradient into its bucket under the parameter's strides, and warns where they differ."""
+    """Returns the gradient under the parameter's strides: DDP copies it into its bucket, and warns, where they
+    differ."""
     return gradient.as_strided(gradient.shape, strides)
 
 
 @contextlib.contextmanager
 def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Queues what follows behind the current stream's work, and what that does later behind this; None: nothing."""
+    """Runs the block on a CUDA stream, after the current stream's work so far and before its later work; on the current
+    stream if `stream` is None."""
     if stream is None:
         yield
         return
@@ -165,3 +181,65 @@ def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
     with torch.cuda.stream(stream):
         yield
     torch.cuda.current_stream().wait_stream(stream)
+
+
+@contextlib.contextmanager
+def restoring_process() -> Iterator[None]:
+    """Restores, at the end of the block, what a Runtime and a run change in their process, for a notebook that goes on
+    in it: signal handlers, cores, threads, arithmetic, torch's random numbers and accelerate's idea of the device."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    # Networks draw their first weights from torch's global generator before their own are copied in.
+    with torch.random.fork_rng(devices=[]), restoring_signals(), fresh_accelerate():
+        before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
+        try:
+            with restoring_cpu():
+                yield
+        finally:
+            matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = before
+
+
+# -- experiment trackers -----------------------------------------------------------------------------------------------
+
+
+def check_trackers(names: Sequence[str], options: Mapping[str, Any]) -> str:
+    """Returns the trackers' names as text.
+
+    Raises:
+        UserError: accelerate does not know a tracker, its package is missing, or `options` are of one that is not named
+            or are no mapping.
+    """
+    available = {str(kind.value) for kind in get_available_trackers()}
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise UserError(f"run.trackers holds {name!r}: choose from {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+        if name not in available:
+            raise UserError(f"run.trackers holds {name!r}, whose package is missing: pip install {name}")
+    for name, arguments in options.items():
+        if name not in names:
+            raise UserError(
+                f"run.tracker_options names {name}, which run.trackers {list(names)} does not: add it there"
+            )
+        if not isinstance(arguments, dict):
+            raise UserError(
+                f"run.tracker_options.{name} is {arguments!r}: write its arguments below it, e.g. entity: NAME"
+            )
+    return ", ".join(names) or "none"
+
+
+def open_tracker(name: str, project: str, folder: Path, arguments: Mapping[str, Any]) -> Any:
+    """Returns a tracker that is started.
+
+    Args:
+        folder: where trackers that write files write them. TensorBoard's are directly in it: it names a series after
+            the folders above its files, so that a folder for the project would double the run's name.
+        arguments: accelerate's `init_kwargs` of this tracker.
+    """
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    if name == "tensorboard":
+        tracker = kind("", folder, **arguments)
+    elif kind.requires_logging_directory:
+        tracker = kind(project, folder, **arguments)
+    else:
+        tracker = kind(project, **arguments)
+    tracker.start()
+    return tracker

@@ -1,4 +1,4 @@
-"""The Slurm job around this process, where there is one: its number, its comment, its time."""
+"""The Slurm job around this process, if there is one: its number, its comment, its remaining time."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ import subprocess
 import time
 
 COMMENT_SECONDS = 10
-"""Least time between two updates of a job's comment."""
+"""The least time between two updates of a job's comment."""
 
 
 def job_id() -> str | None:
+    """Returns the number of the job; None outside of Slurm."""
     return os.environ.get("SLURM_JOB_ID")
 
 
 class JobComment:
-    """The comment of the job, as `scontrol show job` shows it; nothing outside of Slurm."""
+    """The comment of the job, which `scontrol show job` shows; outside of Slurm it does nothing."""
 
     def __init__(self) -> None:
         self._last: tuple[float, subprocess.Popen[bytes]] | None = None
 
     def set(self, text: str, *, last: bool = False) -> None:
-        """Nobody waits for it or hears of its failure: a site may forbid it.
+        """Starts an update of the comment, without waiting for it or noticing its failure: a site may forbid it.
 
         A text that comes sooner than COMMENT_SECONDS after another, or while that is still on its way, is dropped
         unless it is the `last`.
@@ -42,17 +43,18 @@ class JobComment:
 
 
 def job_seconds_left() -> float | None:
-    """What the job's time limit leaves; None outside of Slurm, without a limit, or where Slurm won't say."""
+    """Returns the seconds that the job's time limit leaves; None outside of Slurm, without a limit, or if Slurm does
+    not answer."""
     job = job_id()
     if job is None:
         return None
     command = ["squeue", "--noheader", "--jobs", job, "--format", "%L"]
     try:
-        left = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+        remaining = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", left)  # or UNLIMITED, NOT_SET, INVALID
-    if found is None:
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", remaining)  # or UNLIMITED, NOT_SET, INVALID
+    if match is None:
         return None
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)

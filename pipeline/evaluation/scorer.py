@@ -88,7 +88,7 @@ class Scorer:
         facts |= {"dataset": dataset.name, "dataset_fingerprint": dataset.fingerprint}
         kept = ranks.on_main(lambda: _kept_scores(path, facts, self.extractors, config.neighbours))
         if (warning := few_images(images.num_images)) and not self._warned:
-            self.runtime.say(warning)
+            self.runtime.print(warning)
             self._warned = True
         scores = evaluate_images(
             images,

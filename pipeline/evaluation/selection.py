@@ -99,9 +99,9 @@ class Selection:
         runtime, folder, weights = scorer.runtime, self._folder, self._config.evaluation.weights
         chosen, damaged = runtime.ranks.on_main(lambda: self._best_intact(last_step))
         for line in damaged:
-            runtime.say(f"skipped a damaged checkpoint: {line}")
+            runtime.print(f"skipped a damaged checkpoint: {line}")
         if chosen is None:
-            runtime.say(f"no checkpoint has a {self.space} {self.key}: none is exported as the best")
+            runtime.print(f"no checkpoint has a {self.space} {self.key}: none is exported as the best")
             return
         checkpoint, evaluation, count = chosen
         generator = generator_of(checkpoint, weights, self._config.network.generator).to(runtime.device)

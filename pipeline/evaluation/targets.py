@@ -67,7 +67,7 @@ def score_target(
         path, remarks = out or scores_of(target, root), Remarks()
         split = open_images(target, dataset, remarks, crop=crop, size=size)
         if remarks:
-            runtime.say(f"{target}: {remarks}")
+            runtime.print(f"{target}: {remarks}")
         facts |= {key: value for key, value in (("crop", crop), ("size", size)) if value is not None}
         facts["images_fingerprint"] = runtime.ranks.on_main(lambda: _fingerprint(target, split.files, crop, size))
 
@@ -83,7 +83,7 @@ def score_target(
         result = scorer.score(ImageSet.of_tensor(tensor, labels if dataset.num_classes else None), path, facts)
     else:
         raise UserError(f"{target}: there is nothing of that name; give {TARGET}")
-    runtime.say(f"{path}: {_summary(result)}")
+    runtime.print(f"{path}: {_summary(result)}")
     return [result]
 
 
@@ -103,16 +103,16 @@ def _score_run(
         except CheckpointError as error:
             if steps or not found:
                 raise
-            runtime.say(f"skipped: {error}")
+            runtime.print(f"skipped: {error}")
             continue
         generator = generator_of(checkpoint, weights, code).to(runtime.device)
         facts = {"step": checkpoint.step, "weights": weights}
         critic = critic_of(checkpoint) if is_its_own else None
         path, critic = out or run.scores(checkpoint.step), critic and critic.to(runtime.device)
         results.append(scorer.score_generator(generator, path, facts, critic))
-        runtime.say(f"step {checkpoint.step}: {_summary(results[-1])}")
+        runtime.print(f"step {checkpoint.step}: {_summary(results[-1])}")
     if out is None:
-        runtime.say(f"report: {runtime.ranks.on_main(lambda: write_report(run.path))}")
+        runtime.print(f"report: {runtime.ranks.on_main(lambda: write_report(run.path))}")
     return results
 
 

@@ -40,7 +40,7 @@ class MetricsLog:
         shape, count = "x".join(map(str, dataset.image_shape)), dataset.num_images("train")
         networks = {"generator": self._state.generator, "critic": self._state.critic}
         sizes = (f"{name} {sum(w.numel() for w in each.parameters()):,}" for name, each in networks.items())
-        self._runtime.say(f"{self._runtime}; {count:,} images of {shape}; parameters: {', '.join(sizes)}")
+        self._runtime.print(f"{self._runtime}; {count:,} images of {shape}; parameters: {', '.join(sizes)}")
 
     def begin(self) -> None:
         """Begins an interval."""
@@ -110,7 +110,7 @@ class MetricsLog:
                 self._growing.discard(name)
             elif name not in self._growing:
                 self._growing.add(name)
-                self._runtime.say(
+                self._runtime.print(
                     f"step {self._state.step}: the norm of the {name}'s gradients is {norm:.3g}, more than {GROWTH:,} "
                     f"times the median {median(usual):.3g} of the last {len(usual)} lines: if it goes on growing, "
                     "lower the learning rates"

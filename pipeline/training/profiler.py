@@ -27,7 +27,7 @@ def profiled(
         return take_step
     first, last = run.profiled_steps
     if state.step >= first:
-        runtime.say(f"run.profile is {run.profile}, but the run goes on from step {state.step}: no trace")
+        runtime.print(f"run.profile is {run.profile}, but the run goes on from step {state.step}: no trace")
         return take_step
     on_gpu = [ProfilerActivity.CUDA] if runtime.device.type == "cuda" else []
     profiler = profile(activities=[ProfilerActivity.CPU, *on_gpu], record_shapes=True, acc_events=True)
@@ -47,7 +47,7 @@ def profiled(
                 with replacing(path) as temporary, NamedTemporaryFile(suffix=".json.gz") as trace:
                     profiler.export_chrome_trace(trace.name)  # it compresses by the name
                     shutil.copyfile(trace.name, temporary)
-                runtime.say(f"profile: {path} opens in ui.perfetto.dev or chrome://tracing")
+                runtime.print(f"profile: {path} opens in ui.perfetto.dev or chrome://tracing")
         return None
 
     return traced

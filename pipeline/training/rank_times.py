@@ -68,7 +68,7 @@ class RankTimes:
         self._slow_intervals = is_slow * (1 + self._slow_intervals * (slowest == self._slowest))
         self._slowest = slowest
         if self._slow_intervals == 2:
-            self._runtime.say(
+            self._runtime.print(
                 f"step {step}: rank {slowest} on {hosts[slowest]} is slow, the others wait for it: "
                 f"{all_own[slowest]:.3g} s of its own a step, of which it waits {all_waited[slowest]:.3g} s for data; "
                 f"the median of the ranks is {median:.3g} s"

@@ -57,7 +57,7 @@ class Saver:
         """A line about a checkpoint that has become whole since the last call."""
         if (step := self.writer.committed_step) != self._told:
             self._told = step
-            self._runtime.say(f"step {step}: saved")
+            self._runtime.print(f"step {step}: saved")
 
     def save(self) -> None:
         """Starts a checkpoint, and notices how the one before it ended."""
@@ -89,6 +89,6 @@ class Saver:
             self.fail(f"step {self._state.step}: must not be saved, {error}")
         except OSError as error:
             failures, allowed = self.writer.failures_in_a_row, self._allowed_failures
-            self._runtime.say(f"checkpoint failed ({failures} in a row, {allowed} tolerated): {error}")
+            self._runtime.print(f"checkpoint failed ({failures} in a row, {allowed} tolerated): {error}")
             if failures > allowed:
                 self.fail(f"checkpoints can't be written: {error}")

@@ -13,8 +13,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config import Config, flatten
-from pipeline.distributed.process import Runtime
-from pipeline.distributed.tracking import open_tracker
+from pipeline.distributed.process import Runtime, open_tracker
 from pipeline.errors import UserError
 from pipeline.storage.files import write_text
 from pipeline.storage.run_folder import RunFolder

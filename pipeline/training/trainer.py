@@ -137,7 +137,7 @@ class Trainer:
     def _resume(self) -> None:
         checkpoint, damaged = self.runtime.ranks.on_main(lambda: newest_intact(self.folder))
         for line in damaged:
-            self.runtime.say(f"skipped a damaged checkpoint: {line}")
+            self.runtime.print(f"skipped a damaged checkpoint: {line}")
         if checkpoint is not None:
             if checkpoint.progress["generator"] != self.state.generator.spec():
                 raise UserError(
@@ -148,7 +148,7 @@ class Trainer:
             self.log.elapsed_seconds = checkpoint.progress["elapsed_seconds"]
             self.log.evaluation_seconds = checkpoint.progress["evaluation_seconds"]
             self.saver.begin(checkpoint.step)
-            self.runtime.say(f"going on from {checkpoint.folder}, written by {checkpoint.world_size} process(es)")
+            self.runtime.print(f"going on from {checkpoint.folder}, written by {checkpoint.world_size} process(es)")
         self.runtime.ranks.on_main(lambda: self.folder.trim_metrics(self.state.step))
 
     def _progress_bar(self) -> TrainingBar:
@@ -167,7 +167,7 @@ class Trainer:
         source = {"run": self.config.run.name, "step": step, "dataset": self.dataset.fingerprint}
         save_export(generator, self.folder.export, source)
         save_grid(interpolate(generator, seed, 4, 10), self.folder.interpolation(step), columns=10)
-        self.runtime.say(f"report: {write_report(self.folder.path)}")
+        self.runtime.print(f"report: {write_report(self.folder.path)}")
 
     # -- cadence -------------------------------------------------------------------------------------------------------
 
@@ -224,14 +224,14 @@ class Trainer:
                     found = scorer.score_generator(self._copied_generator(), scores, facts, critic)["features"]
                     fids = ", ".join(f"{name} FID {values['fid']:.2f}" for name, values in found.items())
                     self._bar.add_evaluation(seconds := time.monotonic() - started)
-                    runtime.say(f"step {step}: {fids}, scored in {seconds:.0f} s")
+                    runtime.print(f"step {step}: {fids}, scored in {seconds:.0f} s")
                     self._comment()
             except Preempted:
                 self._stop()
         self.log.add_evaluation(time.monotonic() - started)
         self.trackers.log_scores(step, is_new=is_new)
         if step < self._last_step and ends_at and runtime.ranks.on_main(lambda: ends_at(step)):
-            runtime.say(f"step {step}: the run ends here, its scores do not get better")
+            runtime.print(f"step {step}: the run ends here, its scores do not get better")
             self._last_step = step
 
     def _copied_generator(self) -> AnyGenerator:

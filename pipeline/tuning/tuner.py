@@ -230,7 +230,7 @@ class Tuner:
         else:
             self.study.tell(self.trial, outcome)
         message = outcome if isinstance(outcome, str) else f"{outcome:.4g}"
-        self._runtime.say(f"trial {self.trial.number}: {message}")
+        self._runtime.print(f"trial {self.trial.number}: {message}")
         self._write_results()
 
     def put_back(self, folder: Path) -> None:

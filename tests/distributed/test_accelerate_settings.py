@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from pipeline.config import RuntimeConfig
-from pipeline.distributed import accelerate_settings
+from pipeline.distributed import launcher
 from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
 from tests.jobs import ROOT, TIMEOUT_SECONDS, environment, final_state, flags, launch, process_kept, tiny_config
@@ -142,7 +142,7 @@ def test_another_number_of_processes_than_asked_for_is_refused(
     file = tmp_path / "file.yaml"
     file.write_text(yaml.safe_dump(WRITTEN | {"distributed_type": "MULTI_CPU", "num_processes": 3}))
     given = [str(file) if argument == "FILE" else argument for argument in arguments]
-    monkeypatch.setattr(accelerate_settings, "launch_arguments", lambda: given)
+    monkeypatch.setattr(launcher, "launch_arguments", lambda: given)
     with process_kept():
         if asked is None:
             Runtime(RuntimeConfig(device="cpu", threads=1)).close()

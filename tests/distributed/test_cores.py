@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from pipeline.config import RuntimeConfig
+from pipeline.distributed.cpu import CROWDED, PERIOD_SECONDS, seconds_waited_for_cores, sharing_the_cores
 from pipeline.distributed.process import Runtime
-from pipeline.distributed.spinning import CROWDED, PERIOD, seconds_waited_for_cores, sharing_the_cores
 from pipeline.errors import UserError
 from tests.jobs import ROOT, launch, process_kept
 
@@ -69,7 +69,7 @@ def test_the_watch_over_the_cores_outlives_a_trial_and_ends_with_the_process() -
 SPINNING = """
 import time
 import torch
-from pipeline.distributed.spinning import SleepingTeam
+from pipeline.distributed.cpu import sleeping_team
 
 def seconds_spun():
     torch.ones(2**22).add(1)  # by two threads; one of them then waits for the next such work
@@ -78,12 +78,10 @@ def seconds_spun():
     return time.process_time() - before
 
 torch.set_num_threads(2)
-team = SleepingTeam()
 print(seconds_spun())
-team.start()
-time.sleep(0.2)
-print(seconds_spun())
-team.stop()
+with sleeping_team():
+    time.sleep(0.2)
+    print(seconds_spun())
 time.sleep(0.2)
 print(seconds_spun())
 """
@@ -126,7 +124,7 @@ def test_the_team_comes_when_threads_queue_for_a_core_and_goes_when_they_do_not(
         computing = [pool.submit(compute) for _ in range(2)]
         try:
             wait_for(team=True)
-            assert seconds_waited_for_cores() - waited > CROWDED * PERIOD
+            assert seconds_waited_for_cores() - waited > CROWDED * PERIOD_SECONDS
         finally:
             over.set()
         for each in computing:

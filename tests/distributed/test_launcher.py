@@ -45,12 +45,12 @@ def test_a_rank_that_has_saved_ends_whatever_the_launcher_sends_it(tmp_path: Pat
     program = """
 import atexit, os, signal
 from pipeline.distributed.launcher import run_program
-from pipeline.distributed.restoring import process_kept
+from pipeline.distributed.process import restoring_process
 from pipeline.distributed.stopping import StopRequest
 from pipeline.errors import Preempted
 
 def main():
-    with process_kept():
+    with restoring_process():
         StopRequest()
         raise Preempted("stopped")
 

@@ -32,7 +32,7 @@ def main(folder: str, arguments: list[str], fail: bool) -> None:
     settings = {"runtime.precision": "float64", "runtime.cuda_graph": True, "training.n_critic": 9}
     config = Bench(place, arguments).config("wgan", settings)
     # One process has no group of its own: the launcher's environment is left to accelerate, which makes one.
-    with patch("pipeline.distributed.accelerate_settings.hidden", lambda _: nullcontext()):
+    with patch("pipeline.distributed.launcher.environment_without_accelerate", lambda **_: nullcontext()):
         runtime = Runtime(config.runtime)
     try:
         reference, trainer = (Trainer(config, each) for each in (without_graphs(runtime), runtime))
