@@ -58,8 +58,8 @@ def convert_batch_norm(network: nn.Module) -> None:
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm that takes, in training mode, the statistics of all ranks' images: (n, c, h, w), and in a network of the
-    user's also (n, c) and (n, c, ...)."""
+    """Batch norm that takes, in training mode, the statistics of all ranks' images (n, c, h, w). In users' networks
+    there may be inputs (n, c) and (n, c, ...) too."""
 
     def forward(self, images: Tensor) -> Tensor:
         if not self.training:
