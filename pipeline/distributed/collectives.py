@@ -151,9 +151,9 @@ class Ranks:
         except expected as failure:
             error = failure
         outcomes = self.gather((result, error))
-        for rank, (_, failure) in enumerate(outcomes):
-            if failure is not None:
-                raise type(failure)(f"rank {rank}: {failure}")
+        for rank, (_, error) in enumerate(outcomes):
+            if error is not None:
+                raise type(error)(f"rank {rank}: {error}")
         return [result for result, _ in outcomes]  # type: ignore[misc]
 
 
