@@ -1,10 +1,10 @@
-"""DiffAugment (Zhao et al. 2020, 2006.10738, section 3): real and fake images change at random before the critic sees
-them, and gradients pass through the change to the generator. It is for datasets so small that the critic learns them by
-heart.
+"""DiffAugment (Zhao et al. 2020, 2006.10738, section 3): real and fake images are changed at random before the critic
+sees them, and gradients pass through the change to the generator. It is for datasets so small that the critic memorises
+them.
 
-The paper's images lie in [-1, 1], where a zero is mid-grey. In [0, 1] its brightness of up to 0.5 is 0.25 and what it
-fills with zeros is 0.5. Images and draws are mirrored or not alike: no transformation prefers a side. Pixels may leave
-[0, 1]. What a critic's penalty is taken at are the images that it sees.
+The paper's images lie in [-1, 1], where zero is mid-grey. In [0, 1] its brightness of up to 0.5 becomes 0.25, and what
+it fills with zeros becomes 0.5. No transformation prefers a side, so mirrored images are changed as others are. Pixels
+may leave [0, 1]. A critic's penalty is taken at the images that it sees, the changed ones.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ GREY = 0.5
 
 
 def augment(images: Tensor, draws: Tensor, policies: Collection[str]) -> Tensor:
-    """Images (n, C, H, W), each changed by its row of draws (n, AUGMENTATION_DRAWS), uniform in [0, 1).
+    """Changes each of the images (..., C, H, W) by its draws (..., AUGMENTATION_DRAWS), uniform in [0, 1).
 
     Args:
-        policies: of POLICIES, whose order is that of application.
+        policies: names of POLICIES. They are applied in the order of POLICIES.
     """
+    changed, draws = images.flatten(0, -4), draws.flatten(0, -2)
     for name, change in POLICIES.items():
         if name in policies:
-            images = change(images, draws)
-    return images
+            changed = change(changed, draws)
+    return changed.reshape(images.shape)
 
 
 def change_color(images: Tensor, draws: Tensor) -> Tensor:
-    """Brightness moves by [-0.25, 0.25], saturation is multiplied by [0, 2], then contrast by [0.5, 1.5]."""
+    """Adds [-0.25, 0.25] to the brightness, multiplies the saturation by [0, 2], then the contrast by [0.5, 1.5]."""
     brightness, saturation, contrast = draws[:, :3, None, None, None].unbind(1)
     images = images + (brightness - 0.5) / 2
     grey = images.mean(1, keepdim=True)
@@ -40,7 +41,7 @@ def change_color(images: Tensor, draws: Tensor) -> Tensor:
 
 
 def translate(images: Tensor, draws: Tensor) -> Tensor:
-    """Moved along each axis by whole pixels, at most an eighth of the side; what comes in is grey."""
+    """Moves images along each axis by whole pixels, at most an eighth of the side, and fills with grey."""
     for axis, draw in ((2, draws[:, 3, None]), (3, draws[:, 4, None])):
         side = images.shape[axis]
         reach = int(side / 8 + 0.5)
@@ -52,8 +53,7 @@ def translate(images: Tensor, draws: Tensor) -> Tensor:
 
 
 def cut_out(images: Tensor, draws: Tensor) -> Tensor:
-    """Grey in a square (of images that are none, a rectangle) of half the side, whose centre is anywhere in the
-    image."""
+    """Fills a rectangle of half of each side, whose centre is anywhere in the image, with grey."""
     inside = []
     for axis, draw in ((2, draws[:, 5, None]), (3, draws[:, 6, None])):
         side = images.shape[axis]
@@ -65,4 +65,4 @@ def cut_out(images: Tensor, draws: Tensor) -> Tensor:
 
 
 POLICIES = {"color": change_color, "translation": translate, "cutout": cut_out}
-"""By the paper's names."""
+"""The transformations by the paper's names, in the order in which they are applied."""

@@ -127,15 +127,6 @@ def _copied(network: Network, build: Callable[[], Network]) -> Network:
     return copied.eval().requires_grad_(False)
 
 
-@torch.no_grad()
-def clip_(network: nn.Module, clip_value: float | None) -> None:
-    """Clips every parameter to [-clip_value, clip_value] in place; None: none."""
-    if clip_value is not None:
-        parameters: list[Tensor] = list(network.parameters())
-        torch._foreach_clamp_min_(parameters, -clip_value)
-        torch._foreach_clamp_max_(parameters, clip_value)
-
-
 def build_state(
     config: Config,
     image_shape: tuple[int, int, int],

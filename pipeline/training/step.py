@@ -1,183 +1,220 @@
-"""One training step, as Algorithm 1 of Arjovsky et al. 2017 (arXiv 1701.07875) reads: n_critic updates of the critic,
-then one of the generator. After it the generator's moving average follows.
+"""One training step: Algorithm 1 of Arjovsky et al. 2017, "Wasserstein GAN" (arXiv 1701.07875), for every objective.
 
-The file does not know how many processes there are. Networks wrapped for data parallelism average their gradients over
-the ranks in the backward pass, and every loss is a mean, so all ranks take the same update. Nothing here waits for the
-device, and the step's number reaches it through `StepInputs` alone: that is what lets CUDA replay a step as one graph.
+`Step.__call__` follows the paper line by line: n_critic updates of the critic, then one of the generator. Its lines are
+named in the comments. The moving average of the generator is ours.
+
+The file does not know how many processes there are: every loss is a mean and gradients are averaged over the ranks, so
+all ranks take the same update. Nothing in it waits for the device, and the step's number reaches it through
+`StepInputs` alone. Both are needed for CUDA to replay a step as one graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import TrainingConfig
+from pipeline.config import Config, TrainingConfig
+from pipeline.distributed.batch_norm import LayerwiseStepGenerator, convert_batch_norm
+from pipeline.distributed.collectives import Ranks
+from pipeline.distributed.process import Runtime
+from pipeline.models.networks import Generator, StepGenerator
 from pipeline.models.objectives import Objective, ScoreLoss, gradient_penalty, r1_penalty, with_class_loss
 from pipeline.models.spectral_norm import follow_update
+from pipeline.training.accumulation import AccumulatingGenerator, average_gradients
 from pipeline.training.augment import augment
-from pipeline.training.inputs import Images, StepInputs
-from pipeline.training.state import TrainingState, clip_
+from pipeline.training.inputs import Images, StepFunction, StepInputs
+from pipeline.training.state import TrainingState
 
-Optimizer = torch.optim.Optimizer
+LossAndReport = tuple[Tensor, Tensor]
+"""The loss () of a micro-batch with its graph, and detached values of it for the log."""
 
 
 @dataclass
 class Step:
     """Takes one training step, in place, each time it is called.
 
-    A rank takes its rows of every batch in `micro_batches` equal pieces, one after the other; with 1, the usual case,
-    the loops over them below run once.
+    A rank takes its rows of every batch in `micro_batches` equal parts, one after the other. There is usually one.
     """
 
     training: TrainingConfig
     objective: Objective
     state: TrainingState
     critic: nn.Module
-    """The state's critic, wrapped for data parallelism where there are several ranks and one micro-batch."""
+    """The state's critic; wrapped by DDP, which averages gradients during the backward pass, where there are several
+    ranks and one micro-batch."""
     generator: Callable[..., tuple[Tensor, Iterable[Tensor]]]
-    """Makes all images of a step: a `StepGenerator`, maybe wrapped, or with micro-batches an
-    `AccumulatingGenerator`."""
+    """Makes all images of a step: a `StepGenerator`, wrapped likewise, or an `AccumulatingGenerator`."""
     micro_batches: int = 1
-    average_gradients: Callable[[Optimizer], None] = lambda _: None
-    """Averages gradients over the ranks before an update, where no wrapper has done so during the backward pass."""
+    ranks: Ranks = Ranks()
+    """The ranks that average their gradients after the last of several micro-batches."""
 
     def __call__(self, inputs: StepInputs) -> Tensor:
-        """Returns (3,) detached: real and fake loss, means over the critic's updates, and the generator's loss."""
+        """Takes the step and returns its losses (3,), detached: the real and the fake loss as means over the critic's
+        updates, and the generator's loss."""
         state, losses = self.state, []
-        # The generator does not change before its own update at the end: all images of the step can be made here.
+        # Lines 4 and 9, and g_theta(z) of lines 5 and 10. The generator does not change before line 11, so the images
+        # of all iterations are made in one call: fewer launches, and one all-reduce a batch norm instead of n_critic.
         latents = inputs.critic_latents, inputs.critic_labels, inputs.generator_latents, inputs.generator_labels
         fake, images = self.generator(*latents)
-        real = inputs.real.to(fake.dtype) / 255
+        real = inputs.real.to(fake.dtype) / 255  # line 3
         if inputs.critic_augmentation is not None:
             real_draws, fake_draws = inputs.critic_augmentation.unbind(1)
-            real, fake = self.augmented(real, real_draws), self.augmented(fake, fake_draws)
-        for k in range(len(real)):  # n_critic, or as many as a burn-in has
-            state.critic_optimizer.param_groups[0]["lr"] = inputs.critic_rates[k]
-            sides = Images(real[k], inputs.real_labels[k]), Images(fake[k], inputs.critic_labels[k])
-            losses.append(self.update_critic(*sides, None if inputs.mix is None else inputs.mix[k]))
+            policies = self.training.diff_augment
+            real, fake = augment(real, real_draws, policies), augment(fake, fake_draws, policies)
+        for t in range(len(real)):  # line 2: n_critic iterations, or as many as a burn-in has
+            state.critic_optimizer.param_groups[0]["lr"] = inputs.critic_rates[t]
+            mix = None if inputs.mix is None else inputs.mix[t]
+            real_images, fake_images = Images(real[t], inputs.real_labels[t]), Images(fake[t], inputs.critic_labels[t])
+            losses.append(self.update_critic(real_images, fake_images, mix))  # lines 5 to 7
         state.generator_optimizer.param_groups[0]["lr"] = inputs.generator_rates[0]
         generator_loss = self.update_generator(images, inputs.generator_labels, inputs.generator_augmentation)
         state.update_ema(inputs.ema_weights[0])
         return torch.cat([torch.stack(losses).mean(0), generator_loss.view(1)])
 
     def update_critic(self, real: Images, fake: Images, mix: Tensor | None) -> Tensor:
-        """Updates the critic on both losses together (Algorithm 1) or on each in turn (the notebook), and clips it.
+        """Takes lines 5 to 7: one update on both losses together (the paper), or one on each in turn (the notebook).
 
         Args:
             mix: (b,) in [0, 1], where between fake and real images a gradient penalty is taken; None: nowhere.
 
-        Returns (2,) detached: the real and the fake loss, each before the update that it leads to.
+        Returns:
+            (2,), detached: the real and the fake loss, each before the update that it leads to.
         """
-        optimizer = self.state.critic_optimizer
-        if self.training.critic_updates == "joint":
-            pieces = zip(self.pieces(real), self.pieces(fake), self.split(mix), strict=True)
-            losses = self.update(optimizer, (self.critic_loss(*piece) for piece in pieces))
+        state, training, parts = self.state, self.training, self.micro_batches
+        optimizer = state.critic_optimizer
+        if training.critic_updates == "joint":
+            batches = zip(real.chunk(parts), fake.chunk(parts), self.chunk(mix), strict=True)
+            losses = self.update(optimizer, (self.critic_loss(*batch) for batch in batches))
         else:
-            real_loss = self.update(optimizer, self.losses_of_side(real, self.objective.real_loss))
-            if self.training.spectral_norm:
-                follow_update(
-                    self.state.critic
-                )  # the next forward pass divides by the norm of the weights that it uses
-            losses = torch.stack(
-                [real_loss, self.update(optimizer, self.losses_of_side(fake, self.objective.fake_loss))]
-            )
-        clip_(self.state.critic, self.training.clip_value)
-        if self.training.spectral_norm:
-            follow_update(self.state.critic)
+            real_losses = (self.side_loss(batch, self.objective.real_loss) for batch in real.chunk(parts))
+            real_loss = self.update(optimizer, real_losses)
+            if training.spectral_norm:
+                follow_update(state.critic)  # before the next forward pass, which divides by the new weights' norms
+            fake_losses = (self.side_loss(batch, self.objective.fake_loss) for batch in fake.chunk(parts))
+            losses = torch.stack([real_loss, self.update(optimizer, fake_losses)])
+        clip_(state.critic, training.clip_value)  # line 7
+        if training.spectral_norm:
+            follow_update(state.critic)
         return losses
 
     def update_generator(self, images: Iterable[Tensor], labels: Tensor, draws: Tensor | None = None) -> Tensor:
-        """Updates the generator through the frozen critic, whose bare module is used: it wants no gradients, so a
-        wrapper would have nothing to average.
+        """Takes lines 10 and 11: one update of the generator through the critic.
+
+        The critic is frozen, which spares the gradients of its weights, half of its backward pass. So its bare module
+        is used: a wrapper would have nothing to average.
 
         Args:
-            images: the micro-batches of the generator's images (b, C, H, W), attached to its graph.
+            images: the micro-batches of the generator's images (b, C, H, W), with their graph.
             draws: (b, AUGMENTATION_DRAWS) of their augmentation; None: they are scored as they are.
 
-        Returns (), the detached loss before the update.
+        Returns:
+            (), the detached loss before the update.
         """
-        critic = self.state.critic
-        critic.requires_grad_(False)
-        loss = self.update(self.state.generator_optimizer, self.generator_losses(images, labels, draws))
-        critic.requires_grad_(True)
+        # `images` comes first: zip asks it once more than there are micro-batches, and on that call an
+        # AccumulatingGenerator ends its backward pass.
+        batches = zip(images, labels.chunk(self.micro_batches), self.chunk(draws), strict=True)
+        self.state.critic.requires_grad_(False)
+        loss = self.update(self.state.generator_optimizer, (self.generator_loss(*batch) for batch in batches))
+        self.state.critic.requires_grad_(True)
         return loss
 
-    def update(self, optimizer: Optimizer, losses: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        """Takes one step of the optimiser down the mean of the micro-batches' losses.
+    def update(self, optimizer: torch.optim.Optimizer, losses: Iterable[LossAndReport]) -> Tensor:
+        """Takes one step of the optimiser down the mean of the micro-batches' losses (line 6 or 11).
 
-        Args:
-            losses: for each micro-batch the loss () to descend and detached values to report. It is consumed lazily:
-            the
-                backward pass frees the graph of one micro-batch before the next is computed.
+        The losses are computed one by one as they are asked for: the backward pass of a micro-batch frees its graph
+        before the next is built. That is the memory that micro-batches save.
 
-        Returns the mean of the reported values over the micro-batches.
+        Returns:
+            The mean of the reported values over the micro-batches.
         """
         scaler, reports = self.state.scaler, []
         optimizer.zero_grad()
         for loss, report in losses:
             mean_loss = loss if self.micro_batches == 1 else loss / self.micro_batches
-            torch.autograd.backward(scaler.scale(mean_loss))
+            torch.autograd.backward(scaler.scale(mean_loss))  # DDP averages over the ranks meanwhile
             reports.append(report)
-        self.average_gradients(optimizer)
-        scaler.step(optimizer)
+        if self.micro_batches > 1:
+            average_gradients(optimizer, self.ranks)
+        scaler.step(optimizer)  # the scaler does something in fp16 alone
         scaler.update()
         return reports[0] if self.micro_batches == 1 else torch.stack(reports).mean(0)
 
-    # -- losses of one micro-batch -------------------------------------------------------------------------------------
+    # -- the losses of one micro-batch ---------------------------------------------------------------------------------
 
-    def critic_loss(self, real: Images, fake: Images, mix: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Computes the critic's loss () of a joint update, penalties included, and (2,) its real and its fake part."""
-        # One forward pass for everything: twice the batch for the matrix units, half the launches and all-reduces.
-        r1_weight = self.training.r1_penalty
-        batch = [real.pixels if r1_weight is None else real.pixels.requires_grad_(), fake.pixels]
+    def critic_loss(self, real: Images, fake: Images, mix: Tensor | None) -> LossAndReport:
+        """Returns the critic's loss of a joint update, penalties included, and its real and fake part (2,).
+
+        The paper ascends f(real) - f(fake); `real_loss` + `fake_loss` is its negative, which is descended.
+        """
+        training, objective = self.training, self.objective
+        batch = [real.pixels if training.r1_penalty is None else real.pixels.requires_grad_(), fake.pixels]
         if mix is not None:
             batch.append(torch.lerp(fake.pixels, real.pixels, mix.view(-1, 1, 1, 1)).requires_grad_())
+        # One forward pass of two or three times the batch fills the matrix units better than one for each part, and
+        # takes half the launches and all-reduces. Scores depend on one image alone, so they are the same.
         scores, logits = self.critic(torch.cat(batch))
         real_scores, fake_scores, *between_scores = scores.chunk(len(batch))
         real_logits, fake_logits = (None, None) if logits is None else logits.chunk(len(batch))[:2]
-        real_loss = with_class_loss(self.objective.real_loss(real_scores), real_logits, real.labels)
-        fake_loss = with_class_loss(self.objective.fake_loss(fake_scores), fake_logits, fake.labels)
+        real_loss = with_class_loss(objective.real_loss(real_scores), real_logits, real.labels)
+        fake_loss = with_class_loss(objective.fake_loss(fake_scores), fake_logits, fake.labels)
         loss = real_loss + fake_loss
-        if self.objective.joint_weight != 1:
-            loss = self.objective.joint_weight * loss
-        if self.training.gradient_penalty is not None:
-            loss = loss + self.training.gradient_penalty * gradient_penalty(between_scores[0], batch[2])
-        if r1_weight is not None:
-            loss = loss + r1_weight / 2 * r1_penalty(real_scores, batch[0])
+        if objective.joint_weight != 1:
+            loss = objective.joint_weight * loss
+        if training.gradient_penalty is not None:
+            loss = loss + training.gradient_penalty * gradient_penalty(between_scores[0], batch[2])
+        if training.r1_penalty is not None:
+            loss = loss + training.r1_penalty / 2 * r1_penalty(real_scores, batch[0])
         return loss, torch.stack([real_loss.detach(), fake_loss.detach()])
 
-    def losses_of_side(self, images: Images, loss_of: ScoreLoss) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields the critic's loss on real or on fake images alone, for a separate update."""
-        for pixels, labels in self.pieces(images):
-            scores, logits = self.critic(pixels)
-            loss = with_class_loss(loss_of(scores), logits, labels)
-            yield loss, loss.detach()
+    def side_loss(self, images: Images, loss_of: ScoreLoss) -> LossAndReport:
+        """Returns the critic's loss on real or on fake images alone, for a separate update."""
+        scores, logits = self.critic(images.pixels)
+        loss = with_class_loss(loss_of(scores), logits, images.labels)
+        return loss, loss.detach()
 
-    def generator_losses(
-        self, images: Iterable[Tensor], labels: Tensor, draws: Tensor | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields the generator's loss on each micro-batch of its images."""
-        # `images` first: asked once more than there are micro-batches, it ends what the last backward pass has left.
-        for pixels, classes, draw in zip(images, labels.chunk(self.micro_batches), self.split(draws), strict=True):
-            scores, logits = self.state.critic(pixels if draw is None else self.augmented(pixels, draw))
-            loss = with_class_loss(self.objective.generator_loss(scores), logits, classes)
-            yield loss, loss.detach()
+    def generator_loss(self, images: Tensor, labels: Tensor, draws: Tensor | None) -> LossAndReport:
+        """Returns the generator's loss on a micro-batch of its images."""
+        seen = images if draws is None else augment(images, draws, self.training.diff_augment)
+        scores, logits = self.state.critic(seen)
+        loss = with_class_loss(self.objective.generator_loss(scores), logits, labels)
+        return loss, loss.detach()
 
-    # -- pieces of a batch ---------------------------------------------------------------------------------------------
-
-    def augmented(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Returns images (..., C, H, W) as the critic sees them, each changed by its draws (...,
-        AUGMENTATION_DRAWS)."""
-        flat = augment(images.flatten(0, -4), draws.flatten(0, -2), self.training.diff_augment)
-        return flat.reshape(images.shape)
-
-    def split(self, values: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Cuts the rows of a batch into the micro-batches."""
+    def chunk(self, values: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Cuts a batch of values, or None, into its micro-batches."""
         return (None,) * self.micro_batches if values is None else values.chunk(self.micro_batches)
 
-    def pieces(self, images: Images) -> Iterator[Images]:
-        """Yields the micro-batches of images with their labels."""
-        return map(Images, images.pixels.chunk(self.micro_batches), images.labels.chunk(self.micro_batches))
+
+@torch.no_grad()
+def clip_(network: nn.Module, clip_value: float | None) -> None:
+    """Clips every parameter to [-clip_value, clip_value] in place, in two launches; None: not at all."""
+    if clip_value is not None:
+        parameters: list[Tensor] = list(network.parameters())
+        torch._foreach_clamp_min_(parameters, -clip_value)
+        torch._foreach_clamp_max_(parameters, clip_value)
+
+
+def build_step(config: Config, objective: Objective, state: TrainingState, runtime: Runtime) -> StepFunction:
+    """Builds the function that takes one step of `state`, for these settings, ranks and device."""
+    training, ranks, parts = config.training, runtime.ranks, config.runtime.accumulation
+    by_batch = training.critic_fakes == "batch"
+    if parts > 1:
+        assert isinstance(state.generator, Generator), "checks refuse a user's network here: its layers are not known"
+        critic = runtime.wrap(state.critic, data_parallel=False)
+        images = AccumulatingGenerator(state.generator, parts, by_batch, ranks, runtime.autocast)
+        step = Step(training, objective, state, critic, images, parts, ranks)
+    else:
+        if ranks.world_size > 1:
+            convert_batch_norm(state.generator)
+            convert_batch_norm(state.critic)  # the reference's has none, a user's may
+        several = ranks.world_size > 1 or runtime.device.type == "cuda"
+        layerwise = several and by_batch and isinstance(state.generator, Generator)
+        generator = (LayerwiseStepGenerator if layerwise else StepGenerator)(state.generator, by_batch)
+        step = Step(training, objective, state, runtime.wrap(state.critic), runtime.wrap(generator))
+    if runtime.captures:
+        from pipeline.training.cuda_graph import CapturedStep
+
+        return CapturedStep(step, state, runtime)
+    return step

@@ -26,12 +26,12 @@ from pipeline.storage.checkpoint import newest_intact, sweep
 from pipeline.storage.files import write_text
 from pipeline.storage.lock import Lock, lock_run
 from pipeline.storage.run_folder import RunFolder, environment_of
-from pipeline.training.build import build_step
 from pipeline.training.inputs import InputStream
 from pipeline.training.metrics_log import MetricsLog
 from pipeline.training.profiler import profiled
 from pipeline.training.saving import Saver
 from pipeline.training.state import build_state
+from pipeline.training.step import build_step
 from pipeline.training.trackers import Trackers
 
 

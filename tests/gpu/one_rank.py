@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.process import Runtime
-from pipeline.training.build import build_step
+from pipeline.training.step import build_step
 from pipeline.training.trainer import Trainer
 from tests.gpu.walks import Bench, take_steps, walk, without_graphs
 

@@ -15,7 +15,7 @@ from pipeline.errors import Preempted
 from pipeline.evaluation.features import inception
 from pipeline.evaluation.features.base import FeatureExtractor
 from pipeline.evaluation.features.mnist import MnistFeatures
-from pipeline.training.build import build_step
+from pipeline.training.step import build_step
 from tests.gpu.walks import Bench, Walk, state_of, take_steps, trainer_of, walk, without_graphs
 from tests.jobs import ROOT
 

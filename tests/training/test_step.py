@@ -16,8 +16,8 @@ from pipeline.models.networks import Critic, Generator, StepGenerator, initialis
 from pipeline.models.objectives import OBJECTIVES, choose, gradient_penalty
 from pipeline.rng import seeded
 from pipeline.training.inputs import Images, StepInputs
-from pipeline.training.state import TrainingState, build_optimizer, clip_
-from pipeline.training.step import Step
+from pipeline.training.state import TrainingState, build_optimizer
+from pipeline.training.step import Step, clip_
 
 REAL, FAKE = torch.tensor([1.0, 3.0]), torch.tensor([-1.0, 2.0])
 
