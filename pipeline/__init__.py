@@ -1,7 +1,6 @@
-"""A GAN training pipeline, and its interface for Python: the programs call the functions below. README.md has the table
-of its folders.
+"""A GAN training pipeline: its interface for Python, whose functions the programs call too.
 
-What is named here is imported when it is used, and so is torch.
+Names are imported when they are used, so that `import pipeline` takes no torch.
 """
 
 from __future__ import annotations
@@ -51,7 +50,8 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """`train` and `evaluate` stay functions where the programs of these names are imported as modules."""
+    """The package's type: `train` and `evaluate` stay functions when the programs of these names are imported as
+    modules, which would otherwise replace them."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in __all__ and isinstance(value, ModuleType)):
@@ -76,13 +76,13 @@ def train(config: Config) -> Run:
     """Trains the run that the configuration describes, from its newest checkpoint if there is one, and returns what its
     folder then holds: `log` has the metrics, `evaluations` the scores, `grids` the samples' PNG files.
 
-    In a process alone, or on all ranks that a launcher started. While it runs, SIGINT (a notebook's interrupt), SIGTERM
-    and SIGUSR1 stop it after saving; a second SIGINT stops it at once. The process gets back its signal handlers,
-    cores, threads and arithmetic.
+    It may be called in a single process, or on all ranks that a launcher started. While it runs, SIGINT (a notebook's
+    interrupt), SIGTERM and SIGUSR1 stop it after saving; a second SIGINT stops it at once. The process gets back its
+    signal handlers, cores, threads and arithmetic.
 
     Raises:
-        UserError: what is asked for contradicts itself, the number of ranks, the dataset or the run's folder.
-        Preempted: it was stopped; called again it goes on.
+        UserError: the configuration contradicts itself, the number of ranks, the dataset or the run's folder.
+        Preempted: the run was stopped; called again it goes on.
         TrainingFailed: a loss, gradient or weight is not finite, replicas differ, or saving failed too often.
     """
     from pipeline.distributed.failures import closing
@@ -108,20 +108,22 @@ def evaluate(
     crop: int | None = None,
     size: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Scores images, and returns what was written: a dict a checkpoint, scores in ["features"][FEATURE SPACE][SCORE].
+    """Scores images and returns what was written: a dict for each checkpoint, with the scores in
+    ["features"][FEATURE SPACE][SCORE].
 
     Args:
         target: a run's folder, an exported generator (.safetensors, .h5, .keras), a folder of images, an .npz file, or
-            the word train or test: that split of the real images.
-        config: of a run by default its own; otherwise the defaults.
-        steps: the checkpoints of a run.
-        out: where the scores go: by default into the run, or evaluations/ under run.root.
+            the word train or test for that split of the real images.
+        config: by default the configuration of the run, or else the defaults.
+        steps: steps of the run's checkpoints to score.
+        out: path of the scores; by default they go into the run, or into evaluations/ under run.root.
         crop: side of the centre square that is cut out of images in files first.
         size: side that images in files are resized to, after their centre square is cut out.
 
     Raises:
-        UserError: it is nothing of these or damaged, does not suit the dataset, or other scores are there already.
-        Preempted: it was stopped.
+        UserError: the target is none of these, is damaged or does not suit the dataset; or other scores are there
+            already.
+        Preempted: the evaluation was stopped.
     """
     from pipeline.config import Config, configure
     from pipeline.data import open_dataset

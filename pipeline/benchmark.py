@@ -20,8 +20,9 @@ def main() -> None:
     if arguments.steps < 10:
         raise UserError(f"--steps is {arguments.steps}: give at least 10")
 
-    # Here: --help and a mistake above need no torch.
-    from pipeline.benchmarking.measure import measure_data, measure_scoring, measure_training
+    # Imported here, so that `--help` and mistakes need no torch.
+    from pipeline.benchmarking.fidelity import measure_scoring
+    from pipeline.benchmarking.measure import measure_data, measure_training
     from pipeline.data import open_dataset
     from pipeline.distributed.failures import closing
     from pipeline.distributed.process import Runtime
@@ -31,7 +32,7 @@ def main() -> None:
     with closing(runtime, config):
         dataset = runtime.ranks.on_main(lambda: open_dataset(config.data))
         # One rank measures the sources: their figures are per core.
-        figures = runtime.ranks.on_main(lambda: measure_data(config, dataset))
+        figures = runtime.ranks.on_main(lambda: measure_data(config, runtime, dataset))
         figures |= measure_training(config, runtime, arguments.steps)
         figures |= measure_scoring(config, runtime, dataset)
     if runtime.ranks.is_main:

@@ -1,8 +1,8 @@
 """The ways in which a program can end badly, and their exit codes.
 
-0: done. 1: a defect of the program, or a lost rank. 2: a mistake in what the user gave. 3: the training diverged, or
-cannot be saved. 75 (EX_TEMPFAIL): stopped on request after saving, the same command goes on. 130: stopped at once by a
-second SIGINT. 143: SIGTERM before there was anything to save.
+0: done. 1: a defect of the program, or a lost rank. 2: a mistake in the input. 3: the training diverged, or can't be
+saved. 75 (EX_TEMPFAIL): stopped on request after saving; the same command goes on. 130: stopped at once by a second
+SIGINT.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ EXIT_RANK_LOST, EXIT_USER_ERROR, EXIT_FAILED, EXIT_PREEMPTED, EXIT_INTERRUPTED, 
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: the message names the key or file, the value and the fix."""
+    """A mistake in the input: the message names the key or file, the value and the fix."""
 
 
 class LocalError(UserError):
-    """An error that perhaps only this rank has met, like a damaged shard: every rank that raises it prints it."""
+    """An error that perhaps only this rank has met, like a damaged shard of its share: each rank that raises it prints
+    it."""
 
 
 class TrainingFailed(Exception):
@@ -23,11 +24,11 @@ class TrainingFailed(Exception):
 
 
 class RankLost(Exception):
-    """Another rank did not come to a collective, or its connection is lost. A line about it is already printed."""
+    """Another rank did not come to a collective, or its connection is lost. The line about it is printed already."""
 
 
 class Preempted(Exception):
-    """The run was asked to stop, and every rank knows."""
+    """The run was asked to stop, and every rank knows that."""
 
 
 def describe_error(error: Exception) -> str:

@@ -13,11 +13,11 @@ from pipeline.errors import UserError
 from pipeline.evaluation import TARGET
 from pipeline.storage.run_folder import RunFolder
 
-CONCERNED = ("evaluation", "data", "runtime", "run.root", "training.seed")
+DOCUMENTED = ("evaluation", "data", "runtime", "run.root", "training.seed")
 
 
 def main() -> None:
-    parser = make_parser("Score images. A run is evaluated with its own configuration, overrides apply.", CONCERNED)
+    parser = make_parser("Score images. A run is evaluated with its own configuration, overrides apply.", DOCUMENTED)
     parser.add_argument("target", type=Path, help=TARGET)
     parser.add_argument("--step", type=int | None, help="the checkpoint to score; the newest intact one by default")
     parser.add_argument("--all", action="store_true", help="score every checkpoint of the run")

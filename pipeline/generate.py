@@ -33,8 +33,9 @@ def main() -> int:
     if out.exists():
         raise UserError(f"{out}: exists already, choose another --out")
 
+    # Imported here, so that `--help` and mistakes need no torch.
     from pipeline.data.class_names import class_asked_for
-    from pipeline.export.generator_file import load_generator  # here: `--help` and mistakes need no torch
+    from pipeline.export.generator_file import load_generator
     from pipeline.export.images import interpolate, row_names, sample_grid, save_each, save_grid
 
     generator = load_generator(arguments.generator, arguments.weights, arguments.network.generator)

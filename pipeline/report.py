@@ -20,7 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out and options.out.suffix != ".html":
         raise UserError(f"--out is {options.out}: name a page .html; its numbers go beside it as .csv and .json")
 
-    from pipeline.reporting.comparison import find_runs  # here: `--help` and mistakes need no matplotlib
+    # Imported here, so that `--help` and mistakes need no matplotlib.
+    from pipeline.reporting.comparison import find_runs
     from pipeline.reporting.page import compare, write_report
 
     runs = find_runs(options.runs)

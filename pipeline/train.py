@@ -10,7 +10,8 @@ def main() -> None:
     config, _ = parse(make_parser("Train a GAN. The same command again goes on from the newest checkpoint."))
     training = config.training
     announce(f"{training.objective} on {config.data.dataset}, {training.steps:,} steps, in {config.folder}")
-    from pipeline.distributed.failures import record_collectives  # here: `--help` and mistakes need no torch
+    # Imported here, so that `--help` and mistakes need no torch.
+    from pipeline.distributed.failures import record_collectives
 
     record_collectives(RunFolder(config.folder).collectives)
     train(config)

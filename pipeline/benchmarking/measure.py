@@ -1,7 +1,7 @@
-"""What `pipeline/benchmark.py` measures.
+"""The figures of `pipeline/benchmark.py`.
 
-Everything that is compared is measured in turn, in one run, and ratios are medians of pairs: they hold while the
-machine's speed drifts.
+All that is compared is measured in turn in one run, and ratios are medians over rounds: they hold while the speed of
+the machine drifts.
 """
 
 from __future__ import annotations
@@ -27,113 +27,114 @@ import webdataset
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.benchmarking.fidelity import fidelity_scores
 from pipeline.benchmarking.plain import PlainTrainer
 from pipeline.config import Config, to_yaml
 from pipeline.data import Dataset
-from pipeline.data.resident import ResidentSource, load_split
+from pipeline.data.resident import ResidentSource
 from pipeline.data.streaming import StreamingSource
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.cpu import bind_to_share
 from pipeline.distributed.process import Runtime
-from pipeline.evaluation.evaluate import evaluate_images
-from pipeline.evaluation.extract import ImageSet
-from pipeline.evaluation.features.mnist import MnistFeatures
-from pipeline.evaluation.metrics.kernel import KID_SUBSET_SIZE
 from pipeline.export.images import render_range
 from pipeline.models.cpu_kernels import faster_form
 from pipeline.storage.files import write_text
 from pipeline.storage.run_folder import device_name
 from pipeline.training.trainer import Trainer
 
-ROUNDS, SCORING_ROUNDS, EVALUATION_ROUNDS, KERNEL_ROUNDS = 7, 3, 3, 5
+DATA_ROUNDS, EVALUATION_ROUNDS = 7, 3
 DATA_BATCHES = 600
-"""Batches of a round; at 64 images each a little more than half an epoch of MNIST."""
+"""Number of batches in a round: of 64 images each, a little more than half an epoch of MNIST."""
 WARM_UP_STEPS, SAVE_EVERY = 3, 10
 NEIGHBOUR_ROUNDS, SETTLING_SECONDS, NEIGHBOUR_SECONDS = 2, 3.0, 2.0
-"""Of a round, alone and beside another process."""
+"""A round beside another process, and alone: seconds that do not count, then seconds that do."""
 MATMUL_SIZE = 2048
 EVALUATION_IMAGES = 500
-KERNEL_SECONDS = 1.0
-"""How long a layer is measured, about; KERNEL_ROUNDS at least."""
+KERNEL_SECONDS, KERNEL_ROUNDS = 1.0, 5
+"""A layer is measured for about so many seconds, and at least so many rounds."""
 
 Works = Mapping[str, Callable[[], object]]
 Seconds = dict[str, list[float]]
-"""Of each work in each round."""
+"""Name of a work -> its seconds in each round."""
 
 
-def time_in_turn(works: Works, rounds: int, runtime: Runtime, *, warm_up: int = 1) -> Seconds:
-    """Runs each work once a round, all ranks beginning together; the first `warm_up` rounds do not count."""
+def time_in_turn(
+    works: Works, rounds: int, runtime: Runtime, *, warm_up: int = 1, clock: Callable[[], float] = time.perf_counter
+) -> Seconds:
+    """Runs the works one after the other in each round and returns their seconds. All ranks begin a work together; the
+    first `warm_up` rounds do not count."""
     seconds: Seconds = {name: [] for name in works}
     for number in range(warm_up + rounds):
         for name, work in works.items():
             runtime.ranks.any(False)
-            started = time.perf_counter()
+            started = clock()
             work()
             if runtime.device.type == "cuda":
                 torch.cuda.synchronize()
             if number >= warm_up:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
 
 
 def ratio(slow: list[float], fast: list[float]) -> float:
+    """Returns how many times as long the first works take as the second: the median over rounds."""
     return median(one / other for one, other in zip(slow, fast, strict=True))
 
 
-def measure_data(config: Config, dataset: Dataset) -> dict[str, float]:
-    """Images per second of CPU time on one thread; ratios to plain webdataset on the same shards."""
+def measure_data(config: Config, runtime: Runtime, dataset: Dataset) -> dict[str, float]:
+    """Measures images per second of CPU time on one thread, of both sources and of plain webdataset on the same
+    shards. For one rank: the figures are a core's."""
     batch_size = config.training.batch_size
-    given: dict[str, Any] = {"batch_size": batch_size, "seed": 0, "ranks": Ranks(), "device": torch.device("cpu")}
-    streaming = StreamingSource(dataset, lanes=math.gcd(config.data.lanes, batch_size), workers=0, **given)
+    num_images = DATA_BATCHES * batch_size
+    arguments: dict[str, Any] = {"batch_size": batch_size, "seed": 0, "ranks": Ranks(), "device": torch.device("cpu")}
+    streaming = StreamingSource(dataset, lanes=math.gcd(config.data.lanes, batch_size), workers=0, **arguments)
     streams: dict[str, Iterator[Sized]] = {
-        "resident": (batch.images for batch in ResidentSource(dataset, **given).batches(0)),
+        "resident": (batch.images for batch in ResidentSource(dataset, **arguments).batches(0)),
         "streaming": (batch.images for batch in streaming.batches(0)),
         "plain_webdataset": _plain_webdataset(dataset),
     }
-    seconds: Seconds = {name: [] for name in streams}
+
+    def read(stream: Iterator[Sized]) -> None:
+        count = 0
+        while count < num_images:
+            count += len(next(stream))
+
+    works = {name: partial(read, stream) for name, stream in streams.items()}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for number in range(1 + ROUNDS):
-        for name, stream in streams.items():
-            started, count = time.process_time(), 0  # of this process: what it costs a core, whoever else is there
-            while count < DATA_BATCHES * batch_size:
-                count += len(next(stream))
-            if number:  # the first one warms caches up
-                seconds[name].append((time.process_time() - started) / count)
+    seconds = time_in_turn(works, DATA_ROUNDS, runtime.alone(), clock=time.process_time)
     torch.set_num_threads(threads)
-    figures = {f"{name}_images_per_core_second": 1 / median(each) for name, each in seconds.items()}
+    figures = {f"{name}_images_per_core_second": num_images / median(seconds[name]) for name in works}
     for name in ("resident", "streaming"):
         figures[f"{name}_over_plain_webdataset"] = ratio(seconds["plain_webdataset"], seconds[name])
     return figures
 
 
 def _plain_webdataset(dataset: Dataset) -> Iterator[Sized]:
-    """What a user of webdataset alone would write for these shards: no shuffling, no checks, uint8 arrays."""
+    """Yields uint8 blocks of images as a user of webdataset alone would read these shards: unshuffled, unchecked."""
     urls = [dataset.locate(shard) for shard in dataset.shards("train")]
-    # Its own nodesplitter refuses to run on one rank of several.
+    # nodesplitter: the default one refuses to run on one rank of several.
     samples = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False, nodesplitter=None).repeat()
     return (np.load(io.BytesIO(sample["images.npy"]), allow_pickle=False) for sample in samples)
 
 
 def measure_training(config: Config, runtime: Runtime, steps: int) -> dict[str, Any]:
-    """Times, in turn: a step of the real trainer, one of the plain port (plain.py), this machine's matrix product, an
-    all-reduce of a step's gradients, and on several ranks a step of one rank that has all threads. No step is one of a
-    burn-in.
+    """Times in turn: a step of the trainer, one of the plain port (plain.py), the machine's matrix product, an
+    all-reduce of a step's gradients, a checkpoint every tenth step and, on several CPU ranks, a step of one rank that
+    has the threads of all. No step is one of a burn-in.
 
-    A checkpoint is started every tenth step; `checkpoint_stall_share` is the time that takes from the training thread,
-    by the time of one step. Raises TrainingFailed when one fails.
+    `checkpoint_stall_share` is the time that a checkpoint takes from the training thread, by the time of a step.
+
+    Raises:
+        TrainingFailed: a checkpoint can't be written. The time of one that wrote nothing would be no figure.
     """
     ranks = runtime.ranks
     with tempfile.TemporaryDirectory() as folder:
-        ordinary = replace(config.training, burn_in_n_critic=None)
-        # A save that fails ends the benchmark: the time of one that wrote nothing is no figure.
         run = replace(config.run, root=ranks.broadcast(folder), trackers=[], max_save_failures=0)
-        config = replace(config, run=run, training=ordinary)
+        config = replace(config, run=run, training=replace(config.training, burn_in_n_critic=None))
         trainer = Trainer(config, runtime)
-        ranks.on_main(lambda: write_text(trainer.folder.config, to_yaml(config)))  # a folder without it is no run
+        ranks.on_main(lambda: write_text(trainer.folder.config, to_yaml(config)))  # without it the folder is no run
         plain, gradients, waited = PlainTrainer(trainer), _gradient_buffers(trainer), [0.0]
-        # Of convolutions and matrix products. What a step of ours does beside the plain one is no useful work.
+        # The plain step's convolutions and matrix products: what a step of ours computes beside them is no useful work.
         with FlopCounterMode(display=False) as counter:
             plain.take_step()
         # A large square matrix product is the most float32 arithmetic that one can get here.
@@ -185,14 +186,13 @@ def _speeds(config: Config, runtime: Runtime, seconds: Seconds, gflop: float) ->
         "step_seconds_min": min(seconds["step"]),
         "step_seconds_max": max(seconds["step"]),
         "all_reduce_share": median(seconds["all_reduce"]) / step_seconds if world_size > 1 else 0.0,
-        # The first save, which imports what it takes, was in a round of the warm-up.
+        # The first save, which imports what it needs, was in a round of the warm-up.
         "checkpoint_stall_share": median(seconds["save"][SAVE_EVERY - WARM_UP_STEPS :: SAVE_EVERY]) / step_seconds,
         "peak_memory_bytes": torch.cuda.max_memory_allocated()
         if on_cuda
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    if "single" in seconds:
-        # Only the main process takes these steps, so only its times count.
+    if "single" in seconds:  # only the main rank takes these steps, so only its times count
         figures["speed_over_one_rank"] = runtime.ranks.on_main(lambda: ratio(seconds["single"], seconds["step"]))
     return figures
 
@@ -204,8 +204,8 @@ def _take_step(trainer: Trainer) -> None:
 
 
 def _single_step(config: Config, runtime: Runtime) -> Callable[[], None]:
-    """A step that the main rank takes as if it were alone, with the threads of all; nothing on the others."""
-    # In a folder of its own: the other trainer's holds its run.
+    """Returns a step that the main rank takes as if it were alone, with the threads of all; the others do nothing."""
+    # The other trainer's folder is locked.
     config = replace(config, run=replace(config.run, name=f"{config.run.name}-alone"))
     single = Trainer(config, runtime.alone()) if runtime.ranks.is_main else None
     threads = torch.get_num_threads()
@@ -222,15 +222,15 @@ def _single_step(config: Config, runtime: Runtime) -> Callable[[], None]:
 
 
 def _gradient_buffers(trainer: Trainer) -> list[Tensor]:
-    """As many numbers as the ranks share in a step: the critic's gradients in each of its updates, the generator's."""
+    """Returns as many numbers as the ranks all-reduce in a step: the gradients of each update, critic and generator."""
     training, state = trainer.config.training, trainer.state
     updates = training.n_critic * (2 if training.critic_updates == "separate" else 1)
-    shared = [list(network.parameters()) for network in [state.critic] * updates + [state.generator]]
-    return [shares[0].new_zeros(sum(share.numel() for share in shares)) for shares in shared]
+    updated = [list(network.parameters()) for network in [state.critic] * updates + [state.generator]]
+    return [parameters[0].new_zeros(sum(p.numel() for p in parameters)) for parameters in updated]
 
 
 def _evaluation_rate(trainer: Trainer) -> float | None:
-    """Images per second that all ranks together render and extract features from; None without evaluations."""
+    """Returns images per second that all ranks together render and extract features from; None without evaluations."""
     if trainer.scorer is None:
         return None
     extractor, generator = trainer.scorer.extractors[0], trainer.state.ema
@@ -240,23 +240,23 @@ def _evaluation_rate(trainer: Trainer) -> float | None:
 
 
 def measure_neighbour(trainer: Trainer) -> float:
-    """How many times as long steps take beside another process of this machine that never waits.
+    """Measures how many times as long steps take beside another process on this machine that never waits.
 
-    It takes 20 seconds: threads need some of them to find that they are not alone, or are again
-    (distributed/cpu.py).
+    It takes 20 seconds, since threads need some to notice that they are not alone, or are alone again
+    (`distributed/cpu.py`).
     """
     runtime, seconds = trainer.runtime, Seconds(beside=[], alone=[])
     for _ in range(NEIGHBOUR_ROUNDS):
-        for name, found in seconds.items():
-            comes = name == "beside" and runtime.ranks.is_main
-            with _busy_process(runtime.cores) if comes else nullcontext():
+        for name, rounds in seconds.items():
+            is_neighbour = name == "beside" and runtime.ranks.is_main
+            with _busy_process(runtime.cores) if is_neighbour else nullcontext():
                 _seconds_a_step(trainer, SETTLING_SECONDS)
-                found.append(_seconds_a_step(trainer, NEIGHBOUR_SECONDS))
+                rounds.append(_seconds_a_step(trainer, NEIGHBOUR_SECONDS))
     return runtime.ranks.on_main(lambda: ratio(seconds["beside"], seconds["alone"]))
 
 
 def _seconds_a_step(trainer: Trainer, at_least: float) -> float:
-    """Over so many seconds."""
+    """Returns the mean time of steps that are taken for `at_least` so many seconds."""
     started, steps = time.perf_counter(), 0
     while trainer.runtime.ranks.any(time.perf_counter() - started < at_least):
         _take_step(trainer)
@@ -266,8 +266,8 @@ def _seconds_a_step(trainer: Trainer, at_least: float) -> float:
 
 @contextmanager
 def _busy_process(cores: list[int]) -> Iterator[None]:
-    """One that may run on any of the cores, in a session of its own as another user's is: Linux shares cores out by
-    session. It ends with this one."""
+    """Runs an endless loop in another process that may use any of the cores. It has a session of its own, as another
+    user's process has, because Linux shares cores out by session. It ends with this process."""
     program = f"import os; os.sched_setaffinity(0, {cores})\nwhile os.getppid() == {os.getpid()}: pass"
     process = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
     try:
@@ -280,17 +280,17 @@ def _busy_process(cores: list[int]) -> Iterator[None]:
 
 
 def measure_kernels(trainer: Trainer) -> list[dict[str, Any]]:
-    """For each layer of the networks that has a form of its own on CPUs (pipeline/models/cpu_kernels.py), a forward and
-    backward pass with it and with torch's own, on the images that the layer first gets in a step, which is taken.
+    """Times each layer of the networks that has a faster form on CPUs (pipeline/models/cpu_kernels.py): a forward and
+    backward pass in that form and in torch's, on the images that the layer gets first in a step, which is taken.
 
-    About a second a layer. Each rank measures by itself, all at the same time.
+    It takes about a second a layer. All ranks measure at the same time, each for itself.
     """
     networks = nn.ModuleDict({"generator": trainer.state.generator, "critic": trainer.state.critic})
     layers = {name: layer for name, layer in networks.named_modules() if faster_form(layer) is not None}
     inputs: dict[nn.Module, Tensor] = {}
 
-    def remember(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-        inputs.setdefault(layer, given[0].detach().requires_grad_())
+    def remember(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        inputs.setdefault(layer, arguments[0].detach().requires_grad_())
 
     hooks = [layer.register_forward_pre_hook(remember) for layer in layers.values()]
     trainer.take_step()
@@ -313,38 +313,10 @@ def _time_form(layer: nn.Module, images: Tensor, runtime: Runtime) -> dict[str, 
     alone = runtime.alone()
     works = {"form": partial(differentiate, form), "stock": partial(differentiate, stock)}
     once = sum(seconds for [seconds] in time_in_turn(works, 1, alone).values())
-    found = time_in_turn(works, max(KERNEL_ROUNDS, int(KERNEL_SECONDS / once)), alone)
-    medians = {"seconds": median(found["form"]), "stock_seconds": median(found["stock"])}
-    return {"form": form.__name__, **medians, "speedup": ratio(found["stock"], found["form"])}
-
-
-def measure_scoring(config: Config, runtime: Runtime, dataset: Dataset) -> dict[str, float]:
-    """Seconds to score `evaluation.num_images` training digits against the test digits with `mnist` features, and
-    torch-fidelity's for FID, Inception Score, KID, precision and recall of the same images, with the same features.
-
-    Real features are cached on either side. Ours give more than those scores. On one CPU process with MNIST only.
-    """
-    if runtime.ranks.world_size > 1 or runtime.device.type != "cpu" or dataset.kind != "mnist":
-        return {}
-    (images, _), (real, _) = (load_split(dataset, split) for split in ("train", "test"))
-    images, batch_size = images[: config.evaluation.num_images], config.evaluation.batch_size
-    ours, extractors = ImageSet.of_tensor(images), [MnistFeatures(runtime.device)]
-    against_test = replace(config.evaluation, reference="test")
-    theirs: dict[str, Any] = {"feature_extractor": "mnist", "batch_size": batch_size, "input2_cache_name": "mnist-test"}
-    theirs |= {
-        "prc": True,
-        "prc_neighborhood": config.evaluation.neighbours,
-        "kid_subset_size": min(KID_SUBSET_SIZE, len(images)),
-    }
-    with tempfile.TemporaryDirectory() as cache:
-        works: Works = {
-            "scoring": lambda: evaluate_images(ours, dataset, extractors, against_test),
-            "torch_fidelity": lambda: fidelity_scores(images, real, cache_root=cache, **theirs),
-        }
-        seconds = time_in_turn(works, SCORING_ROUNDS, runtime)  # its warm-up fills the caches
+    seconds = time_in_turn(works, max(KERNEL_ROUNDS, int(KERNEL_SECONDS / once)), alone)
     return {
-        "scored_images": len(images),
-        "scoring_seconds": median(seconds["scoring"]),
-        "torch_fidelity_seconds": median(seconds["torch_fidelity"]),
-        "scoring_speedup_over_torch_fidelity": ratio(seconds["torch_fidelity"], seconds["scoring"]),
+        "form": form.__name__,
+        "seconds": median(seconds["form"]),
+        "stock_seconds": median(seconds["stock"]),
+        "speedup": ratio(seconds["stock"], seconds["form"]),
     }

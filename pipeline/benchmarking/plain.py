@@ -1,8 +1,8 @@
-"""What the pipeline's speed is measured against: the same training step, written plainly.
+"""The same training step written plainly, with which the pipeline's speed is compared.
 
-Keras's orientation and paddings, by torch's own layers in its default memory layout; real and fake images pass the
+It has Keras's orientation and paddings, by torch's layers in the default memory layout; real and fake images pass the
 critic one after the other; parameters are clamped one by one; losses are read back after every update; optimisers and
-DDP with their defaults. It computes the same numbers to rounding (a test compares them; several ranks do not share
+DDP have their defaults. It computes the same numbers to rounding (a test compares them; but several ranks do not share
 batch norm's statistics), so the two differ in speed alone.
 """
 
@@ -28,7 +28,7 @@ from pipeline.training.trainer import Trainer
 
 
 class PlainGenerator(Generator):
-    """As a direct port has it: transposed convolutions whatever the stride, on images the right way round."""
+    """The generator of a direct port: transposed convolutions whatever the stride, images the right way round."""
 
     def __init__(self, config: NetworkConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__(config, image_shape, num_classes)
@@ -49,13 +49,13 @@ class PlainGenerator(Generator):
 
 
 def same_padding(size: int, stride: int) -> tuple[int, int]:
-    """Rows that Keras's 'same' puts before and after an axis of `size`; the odd one goes after."""
+    """Returns how many zeros Keras's 'same' puts before and after an axis of `size`; the odd one goes after."""
     total = max((math.ceil(size / stride) - 1) * stride + KERNEL - size, 0)
     return total // 2, total - total // 2
 
 
 class PlainCritic(Critic):
-    """As a direct port has it: padded by hand, on images the right way round."""
+    """The critic of a direct port: padded by hand, images the right way round."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         for layer, stride in zip(self.convolutions, self.strides, strict=True):
@@ -69,25 +69,29 @@ class PlainCritic(Critic):
 
 
 def plain_state(network: Generator | Critic) -> dict[str, Tensor]:
-    """The state dict of the plain network that computes the same; with spectral normalisation before that is put in."""
+    """Returns the state dict of the plain network that computes the same, without spectral normalisation."""
     tensors = mirror_state(network, raw_weights(network.state_dict()))
     if isinstance(network, Generator):
         for index, stride in enumerate(network.strides):
-            if stride == 1:  # a convolution there: the transposed one has its kernel the other way round
+            if stride == 1:  # a convolution; the transposed one that computes the same has the kernel turned round
                 name = f"convolutions.{index}.weight"
                 tensors[name] = tensors[name].flip(2, 3).transpose(0, 1)
     return tensors
 
 
 class PlainTrainer:
-    """Takes the steps that a trainer would take from its present weights and step, with new optimisers, on networks and
-    inputs of its own."""
+    """Takes the steps that a trainer would take from its present weights and step, with new optimisers. It has networks
+    and an input stream of its own, so the trainer may go on as well.
+
+    Raises:
+        UserError: the settings ask for augmentation or a user's network, which the plain step has not.
+    """
 
     def __init__(self, trainer: Trainer) -> None:
         self._config, self._objective, runtime = trainer.config, trainer.objective, trainer.runtime
         if trainer.config.training.diff_augment:
             raise UserError("training.diff_augment is set: the plain step has no augmentation, benchmark without it")
-        # Only the step is its own: the inputs are a function of it.
+        # A copy that shares all but the step number, of which the inputs are a function.
         self._state = state = dataclasses.replace(trainer.state)
         source = open_source(trainer.config, trainer.dataset, runtime.ranks, runtime.device)
         self.inputs = InputStream(trainer.config, state, source, runtime.ranks, captured=False)
@@ -110,7 +114,8 @@ class PlainTrainer:
         self._critic_optimizer = _optimizer(training.critic_optimizer, self.critic)
 
     def take_step(self) -> tuple[float, float]:
-        """Returns this rank's critic loss (mean of both halves over the iterations) and generator loss."""
+        """Takes a step; returns this rank's critic loss (mean of real and fake losses and over iterations) and
+        generator loss."""
         training, inputs, losses = self._config.training, self.inputs.take(), []
         for index in range(len(inputs.real)):
             # Flipping the bytes of a batch takes no time that could be measured.
