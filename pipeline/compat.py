@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def run_exit_functions() -> None:
-    """Runs what was registered with `atexit` now, for a process that leaves by `os._exit`. Python has no public
-    call."""
+    """Runs the functions that were registered with `atexit`, for a process that ends by `os._exit`. Python has no
+    public call."""
     atexit._run_exitfuncs()
 
 
 def job_store() -> Store:
-    """Returns the key-value store of the default process group. torch's public functions make a store, but none returns
-    the one that ranks have met at."""
+    """Returns the key-value store of the default process group. torch's public functions create a store, but none
+    returns the one at which the ranks have met."""
     import torch.distributed as dist
 
     store: Store = dist.distributed_c10d._get_default_store()
@@ -34,8 +34,7 @@ def job_store() -> Store:
 
 def leave_buffers_alone(network: nn.Module) -> None:
     """Keeps DistributedDataParallel from broadcasting a network's buffers, which are equal on all ranks by
-    construction: it has `broadcast_buffers=False`, but still compares and sends them once when it is built, under any
-    setting."""
+    construction. Even with `broadcast_buffers=False` it compares and sends them once when it is built."""
     from torch.nn.parallel import DistributedDataParallel
 
     names = [name for name, _ in network.named_buffers()]
@@ -43,15 +42,16 @@ def leave_buffers_alone(network: nn.Module) -> None:
 
 
 def settle_buckets(wrapped: nn.parallel.DistributedDataParallel) -> None:
-    """Has DDP group its gradients now as it would after its first step. The rounding of a sum over more than two ranks
-    depends on the grouping, so a resumed run would leave the uninterrupted one's trajectory. There is no setting."""
+    """Makes DDP group its gradients now as it would after its first step. The rounding of a sum over more than two
+    ranks depends on the grouping, so a resumed run would leave the uninterrupted one's trajectory. There is no
+    setting."""
     wrapped.reducer._push_all_rebuilt_params()
     wrapped.reducer._rebuild_buckets()
 
 
 def stop_timing(wrapped: nn.parallel.DistributedDataParallel) -> None:
     """Keeps DDP from timing its first ten iterations and some later ones: on CUDA it waits for the device then, which
-    is an error within a graph capture. A rate that could be set leaves those first ten."""
+    is an error within a graph capture. The sample rate that can be set does not affect the first ten."""
     from torch._C._distributed_c10d import Logger
 
     class Untimed(Logger):
@@ -63,9 +63,9 @@ def stop_timing(wrapped: nn.parallel.DistributedDataParallel) -> None:
 
 @contextlib.contextmanager
 def fresh_accelerate() -> Iterator[None]:
-    """Gives the block an accelerate that has seen nothing yet, and gives back what it knew. It keeps device and
-    precision of the first Accelerator for all later ones of a process, and its reset would lose those of whoever came
-    before."""
+    """Gives the block an accelerate that has no state yet, and restores the state at the end. accelerate keeps the
+    device and precision of the first Accelerator for all later ones of a process; its public reset would lose those of
+    an Accelerator that the user made before."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     shared = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
@@ -94,6 +94,7 @@ def arguments_of(parser: Any) -> list[Any]:
 
 
 def time_by_steady_clock(bar: Any) -> None:
-    """Has a tqdm bar go by the monotonic clock. Its own may be set: a day back, and a log gets no line for a day."""
+    """Makes a tqdm bar use the monotonic clock. The system's, which it uses, may be set: a day back, and a log gets no
+    line for a day. tqdm has no argument for it."""
     bar._time = time.monotonic
     bar.start_t = bar.last_print_t = time.monotonic()
