@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Installs with the development extras, then: formatter check, linter, type checker, all tests, and the quick ones once
-# more as on an older processor.
-#   --fast      the quick tests alone, those that take seconds, and once
+# Installs with the development extras, then: formatter check, linter, type checker, and the quick tests, which need
+# neither Slurm nor a browser nor more than about two seconds of a core each.
+#   --all       all tests, and the quick ones once more as on an older processor
 #   --seed N    files and tests in a random order
-# Further arguments go to pytest, which then runs once.
+# Further arguments go to pytest, which then runs once and takes of all tests those that they name.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-quick=(-m "not slow and not slurm")
-selection=() order=() older_too=yes
+quick=(-m "not slow and not slurm and not browser")
+selection=("${quick[@]}") order=() older_too=
 while [ $# -gt 0 ]; do
   case $1 in
-    --fast) selection=("${quick[@]}") older_too= ; shift ;;
+    --all) selection=() older_too=yes; shift ;;
     --seed) order=(--random-order-seed "${2:?--seed takes a number}"); shift 2 ;;
-    *) older_too= ; break ;;
+    *) selection=() older_too= ; break ;;
   esac
 done
 python=${PYTHON:-python3}
