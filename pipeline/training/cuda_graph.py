@@ -1,4 +1,4 @@
-"""A step captured as one CUDA graph: one launch in the place of some hundreds."""
+"""A step captured as one CUDA graph: one launch instead of some hundreds, which a small network would wait for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.training.inputs import StepFunction, StepInputs
 from pipeline.training.state import TrainingState
 
 WARM_UP_STEPS = 11
-"""Before a capture: as many as DDP takes to settle."""
+"""Steps before a capture. DDP takes as many until it does the same at each."""
 
 
 class _Capture(NamedTuple):
@@ -22,14 +22,14 @@ class _Capture(NamedTuple):
     """None without a CUDA device."""
     losses: Tensor
     gradients: list[tuple[nn.Parameter, Tensor | None]]
-    """Of the networks' parameters, where this graph leaves them."""
+    """The networks' parameters, each with the gradient that this graph writes."""
 
 
 class CapturedStep:
-    """The same step on inputs that stay where they are in memory; without a CUDA device it is run as it is.
+    """The same step, replayed as a graph, on inputs that stay where they are in memory.
 
-    The first call of each number of critic iterations (a burn-in has a graph of its own) warms up and captures, on the
-    runtime's stream for it; the state is put back to what it was before.
+    The first step with each number of critic iterations (a burn-in has a graph of its own) is captured, on the
+    runtime's stream for it. Without a CUDA device steps are taken as they are.
     """
 
     def __init__(self, step: StepFunction, state: TrainingState, runtime: Runtime) -> None:
@@ -51,16 +51,17 @@ class CapturedStep:
             return self._step(inputs)
         captured.graph.replay()
         for parameter, gradient in captured.gradients:
-            parameter.grad = gradient  # the log reads them; without this another graph's
-        return captured.losses.clone()
+            parameter.grad = gradient  # for the log, which else would read what another graph has written
+        return captured.losses.clone()  # the next replay overwrites them
 
     def _capture(self, inputs: StepInputs) -> _Capture:
+        # A capture records launches and computes nothing. Warming up computes, so the state is put back after it.
         before = {name: tensor.clone() for name, tensor in self._state.tensors().items()}
         with on_stream(self._stream):
             for _ in range(WARM_UP_STEPS):
                 self._step(inputs)
         for name, tensor in self._state.tensors().items():
-            # An optimiser that has not stepped yet has no state: it starts from zeroes.
+            # An optimiser has no state before its first step, which starts from zeroes.
             tensor.copy_(before[name]) if name in before else tensor.zero_()
         graph = torch.cuda.CUDAGraph()
         self._graphs.append(graph)
@@ -68,7 +69,7 @@ class CapturedStep:
             # "thread_local": another thread may wait for the device meanwhile, as the one that saves does.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 losses = self._step(inputs)
-        except RuntimeError as error:  # an objective of the user's that looks at a value on the host, say
+        except RuntimeError as error:  # for example a user's objective that reads a value on the host
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"the step can't be captured as a CUDA graph ({reason}): set runtime.cuda_graph to false"

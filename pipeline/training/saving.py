@@ -9,23 +9,23 @@ from typing import Any, NoReturn
 from pipeline.config import Config
 from pipeline.distributed.process import Runtime
 from pipeline.errors import TrainingFailed
-from pipeline.evaluation.selection import Selection
 from pipeline.storage.checkpoint import CheckpointWriter, IntegrityError
 from pipeline.storage.run_folder import RunFolder
 from pipeline.training.state import TrainingState
 
 
 class Saver:
-    """Saves a state beside the training.
+    """Saves a run's state beside the training.
 
     A save that fails is reported and tried again at the next cadence, up to run.max_save_failures in a row. Every rank
-    sees the same outcome at the same step, so they stay in step.
+    sees the same outcome at the same step, so the ranks stay in step.
 
     Args:
-        progress: what a resumed run wants back beside the state, as JSON-serialisable values.
-        damage: why this rank must not save whatever its state is, in words; None: nothing.
+        progress: returns what a resumed run needs beside the state, as JSON-serialisable values.
+        damage: returns why this rank must not save, whatever its state is, as a message; None: it may.
+        best_of: returns which of some steps has the best checkpoint, to keep it; None: none of them.
 
-    Its methods raise TrainingFailed on all ranks: the state must not be saved, or saving failed too often.
+    Its methods raise TrainingFailed on all ranks when the state must not be saved or saving has failed too often.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Saver:
         runtime: Runtime,
         progress: Callable[[], dict[str, Any]],
         damage: Callable[[], str | None],
-        selection: Selection | None,
+        best_of: Callable[[list[int]], int | None],
     ) -> None:
         self._state, self._runtime, self._progress, self._damage = state, runtime, progress, damage
         self._allowed_failures = config.run.max_save_failures
@@ -45,37 +45,37 @@ class Saver:
             keep_last=config.run.keep_last,
             keep_every=config.run.keep_every,
             clip_value=config.training.clip_value,
-            **{} if selection is None else {"best_of": selection.best_of},
+            best_of=best_of,
         )
-        self._told: int | None = None
+        self._reported_step: int | None = None
 
     def begin(self, step: int) -> None:
-        """The run goes on from the checkpoint of this step."""
-        self.writer.committed_step = self._told = step
+        """Goes on from the checkpoint of this step."""
+        self.writer.committed_step = self._reported_step = step
 
-    def tell(self) -> None:
-        """A line about a checkpoint that has become whole since the last call."""
-        if (step := self.writer.committed_step) != self._told:
-            self._told = step
+    def report(self) -> None:
+        """Prints a line about a checkpoint that was completed since the last call."""
+        if (step := self.writer.committed_step) != self._reported_step:
+            self._reported_step = step
             self._runtime.print(f"step {step}: saved")
 
     def save(self) -> None:
-        """Starts a checkpoint, and notices how the one before it ended."""
+        """Starts a checkpoint, after noting how the one before it ended."""
         state = self._state
         self._note_outcome(lambda: self.writer.save(state.tensors(), state.step, self._progress(), self._damage()))
 
     def save_now(self) -> None:
-        """Makes sure that this very step is on the disk."""
+        """Returns when the present step is on the disk."""
         self._note_outcome(self.writer.finish)
         if self.writer.committed_step != self._state.step:
             self.save()
             self._note_outcome(self.writer.finish)
         if self.writer.committed_step != self._state.step:
             self.fail(f"step {self._state.step} could not be saved")
-        self.tell()
+        self.report()
 
     def fail(self, reason: str) -> NoReturn:
-        """Ends the run, and tells which checkpoint is left."""
+        """Ends the run with a message that names the checkpoint that is left."""
         with contextlib.suppress(OSError, IntegrityError):
             self.writer.finish()
         committed = self.writer.committed_step

@@ -1,7 +1,6 @@
-"""Contract 3: everything that continuing a run needs, declared once.
-
-generator, critic, both optimisers, the generator's moving average, fp16's loss scale, step. Random numbers are
-functions of the seed and the step (pipeline/rng.py), so no generator state is among them.
+"""Everything that continuing a run needs, declared once: generator, critic, both optimisers, the generator's moving
+average, fp16's loss scale, step. Random numbers are functions of the seed and the step (pipeline/rng.py), so no state
+of a random number generator is among them.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ Network = TypeVar("Network", bound=nn.Module)
 
 @dataclass
 class TrainingState:
-    """The networks are the bare modules; wrapping them for data parallelism shares their parameters.
+    """The state of a training. Its networks are the bare modules; DDP's wrappers share their parameters.
 
-    Contract 4: only a step changes them, their gradients and the optimisers. What else computes with a network, be it
+    Only a step changes the networks, their gradients and the optimisers. Whatever else computes with a network, be it
     an evaluation, samples, an export or a measurement, gets a copy (`copied_generator`, `copied_critic`).
     """
 
@@ -40,21 +39,21 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     new_generator: Callable[[], AnyGenerator]
     new_critic: Callable[[], nn.Module]
-    """Build the networks as they were at step 0."""
+    """These build the networks as they were at step 0."""
     step: int = 0
 
     def copied_generator(self, weights: str) -> AnyGenerator:
-        """Copies the generator's moving average ("ema") or the generator itself ("raw"), for reading alone."""
+        """Returns a copy, for reading only, of the generator's moving average ("ema") or of the generator ("raw")."""
         copied = _copied(self.ema if weights == "ema" else self.generator, self.new_generator)
         copied.class_names = self.generator.class_names
         return copied
 
     def copied_critic(self) -> nn.Module:
-        """Copies the critic, for reading alone."""
+        """Returns a copy of the critic, for reading only."""
         return _copied(self.critic, self.new_critic)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the state under a unique name; they share memory with the live state."""
+        """Returns every tensor of the state under a unique name; they share memory with the live state."""
         named: dict[str, Tensor] = {}
         for role in ("generator", "critic", "ema"):
             named |= {f"{role}.{name}": tensor for name, tensor in getattr(self, role).state_dict().items()}
@@ -62,17 +61,14 @@ class TrainingState:
             optimizer = getattr(self, f"{role}_optimizer")
             for name, parameter in getattr(self, role).named_parameters():
                 named |= {f"{role}_optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
-        # fp16's loss scale and how many steps it has stood; nothing at other precisions
-        return named | {
-            f"scaler.{key}": torch.tensor(value, dtype=torch.float64) for key, value in self._scale().items()
-        }
-
-    def _scale(self) -> dict[str, float]:
-        state = self.scaler.state_dict()
-        return {key: state[key] for key in ("scale", "_growth_tracker") if key in state}
+        scaler = self.scaler.state_dict()  # empty unless the precision is fp16
+        for key in ("scale", "_growth_tracker"):  # the loss scale, and for how many steps it has stood
+            if key in scaler:
+                named[f"scaler.{key}"] = torch.tensor(scaler[key], dtype=torch.float64)
+        return named
 
     def load(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Takes over saved tensors.
+        """Replaces the state by saved tensors.
 
         Raises:
             UserError: a tensor is missing, left over, or of another shape or dtype.
@@ -86,7 +82,7 @@ class TrainingState:
         for role in ("generator", "critic"):
             optimizer, saved = getattr(self, f"{role}_optimizer"), _under(tensors, f"{role}_optimizer")
             if scale and not saved:
-                continue  # every update so far overflowed at fp16's first loss scales
+                continue  # saved before the first update that did not overflow at fp16's first loss scales
             state: dict[int, dict[str, Tensor]] = {}
             for index, (name, parameter) in enumerate(getattr(self, role).named_parameters()):
                 state[index] = _under(saved, name)
@@ -94,7 +90,8 @@ class TrainingState:
                 if not moments:
                     raise UserError(f"the checkpoint has no state of {role}_optimizer for {name}")
                 _check_same(f"{role}_optimizer.{name}", moments, dict.fromkeys(moments, parameter))
-                # In the parameter's memory layout, or the optimiser leaves its fast path: 2.5 times its time on a CPU.
+                # In the parameter's memory layout: otherwise the optimiser leaves its fast path and takes 2.5 times as
+                # long on a CPU.
                 state[index] |= {key: torch.empty_like(parameter).copy_(value) for key, value in moments.items()}
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         if scale:
@@ -104,11 +101,11 @@ class TrainingState:
 
     @torch.no_grad()
     def update_ema(self, weight: float | Tensor) -> None:
-        """Moves the average towards the generator, batch-norm moving statistics included."""
-        ours, theirs = self.ema.state_dict().values(), self.generator.state_dict().values()
-        pairs = [(mine, other) for mine, other in zip(ours, theirs, strict=True) if mine.is_floating_point()]
-        averages, values = [mine for mine, _ in pairs], [other for _, other in pairs]
-        if isinstance(weight, Tensor):  # a lerp by a tensor would be one launch for each of them
+        """Moves the average towards the generator: average += weight (value - average), for parameters and batch norm's
+        moving statistics. Counters of batches stay."""
+        networks = self.ema.state_dict().values(), self.generator.state_dict().values()
+        averages, values = ([each for each in tensors if each.is_floating_point()] for tensors in networks)
+        if isinstance(weight, Tensor):  # a lerp by a tensor would take one launch for each of them
             distances = torch._foreach_sub(values, averages)
             torch._foreach_mul_(distances, weight)
             torch._foreach_add_(averages, distances)
@@ -117,10 +114,10 @@ class TrainingState:
 
 
 def _copied(network: Network, build: Callable[[], Network]) -> Network:
-    """A network of the same weights, in eval mode, that wants no gradients.
+    """Returns a network with the same weights, in eval mode, without gradients.
 
-    It is built anew: deepcopy would take along what training has hung on the network (hooks, the forward pass under
-    autocast), and fails where a network of the user's keeps a tensor that it has computed.
+    It is built anew: deepcopy would also copy what training has put on the network (hooks, the forward pass under
+    autocast), and fails where a user's network keeps a tensor that it has computed.
     """
     copied = build()
     copied.load_state_dict(network.state_dict())
@@ -135,14 +132,19 @@ def build_state(
     scaler: torch.amp.GradScaler,
     capturable: bool = False,
 ) -> TrainingState:
-    """The state at step 0, a function of the seed alone. `num_classes` is 0 without a class head; `capturable`: steps
-    can be part of a CUDA graph."""
+    """Builds the state at step 0, which is a function of the seed.
+
+    Args:
+        num_classes: the number of classes that the networks are conditioned on; 0 for an unconditional GAN.
+        scaler: fp16's loss scaler, or a disabled one.
+        capturable: see `build_optimizer`.
+    """
     dtype = torch.float64 if config.runtime.precision == "float64" else torch.float32
     seed, arguments = config.training.seed, (config.network, image_shape, num_classes)
 
     def placed(network: Network) -> Network:
         network.to(device, dtype)
-        if isinstance(network, Generator | Critic):  # the user's own are left as they are made
+        if isinstance(network, Generator | Critic):  # a user's network stays as it was made
             network.to(memory_format=torch.channels_last)
             if device.type == "cpu":
                 use_cpu_kernels(network)
@@ -166,12 +168,12 @@ def build_state(
 
 
 def build_optimizer(config: OptimizerConfig, network: nn.Module, capturable: bool = False) -> torch.optim.Optimizer:
-    """`capturable`: steps can be part of a CUDA graph.
+    """Builds the optimiser that `config` describes for a network's parameters. With `capturable` its state lives on the
+    GPU, so that a step can be captured in a CUDA graph.
 
-    RMSprop is v = rho v + (1 - rho) g^2, w -= lr g / (sqrt(v) + epsilon): torch's, and Keras's up to 2.3.1 and in its
-    legacy classes, which the notebook ran with. Since 2.11, and in Keras 3, Keras takes lr g / sqrt(v + epsilon): a
-    notebook run there trains otherwise at first, its critic's weights grow 30 times more slowly in the first dozen
-    steps.
+    RMSprop is v = rho v + (1 - rho) g^2, w -= lr g / (sqrt(v) + epsilon), as in torch, in Keras up to 2.3.1 and in its
+    legacy classes, which the notebook ran with. Keras has taken lr g / sqrt(v + epsilon) since 2.11: there the notebook
+    trains differently at first, and its critic's weights grow 30 times more slowly in the first dozen steps.
     """
     common: dict[str, Any] = {"lr": config.learning_rate, "eps": config.epsilon, "capturable": capturable}
     if config.algorithm == "adam":
@@ -182,6 +184,7 @@ def build_optimizer(config: OptimizerConfig, network: nn.Module, capturable: boo
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Returns the tensors whose names begin with `prefix` and a dot, under the rest of their names."""
     return {name.removeprefix(f"{prefix}."): value for name, value in tensors.items() if name.startswith(f"{prefix}.")}
 
 

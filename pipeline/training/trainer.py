@@ -1,11 +1,11 @@
-"""The training loop and its cadence."""
+"""The training loop: what happens beside the steps, when, and in which order."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.checks.settings import Plan, refuse
 from pipeline.config import Config, to_yaml
@@ -14,39 +14,38 @@ from pipeline.distributed.process import Runtime
 from pipeline.distributed.progress import TrainingBar, messages_above_bars
 from pipeline.distributed.slurm import job_id
 from pipeline.errors import Preempted, UserError
-from pipeline.evaluation.scorer import Scorer
-from pipeline.evaluation.selection import Selection
-from pipeline.export.generator_file import CLASS_NAMES, save_export
-from pipeline.export.images import interpolate, row_names, sample_grid, save_grid
 from pipeline.models.networks import AnyGenerator, Critic
 from pipeline.models.objectives import choose
-from pipeline.reporting.formatting import in_brief
-from pipeline.reporting.read import read_run
 from pipeline.storage.checkpoint import newest_intact, sweep
 from pipeline.storage.files import write_text
 from pipeline.storage.lock import Lock, lock_run
 from pipeline.storage.run_folder import RunFolder, environment_of
 from pipeline.training.inputs import InputStream
-from pipeline.training.metrics_log import MetricsLog
-from pipeline.training.profiler import profiled
+from pipeline.training.log import MetricsLog, profiled
 from pipeline.training.saving import Saver
 from pipeline.training.state import build_state
 from pipeline.training.step import build_step
-from pipeline.training.trackers import Trackers
+
+# Evaluation, exports, reports and trackers are imported where they are used: a run may have none of them.
+if TYPE_CHECKING:
+    from pipeline.evaluation.scorer import Scorer
+    from pipeline.evaluation.selection import Selection
 
 
 class Trainer:
-    """Trains one run. Building it checks everything that can be checked before anything is written.
+    """Trains one run. Its construction checks everything that can be checked before anything is written.
 
     Args:
-        ends_at: asked on the main rank after the evaluation of a step whether the run ends there; by default it does
-            when run.patience says so.
+        ends_at: returns, on the main rank and after the evaluation of a step, whether the run ends there. By default
+            run.patience decides.
 
     Raises:
         UserError: the configuration contradicts itself, the world size, the dataset or the run's folder.
     """
 
     def __init__(self, config: Config, runtime: Runtime, ends_at: Callable[[int], bool] | None = None) -> None:
+        from pipeline.training.trackers import Trackers
+
         self.config, self.runtime, self.folder = config, runtime, RunFolder(config.folder)
         ranks, training = runtime.ranks, config.training
         ranks.on_main(lambda: refuse(Plan(config, ranks.world_size)))
@@ -64,18 +63,16 @@ class Trainer:
         self.step = build_step(config, self.objective, self.state, runtime)
         self.log = MetricsLog(training, self.state, runtime, self.folder)
         self.trackers = Trackers(config, runtime, self.folder)
-        self.scorer = (
-            Scorer(config.evaluation, self.dataset, runtime, training.seed) if config.evaluation.every else None
-        )
-        self.selection = Selection(config) if config.run.keep_best else None
-        self.saver = Saver(config, self.state, runtime, self._progress, self._damage, self.selection)
+        self.scorer = self._build_scorer()
+        self.selection = self._build_selection()
+        best_of = self.selection.best_of if self.selection else lambda steps: None
+        self.saver = Saver(config, self.state, runtime, self._progress, self._damage, best_of)
         self._last_step = training.steps
         self._ends_at = ends_at or (self.selection.is_over if self.selection else None)
         self._lock: Lock | None = None
 
     def run(self) -> None:
-        """Trains to the last step, or until run.patience is at its end, from the newest intact checkpoint if there is
-        one.
+        """Trains to the last step, or to the end of run.patience, from the newest intact checkpoint if there is one.
 
         Raises:
             Preempted: a signal stopped it, after saving.
@@ -83,7 +80,8 @@ class Trainer:
         """
         run = self.config.run
         try:
-            self._open_folder()
+            self.runtime.ranks.on_main(self._open_folder)
+            self.log.introduce(self.dataset)
             self._resume()
             self.trackers.begin(self.state.step)
             take_step = profiled(self.take_step, run, self.state, self.runtime, self.folder)
@@ -93,9 +91,9 @@ class Trainer:
                 while self.state.step < self._last_step:
                     take_step()
                     self._bar.update()
-                    self.saver.tell()
+                    self.saver.report()
                     if self._due(run.log_every):
-                        self._write_log()  # first: a run goes on behind its checkpoint
+                        self._write_log()  # before the checkpoint: a resumed run writes the lines after it
                     if self._due(run.checkpoint_every) or (run.keep_best and self._due(self.config.evaluation.every)):
                         self._save()
                     self._sample_and_evaluate()
@@ -113,24 +111,36 @@ class Trainer:
                 self._lock.release()
 
     def take_step(self) -> None:
-        """One training step from the state's, without its cadence."""
+        """Takes one training step from the state's, and nothing that happens beside the steps."""
         self.log.add(self.step(self.inputs.take()))
         self.state.step += 1
 
     # -- beginning and end ---------------------------------------------------------------------------------------------
 
-    def _open_folder(self) -> None:
-        self.runtime.ranks.on_main(self._describe)
-        self.log.introduce(self.dataset)
+    def _build_scorer(self) -> Scorer | None:
+        if not self.config.evaluation.every:
+            return None
+        from pipeline.evaluation.scorer import Scorer
 
-    def _describe(self) -> None:
+        return Scorer(self.config.evaluation, self.dataset, self.runtime, self.config.training.seed)
+
+    def _build_selection(self) -> Selection | None:
+        if not self.config.run.keep_best:
+            return None
+        from pipeline.evaluation.selection import Selection
+
+        return Selection(self.config)
+
+    def _open_folder(self) -> None:
+        from pipeline.export.images import row_names
+
         self._lock, runtime, dataset = lock_run(self.folder), self.runtime, self.dataset
-        made_with = environment_of(runtime.ranks.world_size, runtime.device, len(runtime.cores), job_id())
-        made_with |= {"dataset": dataset.name, "dataset_fingerprint": dataset.fingerprint}
+        environment = environment_of(runtime.ranks.world_size, runtime.device, len(runtime.cores), job_id())
+        environment |= {"dataset": dataset.name, "dataset_fingerprint": dataset.fingerprint}
         if names := row_names(self.state.generator):
-            made_with["sample_rows"] = list(names)
-        # In this order: a folder with a config.yaml is a run.
-        write_text(self.folder.environment, json.dumps(made_with, indent=1))
+            environment["sample_rows"] = list(names)
+        # In this order: a folder with a config.yaml is a run, which has an environment.
+        write_text(self.folder.environment, json.dumps(environment, indent=1))
         write_text(self.folder.config, to_yaml(self.config))
         sweep(self.folder)
 
@@ -160,7 +170,9 @@ class Trainer:
         raise Preempted(f"stopped after step {self.state.step}, which is saved: the same command goes on from there")
 
     def _finish(self) -> None:
-        from pipeline.reporting.page import write_report  # here: it brings matplotlib
+        from pipeline.export.generator_file import save_export
+        from pipeline.export.images import interpolate, save_grid
+        from pipeline.reporting.page import write_report
 
         self._comment(last=True)
         generator, step, seed = self._copied_generator(), self.state.step, self.config.training.seed
@@ -185,6 +197,8 @@ class Trainer:
         self._comment()
 
     def _progress(self) -> dict[str, Any]:
+        from pipeline.export.generator_file import CLASS_NAMES
+
         seconds = {"elapsed_seconds": self.log.elapsed_seconds, "evaluation_seconds": self.log.evaluation_seconds}
         names = list(self.state.generator.class_names)
         return {**seconds, "generator": self.state.generator.spec(), CLASS_NAMES: names}
@@ -193,20 +207,24 @@ class Trainer:
         return self.inputs.damage() or (self._lock.lost() if self._lock else None)
 
     def _comment(self, *, last: bool = False) -> None:
+        """Makes the run's progress and scores the comment of its Slurm job."""
         if self.runtime.ranks.is_main and job_id() is not None:
-            told = ", ".join(
-                [f"step {self.state.step} of {self.config.training.steps}", *in_brief(read_run(self.folder.path))]
-            )
-            self.runtime.comment(told, last=last)
+            from pipeline.reporting.formatting import in_brief
+            from pipeline.reporting.read import read_run
+
+            progress = f"step {self.state.step} of {self.config.training.steps}"
+            self.runtime.comment(", ".join([progress, *in_brief(read_run(self.folder.path))]), last=last)
 
     def _sample_and_evaluate(self) -> None:
-        """Idempotent: what exists already for this step is left alone."""
+        """Draws and scores what is due at this step, except what exists already."""
         step, runtime = self.state.step, self.runtime
         if self.scorer is not None and step and self._due(self.config.evaluation.every):
             self._evaluate(self.scorer)  # first: it may make this step the last one
         grid = self.folder.grid(step)
         if step and self._due(self.config.run.sample_every) and runtime.ranks.is_main:
             if is_new := not grid.exists():
+                from pipeline.export.images import sample_grid, save_grid
+
                 with runtime.tolerating(f"step {step}: samples"):
                     images, columns = sample_grid(self._copied_generator(), self.config.training.seed)
                     save_grid(images, grid, columns)
@@ -214,15 +232,15 @@ class Trainer:
 
     def _evaluate(self, scorer: Scorer) -> None:
         step, runtime, ends_at, started = self.state.step, self.runtime, self._ends_at, time.monotonic()
-        scores = self.folder.scores(step)
-        if is_new := not runtime.ranks.on_main(scores.exists):
+        path = self.folder.scores(step)
+        if is_new := not runtime.ranks.on_main(path.exists):
             try:
                 with runtime.tolerating(f"step {step}: evaluation"):
                     facts = {"step": step, "weights": self.config.evaluation.weights}
                     copied = self.state.copied_critic()
-                    critic = copied if isinstance(copied, Critic) else None  # as `critic_of` a checkpoint
-                    found = scorer.score_generator(self._copied_generator(), scores, facts, critic)["features"]
-                    fids = ", ".join(f"{name} FID {values['fid']:.2f}" for name, values in found.items())
+                    critic = copied if isinstance(copied, Critic) else None  # a user's critic is not scored
+                    scores = scorer.score_generator(self._copied_generator(), path, facts, critic)["features"]
+                    fids = ", ".join(f"{space} FID {values['fid']:.2f}" for space, values in scores.items())
                     self._bar.add_evaluation(seconds := time.monotonic() - started)
                     runtime.print(f"step {step}: {fids}, scored in {seconds:.0f} s")
                     self._comment()

@@ -1,0 +1,246 @@
+"""What a run records of its training: a line of metrics an interval, warnings, and a trace of some steps."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable
+from math import inf, isfinite
+from statistics import median, median_low
+from tempfile import NamedTemporaryFile
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from pipeline.config import RunConfig, TrainingConfig
+from pipeline.data import Dataset
+from pipeline.distributed.cpu import ThreadClock
+from pipeline.distributed.process import Runtime
+from pipeline.storage.files import replacing
+from pipeline.storage.run_folder import RunFolder
+from pipeline.training.state import TrainingState
+
+RECENT_LINES, FEW_LINES, GROWTH = 20, 5, 1_000
+"""A gradient norm is compared with the median of so many lines before it, if there are at least FEW_LINES; a person is
+warned if it is more than GROWTH times as large."""
+SLOW_RANK = 1.5
+"""A rank counts as slow if its time is more than this many times the median of the ranks."""
+
+
+class MetricsLog:
+    """Collects the losses of an interval and writes its line into metrics.jsonl and the trackers.
+
+    Losses stay on the device until the interval ends: then there is one wait for the device and one reduction over the
+    ranks. All ranks call the same methods.
+    """
+
+    def __init__(self, training: TrainingConfig, state: TrainingState, runtime: Runtime, folder: RunFolder) -> None:
+        self._training, self._state, self._runtime, self._folder = training, state, runtime, folder
+        self.elapsed_seconds = self.evaluation_seconds = 0.0
+        """Seconds of training alone and of evaluation alone, over all launches of the run, up to the last line."""
+        self._recent_norms = {name: deque[float](maxlen=RECENT_LINES) for name in ("critic", "generator")}
+        self._growing = set[str]()
+        """Networks that have been warned of, whose gradients are still as large."""
+        compares_ranks = runtime.ranks.world_size > 1 and runtime.device.type == "cpu"
+        self._clock = ThreadClock() if compares_ranks else None
+        self._slowest, self._slow_lines = 0, 0
+        self.begin()
+
+    def introduce(self, dataset: Dataset) -> None:
+        """Prints a line about what trains: ranks, device, images, networks."""
+        shape, count = "x".join(map(str, dataset.image_shape)), dataset.num_images("train")
+        networks = {"generator": self._state.generator, "critic": self._state.critic}
+        sizes = (f"{name} {sum(w.numel() for w in network.parameters()):,}" for name, network in networks.items())
+        self._runtime.print(f"{self._runtime}; {count:,} images of {shape}; parameters: {', '.join(sizes)}")
+
+    def begin(self) -> None:
+        """Begins an interval."""
+        self._losses: list[Tensor] = []
+        self._reduced: Tensor | None = None
+        self._started = time.monotonic()
+        self._busy_seconds = 0.0
+        self._busy_until = self._clock.seconds() if self._clock else 0.0
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether the interval has any steps."""
+        return bool(self._losses)
+
+    def add(self, losses: Tensor) -> None:
+        """Adds a step's losses, (3,) on the device: real, fake and generator loss of this rank's images."""
+        self._losses.append(losses)
+        self._reduced = None
+        if self._clock:
+            before, self._busy_until = self._busy_until, self._clock.seconds()
+            self._busy_seconds += self._busy_until - before
+
+    def add_evaluation(self, seconds: float) -> None:
+        """Takes the time of an evaluation, which has just ended, out of the interval's."""
+        self.evaluation_seconds += seconds
+        self._started += seconds
+        if self._clock:
+            self._busy_until = self._clock.seconds()
+
+    def losses(self) -> Tensor:
+        """Returns the losses of the global batches, (steps, 3) on the CPU. This waits for the device."""
+        return self._reduce()[:-1]
+
+    def fault(self) -> str | None:
+        """Returns why the training must not go on, as a message, or None if it may. It is the same on all ranks.
+
+        Under fp16 gradients may overflow: the scaler then skips the update and lowers the loss scale.
+        """
+        step, finite = self._state.step, self.losses().isfinite().all(dim=1)
+        if not finite.all():
+            return f"step {step - len(finite) + 1 + int(finite.logical_not().nonzero()[0])}: the loss is not finite"
+        for name, norm in self._gradient_norms().items():
+            if not isfinite(norm) and not self._runtime.scaler.is_enabled():
+                return f"step {step}: the norm of the {name}'s gradients is {norm}, although the losses are finite"
+        return None
+
+    def write(self, wait_seconds: float, estimates_wasserstein: bool) -> dict[str, str]:
+        """Writes the interval's line and begins the next interval.
+
+        Args:
+            wait_seconds: this rank's wait for data in the interval.
+            estimates_wasserstein: see `Objective`.
+
+        Returns:
+            What the progress bar shows.
+        """
+        losses, training, step = self.losses(), self._training, self._state.step
+        real_loss, fake_loss, generator_loss = losses.mean(0).tolist()
+        seconds = time.monotonic() - self._started
+        self.elapsed_seconds += seconds
+        iterations = training.critic_iterations(step - len(losses), step)
+        line = {
+            "step": step,
+            "critic_loss": (real_loss + fake_loss) / 2,
+            "generator_loss": generator_loss,
+            **{f"{name}_grad_norm": norm for name, norm in self._gradient_norms().items()},
+            **self._clipped_share(),
+            "images_per_second": iterations * training.batch_size / seconds,
+            "data_wait_seconds": wait_seconds,
+            "elapsed_seconds": self.elapsed_seconds,
+            "evaluation_seconds": self.evaluation_seconds,
+            **self._compare_ranks(step, len(losses), wait_seconds),
+        }
+        if estimates_wasserstein:
+            line["wasserstein_estimate"] = -(real_loss + fake_loss)
+        if self._runtime.ranks.is_main:
+            with self._runtime.tolerating(f"step {step}: metrics"):
+                self._folder.append_metrics(line)
+        with self._runtime.tolerating(f"step {step}: trackers"):
+            self._runtime.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=step)
+        self._warn_of_growth()
+        self.begin()
+        return {"critic": f"{line['critic_loss']:.4f}", "generator": f"{generator_loss:.4f}"}
+
+    def _reduce(self) -> Tensor:
+        """Returns (steps + 1, 3) on the CPU: the losses of the global batches, then the norms of the critic's and the
+        generator's gradients as their last updates took them. Norms are equal on all ranks, unless one is faulty."""
+        if self._reduced is None:
+            norms = self._losses[-1].new_zeros(3)
+            for index, network in enumerate((self._state.critic, self._state.generator)):
+                gradients = [weight.grad for weight in network.parameters() if weight.grad is not None]
+                norms[index] = torch.nn.utils.get_total_norm(gradients)
+            self._reduced = self._runtime.ranks.mean(torch.stack([*self._losses, norms])).cpu()
+        return self._reduced
+
+    def _gradient_norms(self) -> dict[str, float]:
+        return dict(zip(self._recent_norms, self._reduce()[-1].tolist(), strict=False))
+
+    def _warn_of_growth(self) -> None:
+        """Warns once when a network's gradients are far larger than they have recently been.
+
+        A clip, RMSprop and Adam hide the size of gradients from the weights: losses look right for hundreds of steps.
+        """
+        for name, norm in self._gradient_norms().items():
+            usual = [value for value in self._recent_norms[name] if 0 < value < inf]
+            self._recent_norms[name].append(norm)
+            if len(usual) < FEW_LINES or not GROWTH * median(usual) < norm < inf:
+                self._growing.discard(name)
+            elif name not in self._growing:
+                self._growing.add(name)
+                self._runtime.print(
+                    f"step {self._state.step}: the norm of the {name}'s gradients is {norm:.3g}, more than {GROWTH:,} "
+                    f"times the median {median(usual):.3g} of the last {len(usual)} lines: if it goes on growing, "
+                    "lower the learning rates"
+                )
+
+    def _clipped_share(self) -> dict[str, float]:
+        """Returns which share of the critic's weights lies at the bounds of the clip, equal on all ranks."""
+        if (clip_value := self._training.clip_value) is None:
+            return {}
+        parameters = [parameter.detach() for parameter in self._state.critic.parameters()]
+        bound = parameters[0].new_tensor(clip_value)
+        clipped = sum(int((parameter.abs() >= bound).sum()) for parameter in parameters)
+        return {"clipped_fraction": clipped / sum(parameter.numel() for parameter in parameters)}
+
+    def _compare_ranks(self, step: int, steps: int, wait_seconds: float) -> dict[str, float]:
+        """Returns the least and the greatest of the ranks' busy seconds a step, and whose the greatest are. A rank that
+        is slow in two lines in a row is named once.
+
+        Ranks wait for each other in every collective, so by the clock each is as slow as the slowest. On a CPU a thread
+        sleeps in that wait, so its busy time is what it ran or queued for a core, and its wait for data. A GPU spins in
+        that wait, which cannot be told from work: there is no comparison.
+        """
+        ranks = self._runtime.ranks
+        if self._clock is None:
+            return {}
+        waited = wait_seconds / steps
+        shares = ranks.gather((self._busy_seconds / steps + waited, waited, os.uname().nodename))
+        busy, all_waited, hosts = zip(*shares, strict=True)
+        slowest, usual = max(range(ranks.world_size), key=busy.__getitem__), median_low(busy)
+        is_slow = busy[slowest] > SLOW_RANK * usual
+        self._slow_lines = is_slow * (1 + self._slow_lines * (slowest == self._slowest))
+        self._slowest = slowest
+        if self._slow_lines == 2:
+            self._runtime.print(
+                f"step {step}: rank {slowest} on {hosts[slowest]} is slow, the others wait for it: "
+                f"{busy[slowest]:.3g} s of its own a step, of which it waits {all_waited[slowest]:.3g} s for data; "
+                f"the median of the ranks is {usual:.3g} s"
+            )
+        return {"rank_seconds_min": min(busy), "rank_seconds_max": max(busy), "slowest_rank": slowest}
+
+
+def profiled(
+    take_step: Callable[[], None], run: RunConfig, state: TrainingState, runtime: Runtime, folder: RunFolder
+) -> Callable[[], None]:
+    """Returns `take_step`, which takes the state one step on, traced in the steps that `run.profile` names.
+
+    The trace says what each operation took on the CPU and on the GPU, and each step is a span "step N" in it. After the
+    last one every rank writes a file in Chrome's format, compressed. A run that goes on from a step among or after them
+    is not traced, so that the same command can be queued again.
+    """
+    if run.profiled_steps is None:
+        return take_step
+    first, last = run.profiled_steps
+    if state.step >= first:
+        runtime.print(f"run.profile is {run.profile}, but the run goes on from step {state.step}: no trace")
+        return take_step
+    on_gpu = [ProfilerActivity.CUDA] if runtime.device.type == "cuda" else []
+    profiler = profile(activities=[ProfilerActivity.CPU, *on_gpu], record_shapes=True, acc_events=True)
+
+    def take_traced_step() -> None:
+        step = state.step + 1
+        if not first <= step <= last:
+            return take_step()
+        if step == first:
+            profiler.start()
+        with record_function(f"step {step}"):
+            take_step()
+        if step == last:
+            profiler.stop()
+            with runtime.tolerating(f"steps {first} to {last}: profile"):
+                path = folder.profile(first, last, runtime.ranks.rank)
+                with replacing(path) as temporary, NamedTemporaryFile(suffix=".json.gz") as trace:
+                    profiler.export_chrome_trace(trace.name)  # compressed because of the name's end
+                    shutil.copyfile(trace.name, temporary)
+                runtime.print(f"profile: {path} opens in ui.perfetto.dev or chrome://tracing")
+        return None
+
+    return take_traced_step
