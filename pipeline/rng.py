@@ -1,7 +1,10 @@
-"""Contract 1: every random number is a function of (seed, purpose, counters), so no RNG state is ever saved.
+"""Every random number of a run, as a function of (seed, purpose, counters), so that no generator's state is ever saved.
 
-Contract 2: the global batch is drawn whole and then sliced, so it does not depend on the world size. Drawing all of it
-on every rank costs 25 microseconds at 64 x 100 latents.
+Batches are drawn whole and then sliced, so they do not depend on the number of ranks. Drawing all of a batch on every
+rank costs 25 microseconds at 64 x 100 latents.
+
+`rows` are a rank's rows of the global batch of `batch_size`, b of them. `step` and `critic_index` (the iteration in it)
+count from 0.
 """
 
 from __future__ import annotations
@@ -12,44 +15,44 @@ import numpy as np
 import torch
 
 EVALUATION_BLOCK = 256
-"""Evaluation latents drawn at once; changing it changes every evaluation image."""
+"""Number of evaluation latents that are drawn at once. Changing it changes every evaluation image."""
 AUGMENTATION_DRAWS = 7
-"""Numbers that an image takes whatever is done to it: brightness, saturation, contrast, and rows and columns of a
-translation and of a cutout."""
+"""Number of draws for each image, whichever changes are made: brightness, saturation, contrast, and rows and columns of
+a translation and of a cutout."""
 
 
 def seeded(seed: int, purpose: str, *counters: int) -> torch.Generator:
-    """A CPU generator that depends on its arguments alone: the same in every process and Python version.
+    """Returns a CPU generator that depends on its arguments alone: the same in every process and Python version.
 
-    `purpose` separates independent uses of the same counters. The hash gives 64 bits; torch's CPU generator keeps the
-    lower 32 of them, so among the 240,000 generators of a long run a few pairs coincide, which correlates nothing.
+    `purpose` separates independent uses of the same counters. The hash gives 64 bits, of which torch's CPU generator
+    keeps the lower 32. So among the 240,000 generators of a long run a few pairs coincide, which does no harm.
     """
     digest = blake2b(repr((int(seed), purpose, *map(int, counters))).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 def fresh_seed(seed: int) -> int:
-    """The seed of evaluation images that have no part in a run of `seed`: what those chose is reported on these."""
+    """Returns the seed of evaluation images that a run of `seed` does not use. A checkpoint that is chosen by its
+    scores on the run's images is reported with scores on these, which are not biased by the choice."""
     return seeded(seed, "fresh evaluation images").initial_seed() % 2**31
 
 
 def critic_latents(
     seed: int, step: int, critic_index: int, batch_size: int, latent_dim: int, rows: slice
 ) -> torch.Tensor:
-    """Latents of critic iteration `critic_index` of `step`: float32 [b, latent_dim] uniform in [-1, 1], the rows
-    `rows` of the global batch of `batch_size`."""
+    """Draws latents of a critic iteration: float32 (b, latent_dim) uniform in [-1, 1]."""
     return _uniform(seeded(seed, "critic latents", step, critic_index), batch_size, latent_dim)[rows]
 
 
 def generator_latents(seed: int, step: int, batch_size: int, latent_dim: int, rows: slice) -> torch.Tensor:
-    """Latents of the generator update of `step`: float32 [b, latent_dim] uniform in [-1, 1]."""
+    """Draws latents of the generator's update: float32 (b, latent_dim) uniform in [-1, 1]."""
     return _uniform(seeded(seed, "generator latents", step), batch_size, latent_dim)[rows]
 
 
 def evaluation_latents(seed: int, start: int, stop: int, latent_dim: int) -> torch.Tensor:
-    """Latents of evaluation images start, ..., stop - 1: float32 [stop - start, latent_dim] uniform in [-1, 1].
+    """Draws latents of evaluation images start, ..., stop - 1: float32 (stop - start, latent_dim) uniform in [-1, 1].
 
-    Row i depends on (seed, i) alone, whatever range it is asked for in.
+    The latent of image i depends on (seed, i) alone, whatever the range.
     """
     first_block = start // EVALUATION_BLOCK
     blocks = [
@@ -65,52 +68,55 @@ def evaluation_latents(seed: int, start: int, stop: int, latent_dim: int) -> tor
 def critic_labels(
     seed: int, step: int, critic_index: int, batch_size: int, num_classes: int, rows: slice
 ) -> torch.Tensor:
-    """Classes asked of the generator in a critic iteration: int64 [b], uniform over the classes."""
+    """Draws the labels of the generator's images in a critic iteration: int64 (b,), uniform over the classes."""
     return _classes(seeded(seed, "critic labels", step, critic_index), batch_size, num_classes)[rows]
 
 
 def generator_labels(seed: int, step: int, batch_size: int, num_classes: int, rows: slice) -> torch.Tensor:
-    """Classes asked of the generator in its own update: int64 [b], uniform over the classes."""
+    """Draws the labels of the generator's images in its own update: int64 (b,), uniform over the classes."""
     return _classes(seeded(seed, "generator labels", step), batch_size, num_classes)[rows]
 
 
 def evaluation_labels(start: int, stop: int, num_classes: int) -> torch.Tensor:
-    """Classes of evaluation images start, ..., stop - 1: int64, every class in turn."""
+    """Returns the labels of evaluation images start, ..., stop - 1: int64, every class in turn."""
     return torch.arange(start, stop) % num_classes
 
 
 def penalty_mix(seed: int, step: int, critic_index: int, batch_size: int, rows: slice) -> torch.Tensor:
-    """Where between fake and real the gradient penalty is taken: float32 [b] uniform in [0, 1]."""
+    """Draws where between fake and real images the gradient penalty is taken: float32 (b,) uniform in [0, 1]."""
     return torch.rand(batch_size, generator=seeded(seed, "penalty mix", step, critic_index))[rows]
 
 
 def data_indices(seed: int, batch_number: int, batch_size: int, num_images: int) -> torch.Tensor:
-    """Real images of a global critic batch: int64 [batch_size], uniform with replacement as the reference draws."""
+    """Draws the real images of a global critic batch: int64 (batch_size,), uniform with replacement as in the
+    reference."""
     return torch.randint(num_images, (batch_size,), generator=seeded(seed, "data indices", batch_number))
 
 
 def horizontal_flips(seed: int, batch_number: int, batch_size: int, rows: slice) -> torch.Tensor:
-    """Which real images of a global critic batch are flipped left to right: bool [b], each at even odds."""
+    """Draws which real images of a critic batch are flipped left to right: bool (b,), at even odds."""
     return torch.rand(batch_size, generator=seeded(seed, "horizontal flips", batch_number))[rows] < 0.5
 
 
 def critic_augmentation(seed: int, step: int, critic_index: int, batch_size: int, rows: slice) -> torch.Tensor:
-    """What DiffAugment changes the real and the fake images of a critic iteration by: float32
-    [2, b, AUGMENTATION_DRAWS] uniform in [0, 1)."""
+    """Draws DiffAugment's changes of the real and the fake images of a critic iteration: float32
+    (2, b, AUGMENTATION_DRAWS) uniform in [0, 1)."""
     generator = seeded(seed, "critic augmentation", step, critic_index)
     return torch.rand(2, batch_size, AUGMENTATION_DRAWS, generator=generator)[:, rows]
 
 
 def generator_augmentation(seed: int, step: int, batch_size: int, rows: slice) -> torch.Tensor:
-    """The same for the images of the generator's update: float32 [b, AUGMENTATION_DRAWS] uniform in [0, 1)."""
+    """Draws DiffAugment's changes of the images of the generator's update: float32 (b, AUGMENTATION_DRAWS) uniform in
+    [0, 1)."""
     return torch.rand(batch_size, AUGMENTATION_DRAWS, generator=seeded(seed, "generator augmentation", step))[rows]
 
 
 def sampling_order(indices: torch.Tensor) -> torch.Tensor:
-    """Places of images in a fixed random order, to keep the first so many of any set: int64 [n] -> int64 [n].
+    """Returns the places of images in a fixed random order: int64 (n,) -> int64 (n,). The images with the lowest places
+    are a random sample of any set.
 
-    A bijection (the finaliser of splitmix64, Steele et al. 2014), so no two indices share a place. It takes no seed:
-    the images that stand for a real split are the same in every evaluation.
+    It is a bijection (the finaliser of splitmix64, Steele et al. 2014), so no two indices share a place. It takes no
+    seed, so the sample that stands for a real split is the same in every evaluation.
     """
     mixed = indices.cpu().numpy().astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,7 +1,7 @@
 """Faster forms of the networks' layers on a CPU. They compute what the stock layers compute, to rounding.
 
-`use_cpu_kernels(network)` puts them in from outside: the networks do not know of them. What each gains is measured by
-`pipeline/benchmark.py` ("kernels"); a form that gains less than 5 % of its layer's time has no place here.
+`use_cpu_kernels(network)` adds them to networks that know nothing of them. `pipeline/benchmark.py` measures what each
+gains ("kernels"); a form that gains less than 5 % of its layer's time has no place here.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ HALF = KERNEL // 2
 CPU_LANES = 16
 """float32 numbers of a vector register."""
 LARGE_KERNEL, LARGEST_SMALL_SIDE = 2**18, 6
-"""Numbers of a kernel that a cache does not hold beside its images; pixels a side up to which much of what they are
-multiplied with is padding."""
+"""The size of a kernel, in numbers, that a cache does not hold beside its images; and the side of maps, in pixels, up
+to which much of what it multiplies is padding."""
 PAIR_TAPS = 1 + 2 * torch.arange(3).view(3, 1, 1) + torch.arange(2).view(2, 1) - torch.arange(2)
-"""(3, 2, 2): which tap of a kernel's row (with a zero at either end) connects pixel p of the input pair m - 1 pairs
-away with pixel q of an output pair."""
+"""(3, 2, 2): element [m, p, q] says which tap of a kernel's row (with a zero at either end) connects pixel p of the
+input pair m - 1 pairs away with pixel q of an output pair."""
 
 
 def use_cpu_kernels(network: nn.Module) -> None:
-    """Gives each layer for which there is a faster form that form; parameters and state dict stay as they are."""
+    """Replaces the forward pass of each layer that has a faster form; parameters and state dict stay as they are."""
     for layer in network.modules():
         if (form := faster_form(layer)) is not None:
             layer.forward = partial(form, layer)
 
 
 def faster_form(layer: nn.Module) -> Callable[..., Tensor] | None:
-    """The function (layer, images) -> outputs to use in place of the layer's own forward, or None."""
+    """Returns the function (layer, images) -> outputs that replaces the layer's own forward pass, or None."""
     if isinstance(layer, nn.ConvTranspose2d) and layer.stride == (2, 2) and layer.output_padding == (1, 1):
         return transposed_convolution
     if isinstance(layer, nn.Conv2d) and layer.stride == (1, 1) and layer.kernel_size == (KERNEL, KERNEL):
@@ -44,22 +44,21 @@ def faster_form(layer: nn.Module) -> Callable[..., Tensor] | None:
             return convolution_by_taps
         if layer.out_channels < CPU_LANES:
             return convolution_on_pairs
-        # On Xeons with AMX it gains; on an EPYC without it a step lost 5 %.
+        # A reference step gains 11 to 15 % by it on Xeons with AMX, and lost 5 % on an EPYC without.
         if layer.weight.numel() >= LARGE_KERNEL and has_matrix_tiles():
             return convolution_by_products
     return None
 
 
 def _on_plain_cpu(images: Tensor) -> bool:
-    """Without autocast, under which operands have different types and torch's own functions choose."""
+    """Returns whether to use a form of ours: not under autocast, where operands differ in type and torch's functions
+    choose one."""
     return images.is_cpu and not torch.is_autocast_enabled("cpu")
 
 
 def convolution_by_taps(layer: nn.Conv2d, images: Tensor) -> Tensor:
-    """As a matrix product: what each pixel adds to each of the 25 around it, summed up where it belongs.
-
-    For few channels out of many that takes half of a convolution's time.
-    """
+    """Computes a convolution as one matrix product, of what each pixel adds to each of the 25 around it, and adds that
+    up there (`fold`). From many channels to few it takes half the time of torch's."""
     towards = layer.weight.flip(2, 3).permute(0, 2, 3, 1).reshape(-1, layer.in_channels, 1, 1)
     assert layer.bias is not None
     return (
@@ -68,10 +67,11 @@ def convolution_by_taps(layer: nn.Conv2d, images: Tensor) -> Tensor:
 
 
 def convolution_on_pairs(layer: nn.Conv2d, images: Tensor) -> Tensor:
-    """With pairs of pixels in a row taken as one pixel of twice the channels: (n, 2 in, h, w / 2), in channels-last
-    memory the same bytes.
+    """Computes a convolution on pairs of pixels of a row, each taken as one pixel of twice the channels: images become
+    (n, 2 in, h, w / 2), which are the same bytes in channels-last memory.
 
-    A CPU's kernels leave lanes empty for few channels; on the pairs they do a fifth more work in up to 30 % less time.
+    For few output channels a CPU's kernels leave lanes of their vectors empty. On pairs they do a fifth more work in up
+    to 30 % less time.
     """
     num_images, channels, height, width = images.shape
     if width % 2:
@@ -86,8 +86,8 @@ def convolution_on_pairs(layer: nn.Conv2d, images: Tensor) -> Tensor:
 
 
 def convolution_by_products(layer: nn.Conv2d, images: Tensor) -> Tensor:
-    """As matrix products of parts of the operands, which leave out the padding: on maps of 4 x 4 half to
-    two thirds of the time."""
+    """Computes a convolution as matrix products of parts of the operands, which leave out the padding. On maps of 4 x 4
+    it takes half to two thirds of the time of torch's."""
     if not _on_plain_cpu(images) or max(images.shape[2:]) > LARGEST_SMALL_SIDE:
         return F.conv2d(images, layer.weight, layer.bias, padding=HALF)
     outputs: Tensor = _ConvolutionByProducts.apply(images, layer.weight, layer.bias)
@@ -95,7 +95,8 @@ def convolution_by_products(layer: nn.Conv2d, images: Tensor) -> Tensor:
 
 
 class _ConvolutionByProducts(torch.autograd.Function):
-    """On rows (h * n, w * channels) of maps, row 0 of all n first, and the kernel (out, KERNEL, KERNEL * in)."""
+    """The products on maps as rows (h * n, w * channels), row 0 of all n first, and a kernel (out, KERNEL,
+    KERNEL * in)."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ class _ConvolutionByProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         images, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a gradient penalty differentiates once more, and torch knows how
+        if torch.is_grad_enabled():  # for a gradient penalty, which differentiates once more: torch's own does that
             rest = [len(weight)], [1, 1], [HALF, HALF], [1, 1], False, [0, 0], 1, ctx.needs_input_grad
             gradients: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(upstream, images, weight, *rest)
             return gradients
@@ -128,14 +129,14 @@ class _ConvolutionByProducts(torch.autograd.Function):
 
 
 def _rows(images: Tensor) -> Tensor:
-    """(n, c, h, w) -> (h * n, w * c)."""
+    """Returns images (n, c, h, w) as rows (h * n, w * c)."""
     n, c, h, w = images.shape
     return images.permute(2, 0, 3, 1).reshape(h * n, w * c)
 
 
 def _products(shape: Sequence[int], out_channels: int) -> Iterator[tuple[Any, Any, Any]]:
-    """For every column of outputs and every row of the kernel: which part of the inputs' rows times which part of the
-    kernel adds to which part of the outputs' rows."""
+    """Yields, for every column of outputs and every row of the kernel, which part of the inputs' rows is multiplied
+    with which part of the kernel, and to which part of the outputs' rows the product is added."""
     n, in_channels, height, width = shape
     for column in range(width):
         first, last = max(0, HALF - column), min(KERNEL, HALF - column + width)
@@ -149,8 +150,8 @@ def _products(shape: Sequence[int], out_channels: int) -> Iterator[tuple[Any, An
 
 
 def transposed_convolution(layer: nn.ConvTranspose2d, images: Tensor) -> Tensor:
-    """With the gradient of its kernel taken as that of the convolution in the other direction: two thirds of the time
-    that torch's own takes."""
+    """Computes a transposed convolution, and the gradient of its kernel as that of the convolution in the other
+    direction, which takes two thirds of the time of torch's own."""
     if torch.is_grad_enabled() and _on_plain_cpu(images):
         outputs: Tensor = _TransposedConvolution.apply(images, layer.weight, layer.bias)
         return outputs

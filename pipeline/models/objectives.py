@@ -1,7 +1,7 @@
-"""What critic and generator minimise: pure functions of scores, chosen once by name.
+"""What critic and generator minimise: losses as pure functions of scores, chosen once by name, and penalties.
 
-Scores are (n,) tensors of the critic's unbounded outputs; every loss is a mean over the batch, so the mean of the
-losses of equal slices is the loss of the whole batch.
+Scores are (n,) tensors of the critic's unbounded outputs. Every loss is a mean over the batch, so the mean of the
+losses of equal slices, of ranks or of micro-batches, is the loss of the whole batch.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from pipeline.config import TrainingConfig, import_object
 from pipeline.errors import UserError
 
 ScoreLoss = Callable[[Tensor], Tensor]
+"""Takes scores (n,) to a loss ()."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The parts in which one GAN differs from another."""
+    """The losses of a GAN, and what else distinguishes it from others."""
 
     real_loss: ScoreLoss
     """The critic's loss on real scores."""
@@ -32,14 +33,14 @@ class Objective:
     joint_weight: float = 1.0
     """Factor of real_loss + fake_loss in a joint update (0.5 where the paper averages over both)."""
     clips: bool = False
-    """The critic's parameters must be clipped (training.clip_value), or its weights normalised
+    """Whether the critic's parameters must be clipped (training.clip_value), or its weights normalised
     (training.spectral_norm)."""
     penalises: bool = False
-    """A gradient penalty is added (training.gradient_penalty)."""
+    """Whether a gradient penalty is added (training.gradient_penalty)."""
     estimates_wasserstein: bool = False
-    """-(real_loss + fake_loss) estimates the Wasserstein-1 distance up to the critic's Lipschitz constant."""
+    """Whether -(real_loss + fake_loss) estimates the Wasserstein-1 distance, up to the critic's Lipschitz constant."""
     classifies: bool = False
-    """The critic also predicts the class, and generator and critic both minimise its cross-entropy."""
+    """Whether the critic also predicts the class; generator and critic then both minimise its cross-entropy."""
 
 
 def _towards(target: float) -> ScoreLoss:
@@ -80,10 +81,10 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def gradient_penalty(scores: Tensor, images: Tensor) -> Tensor:
-    """mean((||d score / d image||_2 - 1)^2), the penalty of Gulrajani et al. 2017, eq. 3, without its weight.
+    """Returns mean((||d score / d image||_2 - 1)^2), the penalty of Gulrajani et al. 2017, eq. 3, without its weight.
 
     Args:
-        scores: (n,) critic scores of `images`, still attached to their graph.
+        scores: (n,) critic scores of `images`, with their graph.
         images: (n, C, H, W), a leaf that requires grad.
     """
     (gradients,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
@@ -93,33 +94,37 @@ def gradient_penalty(scores: Tensor, images: Tensor) -> Tensor:
 
 
 def r1_penalty(scores: Tensor, images: Tensor) -> Tensor:
-    """mean(||d score / d image||_2^2), the penalty of Mescheder et al. 2018, eq. 9, without its weight gamma / 2.
+    """Returns mean(||d score / d image||_2^2), the penalty of Mescheder et al. 2018, eq. 9, without its weight
+    gamma / 2.
 
     Args:
-        scores: (n,) critic scores of real images, still attached to their graph.
-        images: (n, C, H, W) those images, a leaf that requires grad.
+        scores: (n,) critic scores of real images, with their graph.
+        images: (n, C, H, W), those images, a leaf that requires grad.
     """
     (gradients,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
     return gradients.square().flatten(1).sum(1).mean()
 
 
 def with_class_loss(loss: Tensor, logits: Tensor | None, labels: Tensor) -> Tensor:
-    """A loss plus the class head's cross-entropy, if there is one: logits (n, num_classes), labels int64 (n,)."""
+    """Adds the cross-entropy of the class head to a loss, if there is one: logits (n, num_classes), labels int64
+    (n,)."""
     return loss if logits is None else loss + F.cross_entropy(logits, labels)
 
 
 def choose(training: TrainingConfig) -> Objective:
-    """The objective that the configuration names.
+    """Returns the objective that the configuration names.
 
     Raises:
         UserError: the name is unknown, or another key contradicts it.
     """
     name = training.objective
-    objective = _import(name) if ":" in name else OBJECTIVES.get(name)
+    objective = import_object("training.objective", name) if ":" in name else OBJECTIVES.get(name)
     if objective is None:
         raise UserError(
             f"training.objective is {name!r}: choose one of {', '.join(OBJECTIVES)}, or give module:NAME of your own"
         )
+    if not isinstance(objective, Objective):
+        raise UserError(f"training.objective is {name!r}: that is a {type(objective).__name__}, not an Objective")
     for wanted, key in ((objective.clips, "clip_value"), (objective.penalises, "gradient_penalty")):
         value = getattr(training, key)
         if wanted and value is None and not (key == "clip_value" and training.spectral_norm):
@@ -129,10 +134,3 @@ def choose(training: TrainingConfig) -> Objective:
     if (objective.penalises or training.r1_penalty is not None) and training.critic_updates == "separate":
         raise UserError("training.critic_updates is separate: a gradient penalty needs joint updates")
     return objective
-
-
-def _import(name: str) -> Objective:
-    found = import_object("training.objective", name)
-    if not isinstance(found, Objective):
-        raise UserError(f"training.objective is {name!r}: that is a {type(found).__name__}, not an Objective")
-    return found

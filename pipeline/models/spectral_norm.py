@@ -1,9 +1,8 @@
-"""Spectral normalisation of the critic (Miyato et al. 2018, 1802.05957), put in from outside: the network does not know
-of it.
+"""Spectral normalisation of the critic (Miyato et al. 2018, 1802.05957), added to a network that knows nothing of it.
 
 torch.nn.utils.parametrizations.spectral_norm takes a power iteration in every forward pass of training, so also in each
-micro-batch and in the generator's update, and begins with torch's global random numbers. Here it is one for each update
-of the critic, and the beginning is a function of the seed.
+micro-batch and in the generator's update, and starts from torch's global random numbers. Here there is one iteration
+for each update of the critic, and its start is a function of the seed.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 FIRST_ITERATIONS = 15
-"""Power iterations before the first update, as in torch's own: u is random at first."""
+"""Power iterations before the first update, as torch's takes them, because u is random at first."""
 SINGULAR_VECTORS = (".u", ".v")
-"""What the names of the buffers end with."""
+"""The ends of the buffers' names."""
 
 
 class SpectralNorm(nn.Module):
-    """W -> W / (u^T W v), a weight's matrix of outputs by all else; u and v, of length 1, tend to the singular vectors
-    of its largest singular value (Algorithm 1 there). The gradient takes them as constants."""
+    """Divides a weight W, as a matrix of output channels by everything else, by u^T W v. The unit vectors u and v tend
+    to the singular vectors of its largest singular value (Algorithm 1 there). Gradients take them as constants."""
 
     u: Tensor
     v: Tensor
@@ -36,38 +35,39 @@ class SpectralNorm(nn.Module):
             self.iterate(weight)
 
     def forward(self, weight: Tensor) -> Tensor:
-        # No matrix product, whose precision autocast would lower.
+        # Not as a matrix product, because autocast would lower its precision.
         return weight / (torch.outer(self.u, self.v) * _matrix(weight)).sum()
 
     @torch.no_grad()
     def iterate(self, weight: Tensor) -> None:
-        """One power iteration."""
+        """Takes one power iteration."""
         matrix = _matrix(weight)
         self.v.copy_(F.normalize(self.u @ matrix, dim=0))
         self.u.copy_(F.normalize(matrix @ self.v, dim=0))
 
 
 def _matrix(weight: Tensor) -> Tensor:
-    """With columns in the order of a convolution's channels-last memory, so that neither it nor its gradient moves."""
+    """Returns a weight as a matrix. Its columns are in the order of a convolution's channels-last memory, so that
+    neither the weight nor its gradient is copied."""
     return weight.movedim(1, -1).flatten(1)
 
 
 def use_spectral_norm(critic: nn.Module, random: torch.Generator) -> None:
-    """Divides every weight of the critic's linear layers and convolutions by its spectral norm from here on. Its
-    parameters are then called NAME.parametrizations.weight.original; u and v are buffers beside them."""
+    """Divides every weight of the critic's linear layers and convolutions by its spectral norm from now on. The weight
+    itself becomes the parameter NAME.parametrizations.weight.original, with the buffers u and v beside it."""
     for layer in list(critic.modules()):
         if isinstance(layer, nn.Linear | nn.Conv2d):
             parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight.detach(), random))
 
 
 def norms(critic: nn.Module) -> list[tuple[SpectralNorm, Tensor]]:
-    """Those in place, each with its weight before the division."""
+    """Returns the critic's spectral norms, each with its weight before the division."""
     places = (module for module in critic.modules() if isinstance(module, parametrize.ParametrizationList))
     return [(cast(SpectralNorm, place[0]), place.original) for place in places]
 
 
 def raw_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with the weights before the division, under the names that they have without it."""
+    """Returns a state dict with the weights before the division, under the names that they have without it."""
     return {
         name.replace("parametrizations.weight.original", "weight"): tensor
         for name, tensor in tensors.items()
@@ -76,7 +76,7 @@ def raw_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def follow_update(critic: nn.Module) -> None:
-    """Takes one power iteration for each normalised weight. It belongs between an update of the critic, the clip
-    included, and the next forward pass, which then divides by the norm of the weights that it uses."""
+    """Takes one power iteration for each normalised weight. Its place is after an update of the critic and the clip,
+    and before the next forward pass, which then divides by the norm of the weights that it uses."""
     for norm, weight in norms(critic):
         norm.iterate(weight)

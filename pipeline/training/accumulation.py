@@ -142,12 +142,8 @@ class AccumulatingGenerator:
                 if index == depth:
                     return images.to(latents.dtype)
                 assert isinstance(norm, nn.BatchNorm2d)
-                images = convolution(F.relu(_normalise(norm, images, statistics[index])))
+                mean, variance, _ = statistics[index]
+                scale = norm.weight * torch.rsqrt(variance + norm.eps)
+                normalised = (images - mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]
+                images = convolution(F.relu(normalised))
             return torch.sigmoid(images).to(latents.dtype)
-
-
-def _normalise(norm: nn.BatchNorm2d, images: Tensor, statistics: Statistics) -> Tensor:
-    scale = norm.weight * torch.rsqrt(statistics.variance + norm.eps)
-    centred = images - statistics.mean[:, None, None]
-    normalised: Tensor = centred * scale[:, None, None] + norm.bias[:, None, None]
-    return normalised

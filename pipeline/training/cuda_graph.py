@@ -18,8 +18,7 @@ WARM_UP_STEPS = 11
 
 class _Capture(NamedTuple):
     inputs: StepInputs
-    graph: torch.cuda.CUDAGraph | None
-    """None without a CUDA device."""
+    graph: torch.cuda.CUDAGraph
     losses: Tensor
     gradients: list[tuple[nn.Parameter, Tensor | None]]
     """The networks' parameters, each with the gradient that this graph writes."""
@@ -29,12 +28,12 @@ class CapturedStep:
     """The same step, replayed as a graph, on inputs that stay where they are in memory.
 
     The first step with each number of critic iterations (a burn-in has a graph of its own) is captured, on the
-    runtime's stream for it. Without a CUDA device steps are taken as they are.
+    runtime's stream for it.
     """
 
     def __init__(self, step: StepFunction, state: TrainingState, runtime: Runtime) -> None:
         self._step, self._state, self._stream = step, state, runtime.capture_stream
-        self._captures: dict[int, _Capture] = {}
+        self._captures: dict[int, _Capture] = {}  # by the number of critic iterations
         self._graphs: list[torch.cuda.CUDAGraph] = []
         # NCCL does not end while a graph holds its collectives, so the graphs go first, after an error too.
         runtime.before_close.callback(self._reset)
@@ -42,13 +41,10 @@ class CapturedStep:
     def __call__(self, inputs: StepInputs) -> Tensor:
         iterations = len(inputs.real)
         if iterations not in self._captures:
-            captured = _Capture(inputs, None, torch.empty(0), []) if self._stream is None else self._capture(inputs)
-            self._captures[iterations] = captured
+            self._captures[iterations] = self._capture(inputs)
         captured = self._captures[iterations]
         pairs = zip(inputs, captured.inputs, strict=True)
         assert all(new is known for new, known in pairs if isinstance(new, Tensor)), "a graph reads where they were"
-        if captured.graph is None:
-            return self._step(inputs)
         captured.graph.replay()
         for parameter, gradient in captured.gradients:
             parameter.grad = gradient  # for the log, which else would read what another graph has written

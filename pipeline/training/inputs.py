@@ -34,33 +34,22 @@ class Images(NamedTuple):
 class StepInputs(NamedTuple):
     """The inputs of one step for one rank, on the device.
 
-    k is the number of critic iterations, b a rank's share of the batch. Rates are tensors where steps are captured.
+    k is the number of critic iterations, b a rank's share of the batch. Floats have the type of the weights, labels are
+    int64. Rates are tensors where steps are captured.
     """
 
-    real: Tensor
-    """uint8 (k, b, C, H, W), mirrored."""
-    real_labels: Tensor
-    """int64 (k, b)."""
-    critic_latents: Tensor
-    """(k, b, latent_dim)."""
-    critic_labels: Tensor
-    """int64 (k, b), of the critic's generated images."""
-    mix: Tensor | None
-    """(k, b) in [0, 1], where the gradient penalty is taken; None without one."""
-    generator_latents: Tensor
-    """(b, latent_dim)."""
-    generator_labels: Tensor
-    """int64 (b,)."""
-    critic_rates: Sequence[float] | Tensor
-    """(k,), the critic's learning rates."""
-    generator_rates: Sequence[float] | Tensor
-    """(1,), the generator's."""
-    ema_weights: Sequence[float] | Tensor
-    """(1,), how far the moving average goes towards the generator."""
-    critic_augmentation: Tensor | None = None
-    """(k, 2, b, AUGMENTATION_DRAWS), of real and fake images; None without DiffAugment."""
-    generator_augmentation: Tensor | None = None
-    """(b, AUGMENTATION_DRAWS); None without DiffAugment."""
+    real: Tensor  # uint8 (k, b, C, H, W), mirrored
+    real_labels: Tensor  # (k, b)
+    critic_latents: Tensor  # (k, b, latent_dim)
+    critic_labels: Tensor  # (k, b), of the critic's generated images
+    mix: Tensor | None  # (k, b) in [0, 1], where the gradient penalty is taken; None without one
+    generator_latents: Tensor  # (b, latent_dim)
+    generator_labels: Tensor  # (b,)
+    critic_rates: Sequence[float] | Tensor  # (k,), the critic's learning rates
+    generator_rates: Sequence[float] | Tensor  # (1,), the generator's
+    ema_weights: Sequence[float] | Tensor  # (1,), how far the moving average goes towards the generator
+    critic_augmentation: Tensor | None = None  # (k, 2, b, AUGMENTATION_DRAWS): real and fake, with DiffAugment
+    generator_augmentation: Tensor | None = None  # (b, AUGMENTATION_DRAWS), with DiffAugment
 
 
 StepFunction = Callable[[StepInputs], Tensor]

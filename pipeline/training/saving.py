@@ -79,8 +79,8 @@ class Saver:
         with contextlib.suppress(OSError, IntegrityError):
             self.writer.finish()
         committed = self.writer.committed_step
-        kept = f"the last good checkpoint is step {committed}" if committed else "there is no checkpoint yet"
-        raise TrainingFailed(f"{reason}; {kept}")
+        remains = f"the last good checkpoint is step {committed}" if committed else "there is no checkpoint yet"
+        raise TrainingFailed(f"{reason}; {remains}")
 
     def _note_outcome(self, save: Callable[[], None]) -> None:
         try:

@@ -213,7 +213,7 @@ def build_step(config: Config, objective: Objective, state: TrainingState, runti
         layerwise = several and by_batch and isinstance(state.generator, Generator)
         generator = (LayerwiseStepGenerator if layerwise else StepGenerator)(state.generator, by_batch)
         step = Step(training, objective, state, runtime.wrap(state.critic), runtime.wrap(generator))
-    if runtime.captures:
+    if runtime.capture_stream is not None:
         from pipeline.training.cuda_graph import CapturedStep
 
         return CapturedStep(step, state, runtime)

@@ -63,8 +63,16 @@ class Trainer:
         self.step = build_step(config, self.objective, self.state, runtime)
         self.log = MetricsLog(training, self.state, runtime, self.folder)
         self.trackers = Trackers(config, runtime, self.folder)
-        self.scorer = self._build_scorer()
-        self.selection = self._build_selection()
+        self.scorer: Scorer | None = None
+        if config.evaluation.every:
+            from pipeline.evaluation.scorer import Scorer
+
+            self.scorer = Scorer(config.evaluation, self.dataset, runtime, training.seed)
+        self.selection: Selection | None = None
+        if config.run.keep_best:
+            from pipeline.evaluation.selection import Selection
+
+            self.selection = Selection(config)
         best_of = self.selection.best_of if self.selection else lambda steps: None
         self.saver = Saver(config, self.state, runtime, self._progress, self._damage, best_of)
         self._last_step = training.steps
@@ -95,7 +103,8 @@ class Trainer:
                     if self._due(run.log_every):
                         self._write_log()  # before the checkpoint: a resumed run writes the lines after it
                     if self._due(run.checkpoint_every) or (run.keep_best and self._due(self.config.evaluation.every)):
-                        self._save()
+                        self.saver.save()
+                        self._comment()
                     self._sample_and_evaluate()
                     if self.runtime.stop.agreed():
                         self._stop()
@@ -116,20 +125,6 @@ class Trainer:
         self.state.step += 1
 
     # -- beginning and end ---------------------------------------------------------------------------------------------
-
-    def _build_scorer(self) -> Scorer | None:
-        if not self.config.evaluation.every:
-            return None
-        from pipeline.evaluation.scorer import Scorer
-
-        return Scorer(self.config.evaluation, self.dataset, self.runtime, self.config.training.seed)
-
-    def _build_selection(self) -> Selection | None:
-        if not self.config.run.keep_best:
-            return None
-        from pipeline.evaluation.selection import Selection
-
-        return Selection(self.config)
 
     def _open_folder(self) -> None:
         from pipeline.export.images import row_names
@@ -191,10 +186,6 @@ class Trainer:
             self.saver.fail(fault)
         wait_seconds, self.inputs.wait_seconds = self.inputs.wait_seconds, 0.0
         self._bar.facts |= self.log.write(wait_seconds, self.objective.estimates_wasserstein)
-
-    def _save(self) -> None:
-        self.saver.save()
-        self._comment()
 
     def _progress(self) -> dict[str, Any]:
         from pipeline.export.generator_file import CLASS_NAMES
