@@ -154,7 +154,7 @@ class Step:
         if mix is not None:
             batch.append(torch.lerp(fake.pixels, real.pixels, mix.view(-1, 1, 1, 1)).requires_grad_())
         # One forward pass of two or three times the batch fills the matrix units better than one for each part, and
-        # takes half the launches and all-reduces. Scores depend on one image alone, so they are the same.
+        # takes half the launches and all-reduces. A score depends on its image alone, so it is the same.
         scores, logits = self.critic(torch.cat(batch))
         real_scores, fake_scores, *between_scores = scores.chunk(len(batch))
         real_logits, fake_logits = (None, None) if logits is None else logits.chunk(len(batch))[:2]
