@@ -7,7 +7,7 @@ from PIL import Image
 
 from pipeline import evaluate
 from pipeline.config import make_parser, parse
-from pipeline.data.decoding import add_options
+from pipeline.data.images import add_options
 from pipeline.distributed.launcher import run_program
 from pipeline.errors import UserError
 from pipeline.evaluation import TARGET

@@ -23,10 +23,10 @@ from webdataset import TarWriter
 from pipeline.checks.settings import Plan, check_run_folder
 from pipeline.config import Config, RunConfig, make_parser, parse, to_yaml
 from pipeline.data import Dataset, load_dataset
+from pipeline.data.dataset import Remarks
 from pipeline.data.images import open_images
-from pipeline.data.npz import load_npz
 from pipeline.data.prepare import index_shards
-from pipeline.data.remarks import Remarks
+from pipeline.data.prepare.npz import load_npz
 from pipeline.data.shards import read_shard
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError

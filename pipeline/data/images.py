@@ -1,29 +1,59 @@
-"""Images as people keep them: folders of image files, and .npz files (see npz.py)."""
+"""Images in files: the shape and the pixels of one, whatever Pillow's mode for it is, and the one size that many have.
+
+An image is read upright, opaque and in 8 bits. Of several frames it is the first; what is transparent lies on white; of
+16 bits the upper eight count, as Pillow has it with RGB. Colour profiles are not applied, nor does torchvision or
+torch-fidelity: the stored numbers are read.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+import struct
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from jsonargparse.typing import PositiveInt
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from pipeline.data.class_names import labels_of
-from pipeline.data.decoding import BROKEN_IMAGE, decode_image, file_shape
-from pipeline.data.folders import image_files
-from pipeline.data.manifest import MAX_VALUES, DataError, Dataset
-from pipeline.data.npz import load_npz
-from pipeline.data.remarks import Remarks
+from pipeline.data.dataset import MAX_VALUES, DataError, Dataset, ImageShape, Remarks
+from pipeline.data.shards import Images, Labels
 
-Images = npt.NDArray[np.uint8]
-Labels = npt.NDArray[np.int64]
-ImageShape = tuple[int, int, int]
+MAX_SIDE = 4096
+"""The largest side that images are resized to."""
+DEEP_MODES = {"I;16", "I;16L", "I;16B", "I;16N"}
+GREY_MODES = {"1", "L", "LA", "La"} | DEEP_MODES
+COLOUR_MODES = {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
+"""Pillow's other modes, I and F, hold 32-bit numbers whose range no file tells."""
+SIDEWAYS = {5, 6, 7, 8}
+"""EXIF orientations of images whose stored rows are columns."""
+BROKEN_IMAGE = (
+    *(OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, RuntimeError, struct.error),
+    Image.DecompressionBombError,
+)
+"""What Pillow raises for content that is not an image, or not all of one: its later frames raise nearly anything."""
 
-MAX_SIZE = 4096
-"""Largest side that images are resized to."""
+Pixels = Path | BinaryIO | npt.NDArray[np.uint8]
+"""One image: a file, or uint8 [C, H, W]."""
+
+
+class Resizing(NamedTuple):
+    """How images in files are brought to one size: by `crop` alone, by `size` alone, by the one and then the other."""
+
+    crop: int | None = None
+    """Side in pixels of the centre square that is cut out; the larger half of an odd rest is left out at the right and
+    at the bottom."""
+    size: int | None = None
+    """Side in pixels that what is there is resized to, after it is cropped to its centre square."""
+
+
+AS_STORED = Resizing()
 
 
 class Split(NamedTuple):
@@ -35,27 +65,164 @@ class Split(NamedTuple):
     read: Callable[[npt.NDArray[np.int64]], Images]
     """Indices [n] -> uint8 [n, C, H, W]."""
     files: Sequence[Path] = ()
-    """What is read, where that is files."""
+    """The files that are read, where that is known."""
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Adds the options --crop, --size and --max_pixels of images in files."""
+
+    def add(name: str, text: str, default: int | None = None) -> None:
+        parser.add_argument(name, type=PositiveInt, metavar="N", help=text, default=default)
+
+    add("--crop", "cut the centre square of N x N out of images in files first")
+    add("--size", "crop images in files to their centre square and resize it to N x N")
+    limit = Image.MAX_IMAGE_PIXELS
+    add("--max_pixels", f"of an image in a file (default: {limit:,}); more than twice as many are refused", limit)
+
+
+def file_shape(file: Path | BinaryIO, name: str, remarks: Remarks, *, decode: bool = False) -> ImageShape:
+    """Returns the shape of an encoded image as it is seen, of which only the header is read unless `decode`.
+
+    Counts in `remarks` what `decode_image` leaves out: further frames, a colour profile other than sRGB, the lower 8 of
+    16 bits. Raises DataError.
+    """
+    try:
+        with _opened(file) as image:
+            if image.mode not in GREY_MODES | COLOUR_MODES and not _is_deep(image):
+                raise DataError(f"{name} has pixels of mode {image.mode}: convert it to 8-bit grey or RGB")
+            if _is_deep(image):
+                remarks.add("read as 8 bits", "16-bit image", name)
+            if frames := getattr(image, "n_frames", 1) - 1:
+                remarks.add("left out", "further frame", name, frames)
+            if profile := _foreign_profile(image.info.get("icc_profile")):
+                remarks.add("left out", "colour profile", f"{profile} of {name}")
+            if decode:
+                image.load()
+            height, width = _upright_size(image)
+            return 3 if image.mode in COLOUR_MODES else 1, height, width
+    except Image.DecompressionBombError as error:
+        raise DataError(
+            f"{name}: {error} If you trust the file, give --max_pixels N (in Python: PIL.Image.MAX_IMAGE_PIXELS = N)"
+        ) from None
+    except UnidentifiedImageError:
+        raise DataError(f"{name} is damaged or not an image: Pillow recognises no format in it") from None
+    except BROKEN_IMAGE as error:
+        raise DataError(f"{name} is damaged or not an image: {error}") from None
+
+
+@contextmanager
+def _opened(file: Path | BinaryIO) -> Iterator[Image.Image]:
+    # Not by its name: Pillow then maps an uncompressed TIFF into memory, and one that lies on its side comes out mixed.
+    with file.open("rb") if isinstance(file, Path) else nullcontext(file) as stream, Image.open(stream) as image:
+        yield image
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    orientation = 1
+    if image.width != image.height:  # else a PNG would be decoded to know, as its EXIF may follow the pixels
+        with suppress(Exception):  # a damaged EXIF block raises nearly anything: there is no orientation then
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if orientation in SIDEWAYS and image.format != "TIFF":
+        return image.width, image.height
+    if orientation in SIDEWAYS:  # Pillow turns a TIFF itself, and in some versions only its size before it is loaded
+        image.load()
+    return image.height, image.width
+
+
+@lru_cache(maxsize=64)
+def _foreign_profile(profile: bytes | None) -> str:
+    """Returns the name of a colour profile; "" for that of sRGB or none."""
+    if not profile:
+        return ""
+    try:
+        name = ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(BytesIO(profile))).strip()
+    except (ImageCms.PyCMSError, OSError):
+        name = ""
+    return "" if "sRGB" in name else repr(name or "unknown")
+
+
+def _is_deep(image: Image.Image) -> bool:
+    # 16-bit grey; older versions of Pillow give such PNGs the mode of 32 bits, as all do with PGMs.
+    return image.mode in DEEP_MODES or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+
+def decode_image(image: Pixels, image_shape: ImageShape, resizing: Resizing = AS_STORED) -> npt.NDArray[np.uint8]:
+    """Returns uint8 [C, H, W], grey when C is 1 and RGB when C is 3.
+
+    Raises what BROKEN_IMAGE lists, and ValueError for another size than that of `image_shape` that is not resized.
+    """
+    channels, height, width = image_shape
+    if isinstance(image, np.ndarray):
+        pixels = Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
+    else:
+        with _opened(image) as file:
+            file.load()
+            with suppress(Exception):  # see _upright_size
+                ImageOps.exif_transpose(file, in_place=True)
+            pixels = _convert(file, "L" if channels == 1 else "RGB")
+    crop = resizing.crop
+    if not resizing.size and (crop or pixels.height, crop or pixels.width) != (height, width):
+        raise ValueError(f"an image is {pixels.height} x {pixels.width}, not {height} x {width}")
+    if crop:
+        left, top = (pixels.width - crop) // 2, (pixels.height - crop) // 2
+        pixels = pixels.crop((left, top, left + crop, top + crop))
+    if resizing.size:
+        pixels = ImageOps.fit(pixels, (width, height), Image.Resampling.LANCZOS)
+    return np.asarray(pixels).reshape(height, width, channels).transpose(2, 0, 1)
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    if _is_deep(image):
+        values = np.asarray(image)
+        grey = (values >> 8).astype(np.uint8)
+        grey[values == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(grey).convert(mode)
+    if image.mode == "La":  # which Pillow converts to nothing else
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    if image.mode == "LAB":
+        image = image.convert("RGB")
+    return image.convert(mode)
+
+
+def image_reader(
+    pixels_of: Callable[[int], tuple[str, Pixels]], image_shape: ImageShape, resizing: Resizing
+) -> Callable[[npt.NDArray[np.int64]], Images]:
+    """Returns a function that reads the images at indices int64 [n] as uint8 [n, C, H, W], and raises DataError naming
+    one that is damaged. `pixels_of` an index gives the image's name for that, and the image."""
+
+    def read(indices: npt.NDArray[np.int64]) -> Images:
+        images = np.empty((len(indices), *image_shape), np.uint8)
+        for row, index in enumerate(indices):
+            name, pixels = pixels_of(index)
+            try:
+                images[row] = decode_image(pixels, image_shape, resizing)
+            except BROKEN_IMAGE as error:
+                raise DataError(f"{name} is damaged: {error}") from None
+        return images
+
+    return read
 
 
 def common_shape(
-    found: Iterable[tuple[str, ImageShape, bool]],
+    shapes: Iterable[tuple[str, ImageShape, bool]],
     remarks: Remarks,
+    resizing: Resizing = AS_STORED,
     *,
-    crop: int | None = None,
-    size: int | None = None,
     channels: int | None = None,
 ) -> ImageShape:
-    """The one shape that images are read as, each given by its name, shape and whether it is encoded.
+    """Returns the one shape that images are read as, each given by its name, shape and whether it is encoded.
 
-    Encoded ones become `channels`, by default RGB if any of them is: those of the other kind are counted. `crop` and
-    `size` as in `decode_image`. Raises DataError naming the first that is not like those before it, or too small.
+    Encoded ones become `channels`, by default RGB if any of them is: those of the other kind are counted. Raises
+    DataError naming the first that is not like those before it, or too small to be cropped.
     """
-    if size is not None and not 4 <= size <= MAX_SIZE:
-        raise DataError(f"--size is {size}: it must lie between 4 and {MAX_SIZE}")
+    crop, size = resizing
+    if size is not None and not 4 <= size <= MAX_SIDE:
+        raise DataError(f"--size is {size}: it must lie between 4 and {MAX_SIDE}")
     common: ImageShape | None = None
     kinds: dict[int, tuple[int, str]] = {}
-    for name, (depth, *sides), encoded in found:
+    for name, (depth, *sides), encoded in shapes:
         if crop is not None and min(sides) < crop:
             raise DataError(
                 f"{name} is {sides[0]} x {sides[1]}, which --crop {crop} can't be cut out of: give a smaller one"
@@ -88,27 +255,30 @@ def common_shape(
 def open_images(
     path: Path, dataset: Dataset, remarks: Remarks, *, crop: int | None = None, size: int | None = None
 ) -> Split:
-    """A folder of image files or an `.npz` file, to be compared with a dataset.
+    """Opens a folder of image files or an `.npz` file, to be compared with a dataset.
 
     A folder's images become grey for a grey dataset and RGB for another; its subfolders, if they have the names of the
     dataset's classes, and an `.npz` file's labels are the classes that the images should show. `crop` and `size` are
-    those of `decode_image`. Raises DataError naming the file.
+    those of Resizing. Raises DataError naming the file.
     """
-    images: Sequence[Path] | Images
+    from pipeline.data.prepare.folder import folder_split, list_images, shapes_of
+    from pipeline.data.prepare.npz import load_npz, npz_split
+
+    resizing = Resizing(crop, size)
     if path.is_dir():
-        images, folders = list_images(path, remarks)
-        shapes = ((str(file), file_shape(file, str(file), remarks), True) for file in images)
-        shape = common_shape(shapes, remarks, crop=crop, size=size, channels=dataset.image_shape[0])
-        labels = labels_of(folders, dataset.class_names)
+        files, folders = list_images(path, remarks)
+        shape = common_shape(shapes_of(files, remarks), remarks, resizing, channels=dataset.image_shape[0])
+        split = folder_split(files, folders, dataset.class_names, shape, resizing)
     else:
-        images, labels = load_npz(path)
-        shape = common_shape([(str(path), images.shape[1:], False)], remarks, crop=crop, size=size)
+        images, labels, _ = load_npz(path)
+        shape = common_shape([(str(path), images.shape[1:], False)], remarks, resizing)
         if not dataset.num_classes:
             labels = None
         if labels is not None and not 0 <= labels.min() <= labels.max() < dataset.num_classes:
             raise DataError(
                 f"{path}: labels reach from {labels.min()} to {labels.max()}, not 0 to {dataset.num_classes - 1}"
             )
+        split = npz_split(path, images, labels, shape, resizing)
     if shape != dataset.image_shape:
         height, width = dataset.image_shape[1:]
         advice = f": give --size {width}" if shape[0] == dataset.image_shape[0] and height == width else ""
@@ -116,35 +286,4 @@ def open_images(
             f"{path} holds images of {' x '.join(map(str, shape))}, the dataset {dataset.name} has "
             f"{' x '.join(map(str, dataset.image_shape))}{advice}"
         )
-    read = partial(read_images, images, shape, crop=crop, resize=size is not None)
-    return Split(len(images), labels, read, images if isinstance(images, list) else (path,))
-
-
-def list_images(folder: Path, remarks: Remarks) -> tuple[list[Path], list[str]]:
-    """Image files sorted by path, and the subfolder that each lies in, its class; of unlabelled images none."""
-    images = image_files(folder, remarks)
-    parents = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in images]
-    if "" in parents and any(parents):
-        raise DataError(f"{folder} holds images both beside and inside of subfolders: classes are subfolders")
-    return images, parents if any(parents) else []
-
-
-def read_images(
-    images: Sequence[Path] | Images,
-    image_shape: ImageShape,
-    indices: npt.NDArray[np.int64],
-    *,
-    crop: int | None = None,
-    resize: bool = False,
-) -> Images:
-    """uint8 [n, C, H, W] of the files, or of the images [N, C, H, W], at `indices` [n]. Raises DataError naming the
-    file."""
-    if isinstance(images, np.ndarray) and crop is None and not resize:
-        return images[indices]
-    read = np.empty((len(indices), *image_shape), np.uint8)
-    for row, index in enumerate(indices):
-        try:
-            read[row] = decode_image(images[index], image_shape, crop=crop, resize=resize)
-        except BROKEN_IMAGE as error:
-            raise DataError(f"{images[index]} is damaged: {error}") from None
-    return read
+    return split

@@ -1,8 +1,8 @@
-"""Files by path or URL, and which URLs may start a process.
+"""Reading files by path or URL, and which URLs may start a process.
 
 webdataset opens every remote scheme by starting a program: a shell for `pipe:`, curl for `http:` and `sftp:`, gsutil
 for `gs:`, and so on. Paths, `file:`, `http:` and `https:` are opened here inside the process instead; all the others
-are refused unless the user allows them. webdataset imports torch, so it is imported where such a URL is met.
+are refused unless the user allows them. webdataset imports torch, so it is imported only for such a URL.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TIMEOUT_SECONDS = 30.0
 
 
 def scheme(location: str) -> str:
-    """The lower-case scheme of a URL, "" of a path."""
+    """Returns the lower-case scheme of a URL, "" for a path."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", location)
     return match[1].lower() if match else ""
 
@@ -44,7 +44,7 @@ def check_allowed(location: str, allow_shell_urls: bool) -> None:
 
 
 def resolve(base: str, name: str) -> str:
-    """Where the file `name` of the folder or URL `base` is; an absolute path or a URL stands for itself."""
+    """Returns where the file `name` of the folder or URL `base` is; an absolute path or a URL stands for itself."""
     if scheme(name):
         return name
     if scheme(base):
@@ -53,7 +53,7 @@ def resolve(base: str, name: str) -> str:
 
 
 def read_bytes(location: str) -> bytes:
-    """The whole content. Raises OSError; a failing HTTP server is asked again a few times first."""
+    """Reads the whole content; a failing HTTP server is asked again a few times. Raises OSError."""
     kind = scheme(location)
     if kind == "":
         return Path(location).read_bytes()
@@ -70,16 +70,17 @@ def read_bytes(location: str) -> bytes:
 
 def _download(url: str) -> bytes:
     for attempt in range(HTTP_ATTEMPTS):
+        if attempt:
+            time.sleep(0.25 * 2**attempt)
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
                 content: bytes = response.read()
                 return content
         except urllib.error.HTTPError as error:
             error.close()
-            if error.code < 500 or attempt == HTTP_ATTEMPTS - 1:
-                raise OSError(f"{url}: HTTP status {error.code}") from None
+            problem = f"HTTP status {error.code}"
+            if error.code < 500:  # the server's answer to this request, which another attempt would not change
+                break
         except (OSError, http.client.HTTPException) as error:
-            if attempt == HTTP_ATTEMPTS - 1:
-                raise OSError(f"{url}: {error}") from None
-        time.sleep(0.5 * 2**attempt)
-    raise AssertionError("unreachable")
+            problem = str(error)
+    raise OSError(f"{url}: {problem}")

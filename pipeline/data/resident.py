@@ -1,4 +1,4 @@
-"""A split decoded once into device memory: the source for every dataset that fits."""
+"""Splits and single images decoded into memory, and the source for every dataset that fits there."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from collections.abc import Iterator
 
 import torch
 
-from pipeline.data.manifest import Dataset
+from pipeline.data.dataset import Dataset
 from pipeline.data.shards import copy_mirrored, decode, read_shard
 from pipeline.data.source import Batch
 from pipeline.distributed.collectives import Ranks
 from pipeline.rng import data_indices
 
+DRAWN_TOGETHER = 16
+"""Batches gathered at once: on a GPU, launching a gather takes longer than the gather."""
+
 
 def load_split(dataset: Dataset, split: str, *, mirror: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """All images of a split in shard order: uint8 [N, C, H, W] and labels int64 [N] (0 when unlabelled).
+    """Loads all images of a split in shard order: uint8 [N, C, H, W] and labels int64 [N] (0 when unlabelled).
 
     `mirror` reverses both axes of each image. Raises DataError naming the first shard that is not exactly what the
     manifest says.
@@ -39,7 +42,7 @@ def load_split(dataset: Dataset, split: str, *, mirror: bool = False) -> tuple[t
 
 
 def load_images(dataset: Dataset, split: str, indices: torch.Tensor) -> torch.Tensor:
-    """The images of a split at `indices` int64 [n] of its shard order: uint8 [n, C, H, W].
+    """Loads the images of a split at `indices` int64 [n] of its shard order: uint8 [n, C, H, W].
 
     Reads only the shards that hold them. Raises DataError as `load_split` does.
     """
@@ -54,12 +57,8 @@ def load_images(dataset: Dataset, split: str, indices: torch.Tensor) -> torch.Te
     return images
 
 
-DRAWN_TOGETHER = 16
-"""Batches gathered at once: on a GPU, where launching a gather takes longer than the gather."""
-
-
 class ResidentSource:
-    """Batch k of the train split is `rng.data_indices(seed, k, ...)`: uniform with replacement."""
+    """The train split in device memory. Batch k is `rng.data_indices(seed, k, ...)`: uniform with replacement."""
 
     def __init__(self, dataset: Dataset, *, batch_size: int, seed: int, ranks: Ranks, device: torch.device) -> None:
         self._batch_size, self._seed, self._rows = batch_size, seed, ranks.rows(batch_size)
@@ -82,14 +81,15 @@ class ResidentSource:
             number = drawn.stop
 
     def damage(self) -> str | None:
+        """Compares the memory's sums with those at loading, and describes a difference."""
         if (sum_of(self._images), sum_of(self._labels)) == self._sums:
             return None
         return f"the training images in the memory of {self._images.device} are not those that were read; is it faulty?"
 
 
 def sum_of(values: torch.Tensor) -> int:
-    """Of the bytes of a contiguous tensor as 64-bit numbers, modulo 2^64: any flipped bit changes it. It takes the time
-    that reading the memory once does."""
+    """Adds the bytes of a contiguous tensor as 64-bit numbers, modulo 2^64: any flipped bit changes the sum. It takes
+    the time of reading the memory once."""
     content = values.view(-1).view(torch.uint8)
     whole = len(content) // 8 * 8
     return int(content[:whole].view(torch.int64).sum()) + int(content[whole:].sum())

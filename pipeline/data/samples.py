@@ -1,5 +1,5 @@
-"""Samples in a tar by WebDataset's conventions: members whose paths are the same up to the first dot of the base name
-are one sample, and the rest of a name, in lower case, is the member's key (`png`, `seg.png`, `cls`).
+"""The samples in a shard's bytes, by WebDataset's conventions: members of a tar whose paths are the same up to the
+first dot of the base name are one sample, and the rest of a name, in lower case, is the member's key: `png`, `seg.png`.
 
 Nothing is unpacked: a member's name is only a key, and a link holds no data.
 """
@@ -13,14 +13,18 @@ import re
 import tarfile
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from webdataset.tariterators import base_plus_ext, group_by_keys
+from webdataset.tariterators import base_plus_ext
 
-from pipeline.data.folders import IMAGE_FILE_SUFFIXES
-from pipeline.data.remarks import Remarks
+from pipeline.data.dataset import Remarks
 
 BLOCK = "images.npy"
+"""The key of a member that holds many images, as `prepare` writes them."""
+IMAGE_FILE_SUFFIXES = {
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".jp2", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".pbm", ".pgm", ".ppm", ".pnm"),
+}
 UNPACKED_BYTES = 2**30
 """A compressed shard may unpack to this much, or to ten times its size: more is a bomb."""
 OTHER_FORMATS = {
@@ -33,96 +37,98 @@ OTHER_FORMATS = {
 
 
 class NotRead(Exception):
-    """Content of a sound shard that is not read here; the message says what was found, and what was expected."""
+    """A shard is sound but holds what is not read here; the message says what that is and what was expected."""
 
 
-def samples_of(content: bytes, location: str, remarks: Remarks) -> Iterator[dict[str, Any]]:
-    """The samples of a shard, each a mapping of `__key__` to its name and of its members' keys to their bytes.
+class Sample(NamedTuple):
+    """The members of a tar that belong together."""
 
-    What is no member of a sample is counted in `remarks`. Raises NotRead, or tarfile.TarError and what gzip raises for
-    damage.
-    """
-    try:
-        yield from group_by_keys(_members(content, location, remarks))
-    except ValueError as error:
-        name, repeated, _ = str(error.args[0]).partition(": duplicate file name")
-        if not repeated:
-            raise
-        raise NotRead(f"it holds {name} more than once") from None
+    name: str
+    """Their path up to the first dot of the base name."""
+    members: dict[str, memoryview]
+    """Key -> content."""
 
+    @property
+    def folder(self) -> str:
+        """The name of the folder that the sample lies in, "" for none."""
+        folder = self.name.rpartition("/")[0].rpartition("/")[2]
+        return "" if folder in (".", "..") else folder
 
-def image_key(sample: dict[str, Any], wanted: str) -> str | None:
-    """The key of a sample's image, or None if it has none.
+    def image_key(self, wanted: str) -> str | None:
+        """Returns the key of the sample's image, or None if it has none.
 
-    Args:
-        wanted: keys, the first of which that the sample has is taken, as webdataset writes them: "jpg;png". "" takes
-            whichever image there is, and raises NotRead if there are several.
-    """
-    if wanted:
-        return next((key for key in wanted.split(";") if key in sample), None)
-    keys = [key for key in sample if key == BLOCK or f".{key.rpartition('.')[2]}" in IMAGE_FILE_SUFFIXES]
-    if len(keys) > 1:
-        raise NotRead(
-            f"its sample {sample['__key__']} has {len(keys)} images, {' and '.join(keys)}: choose one, "
-            f"for example by --image-key {keys[0]}"
-        )
-    return keys[0] if keys else None
+        Args:
+            wanted: keys as webdataset writes them, "jpg;png": the first that the sample has is taken. "" takes
+                whichever image there is, and raises NotRead if there are several.
+        """
+        if wanted:
+            return next((key for key in wanted.split(";") if key in self.members), None)
+        keys = [key for key in self.members if key == BLOCK or f".{key.rpartition('.')[2]}" in IMAGE_FILE_SUFFIXES]
+        if len(keys) > 1:
+            raise NotRead(
+                f"its sample {self.name} has {len(keys)} images, {' and '.join(keys)}: choose one, "
+                f"for example by --image-key {keys[0]}"
+            )
+        return keys[0] if keys else None
 
+    def label(self, labels: str) -> int | str | None:
+        """Returns the label as a number or a class's name, None if there is none; `labels` is one of LABELS."""
+        label: int | str | None = None
+        if labels == "folder":
+            if not (label := self.folder):
+                raise NotRead(
+                    f"its sample {self.name} lies in no folder, but --labels folder takes folders for classes"
+                )
+        elif labels == "members" and "cls" in self.members:
+            text = bytes(self.members["cls"])
+            if not re.fullmatch(rb"\s*[+-]?\d{1,18}\s*", text):
+                raise NotRead(f"{self.name}.cls holds {text[:40]!r}, not an integer; --labels none leaves labels out")
+            label = int(text)
+        elif labels == "members" and "json" in self.members:
+            label = self._label_in_json()
+        if isinstance(label, str) and not (label.strip() and label.isprintable()):
+            raise NotRead(f"the label of its sample {self.name} is {label[:40]!r}, which is no name")
+        return label
 
-def folder_of(sample: dict[str, Any]) -> str:
-    """The name of the folder that a sample lies in, "" for none."""
-    folder: str = sample["__key__"].rpartition("/")[0].rpartition("/")[2]
-    return "" if folder in (".", "..") else folder
-
-
-def label_of(sample: dict[str, Any], labels: str) -> int | str | None:
-    """A sample's label as a number or a class's name, None if it has none; `labels` as in Reading."""
-    key: str = sample["__key__"]
-    label: int | str | None = None
-    if labels == "folder":
-        if not (label := folder_of(sample)):
-            raise NotRead(f"its sample {key} lies in no folder, but --labels folder takes folders for classes")
-    elif labels == "members" and "cls" in sample:
-        text = bytes(sample["cls"])
-        if not re.fullmatch(rb"\s*[+-]?\d{1,18}\s*", text):
-            raise NotRead(f"{key}.cls holds {text[:40]!r}, not an integer; --labels none leaves labels out")
-        label = int(text)
-    elif labels == "members" and "json" in sample:
+    def _label_in_json(self) -> int | str | None:
         try:
-            content = json.loads(bytes(sample["json"]))
+            content = json.loads(bytes(self.members["json"]))
         except (ValueError, RecursionError) as error:
-            raise NotRead(f"{key}.json is not JSON ({error}); --labels none leaves labels out") from None
-        given = [content[name] for name in ("label", "cls") if name in content] if isinstance(content, dict) else []
-        label = next((value for value in given if value is not None), None)
-        if label is not None and (type(label) not in (int, str) or (isinstance(label, int) and abs(label) >= 2**63)):
-            raise NotRead(f"the label in {key}.json is {str(label)[:40]!r}, neither an integer nor a text")
-    if isinstance(label, str) and not (label.strip() and label.isprintable()):
-        raise NotRead(f"the label of its sample {key} is {label[:40]!r}, which is no name")
-    return label
+            raise NotRead(f"{self.name}.json is not JSON ({error}); --labels none leaves labels out") from None
+        values = [content.get("label"), content.get("cls")] if isinstance(content, dict) else []
+        label = next((value for value in values if value is not None), None)
+        # A truth value is an instance of int, but no label.
+        if label is None or type(label) is str or (type(label) is int and abs(label) < 2**63):
+            return label
+        raise NotRead(f"the label in {self.name}.json is {str(label)[:40]!r}, neither an integer nor a text")
 
 
-def _members(content: bytes, location: str, remarks: Remarks) -> Iterator[dict[str, object]]:
-    # webdataset's own reader copies through a 10 kB stream buffer; seeking in memory, members are views of the file.
-    content = _unpacked(content)
+def samples_in(content: bytes, remarks: Remarks) -> Iterator[Sample]:
+    """Yields the samples of a shard, their members as views of its bytes; counts in `remarks` what is no part of one.
+
+    Raises NotRead, or for damage tarfile.TarError and what gzip raises.
+    """
+    # webdataset's own reader copies through a 10 kB buffer; seeking in memory copies nothing.
+    view = memoryview(content := _unpacked(content))
     layout = next((layout for layout in _LAYOUTS if layout.fits(content)), None)
     if layout is None:
         layout = _read_layout(content)
         _LAYOUTS.append(layout)
     for kind, name in layout.left_out:
         remarks.add("left out", kind, name)
-    for name, start, size in layout.members:
-        yield {"fname": name, "data": memoryview(content)[start : start + size], "__url__": location}
+    for name, members in layout.samples:
+        yield Sample(name, {key: view[place] for key, place in members.items()})
 
 
 class _Layout(NamedTuple):
-    """Where the members of a tar file are: in every file that has the same bytes around its members' data."""
+    """Where the samples of a tar are, which holds for every tar that has the same bytes around its members' data."""
 
-    members: Sequence[tuple[str, int, int]]
-    """Name, offset and size of each."""
+    samples: Sequence[tuple[str, dict[str, slice]]]
+    """Name, and the place of each member by its key."""
     left_out: Sequence[tuple[str, str]]
     """Kind and name of what is no member of a sample."""
     around: Sequence[tuple[int, bytes]]
-    """All bytes but the members' data, each run of them with its offset."""
+    """All bytes but the members' data, in runs, each with its offset."""
     size: int
 
     def fits(self, content: bytes) -> bool:
@@ -130,12 +136,12 @@ class _Layout(NamedTuple):
 
 
 _LAYOUTS: deque[_Layout] = deque(maxlen=2)
-"""Of the last shards. `prepare` gives all shards of a split but the last the same one; for tarfile to find it in each
-shard's headers would be a fifth of the cost of streaming."""
+"""Of the shards read last. `prepare` gives all shards of a split but the last the same one; having tarfile read it from
+each shard's headers would be a fifth of the cost of streaming."""
 
 
 def _read_layout(content: bytes) -> _Layout:
-    members: list[tuple[str, int, int]] = []
+    samples: list[tuple[str, dict[str, slice]]] = []
     left_out: list[tuple[str, str]] = []
     around: list[tuple[int, bytes]] = []
     end = 0
@@ -147,11 +153,15 @@ def _read_layout(content: bytes) -> _Layout:
                 if member.issparse():
                     raise NotRead(f"{member.name} is stored as a sparse file: pack it again without tar's --sparse")
                 start = member.offset_data
-                members.append((member.name, start, member.size))
                 around.append((end, content[end:start]))
                 end = start + member.size
                 if end > len(content):
                     raise tarfile.ReadError(f"{member.name} is cut off")
+                name, key = base_plus_ext(member.name)
+                if not samples or samples[-1][0] != name:
+                    samples.append((name, {}))
+                if samples[-1][1].setdefault(key.lower(), place := slice(start, end)) is not place:
+                    raise NotRead(f"it holds {member.name} more than once")
         # tarfile takes a bad header, or a cut between two members, for the end of the archive.
         rest = content[archive.offset :]
         if len(rest) < 2 * tarfile.BLOCKSIZE or rest[: 2 * tarfile.BLOCKSIZE].strip(b"\0"):
@@ -161,21 +171,21 @@ def _read_layout(content: bytes) -> _Layout:
                 f"its archive ends at byte {archive.offset}, and more follows: tars are joined by tar --concatenate, "
                 "not by cat; or it is damaged there"
             )
-    return _Layout(members, left_out, [*around, (end, content[end:])], len(content))
+    return _Layout(samples, left_out, [*around, (end, content[end:])], len(content))
 
 
 def _opened(content: bytes) -> tarfile.TarFile:
     try:
         return tarfile.open(fileobj=io.BytesIO(content), mode="r:", encoding="utf-8")
     except tarfile.ReadError:
-        if found := next((name for magic, name in OTHER_FORMATS.items() if content.startswith(magic)), None):
-            raise NotRead(f"it is a {found} file: expected a tar, plain or packed with gzip") from None
-        raise tarfile.ReadError(
-            f"it begins with {content[:12]!r}, which is no tar's header: expected a tar, plain or packed with gzip"
-        ) from None
+        expected = "expected a tar, plain or packed with gzip"
+        if kind := next((kind for magic, kind in OTHER_FORMATS.items() if content.startswith(magic)), None):
+            raise NotRead(f"it is a {kind} file: {expected}") from None
+        raise tarfile.ReadError(f"it begins with {content[:12]!r}, which is no tar's header: {expected}") from None
 
 
 def _kind_left_out(member: tarfile.TarInfo) -> str:
+    """Returns what kind of thing is left out, "" for folders and for members of samples."""
     if member.islnk():
         return "hard link"
     if member.issym():

@@ -1,7 +1,7 @@
 """One shard: tar bytes <-> images.
 
 Two kinds of members are understood. Blocks, which `prepare` writes: `KEY.images.npy` uint8 [n, C, H, W] with
-`KEY.labels.npy` int64 [n]; fifty times the throughput of single images. Single images, which users already have:
+`KEY.labels.npy` int64 [n], fifty times the throughput of single images. Single images, which users already have:
 `KEY.png` (or another format) with `KEY.cls` or a label in `KEY.json`, see samples.py. Nothing is ever unpickled.
 """
 
@@ -10,32 +10,31 @@ from __future__ import annotations
 import io
 import math
 import tarfile
+import tokenize
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from webdataset import TarWriter
 
 from pipeline.data import locations
-from pipeline.data.class_names import find_class
-from pipeline.data.decoding import BROKEN_IMAGE, decode_image
-from pipeline.data.folders import IMAGE_FILE_SUFFIXES
-from pipeline.data.images import Images, ImageShape, Labels
-from pipeline.data.manifest import DEFAULT_READING, DataError, Dataset, Reading, Shard
-from pipeline.data.npz import BROKEN_HEADER
-from pipeline.data.remarks import Remarks
-from pipeline.data.samples import BLOCK, NotRead, folder_of, image_key, label_of, samples_of
+from pipeline.data.dataset import DEFAULT_READING, DataError, Dataset, ImageShape, Reading, Remarks, Shard
+from pipeline.data.samples import BLOCK, IMAGE_FILE_SUFFIXES, NotRead, Sample, samples_in
+
+Images = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
+
+BROKEN_HEADER = (SyntaxError, tokenize.TokenError)
+"""What numpy raises besides ValueError for the header of an array, which is a Python literal."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What a shard holds, as far as it is decoded: blocks are, single images stay encoded until they are drawn, so
+    """The content of a shard, as far as it is decoded: blocks are, single images stay encoded until they are drawn, so
     that a lane's memory is about the size of a shard file."""
 
     images: Images | list[memoryview]
@@ -43,13 +42,14 @@ class Samples:
     labels: Labels | None
     """int64 [n]; None when unlabelled."""
     names: tuple[str, ...] = ()
-    """What label i stands for in a shard whose labels are names; `read_shard` gives the dataset's numbers instead."""
+    """The name that label i stands for in a shard whose labels are names; `read_shard` returns the dataset's numbers
+    instead."""
     image_keys: frozenset[str] = frozenset()
     """The keys of the members that hold the images."""
     folders: frozenset[str] = frozenset()
     """The folders that the samples lie in, "" for none."""
     remarks: Remarks = field(default_factory=Remarks)
-    """What the shard holds besides."""
+    """Counts of what the shard holds besides."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -57,10 +57,12 @@ class Samples:
 
 def write_shard(path: Path, blocks: Iterable[tuple[Images, Labels | None]]) -> Shard:
     """Writes blocks of images; the same content gives the same bytes on any machine and day."""
+    from webdataset import TarWriter
+
     num_images = 0
     with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
         for images, labels in blocks:
-            block = {"__key__": f"{num_images:08d}", "images.npy": _npy(images)}
+            block = {"__key__": f"{num_images:08d}", BLOCK: _npy(images)}
             if labels is not None:
                 block["labels.npy"] = _npy(labels)
             writer.write(block)
@@ -69,8 +71,14 @@ def write_shard(path: Path, blocks: Iterable[tuple[Images, Labels | None]]) -> S
     return Shard(path.name, num_images, len(content), sha256(content).hexdigest())
 
 
+def _npy(array: Images | Labels) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return buffer.getvalue()
+
+
 def read_shard(dataset: Dataset, shard: Shard, *, verify: bool = True) -> Samples:
-    """The samples of a shard in file order.
+    """Reads the samples of a shard in file order.
 
     Raises DataError naming the shard when it cannot be read or is not what the manifest says: size, SHA-256 (only with
     `verify`, 2 ms per MB), number of images, their shape, labels outside the classes.
@@ -84,7 +92,7 @@ def read_shard(dataset: Dataset, shard: Shard, *, verify: bool = True) -> Sample
         raise _damaged(location, f"it has {len(content)} bytes, the manifest says {shard.num_bytes}")
     if verify and sha256(content).hexdigest() != shard.sha256:
         raise _damaged(location, "its SHA-256 is not the manifest's")
-    # Labels of a dataset without classes are not looked at, whatever they are.
+    # A dataset without classes leaves its shards' labels alone, whatever they are.
     reading = dataset.reading if dataset.num_classes else dataset.reading._replace(labels="none")
     samples = parse_shard(content, location, reading)
     if len(samples) != shard.num_images:
@@ -93,117 +101,40 @@ def read_shard(dataset: Dataset, shard: Shard, *, verify: bool = True) -> Sample
         raise _damaged(location, f"its images are {samples.images.shape[1:]}, the manifest says {dataset.image_shape}")
     if not dataset.num_classes:
         return samples
-    if samples.labels is None:
+    try:
+        labels = numbered(samples, dataset.class_names)
+    except DataError as error:
+        raise _damaged(location, str(error)) from None
+    if labels is None:
         raise _damaged(location, f"it has no labels, the manifest has {dataset.num_classes} classes")
-    if unknown := [name for name in samples.names if find_class(name, dataset.class_names) is None]:
-        raise _damaged(location, f"it has images of {unknown[0]!r}, which is no class of the manifest")
-    numbers = numbered(samples, dataset.class_names)
-    assert numbers is not None
-    low, high = numbers.min(), numbers.max()
+    low, high = labels.min(), labels.max()
     if low < 0 or high >= dataset.num_classes:
         raise _damaged(location, f"it has labels {low} to {high}, the manifest {dataset.num_classes} classes")
-    return replace(samples, labels=numbers, names=())
+    return replace(samples, labels=labels, names=())
 
 
 def numbered(samples: Samples, class_names: Sequence[str]) -> Labels | None:
-    """The labels of samples as numbers of these classes, which hold all names; None when unlabelled."""
+    """Returns the labels of samples as numbers of these classes; None when unlabelled. Raises DataError for a name that
+    is none of them."""
     if samples.labels is None or not samples.names:
         return samples.labels
-    return np.array([find_class(name, class_names) for name in samples.names], np.int64)[samples.labels]
+    from pipeline.data.class_names import find_class  # here: of the shards that `prepare` writes none has names
 
-
-def parse_shard(content: bytes, location: str, reading: Reading = DEFAULT_READING) -> Samples:
-    """The samples in the tar bytes of any shard. Raises DataError naming `location`: that it is damaged, or what in it
-    is not read."""
-    try:
-        return _parse(content, location, reading)
-    except NotRead as error:
-        raise DataError(f"shard {location}: {error}") from None
-    except (ValueError, EOFError, OSError, zlib.error, tarfile.TarError, *BROKEN_HEADER) as error:
-        raise _damaged(location, str(error.args[0] if error.args else error)) from None
-
-
-def _parse(content: bytes, location: str, reading: Reading) -> Samples:
-    remarks, folders = Remarks(), set[str]()
-    blocks: list[Images] = []
-    encoded: list[memoryview] = []
-    block_labels: list[Labels] = []
-    labels: list[int | str] = []
-    keys: dict[str, str] = {}
-    imageless: dict[str, None] = {}
-    for sample in samples_of(content, location, remarks):
-        name, image = sample["__key__"], image_key(sample, reading.image_key)
-        if image is None:
-            imageless[name] = None
-            members = ", ".join(f"{name}.{key}" for key in sample if not key.startswith("__"))
-            remarks.add("left out", "imageless sample", members)
-            continue
-        folders.add(folder_of(sample))
-        if keys.setdefault(name, image) != image and not reading.image_key:
-            raise _scattered(name)
-        if image == BLOCK:
-            blocks.append(_block(sample, reading))
-            if reading.labels != "none" and "labels.npy" in sample:
-                block_labels.append(_block_labels(sample, len(blocks[-1])))
-            continue
-        encoded.append(sample[image])
-        if (label := label_of(sample, reading.labels)) is not None:
-            labels.append(label)
-    if scattered := next((name for name in imageless if name in keys), None):
-        raise _scattered(scattered)
-    if blocks and encoded:
-        raise NotRead("it mixes blocks and single images: expected one of them")
-    if not blocks and not encoded:
-        expected = reading.image_key or f"{', '.join(sorted(IMAGE_FILE_SUFFIXES))}, .{BLOCK}"
-        raise NotRead(f"it holds no image: expected samples with one of {expected}; {remarks or 'it is empty'}")
-    numbers, names = (np.concatenate(block_labels), ()) if block_labels else _numbered(labels)
-    images = np.concatenate(blocks) if blocks else encoded
-    if numbers is not None and len(numbers) < len(images):
-        missing, besides = len(images) - len(numbers), f"; {remarks}" if remarks else ""
-        raise NotRead(f"{missing} of its images have no label: --labels none leaves labels out{besides}")
-    return Samples(images, numbers, names, frozenset(keys.values()), frozenset(folders), remarks)
-
-
-def _scattered(name: str) -> NotRead:
-    return NotRead(f"the members of its sample {name} do not follow one another: pack them again with tar --sort=name")
-
-
-def _block(sample: dict[str, Any], reading: Reading) -> Images:
-    block, name = _load(sample[BLOCK]), f"{sample['__key__']}.{BLOCK}"
-    if block.dtype != np.uint8 or block.ndim != 4:
-        raise NotRead(f"{name} is {block.dtype} {block.shape}, not uint8 [n, C, H, W]")
-    if reading.labels == "folder":
-        raise NotRead(f"{name} is a block of images: --labels folder is for single images")
-    return block.view(np.uint8)
-
-
-def _block_labels(sample: dict[str, Any], count: int) -> Labels:
-    labels = _load(sample["labels.npy"])
-    if labels.dtype.kind not in "iu" or labels.shape != (count,):
-        raise NotRead(f"the labels of {sample['__key__']} are {labels.dtype} {labels.shape}, not {count} integers")
-    return labels.astype(np.int64, copy=False)
-
-
-def _numbered(labels: Sequence[int | str]) -> tuple[Labels | None, tuple[str, ...]]:
-    """Labels of single images as numbers, and the names that these stand for, if they are names."""
-    if not labels:
-        return None, ()
-    names = sorted({label for label in labels if isinstance(label, str)})
-    if not names:
-        return np.array(labels, np.int64), ()
-    if numbers := [label for label in labels if isinstance(label, int)]:
-        raise NotRead(f"some of its labels are names ({names[0]!r}) and others numbers ({numbers[0]})")
-    place: dict[int | str, int] = {name: number for number, name in enumerate(names)}
-    return np.array([place[label] for label in labels], np.int64), tuple(names)
+    numbers = [find_class(name, class_names) for name in samples.names]
+    if None in numbers:
+        raise DataError(f"it has images of {samples.names[numbers.index(None)]!r}, which is no class of the manifest")
+    return np.array(numbers, np.int64)[samples.labels]
 
 
 def decode(images: Images | Sequence[memoryview], image_shape: ImageShape, location: str) -> Images:
-    """Images of `Samples` -> uint8 [n, C, H, W]; encoded ones become grey when C is 1 and RGB when C is 3.
+    """Turns images of `Samples` into uint8 [n, C, H, W]; encoded ones become grey when C is 1 and RGB when C is 3.
 
     Raises DataError naming `location` for an image that does not decode or has another size.
     """
     if isinstance(images, np.ndarray):
         return images
+    from pipeline.data.images import BROKEN_IMAGE, decode_image
+
     try:
         return np.stack([decode_image(io.BytesIO(content), image_shape) for content in images])
     except BROKEN_IMAGE as error:
@@ -221,14 +152,89 @@ def copy_mirrored(images: Images, into: Images) -> None:
     into.reshape(planes).view(f"<u{word}")[...] = images.reshape(planes).view(f">u{word}")[..., ::-1]
 
 
-def _npy(array: Images | Labels) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
-    return buffer.getvalue()
+def parse_shard(content: bytes, location: str, reading: Reading = DEFAULT_READING) -> Samples:
+    """Reads the samples in the tar bytes of any shard. Raises DataError naming `location`: that it is damaged, or which
+    of its content is not read here."""
+    try:
+        return _parse(content, reading)
+    except NotRead as error:
+        raise DataError(f"shard {location}: {error}") from None
+    except (ValueError, EOFError, OSError, zlib.error, tarfile.TarError, *BROKEN_HEADER) as error:
+        raise _damaged(location, str(error.args[0] if error.args else error)) from None
+
+
+def _parse(content: bytes, reading: Reading) -> Samples:
+    remarks, folders, keys = Remarks(), set[str](), dict[str, str]()
+    blocks, block_labels = list[Images](), list[Labels]()
+    encoded, labels = list[memoryview](), list[int | str]()
+    imageless: list[str] = []
+    for sample in samples_in(content, remarks):
+        key = sample.image_key(reading.image_key)
+        if key is None:
+            imageless.append(sample.name)
+            remarks.add("left out", "imageless sample", ", ".join(f"{sample.name}.{key}" for key in sample.members))
+            continue
+        if keys.setdefault(sample.name, key) != key and not reading.image_key:
+            raise _scattered(sample.name)
+        folders.add(sample.folder)
+        if key == BLOCK:
+            blocks.append(_block(sample, reading))
+            if reading.labels != "none" and "labels.npy" in sample.members:
+                block_labels.append(_block_labels(sample, len(blocks[-1])))
+        else:
+            encoded.append(sample.members[key])
+            if (label := sample.label(reading.labels)) is not None:
+                labels.append(label)
+    if scattered := [name for name in imageless if name in keys]:
+        raise _scattered(scattered[0])
+    if blocks and encoded:
+        raise NotRead("it mixes blocks and single images: expected one of them")
+    if not blocks and not encoded:
+        expected = reading.image_key or f"{', '.join(sorted(IMAGE_FILE_SUFFIXES))}, .{BLOCK}"
+        raise NotRead(f"it holds no image: expected samples with one of {expected}; {remarks or 'it is empty'}")
+    numbers, names = (np.concatenate(block_labels), ()) if block_labels else _numbers_and_names(labels)
+    images = np.concatenate(blocks) if blocks else encoded
+    if numbers is not None and len(numbers) < len(images):
+        missing, besides = len(images) - len(numbers), f"; {remarks}" if remarks else ""
+        raise NotRead(f"{missing} of its images have no label: --labels none leaves labels out{besides}")
+    return Samples(images, numbers, names, frozenset(keys.values()), frozenset(folders), remarks)
+
+
+def _scattered(name: str) -> NotRead:
+    return NotRead(f"the members of its sample {name} do not follow one another: pack them again with tar --sort=name")
+
+
+def _block(sample: Sample, reading: Reading) -> Images:
+    block, name = _load(sample.members[BLOCK]), f"{sample.name}.{BLOCK}"
+    if block.dtype != np.uint8 or block.ndim != 4:
+        raise NotRead(f"{name} is {block.dtype} {block.shape}, not uint8 [n, C, H, W]")
+    if reading.labels == "folder":
+        raise NotRead(f"{name} is a block of images: --labels folder is for single images")
+    return block.view(np.uint8)
+
+
+def _block_labels(sample: Sample, count: int) -> Labels:
+    labels = _load(sample.members["labels.npy"])
+    if labels.dtype.kind not in "iu" or labels.shape != (count,):
+        raise NotRead(f"the labels of {sample.name} are {labels.dtype} {labels.shape}, not {count} integers")
+    return labels.astype(np.int64, copy=False)
+
+
+def _numbers_and_names(labels: Sequence[int | str]) -> tuple[Labels | None, tuple[str, ...]]:
+    """Returns the labels of single images as numbers, and the names that these stand for, if they are names."""
+    if not labels:
+        return None, ()
+    names = sorted({label for label in labels if isinstance(label, str)})
+    if not names:
+        return np.array(labels, np.int64), ()
+    if numbers := [label for label in labels if isinstance(label, int)]:
+        raise NotRead(f"some of its labels are names ({names[0]!r}) and others numbers ({numbers[0]})")
+    place: dict[int | str, int] = {name: number for number, name in enumerate(names)}
+    return np.array([place[label] for label in labels], np.int64), tuple(names)
 
 
 def _load(content: memoryview) -> npt.NDArray[np.generic]:
-    """An .npy file as a view of its bytes. `np.load` spends as long on one block's header as on its images."""
+    """Opens an .npy file as a view of its bytes. `np.load` spends as long on one block's header as on its images."""
     length = 10 + int.from_bytes(content[8:10], "little")
     shape, fortran_order, dtype = _npy_header(bytes(content[:length]))
     if dtype.hasobject:

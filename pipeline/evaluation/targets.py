@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.data.dataset import Remarks
 from pipeline.data.images import open_images
-from pipeline.data.remarks import Remarks
 from pipeline.data.resident import load_split
 from pipeline.errors import UserError
 from pipeline.evaluation import TARGET

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.data.images import Images, Labels
-from pipeline.data.shards import write_shard
+from pipeline.data.shards import Images, Labels, write_shard
 from pipeline.storage.run_folder import RunFolder
 from tests.jobs import ROOT, environment, launch_command
 
@@ -120,7 +119,7 @@ class Watched:
 def role_of(process: psutil.Process) -> str:
     """The script that a process runs; whether it launches that, or reads data for it."""
     arguments = process.cmdline()
-    if "pipeline.data.workers" in "".join(arguments[2:3]):
+    if "pipeline.data.streaming" in "".join(arguments[2:3]):
         return "data worker"
     script = next((Path(text).name for text in arguments[1:] if text.endswith(".py")), " ".join(arguments[1:3]))
     return f"launcher of {script}" if "accelerate.commands.launch" in arguments else script

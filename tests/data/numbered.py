@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.data import Dataset, load_dataset
-from pipeline.data.manifest import FILE_NAME, to_json
+from pipeline.data.dataset import FILE_NAME, to_json
 from pipeline.data.shards import write_shard
 
 

@@ -9,10 +9,10 @@ import pytest
 
 from pipeline.data import Dataset, load_dataset
 from pipeline.data.class_names import class_asked_for, classes_of, labels_of
+from pipeline.data.dataset import Remarks
 from pipeline.data.images import Split, open_images
 from pipeline.data.prepare import prepare_folder
 from pipeline.data.prepare.commit import ShardSizes, commit, preparing, write_shards
-from pipeline.data.remarks import Remarks
 from pipeline.data.resident import load_split
 from pipeline.errors import UserError
 from tests.data.test_prepare import grey_folder, run, save, snapshot
@@ -160,9 +160,9 @@ def test_a_dataset_of_before_keeps_the_order_of_its_classes(tmp_path: Path) -> N
     pixels = np.array([10 * int(name) + copy for name in names for copy in range(2)], np.uint8)
     images = np.broadcast_to(pixels[:, None, None, None], (24, 1, 8, 8))
     split = Split(24, np.arange(24) // 2, images.__getitem__)
-    with preparing(root, "numbers") as temporary:
+    with preparing(root / "numbers") as temporary:
         shards = write_shards(temporary, {"train": split}, ShardSizes(), shuffle=True)
-        before = commit(Dataset(root / "numbers", "numbers", (1, 8, 8), tuple(names), shards), temporary)
+        before = commit(Dataset(root / "numbers", "numbers", (1, 8, 8), tuple(names), shards), temporary, Remarks())
     assert before.fingerprint == "4ffc0c5f095fa3d5cbe6eb05597d1510d6f4c40e6657a0a92b47b4b39f6b10d8"
     files = snapshot(before.folder)
     assert load_dataset(before.folder).class_names == tuple(names)

@@ -9,7 +9,7 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
-from hashlib import sha256
+from hashlib import md5, sha256
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +21,7 @@ from torchvision.datasets import FashionMNIST
 from pipeline.checks.machine import find_dataset
 from pipeline.config import Config, DataConfig
 from pipeline.data import KINDS, KNOWN, DataError, load_dataset, open_dataset
-from pipeline.data.prepare import (
-    cifar10,
-    idx,
-    index_shards,
-    prepare_cifar10,
-    prepare_fashion_mnist,
-    prepare_folder,
-    prepare_npz,
-)
+from pipeline.data.prepare import index_shards, known, prepare_folder, prepare_known, prepare_npz
 from pipeline.data.resident import load_split
 from pipeline.errors import UserError
 from tests.data.numbered import numbered_dataset
@@ -42,12 +34,13 @@ CIFAR_NAMES = [*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_ba
 @pytest.fixture(autouse=True)
 def nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
-    monkeypatch.setattr(cifar10, "HOME", "http://127.0.0.1:9/")
+    monkeypatch.setattr(known, "HOME", "http://127.0.0.1:9/")
     monkeypatch.setenv("no_proxy", "*")
 
 
 def test_a_known_dataset_has_a_kind() -> None:
     assert [*KNOWN, "own"] == list(KINDS)
+    assert list(KNOWN) == list(known.DATASETS)
 
 
 @pytest.mark.parametrize("name", ["mnist", "MNIST", "Fashion_MNIST", "fa\u017fhion_mnist", "cifar10", "CIFAR10"])
@@ -106,8 +99,11 @@ def clothes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for name, content in contents.items():
             checksums[name] = sha256(content).hexdigest()
             (folder / f"{name}.gz").write_bytes(gzip.compress(content))
-    assert checksums.keys() == idx.FASHION_MNIST.checksums.keys() == idx.MNIST.checksums.keys()
-    monkeypatch.setattr(idx, "FASHION_MNIST", replace(idx.FASHION_MNIST, checksums=checksums))
+    assert checksums.keys() == known.FASHION_MNIST.checksums.keys() == known.MNIST.checksums.keys()
+    small = replace(known.FASHION_MNIST, checksums=checksums, num_images=COUNTS)
+    monkeypatch.setitem(known.DATASETS, "fashion_mnist", small)
+    sums = [(path.name, md5(path.read_bytes()).hexdigest()) for path in sorted(folder.iterdir())]
+    monkeypatch.setattr(FashionMNIST, "resources", sums)
     return folder
 
 
@@ -137,23 +133,24 @@ def test_fashion_mnist_is_fetched_when_it_is_first_used(
     for mirror in serving(clothes):
         monkeypatch.setattr(FashionMNIST, "mirrors", [mirror.url])
         dataset = open_dataset(config)
-        assert mirror.requests == [f"{name}.gz" for name in idx.FASHION_MNIST.checksums]
+        assert mirror.names == sorted(f"{name}.gz" for name in known.FASHION_MNIST.checksums)
+        mirror.requests.clear()
         assert open_dataset(config) == dataset
-        assert len(mirror.requests) == 4
+        assert not mirror.requests
     assert dataset.num_images("test") == 20
 
 
 def test_other_clothes_are_refused(clothes: Path, tmp_path: Path) -> None:
     numbered_dataset(tmp_path, [10], name="fashion_mnist")
     with pytest.raises(DataError, match="holds something else than Fashion-MNIST"):
-        prepare_fashion_mnist(tmp_path, clothes)
+        prepare_known("fashion_mnist", tmp_path, clothes)
     name = "t10k-labels-idx1-ubyte.gz"
     (clothes / name).write_bytes(gzip.compress(gzip.decompress((clothes / name).read_bytes())[:-1] + b"\0"))
     with pytest.raises(DataError, match=rf"{name} is damaged: t10k-labels-idx1-ubyte has 28 bytes"):
-        prepare_fashion_mnist(tmp_path / "data", clothes)
+        prepare_known("fashion_mnist", tmp_path / "data", clothes)
     (clothes / name).unlink()
     with pytest.raises(DataError, match=r"published has neither t10k-labels-idx1-ubyte nor"):
-        prepare_fashion_mnist(tmp_path / "data", clothes)
+        prepare_known("fashion_mnist", tmp_path / "data", clothes)
 
 
 # ------------------------------------------------------------------------------------------------------------- CIFAR-10
@@ -173,7 +170,7 @@ def binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     An image is a byte for its class, then its red pixels row by row, the green and the blue ones.
     """
-    monkeypatch.setattr(cifar10, "IMAGES_PER_FILE", 20)
+    monkeypatch.setitem(known.DATASETS, "cifar10", replace(known.CIFAR10, num_images={"train": 100, "test": 20}))
     folder = tmp_path / "cifar-10-batches-bin"
     folder.mkdir()
     for number, name in enumerate(CIFAR_NAMES[:-1]):
@@ -184,21 +181,27 @@ def binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         assert records[3073:3075] == bytes([1, 1])
         assert records[1 + 1024] == number
         (folder / name).write_bytes(records)
-    (folder / CIFAR_NAMES[-1]).write_text("\n".join(cifar10.CLASS_NAMES) + "\n\n")
+    (folder / CIFAR_NAMES[-1]).write_text("\n".join(known.CIFAR10.class_names) + "\n\n")
     return folder
 
 
 def pack(folder: Path, to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The archive of these files, which counts as the published one."""
-    with tarfile.open(to / cifar10.ARCHIVE, "w:gz") as archive:
+    with tarfile.open(to / known.ARCHIVE, "w:gz") as archive:
         archive.add(folder, folder.name)
-    digest = sha256((to / cifar10.ARCHIVE).read_bytes()).hexdigest()
-    monkeypatch.setattr(cifar10, "CHECKSUMS", {cifar10.ARCHIVE: digest})
+    digest = sha256((to / known.ARCHIVE).read_bytes()).hexdigest()
+    published = replace(known.DATASETS["cifar10"], checksums={known.ARCHIVE: digest})
+    monkeypatch.setitem(known.DATASETS, "cifar10", published)
+    monkeypatch.setattr(known, "ARCHIVE_MD5", md5((to / known.ARCHIVE).read_bytes()).hexdigest())
 
 
 def check_cifar10(folder: Path) -> None:
     dataset = load_dataset(folder)
-    assert (dataset.kind, dataset.image_shape, dataset.class_names) == ("cifar10", (3, 32, 32), cifar10.CLASS_NAMES)
+    assert (dataset.kind, dataset.image_shape, dataset.class_names) == (
+        "cifar10",
+        (3, 32, 32),
+        known.CIFAR10.class_names,
+    )
     for split, files in (("train", range(5)), ("test", (5,))):
         images, labels = load_split(dataset, split)
         assert labels.tolist() == [index % 10 for _ in files for index in range(20)]
@@ -220,12 +223,12 @@ def test_cifar10_from_its_archive(binary: Path, tmp_path: Path, monkeypatch: pyt
     (tmp_path / "packed").mkdir()
     pack(binary, tmp_path / "packed", monkeypatch)
     shutil.rmtree(binary)
-    prepare_cifar10(tmp_path / "data", tmp_path / "packed")
+    prepare_known("cifar10", tmp_path / "data", tmp_path / "packed")
     check_cifar10(tmp_path / "data" / "cifar10")
-    archive = tmp_path / "packed" / cifar10.ARCHIVE
+    archive = tmp_path / "packed" / known.ARCHIVE
     archive.write_bytes(archive.read_bytes()[:-1])
-    with pytest.raises(DataError, match=rf"{cifar10.ARCHIVE} is damaged: .* has \d+ bytes and SHA-256"):
-        prepare_cifar10(tmp_path / "other", tmp_path / "packed")
+    with pytest.raises(DataError, match=rf"{known.ARCHIVE} is damaged: .* has \d+ bytes and SHA-256"):
+        prepare_known("cifar10", tmp_path / "other", tmp_path / "packed")
 
 
 def test_cifar10_is_fetched_when_it_is_first_used(
@@ -237,18 +240,18 @@ def test_cifar10_is_fetched_when_it_is_first_used(
     (tmp_path / "home").mkdir()
     pack(binary, tmp_path / "home", monkeypatch)
     for mirror in serving(tmp_path / "home"):
-        monkeypatch.setattr(cifar10, "HOME", mirror.url)
+        monkeypatch.setattr(known, "HOME", mirror.url)
         interrupted(mirror, config)
         open_dataset(config)
-        assert mirror.requests == [cifar10.ARCHIVE]
+        assert mirror.names == [known.ARCHIVE]
     check_cifar10(tmp_path / "data" / "cifar10")
     assert not (tmp_path / "data" / ".cifar10.download").exists()
 
 
 def interrupted(mirror: Mirror, config: DataConfig) -> None:
     """One byte of the archive changes on its way."""
-    mirror.failing[cifar10.ARCHIVE] = "flipped"
-    with pytest.raises(DataError, match=r"is damaged: cifar-10-binary\.tar\.gz has"):
+    mirror.failing[known.ARCHIVE] = "flipped"
+    with pytest.raises(DataError, match=r"cifar-10-binary\.tar\.gz is damaged: "):
         open_dataset(config)
     mirror.failing.clear()
     mirror.requests.clear()
@@ -260,12 +263,13 @@ def test_a_packed_archive_without_all_files_is_refused(
     (binary / "test_batch.bin").unlink()
     pack(binary, tmp_path, monkeypatch)
     with pytest.raises(DataError, match=r"cifar-10-binary\.tar\.gz lacks test_batch\.bin"):
-        prepare_cifar10(tmp_path / "data", tmp_path)
+        prepare_known("cifar10", tmp_path / "data", tmp_path)
     for content in (b"no archive", gzip.compress(b"no archive"), io.BytesIO(b"").getvalue()):
-        (tmp_path / cifar10.ARCHIVE).write_bytes(content)
-        monkeypatch.setattr(cifar10, "CHECKSUMS", {cifar10.ARCHIVE: sha256(content).hexdigest()})
+        (tmp_path / known.ARCHIVE).write_bytes(content)
+        published = replace(known.CIFAR10, checksums={known.ARCHIVE: sha256(content).hexdigest()})
+        monkeypatch.setitem(known.DATASETS, "cifar10", published)
         with pytest.raises(DataError, match=r"cifar-10-binary\.tar\.gz (is damaged|lacks)"):
-            prepare_cifar10(tmp_path / "data", tmp_path)
+            prepare_known("cifar10", tmp_path / "data", tmp_path)
 
 
 def first_label(value: int) -> Callable[[bytes], bytes]:
@@ -313,9 +317,9 @@ def test_another_dataset_of_its_name_is_kept(binary: Path, tmp_path: Path) -> No
     numbered_dataset(tmp_path, [10], name="cifar10")
     before = snapshot(tmp_path / "cifar10")
     with pytest.raises(DataError, match="holds something else than CIFAR-10"):
-        prepare_cifar10(tmp_path, binary)
+        prepare_known("cifar10", tmp_path, binary)
     assert snapshot(tmp_path / "cifar10") == before
-    shard = prepare_cifar10(tmp_path / "data", binary).folder / "train-00000.tar"
+    shard = prepare_known("cifar10", tmp_path / "data", binary).folder / "train-00000.tar"
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(DataError, match=r"train-00000\.tar is damaged"):
-        prepare_cifar10(tmp_path / "data", binary)
+        prepare_known("cifar10", tmp_path / "data", binary)

@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.config import DataConfig
 from pipeline.data import DataError, load_dataset, open_dataset
-from pipeline.data.manifest import to_json
+from pipeline.data.dataset import to_json
 from pipeline.data.resident import load_split
 from pipeline.data.shards import read_shard
 from pipeline.errors import UserError

@@ -14,11 +14,10 @@ import pytest
 from PIL import ExifTags, Image, ImageCms, features
 
 from pipeline.data import DataError, load_dataset
-from pipeline.data.decoding import decode_image, file_shape
-from pipeline.data.images import Split
+from pipeline.data.dataset import Remarks
+from pipeline.data.images import Resizing, Split, decode_image, file_shape
 from pipeline.data.prepare import ShardSizes, index_shards, prepare_folder, prepare_npz
 from pipeline.data.prepare.commit import write_shards
-from pipeline.data.remarks import Remarks
 from pipeline.data.resident import load_split
 from tests.data.test_prepare import Result, grey_folder, run
 
@@ -347,7 +346,8 @@ def test_shards_and_arrays_are_cropped_and_resized_as_a_folder_is(tmp_path: Path
     patterns = (tmp_path / "0.tar", tmp_path / "1-00000.tar")
     plain = run("shards", *patterns, "--name", "x", "--root", tmp_path)
     assert "4 x 4, those before it are 5 x 7: all images must have one size, and --size N makes it so" in plain.stderr
-    prepared(tmp_path, "shards", *patterns, "--test", patterns[1], "--crop", 2)
+    sizes = ("--images_per_shard", 3, "--images_per_block", 2)
+    prepared(tmp_path, "shards", *patterns, "--test", patterns[1], "--crop", 2, *sizes)
     dataset = load_dataset(tmp_path / "x")
     # The square of 2 begins in row and column (5 - 2) // 2 and (7 - 2) // 2; 1 and 1; 2 and 2.
     expected = [[9, 10, 16, 17], [105, 106, 109, 110], [164, 165, 170, 171], [200, 201, 206, 207]]
@@ -355,20 +355,25 @@ def test_shards_and_arrays_are_cropped_and_resized_as_a_folder_is(tmp_path: Path
     assert images.flatten(1).tolist() == expected
     assert labels.tolist() == [0, 1, 1, 0]
     assert load_split(dataset, "test")[0].flatten(1).tolist() == expected[2:]
-    assert [(tmp_path / "x" / shard.name).is_file() for shard in dataset.shards("train")] == [True]
+    assert [shard.num_images for shard in dataset.shards("train")] == [3, 1]
+    with tarfile.open(tmp_path / "x" / "train-00000.tar") as archive:
+        names = [member.name for member in archive if member.name.endswith("images.npy")]
+    assert names == ["00000000.images.npy", "00000002.images.npy"]
     # A folder of the same pictures gives the same pixels, by the same filter.
     folder = tmp_path / "folder"
     folder.mkdir()
     for number, picture in enumerate([*pictures, *blocks[:, 0]]):
         Image.fromarray(picture).save(folder / f"{number}.png")
     from_folder = load_split(prepare_folder(tmp_path, "a", {"train": folder}, size=4), "train")[0]
-    from_shards = load_split(index_shards(tmp_path, "b", {"train": list(map(str, patterns))}, size=4), "train")[0]
+    from_shards = load_split(
+        index_shards(tmp_path, "b", {"train": list(map(str, patterns))}, resizing=Resizing(size=4)), "train"
+    )[0]
     assert sorted(from_folder.flatten(1).tolist()) == sorted(from_shards.flatten(1).tolist())
     np.savez(tmp_path / "c.npz", images=blocks)
     from_array = load_split(prepare_npz(tmp_path, "c", {"train": tmp_path / "c.npz"}, size=4), "train")[0]
     assert sorted(from_array.flatten(1).tolist()) == sorted(from_shards[2:].flatten(1).tolist())
     with pytest.raises(DataError, match=r"0\.tar is 5 x 7, which --crop 6 can't be cut out of"):
-        index_shards(tmp_path, "d", {"train": [str(patterns[0])]}, crop=6)
+        index_shards(tmp_path, "d", {"train": [str(patterns[0])]}, resizing=Resizing(crop=6))
 
 
 def test_grey_and_colour_in_shards_are_said_as_in_a_folder(tmp_path: Path) -> None:

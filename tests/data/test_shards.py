@@ -23,7 +23,7 @@ from webdataset import TarWriter
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipeline.data import DataError, Dataset
-from pipeline.data.manifest import Reading, Shard
+from pipeline.data.dataset import Reading, Shard
 from pipeline.data.resident import load_split
 from pipeline.data.shards import copy_mirrored, decode, parse_shard, read_shard, write_shard
 from tests.data.numbered import image_numbers, numbered_dataset, numbered_images

@@ -142,7 +142,7 @@ def test_auto_chooses_by_decoded_size(tmp_path: Path) -> None:
     assert isinstance(source_of(large, resident_limit_mib=1, source="resident"), ResidentSource)
 
 
-@pytest.mark.parametrize("module", ["pipeline.data", "pipeline.data.manifest"])
+@pytest.mark.parametrize("module", ["pipeline.data", "pipeline.data.dataset"])
 def test_a_manifest_is_read_without_torch(module: str) -> None:
     heavy = "{'torch', 'torchvision', 'webdataset', 'numpy'} & set(sys.modules)"
     result = subprocess.run([sys.executable, "-c", f"import sys, {module}; print({heavy})"], capture_output=True)
@@ -152,7 +152,7 @@ def test_a_manifest_is_read_without_torch(module: str) -> None:
 @pytest.mark.slow
 def test_sources_import_neither_torchvision_nor_what_trains() -> None:
     """Each data worker imports what streaming needs."""
-    modules = "pipeline.data.prepare, pipeline.data.resident, pipeline.data.streaming, pipeline.data.workers"
+    modules = "pipeline.data.prepare, pipeline.data.resident, pipeline.data.streaming"
     heavy = "{'torchvision', 'accelerate', 'pipeline.training', 'pipeline.models', 'matplotlib', 'torchmetrics'}"
     result = subprocess.run(
         [sys.executable, "-c", f"import sys, {modules}; print({heavy} & set(sys.modules))"], capture_output=True

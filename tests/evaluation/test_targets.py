@@ -16,9 +16,9 @@ from PIL import Image
 
 from pipeline.config import EvaluationConfig, RuntimeConfig
 from pipeline.data import Dataset
+from pipeline.data.dataset import Remarks
 from pipeline.data.images import open_images
 from pipeline.data.prepare import prepare_npz
-from pipeline.data.remarks import Remarks
 from pipeline.data.resident import load_split
 from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError

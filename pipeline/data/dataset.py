@@ -1,0 +1,260 @@
+"""A dataset on disk. Its manifest `dataset.json` lets every byte that training reads be verified."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, get_type_hints
+
+from pipeline.data import locations
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.config import DataConfig
+
+FILE_NAME = "dataset.json"
+VERSION = 1
+MAX_VALUES = 2**26
+"""The most values that one image may have: a manifest that claims more is damaged."""
+KNOWN = ("mnist", "fashion_mnist", "cifar10")
+"""Names of the datasets that are prepared on first use (prepare/known.py)."""
+KINDS = (*KNOWN, "own")
+"""What a dataset's images may be. Feature spaces that are meant for certain images alone go by it."""
+LABELS = ("members", "folder", "none")
+"""Where the labels of single images are: in `.cls`, else in `label` or `cls` of `.json`; in the name of the folder that
+an image lies in; nowhere."""
+
+ImageShape = tuple[int, int, int]
+"""Channels, height and width."""
+T = TypeVar("T")
+
+
+class DataError(UserError):
+    """A dataset is missing or damaged: the message names the file and what to do."""
+
+
+class Remarks(dict[tuple[str, str], tuple[int, str]]):
+    """Counts, by kind, of what is left out of some images or read as something else, with the first of each kind."""
+
+    def add(self, event: str, kind: str, first: object, count: int = 1) -> None:
+        """Counts `count` more of a kind, a noun in the singular, for an event such as "left out"."""
+        before, name = self.get((event, kind), (0, str(first)))
+        self[event, kind] = before + count, name
+
+    def __str__(self) -> str:
+        """Returns, for the end of a line, "left out: 3 hard links (first: a.png), 1 hidden file (first: .b)"."""
+        counts: dict[str, list[str]] = {}
+        for (event, kind), (count, first) in self.items():
+            counts.setdefault(event, []).append(f"{count:,} {kind}{'s' if count > 1 else ''} (first: {first})")
+        return "; ".join(f"{event}: {', '.join(kinds)}" for event, kinds in counts.items())
+
+
+class Reading(NamedTuple):
+    """Which member of a shard's sample is its image and where its label is. It is chosen when shards are indexed."""
+
+    image_key: str = "images.npy;png;jpg;jpeg;webp"
+    """The first of these keys that a sample has, in webdataset's notation. The default is that of earlier versions."""
+    labels: str = "members"
+    """One of LABELS."""
+
+
+DEFAULT_READING = Reading()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file of images."""
+
+    name: str
+    """Path relative to the dataset's folder, an absolute path, or a URL."""
+    num_images: int
+    num_bytes: int
+    sha256: str
+    """Hexadecimal SHA-256 of the file."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The content of a manifest. Only `load_dataset` reads one, and checks which URLs it may name."""
+
+    folder: Path
+    """Where dataset.json is; for a dataset behind a URL only its name, see `base_url`."""
+    name: str
+    image_shape: ImageShape
+    class_names: tuple[str, ...]
+    """Label i means class_names[i]; empty when unlabelled."""
+    splits: dict[str, tuple[Shard, ...]] = field(hash=False)
+    """"train" always, "test" maybe."""
+    base_url: str = ""
+    kind: str = "own"
+    """One of KINDS."""
+    reading: Reading = DEFAULT_READING
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what the dataset holds, wherever it lies: of everything in the manifest but the shards' names and
+        the kind, which is only a statement about the images."""
+        content = to_json(self)
+        del content["kind"]
+        content["splits"] = {
+            split: [[shard.num_images, shard.num_bytes, shard.sha256] for shard in shards]
+            for split, shards in self.splits.items()
+        }
+        return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def num_images(self, split: str) -> int:
+        return sum(shard.num_images for shard in self.shards(split))
+
+    def shards(self, split: str) -> tuple[Shard, ...]:
+        """Returns the shards of a split. Raises DataError when the dataset has no such split."""
+        if split not in self.splits:
+            raise DataError(f"dataset {self.name} has no {split} split: it has {', '.join(sorted(self.splits))}")
+        return self.splits[split]
+
+    def locate(self, shard: Shard) -> str:
+        """Returns the path or URL of a shard."""
+        return locations.resolve(self.base_url or str(self.folder), shard.name)
+
+
+def to_json(dataset: Dataset) -> dict[str, object]:
+    """Returns the manifest's content."""
+    reading = {"reading": dataset.reading._asdict()} if dataset.reading != DEFAULT_READING else {}
+    return {
+        "format": "image-shards",
+        "version": VERSION,
+        "name": dataset.name,
+        "kind": dataset.kind,
+        "image_shape": list(dataset.image_shape),
+        "class_names": list(dataset.class_names),
+        "splits": {split: [vars(shard) for shard in shards] for split, shards in dataset.splits.items()},
+        **reading,
+    }
+
+
+def open_dataset(config: DataConfig) -> Dataset:
+    """Returns the dataset that the configuration names; a known one that is not there yet is prepared first.
+
+    Safe in several processes at once: one prepares, the others wait for it. Raises DataError, see `existing_dataset`.
+    """
+    if dataset := existing_dataset(config):
+        return dataset
+    from pipeline.data.prepare import prepare_known
+
+    return prepare_known(config.dataset, Path(config.root))
+
+
+def existing_dataset(config: DataConfig) -> Dataset | None:
+    """Reads the manifest of the dataset that the configuration names; returns None for a known one that is not there.
+
+    Raises DataError when another is missing, when it is damaged, or when other images lie in a known one's place.
+    """
+    if config.dataset not in KNOWN:
+        return load_dataset(config.dataset, allow_shell_urls=config.allow_shell_urls)
+    folder = Path(config.root) / config.dataset
+    if not (folder / FILE_NAME).exists():
+        return None
+    dataset = load_dataset(folder, allow_shell_urls=config.allow_shell_urls)
+    if dataset.kind != config.dataset:
+        raise DataError(
+            f"{folder} holds images of kind {dataset.kind}, not {config.dataset}: name them by their path "
+            f"(data.dataset {folder.absolute()}), or move them away, and {config.dataset} is prepared in their place"
+        )
+    return dataset
+
+
+def load_dataset(folder_or_url: str | Path, *, allow_shell_urls: bool = False) -> Dataset:
+    """Reads and checks `dataset.json`; no shard is opened.
+
+    Raises DataError when the manifest is missing, damaged or of another version, and UserError when a URL in it would
+    run a command and `allow_shell_urls` is false.
+    """
+    base = str(folder_or_url)
+    location = locations.resolve(base, FILE_NAME)
+    locations.check_allowed(location, allow_shell_urls)
+    try:
+        manifest = json.loads(locations.read_bytes(location))
+        dataset = _parse(manifest, Path(base), base if locations.scheme(base) else "")
+    except FileNotFoundError:
+        raise DataError(
+            f"{location} does not exist: prepare the dataset with pipeline/prepare.py, or give the folder that holds it"
+        ) from None
+    except OSError as error:
+        raise DataError(f"cannot read {location}: {error}") from None
+    except (ValueError, RecursionError) as error:  # JSON's, and those of `_parse`
+        raise DataError(f"{location} cannot be used: {error}; prepare the dataset again") from None
+    for shards in dataset.splits.values():
+        for shard in shards:
+            try:
+                locations.check_allowed(dataset.locate(shard), allow_shell_urls)
+            except UserError as error:
+                raise UserError(f"{location}: {error}") from None
+    return dataset
+
+
+def _parse(manifest: object, folder: Path, base_url: str) -> Dataset:
+    """Checks a manifest's content. Raises ValueError naming the entry that is wrong."""
+    version = _entry(manifest, "version", int)
+    if _entry(manifest, "format", str) != "image-shards" or version != VERSION:
+        raise ValueError(f"it is of version {version} (this program reads version {VERSION})")
+    shape = tuple(_checked(side, int, "image_shape") for side in _entry(manifest, "image_shape", list))
+    if len(shape) != 3 or math.prod(shape) > MAX_VALUES:
+        raise ValueError(
+            f"image_shape is {list(shape)}, not [channels, height, width] of at most {MAX_VALUES:,} values"
+        )
+    class_names = _entry(manifest, "class_names", list)
+    if not all(isinstance(name, str) for name in class_names):
+        raise ValueError(f"class_names is {class_names!r}, not a list of texts")
+    splits: dict[str, tuple[Shard, ...]] = {}
+    for split, entries in _entry(manifest, "splits", dict).items():
+        if not isinstance(entries, list) or not entries:
+            raise ValueError(f"splits.{split} lists no shard")
+        splits[split] = tuple(_parse_shard(entry, f"splits.{split}[{index}].") for index, entry in enumerate(entries))
+    if "train" not in splits:
+        raise ValueError("splits.train is missing")
+    name = _entry(manifest, "name", str)
+    assert isinstance(manifest, dict)
+    # Older manifests have no kind: of those, only MNIST's are of another kind than the user's images.
+    is_mnist = (name, shape, tuple(class_names)) == ("mnist", (1, 28, 28), tuple("0123456789"))
+    kind = manifest.get("kind", "mnist" if is_mnist else "own")
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}, not one of {', '.join(KINDS)}")
+    reading = DEFAULT_READING
+    if "reading" in manifest:
+        reading = Reading(*(_entry(manifest["reading"], key, str, "reading.") for key in Reading._fields))
+    if reading.labels not in LABELS:
+        raise ValueError(f"reading.labels is {reading.labels!r}, not one of {', '.join(LABELS)}")
+    return Dataset(folder, name, shape, tuple(class_names), splits, base_url, kind, reading)
+
+
+def _parse_shard(entry: object, where: str) -> Shard:
+    shard = Shard(**{key: _entry(entry, key, kind, where) for key, kind in get_type_hints(Shard).items()})
+    if not shard.name.isprintable():
+        raise ValueError(f"{where}name is {shard.name!r}: it holds control characters")
+    if not re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
+        raise ValueError(f"{where}sha256 is {shard.sha256!r}, not 64 hexadecimal digits")
+    return shard
+
+
+def _entry(mapping: object, key: str, kind: type[T], where: str = "") -> T:
+    if not isinstance(mapping, dict):
+        raise ValueError(f"{where or 'its content'} is not an object")
+    if key not in mapping:
+        raise ValueError(f"{where}{key} is missing")
+    return _checked(mapping[key], kind, f"{where}{key}")
+
+
+def _checked(value: object, kind: type[T], what: str) -> T:
+    """Returns a value that must be of exactly this type (a truth value is no integer) and, if an integer, positive."""
+    if type(value) is not kind:
+        raise ValueError(f"{what} is {value!r}, not of type {kind.__name__}")
+    if isinstance(value, int) and value < 1:
+        raise ValueError(f"{what} is {value!r}, not a positive integer")
+    return value

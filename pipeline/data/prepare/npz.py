@@ -1,0 +1,224 @@
+"""Images and labels in .npz files as people have them: names of arrays, order of axes, scales of values.
+
+An unambiguous file is read, every other is refused with the type, shape and range that its array has. Nothing is ever
+unpickled.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.data.class_names import numbered_classes
+from pipeline.data.dataset import DataError, Dataset, ImageShape, Remarks
+from pipeline.data.images import AS_STORED, Resizing, Split, common_shape, image_reader
+from pipeline.data.prepare.commit import DEFAULT_SIZES, ShardSizes, check_name, write_dataset
+from pipeline.data.shards import BROKEN_HEADER, Images, Labels
+
+NAMES = {
+    "images": ("", "labels"),
+    "x": ("", "y"),
+    "arr_0": ("", "arr_1"),
+    "x_train": ("train", "y_train"),
+    "x_test": ("test", "y_test"),
+    "train_images": ("train", "train_labels"),
+    "test_images": ("test", "test_labels"),
+}
+"""Names of an array of images in lower case, each with the split that it is ("" is any) and the name of its labels."""
+BROKEN_FILE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, TypeError, RuntimeError, *BROKEN_HEADER)
+TOLERANCE = 1e-4
+"""Floats may lie so far outside of their scale, by rounding."""
+
+
+class Arrays(NamedTuple):
+    """The content of a file, or of one split in it."""
+
+    images: Images
+    """uint8 [N, C, H, W]."""
+    labels: Labels | None
+    """int64 [N]."""
+    others: list[str]
+    """Names of the arrays that are neither."""
+
+
+def prepare_npz(
+    root: Path,
+    name: str,
+    paths: dict[str, Path],
+    sizes: ShardSizes = DEFAULT_SIZES,
+    *,
+    crop: int | None = None,
+    size: int | None = None,
+    kind: str = "own",
+) -> Dataset:
+    """Writes `.npz` files as the dataset `root`/`name`, shuffled once.
+
+    Each holds images [N, H, W], [N, H, W, C] or [N, C, H, W] with C 1 or 3 and maybe labels, integers [N] or one-hot;
+    see NAMES and `_levels` for their names and scales.
+
+    Args:
+        paths: a file for "train" and maybe "test". One that holds both (`x_train` and `x_test`) is enough.
+        sizes, crop, size, kind: as of `prepare_folder`.
+
+    Raises:
+        DataError: it names the file.
+    """
+    check_name(name)
+    if "test" not in paths and any(_split_of(array) == "test" for array in _headers(paths["train"])):
+        paths = paths | {"test": paths["train"]}
+    arrays = {split: load_npz(path, split) for split, path in paths.items()}
+    remarks, resizing = Remarks(), Resizing(crop, size)
+    shapes = ((str(paths[split]), images.shape[1:], False) for split, (images, _, _) in arrays.items())
+    shape = common_shape(shapes, remarks, resizing)
+    class_names = numbered_classes([(str(paths[split]), labels) for split, (_, labels, _) in arrays.items()], "files")
+    for path in dict.fromkeys(paths.values()):
+        unread = [set(arrays[split].others) for split in paths if paths[split] == path]
+        for array in sorted(set.intersection(*unread)):
+            remarks.add("left out", "array", f"{array!r} in {path}")
+    splits = {
+        split: npz_split(paths[split], images, labels, shape, resizing) for split, (images, labels, _) in arrays.items()
+    }
+    return write_dataset(Dataset(root / name, name, shape, class_names, {}, kind=kind), splits, sizes, remarks)
+
+
+def npz_split(path: Path, images: Images, labels: Labels | None, shape: ImageShape, resizing: Resizing) -> Split:
+    """Returns the arrays of a file as a split."""
+    read = images.__getitem__
+    if resizing != AS_STORED:
+        read = image_reader(lambda index: (f"image {index} of {path}", images[index]), shape, resizing)
+    return Split(len(images), labels, read, (path,))
+
+
+def load_npz(path: Path, split: str = "") -> Arrays:
+    """Reads images and labels of a split, "train" or "test", or with "" of a file that is no split of a dataset.
+
+    Raises DataError naming the file, also when it has no images of that split, or several.
+    """
+    headers = _headers(path)
+    candidates = [name for name in headers if _split_of(name) in ("", split or _split_of(name))]
+    if len(candidates) != 1:
+        content = ", ".join(f"{name!r} {dtype} {shape}" for name, (dtype, shape) in headers.items())
+        what = "several arrays that may be the images" if candidates else "no array `images`"
+        raise DataError(f"{path} has {what}{split and f' of the {split} split'}: it holds {content or 'nothing'}")
+    name = candidates[0]
+    labels_name = next((other for other in headers if other.lower() == NAMES[name.lower()][1]), None)
+    others = [other for other in headers if other not in (name, labels_name)]
+    array = _read(path, name, headers[name])
+    described = _described(array, f"{path}: {name}")
+    images = _levels(_channels_first(array, described), described)
+    if labels_name is None:
+        return Arrays(images, None, others)
+    labels = _numbers(_read(path, labels_name, headers[labels_name]), len(images), f"{path}: {labels_name}")
+    return Arrays(images, labels, others)
+
+
+def _split_of(name: str) -> str | None:
+    """Returns the split that an array of images is by its name, "" for any; None if the name is not one of images."""
+    return NAMES[name.lower()][0] if name.lower() in NAMES else None
+
+
+Header = tuple[np.dtype[Any], tuple[int, ...]]
+
+
+def _headers(path: Path) -> dict[str, Header]:
+    """Reads the type and shape of each array. Raises DataError for another kind of file, or for an array whose header
+    claims more than follows: numpy would take the memory first."""
+    headers = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if not member.filename.endswith(".npy"):
+                    continue
+                with archive.open(member) as file:
+                    version = np.lib.format.read_magic(file)
+                    first = version == (1, 0)
+                    read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+                    shape, _, dtype = read(file)
+                    num_bytes = member.file_size - file.tell()
+                if not dtype.hasobject and math.prod(shape) * dtype.itemsize != num_bytes:
+                    raise ValueError(f"{member.filename!r} claims the shape {shape}, but has {num_bytes:,} bytes")
+                headers[member.filename.removesuffix(".npy")] = dtype, shape
+    except BROKEN_FILE as error:
+        raise DataError(f"{path} cannot be read as an .npz file: {error}") from None
+    return headers
+
+
+def _read(path: Path, name: str, header: Header) -> npt.NDArray[Any]:
+    dtype, shape = header
+    if dtype.hasobject:
+        raise DataError(
+            f"{path}: {name} is an array {shape} of Python objects, which are pickled and never loaded: store "
+            "images of one size as uint8 [N, H, W, C], and labels as integers [N]"
+        )
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            array: npt.NDArray[Any] = file[f"{name}.npy"]
+            return array
+    except BROKEN_FILE as error:
+        raise DataError(f"{path}: {name!r} cannot be read: {error}") from None
+
+
+def _described(array: npt.NDArray[Any], name: str) -> str:
+    values = array.view(np.uint8) if array.dtype == bool else array
+    extent = f" with values from {values.min()} to {values.max()}" if array.size and array.dtype.kind in "biuf" else ""
+    return f"{name} is {array.dtype} {array.shape}{extent}"
+
+
+def _channels_first(images: npt.NDArray[Any], described: str) -> npt.NDArray[Any]:
+    layouts = "[N, H, W], [N, H, W, C] or [N, C, H, W]"
+    if images.ndim not in (3, 4) or images.size == 0:
+        raise DataError(f"{described}: its axes are not {layouts}")
+    if images.ndim == 3:
+        if images.shape[2] in (1, 3, 4):
+            raise DataError(f"{described}: it may be one image [H, W, C], not {layouts}")
+        return images[:, None]
+    if (images.shape[1] in (1, 3)) == (images.shape[3] in (1, 3)):
+        raise DataError(f"{described}: which axis is the channels (1 or 3 of them) is not clear")
+    return images.transpose(0, 3, 1, 2) if images.shape[3] in (1, 3) else images
+
+
+def _levels(images: npt.NDArray[Any], described: str) -> Images:
+    """Returns brightness as uint8, of integers from 0 to 255, floats from 0 to 1 or from -1 to 1, or truth values.
+
+    Raises DataError for every other scale: whole numbers up to 1 and floats up to 1/255 would all be black, floats from
+    -0.5 to 0.5 are a scale of their own.
+    """
+    if (kind := images.dtype.kind) == "b":
+        if (values := images.view(np.uint8)).max() <= 1:  # other bytes are no truth values
+            return values * np.uint8(255)
+    elif kind in "iuf":
+        low, high = images.min(), images.max()
+        if kind != "f" and low >= 0 and high <= 255 and high != 1:
+            return images.astype(np.uint8, copy=False)
+        if kind == "f" and low >= -TOLERANCE and high <= 1 + TOLERANCE and not 0 < high <= 1 / 255:
+            return _rounded(images, 0, 255)
+        if kind == "f" and -1 - TOLERANCE <= low < 0 and high <= 1 + TOLERANCE and max(-low, high) > 0.5:
+            return _rounded(images, 1, 127.5)
+    raise DataError(f"{described}: give integers from 0 to 255, or floats that reach from 0 to 1 or from -1 to 1")
+
+
+def _rounded(images: npt.NDArray[Any], shift: float, scale: float) -> Images:
+    levels = np.empty(images.shape, np.uint8)
+    for start in range(0, len(images), 1024):  # a float copy of all would take four times the images' memory
+        part = images[start : start + 1024].astype(np.float32)
+        levels[start : start + 1024] = np.rint((part + shift) * scale).clip(0, 255)
+    return levels
+
+
+def _numbers(labels: npt.NDArray[Any], count: int, name: str) -> Labels:
+    """Returns labels int64 [N] of integers [N] or [N, 1], or of one-hot rows [N, K] of any numeric type."""
+    values = labels.view(np.uint8) if labels.dtype == bool else labels
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.dtype.kind in "iuf" and values.ndim == 2 and len(values) == count:
+        if np.isin(values, (0, 1)).all() and (values.sum(axis=1) == 1).all():
+            return np.asarray(values.argmax(axis=1), np.int64)
+    elif labels.dtype.kind in "iu" and values.shape == (count,) and values.max() < 2**63:
+        return values.astype(np.int64)
+    raise DataError(f"{_described(labels, name)}: give {count} integers, or as many rows with a single 1 (one-hot)")
