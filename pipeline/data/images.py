@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,9 @@ from jsonargparse.typing import PositiveInt
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from pipeline.data.dataset import MAX_VALUES, DataError, Dataset, ImageShape, Remarks
-from pipeline.data.shards import Images, Labels
+
+if TYPE_CHECKING:
+    from pipeline.data.shards import Images, Labels
 
 MAX_SIDE = 4096
 """The largest side that images are resized to."""
