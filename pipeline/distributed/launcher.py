@@ -209,32 +209,12 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
                 if world_size > 1:  # the launcher sends SIGTERM to those that are still saving when one rank has ended
                     for number in (signal.SIGTERM, signal.SIGUSR1):
                         signal.signal(number, lambda *_: None)
-    except Preempted as stop:
-        _print_line(str(stop), rank)
-        code = EXIT_PREEMPTED
-    except LocalError as error:
-        _print_line(f"{f'[rank {rank}] ' if world_size > 1 else ''}error: {error}")
-        code = EXIT_USER_ERROR
-    except (UserError, TrainingFailed) as error:
-        _print_line(f"error: {error}", rank)
-        code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
-    except RankLost:
-        code = EXIT_RANK_LOST
-    except BrokenPipeError:  # the reader of the output, like `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = EXIT_FAILED
-    except OSError as error:
-        if error.filename is None and error.errno not in FULL:
+    except (Exception, KeyboardInterrupt) as error:
+        expected = _print_error(error, rank, world_size)
+        if expected is None and not interrupts:
             raise
-        reason = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-        _print_line(f"error: {reason}; nothing more was written")
-        code = EXIT_FAILED
-    except KeyboardInterrupt:  # before a Runtime was there to take the signal
-        code = EXIT_INTERRUPTED
-    except Exception:
-        if not interrupts:  # packages turn an interrupt during their import into other errors
-            raise
-        code = EXIT_INTERRUPTED
+        # Packages turn an interrupt during their import into other errors.
+        code = EXIT_INTERRUPTED if expected is None else expected
     if code == EXIT_PREEMPTED and rank == 0 and (path := stop_file()) is not None:
         path.unlink(missing_ok=True)
     if world_size > 1:
@@ -247,6 +227,32 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     # An interrupt while the interpreter ends should not print a traceback either. A program that goes on keeps ^C.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
     sys.exit(code)
+
+
+def _print_error(error: BaseException, rank: int, world_size: int) -> int | None:
+    """Prints the line of an expected error and returns its exit code; None for an error that nobody expects."""
+    match error:
+        case Preempted():
+            _print_line(str(error), rank)
+            return EXIT_PREEMPTED
+        case LocalError():
+            _print_line(f"{f'[rank {rank}] ' if world_size > 1 else ''}error: {error}")
+            return EXIT_USER_ERROR
+        case UserError() | TrainingFailed():
+            _print_line(f"error: {error}", rank)
+            return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
+        case RankLost():
+            return EXIT_RANK_LOST
+        case BrokenPipeError():  # the reader of the output, like `head`, has ended
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return EXIT_FAILED
+        case OSError() if error.filename is not None or error.errno in FULL:
+            reason = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+            _print_line(f"error: {reason}; nothing more was written")
+            return EXIT_FAILED
+        case KeyboardInterrupt():  # before a Runtime was there to take the signal
+            return EXIT_INTERRUPTED
+    return None
 
 
 def _check_ranks() -> None:
