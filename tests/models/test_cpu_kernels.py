@@ -130,8 +130,8 @@ def test_the_reference_networks_get_each_form_and_keep_their_state(
     generator, critic = Generator(NetworkConfig(), (1, 28, 28)), Critic(NetworkConfig(), (1, 28, 28))
     before = {**generator.state_dict(), **critic.state_dict()}
     forms = [faster_form(layer) for network in (generator, critic) for layer in network.modules()]
-    found = [form for form in forms if form is not None]
-    assert found == [transposed_convolution] * 2 + [convolution_by_taps] + [convolution_by_products] * has_amx
+    forms_used = [form for form in forms if form is not None]
+    assert forms_used == [transposed_convolution] * 2 + [convolution_by_taps] + [convolution_by_products] * has_amx
     for network in (generator, critic):
         use_cpu_kernels(network)
     after = {**generator.state_dict(), **critic.state_dict()}

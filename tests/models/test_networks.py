@@ -156,12 +156,12 @@ def test_sides_that_no_doublings_reach_are_refused_with_the_nearest(shape: tuple
 
 
 def test_every_side_from_16_to_256_has_networks_or_is_refused() -> None:
-    found = set()
+    sides = set()
     with torch.device("meta"):
         for side in range(16, 257):
             with contextlib.suppress(UserError):
-                found.add(Generator(NetworkConfig(), (1, side, side)).image_shape[1])
-    assert found == set(SIZES)
+                sides.add(Generator(NetworkConfig(), (1, side, side)).image_shape[1])
+    assert sides == set(SIZES)
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 64, 48)])

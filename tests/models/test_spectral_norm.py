@@ -74,9 +74,9 @@ def test_it_is_torchs_own_at_the_same_vectors(seed: int) -> None:
     original.data.copy_(layer.weight.data)
     images = torch.rand(2, 3, 7, 7, dtype=torch.float64, generator=seeded(seed, "images"))
     theirs.get_parameter("bias").data.copy_(ours.get_parameter("bias").data)
-    found, expected = ours(images), theirs(images)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    for outputs, weight in ((found, original), (expected, stock.get_parameter("original"))):
+    outputs_of_ours, expected = ours(images), theirs(images)
+    torch.testing.assert_close(outputs_of_ours, expected, rtol=1e-12, atol=1e-12)
+    for outputs, weight in ((outputs_of_ours, original), (expected, stock.get_parameter("original"))):
         outputs.square().sum().backward()
         assert weight.grad is not None
     torch.testing.assert_close(original.grad, stock.get_parameter("original").grad, rtol=1e-10, atol=1e-10)
@@ -87,9 +87,9 @@ def test_every_weight_of_the_critic_comes_to_have_norm_one(seed: int, num_classe
     """And the critic computes what one with the divided weights computes, by a CPU's kernels too."""
     critic, plain = a_critic(seed, num_classes), a_critic(seed, num_classes)
     use_spectral_norm(critic, seeded(seed, "singular vectors"))
-    found = norms(critic)
-    assert len(found) == sum(isinstance(layer, nn.Linear | nn.Conv2d) for layer in plain.modules())
-    for norm, weight in found:
+    pairs = norms(critic)
+    assert len(pairs) == sum(isinstance(layer, nn.Linear | nn.Conv2d) for layer in plain.modules())
+    for norm, weight in pairs:
         for _ in range(1000):
             norm.iterate(weight)
         assert torch.linalg.matrix_norm(norm(weight).flatten(1), 2).item() == pytest.approx(1, abs=1e-6)

@@ -33,7 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_captured_step_walks_the_same_trajectory(name: str, tiny_dataset: Path, tmp_path: Path) -> None:
-    found: list[tuple[Tensor, dict[str, Tensor]]] = []
+    walks: list[tuple[Tensor, dict[str, Tensor]]] = []
     with process_kept():
         for captured in (False, True):
             config = tiny_config(
@@ -47,9 +47,9 @@ def test_a_captured_step_walks_the_same_trajectory(name: str, tiny_dataset: Path
             assert isinstance(trainer.step, CapturedStep) == captured
             for _ in range(5):
                 trainer.take_step()
-            found.append((trainer.log.losses(), trainer.state.tensors()))
+            walks.append((trainer.log.losses(), trainer.state.tensors()))
             runtime.close()
-    (losses, tensors), (captured_losses, captured_tensors) = found
+    (losses, tensors), (captured_losses, captured_tensors) = walks
     torch.testing.assert_close(captured_losses, losses, rtol=1e-4, atol=1e-6)
     for key, tensor in tensors.items():
         torch.testing.assert_close(captured_tensors[key], tensor, rtol=0, atol=1e-5)

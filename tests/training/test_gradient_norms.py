@@ -60,17 +60,17 @@ def test_growth_is_said_once_until_it_is_over(
     factors = {4: 1e4, 6: 100.0, 8: 1e4, 9: 1e5, 10: 1e4, 12: 2e4}
     trainer = trainer_with(factors, role, runtime, tiny_dataset, tmp_path, steps=13)
     trainer.run()
-    found = norms(trainer, role)
-    for step, norm in enumerate(found, 1):
-        assert norm / factors.get(step, 1) == pytest.approx(found[0], rel=0.8)
-    said = re.findall(
+    values = norms(trainer, role)
+    for step, norm in enumerate(values, 1):
+        assert norm / factors.get(step, 1) == pytest.approx(values[0], rel=0.8)
+    warnings = re.findall(
         rf"step (\d+): the norm of the {role}'s gradients is (\S+), more than 1,000 times the median (\S+) "
         r"of the last (\d+) lines",
         capsys.readouterr().err,
     )
-    assert [(int(step), int(lines)) for step, _, _, lines in said] == [(8, 7), (12, 11)]
-    assert float(said[0][1]) == pytest.approx(found[7], rel=0.01)
-    assert float(said[0][2]) == pytest.approx(sorted(found[:7])[3], rel=0.01)
+    assert [(int(step), int(lines)) for step, _, _, lines in warnings] == [(8, 7), (12, 11)]
+    assert float(warnings[0][1]) == pytest.approx(values[7], rel=0.01)
+    assert float(warnings[0][2]) == pytest.approx(sorted(values[:7])[3], rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,9 @@ def test_images_and_gradients_are_those_of_one_batch_after_the_other(
         convert_batch_norm(other)
     labels = torch.arange((BATCHES + 1) * SIZE).view(BATCHES + 1, SIZE) % max(num_classes, 1)
     latents = random(seed, BATCHES + 1, SIZE, 5)
-    given = latents[:-1], labels[:-1], latents[-1], labels[-1]
-    fakes, [images] = StepGenerator(generator, True)(*given)
-    other_fakes, [other_images] = LayerwiseStepGenerator(other, True)(*given)
+    inputs = latents[:-1], labels[:-1], latents[-1], labels[-1]
+    fakes, [images] = StepGenerator(generator, True)(*inputs)
+    other_fakes, [other_images] = LayerwiseStepGenerator(other, True)(*inputs)
     torch.testing.assert_close(other_fakes, fakes, **EXACT)
     torch.testing.assert_close(other_images, images, **EXACT)
     assert not fakes.requires_grad
@@ -103,15 +103,15 @@ def test_every_batch_norm_of_a_users_network_is_converted(norm_type: type[nn.Mod
     convert_batch_norm(other)
     assert isinstance(other[0], SyncBatchNorm)
     for mode in (True, False):
-        found = []
+        results = []
         for network in (norm.train(mode), other.train(mode)):
             inputs = random(1, *shape).requires_grad_()
             network.zero_grad()
             outputs = network(inputs)
             outputs.backward(random(2, *shape))
             gradients = [weight.grad for weight in network.parameters()]
-            found.append([outputs, inputs.grad, *gradients, *network.buffers()])
-        for left, right in zip(*found, strict=True):
+            results.append([outputs, inputs.grad, *gradients, *network.buffers()])
+        for left, right in zip(*results, strict=True):
             torch.testing.assert_close(left, right, **EXACT)
 
 

@@ -64,7 +64,7 @@ def stream_of(config: Config, num_classes: int, ranks: Ranks, captured: bool) ->
 def drawn_one_by_one(config: Config, step: int, num_classes: int, rows: slice) -> dict[str, Tensor]:
     seed, size, indices = config.training.seed, config.training.batch_size, range(config.training.n_critic)
     dim = config.network.latent_dim
-    found = {
+    drawn = {
         "critic_latents": torch.stack([rng.critic_latents(seed, step, i, size, dim, rows) for i in indices]),
         "mix": torch.stack([rng.penalty_mix(seed, step, i, size, rows) for i in indices]),
         "generator_latents": rng.generator_latents(seed, step, size, dim, rows),
@@ -75,9 +75,9 @@ def drawn_one_by_one(config: Config, step: int, num_classes: int, rows: slice) -
     }
     if num_classes:
         labels = [rng.critic_labels(seed, step, i, size, num_classes, rows) for i in indices]
-        found["critic_labels"] = torch.stack(labels)
-        found["generator_labels"] = rng.generator_labels(seed, step, size, num_classes, rows)
-    return found
+        drawn["critic_labels"] = torch.stack(labels)
+        drawn["generator_labels"] = rng.generator_labels(seed, step, size, num_classes, rows)
+    return drawn
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
@@ -92,9 +92,9 @@ def test_inputs_are_this_ranks_rows_of_the_draws(
         state.step = step
         inputs = stream.take()
         for name, expected in drawn_one_by_one(config, step, num_classes, ranks.rows(12)).items():
-            found = getattr(inputs, name)
-            assert torch.equal(found, expected.to(found.dtype)), (name, step)
-            assert found.dtype == (torch.int64 if "labels" in name else getattr(torch, precision))
+            values = getattr(inputs, name)
+            assert torch.equal(values, expected.to(values.dtype)), (name, step)
+            assert values.dtype == (torch.int64 if "labels" in name else getattr(torch, precision))
         assert inputs.real[:, 0, 0, 0, 0].tolist() == [(3 * step + index) % 256 for index in range(3)]
         assert inputs.real_labels[:, -1].tolist() == (
             [3 * step, 3 * step + 1, 3 * step + 2] if num_classes else [0] * 3
@@ -147,14 +147,14 @@ def test_latents_are_twice_a_uniform_number_less_one(seed: int) -> None:
 )
 def test_learning_rates_by_hand(settings: dict[str, object], rates: dict[int, float]) -> None:
     config = OptimizerConfig(**({"learning_rate": 3e-3} | settings))  # type: ignore[arg-type]
-    found = {update: learning_rate(config, update) for update in rates}
-    assert found == pytest.approx({update: 3e-3 * factor for update, factor in rates.items()}, abs=1e-12)
+    values = {update: learning_rate(config, update) for update in rates}
+    assert values == pytest.approx({update: 3e-3 * factor for update, factor in rates.items()}, abs=1e-12)
 
 
 def test_the_averages_decay_per_step_by_hand() -> None:
     training = TrainingConfig(ema_decay=0.9)
-    found = [ema_weight(training, step) for step in (0, 1, 79, 80, 81, 1000)]
-    assert found == pytest.approx([0.9, 9 / 11, 9 / 89, 0.1, 0.1, 0.1])
+    values = [ema_weight(training, step) for step in (0, 1, 79, 80, 81, 1000)]
+    assert values == pytest.approx([0.9, 9 / 11, 9 / 89, 0.1, 0.1, 0.1])
 
 
 def test_the_averages_half_life_in_images_by_hand() -> None:

@@ -28,9 +28,9 @@ def test_the_steps_asked_for_are_traced_and_no_others(
         runtime.close()
     (path,) = (tmp_path / "wgan/profile").iterdir()
     assert path == RunFolder(config.folder).profile(2, 4, 0)
-    told = capsys.readouterr().err
-    assert f"profile: {path} opens in" in told
-    assert "run.profile is 2:4, but the run goes on from step 6: no trace" in told
+    output = capsys.readouterr().err
+    assert f"profile: {path} opens in" in output
+    assert "run.profile is 2:4, but the run goes on from step 6: no trace" in output
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     spans = sorted((event for event in events if event.get("cat") == "user_annotation"), key=lambda event: event["ts"])
     steps = [span for span in spans if span["name"].startswith("step ")]

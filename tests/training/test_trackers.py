@@ -61,7 +61,7 @@ def wandb_history(run: RunFolder) -> list[tuple[str, str, dict[str, Any]]]:
     """Id, name and last values by key of each launch, from the file that `wandb sync` would send."""
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
-    found = []
+    launches = []
     for path in sorted((run.path / "wandb").glob("offline-run-*/*.wandb")):
         values, name, key = dict[str, Any](), "", ""
         for data in records(path.read_bytes()):
@@ -70,8 +70,8 @@ def wandb_history(run: RunFolder) -> list[tuple[str, str, dict[str, Any]]]:
                 name, key = record.run.display_name, record.run.run_id
             for item in record.history.item:
                 values["/".join(item.nested_key) or item.key] = json.loads(item.value_json)
-        found.append((key, name, values))
-    return found
+        launches.append((key, name, values))
+    return launches
 
 
 def records(log: bytes) -> Iterator[bytes]:
@@ -110,9 +110,9 @@ def test_a_run_that_was_killed_is_one_series_and_one_run_with_each_step_once(dig
     evaluated = [4, 8, 10, 12, STEPS]  # 10 was the last step of the second launch
     for key in ("fid", "is_mean", "kid_mean", "fid_floor", "precision"):
         scores = [json.loads(run.scores(step).read_text())["features"]["mnist"][key] for step in evaluated]
-        found = events.Scalars(f"mnist/{key}")
-        assert [event.step for event in found] == evaluated
-        assert [event.value for event in found] == [np.float32(score) for score in scores]
+        events_of_key = events.Scalars(f"mnist/{key}")
+        assert [event.step for event in events_of_key] == evaluated
+        assert [event.value for event in events_of_key] == [np.float32(score) for score in scores]
     grids = events.Images("samples")
     assert [event.step for event in grids] == list(range(2, STEPS + 1, 2))
     with Image.open(run.grid(STEPS)) as image:
@@ -126,7 +126,7 @@ def test_a_run_that_was_killed_is_one_series_and_one_run_with_each_step_once(dig
     assert [path.name[-len(key) - 1 :] for path in (run.path / "wandb").glob("offline-run-*")] == [f"-{key}"] * 4
     # wandb writes blocks: of the processes that were killed there may be nothing.
     launches = wandb_history(run)[1::2]
-    assert [(found, name) for found, name, _ in launches] == [(key, "tracked")] * 2
+    assert [launched[:2] for launched in launches] == [(key, "tracked")] * 2
     last = launches[-1][2]
     assert last["_step"] == STEPS
     assert math.isclose(last["mnist/fid"], json.loads(run.scores(STEPS).read_text())["features"]["mnist"]["fid"])

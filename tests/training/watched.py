@@ -29,25 +29,25 @@ def described(tensor: Tensor) -> tuple[object, ...]:
 
 def snapshot(state: TrainingState) -> dict[str, object]:
     """Everything about a state that a step could notice."""
-    found: dict[str, object] = {"step": state.step, "scaler": state.scaler.state_dict()}
+    parts: dict[str, object] = {"step": state.step, "scaler": state.scaler.state_dict()}
     for role in ("generator", "critic", "ema"):
         network: nn.Module = getattr(state, role)
         for name, tensor in network.state_dict(keep_vars=True).items():
-            found[f"{role}.{name}"] = described(tensor), tensor.requires_grad
-            found[f"{role}.{name} gradient"] = None if tensor.grad is None else described(tensor.grad)
+            parts[f"{role}.{name}"] = described(tensor), tensor.requires_grad
+            parts[f"{role}.{name} gradient"] = None if tensor.grad is None else described(tensor.grad)
         for name, module in network.named_modules():
             hooks = {key: len(value) for key, value in vars(module).items() if key.endswith("_hooks") and value}
-            found[f"{role}.{name} module"] = type(module), module.training, hooks, vars(module).get("forward")
+            parts[f"{role}.{name} module"] = type(module), module.training, hooks, vars(module).get("forward")
     for role in ("generator", "critic"):
         optimizer: torch.optim.Optimizer = getattr(state, f"{role}_optimizer")
         for number, group in enumerate(optimizer.param_groups):
-            found[f"{role}_optimizer.{number}"] = group | {"params": [*map(id, group["params"])]}
+            parts[f"{role}_optimizer.{number}"] = group | {"params": [*map(id, group["params"])]}
         for index, (parameter, values) in enumerate(optimizer.state.items()):
             for name, value in values.items():
-                found[f"{role}_optimizer.{index}.{name}"] = id(parameter), described(value)
-    found["random numbers"] = torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
-    found["arithmetic"] = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
-    return found
+                parts[f"{role}_optimizer.{index}.{name}"] = id(parameter), described(value)
+    parts["random numbers"] = torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
+    parts["arithmetic"] = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
+    return parts
 
 
 class Watched:
