@@ -1,13 +1,10 @@
-"""What a step needs to take its batch in micro-batches, one after the other: memory for one of them, and the trajectory
-of the whole batch to rounding.
+"""The generator's images in micro-batches, one after the other: a step then needs memory for one of them, and walks the
+trajectory of the whole batch to rounding.
 
 The losses of micro-batches can simply be averaged, and so can the critic's gradients: an image's score depends on that
 image alone. The generator's batch norm is the difficulty, because through its statistics each image depends on the
 whole batch, over all ranks. `AccumulatingGenerator` measures the statistics of the whole batch first, treats them as
 inputs of the micro-batches, and passes their gradients on at the end.
-
-Networks are not wrapped by DDP here, which would average after every micro-batch: gradients are summed over the
-micro-batches, then averaged over the ranks once an update (`average_gradients`).
 """
 
 from __future__ import annotations
@@ -23,16 +20,6 @@ from torch.nn import functional as F
 from pipeline.distributed.batch_norm import Statistics, update_moving_averages
 from pipeline.distributed.collectives import Ranks
 from pipeline.models.networks import Generator
-
-
-def average_gradients(optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
-    """Replaces the gradients of an optimiser's parameters by their means over the ranks, in one collective."""
-    if ranks.world_size > 1:
-        gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
-        means = ranks.mean(torch.cat([gradient.reshape(-1) for gradient in gradients]))
-        sizes = [gradient.numel() for gradient in gradients]
-        for gradient, mean in zip(gradients, torch.split(means, sizes), strict=True):
-            gradient.copy_(mean.view(gradient.shape))
 
 
 @dataclass

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from pipeline.config import Config, OptimizerConfig
 from pipeline.errors import UserError
-from pipeline.models.cpu_kernels import use_cpu_kernels
 from pipeline.models.networks import AnyGenerator, Critic, Generator
 from pipeline.models.spectral_norm import use_spectral_norm
 from pipeline.models.user_networks import build_critic, build_generator
@@ -147,6 +146,8 @@ def build_state(
         if isinstance(network, Generator | Critic):  # a user's network stays as it was made
             network.to(memory_format=torch.channels_last)
             if device.type == "cpu":
+                from pipeline.models.cpu_kernels import use_cpu_kernels
+
                 use_cpu_kernels(network)
         return network
 

@@ -23,7 +23,6 @@ from pipeline.distributed.process import Runtime
 from pipeline.models.networks import Generator, StepGenerator
 from pipeline.models.objectives import Objective, ScoreLoss, gradient_penalty, r1_penalty, with_class_loss
 from pipeline.models.spectral_norm import follow_update
-from pipeline.training.accumulation import AccumulatingGenerator, average_gradients
 from pipeline.training.augment import augment
 from pipeline.training.inputs import Images, StepFunction, StepInputs
 from pipeline.training.state import TrainingState
@@ -196,11 +195,26 @@ def clip_(network: nn.Module, clip_value: float | None) -> None:
         torch._foreach_clamp_max_(parameters, clip_value)
 
 
+def average_gradients(optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    """Replaces the gradients of an optimiser's parameters by their means over the ranks, in one collective.
+
+    With micro-batches networks are not wrapped by DDP, which would average after each of them.
+    """
+    if ranks.world_size > 1:
+        gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+        means = ranks.mean(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+        sizes = [gradient.numel() for gradient in gradients]
+        for gradient, mean in zip(gradients, torch.split(means, sizes), strict=True):
+            gradient.copy_(mean.view(gradient.shape))
+
+
 def build_step(config: Config, objective: Objective, state: TrainingState, runtime: Runtime) -> StepFunction:
     """Builds the function that takes one step of `state`, for these settings, ranks and device."""
     training, ranks, parts = config.training, runtime.ranks, config.runtime.accumulation
     by_batch = training.critic_fakes == "batch"
     if parts > 1:
+        from pipeline.training.accumulation import AccumulatingGenerator
+
         assert isinstance(state.generator, Generator), "checks refuse a user's network here: its layers are not known"
         critic = runtime.wrap(state.critic, data_parallel=False)
         images = AccumulatingGenerator(state.generator, parts, by_batch, ranks, runtime.autocast)
