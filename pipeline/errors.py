@@ -2,7 +2,7 @@
 
 0: done. 1: a defect of the program, or a lost rank. 2: a mistake in the input. 3: the training diverged, or can't be
 saved. 75 (EX_TEMPFAIL): stopped on request after saving; the same command goes on. 130: stopped at once by a second
-SIGINT.
+SIGINT. 143: SIGTERM before there was anything to save.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def ratio(slow: list[float], fast: list[float]) -> float:
 
 def measure_data(config: Config, runtime: Runtime, dataset: Dataset) -> dict[str, float]:
     """Measures images per second of CPU time on one thread, of both sources and of plain webdataset on the same
-    shards. For one rank: the figures are a core's."""
+    shards. Only one rank calls it: the figures are those of a core."""
     batch_size = config.training.batch_size
     num_images = DATA_BATCHES * batch_size
     arguments: dict[str, Any] = {"batch_size": batch_size, "seed": 0, "ranks": Ranks(), "device": torch.device("cpu")}
@@ -170,7 +170,7 @@ def measure_training(config: Config, runtime: Runtime, steps: int) -> dict[str, 
 def _speeds(config: Config, runtime: Runtime, seconds: Seconds, gflop: float) -> dict[str, Any]:
     world_size, step_seconds = runtime.ranks.world_size, median(seconds["step"])
     ceiling = world_size * 2 * MATMUL_SIZE**3 / 1e9 / median(seconds["matmul"])
-    on_cuda = runtime.device.type == "cuda"
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of this process, in KiB on Linux
     figures = {
         "device": device_name(runtime.device, len(runtime.cores)),
         "world_size": world_size,
@@ -188,9 +188,7 @@ def _speeds(config: Config, runtime: Runtime, seconds: Seconds, gflop: float) ->
         "all_reduce_share": median(seconds["all_reduce"]) / step_seconds if world_size > 1 else 0.0,
         # The first save, which imports what it needs, was in a round of the warm-up.
         "checkpoint_stall_share": median(seconds["save"][SAVE_EVERY - WARM_UP_STEPS :: SAVE_EVERY]) / step_seconds,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated()
-        if on_cuda
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if runtime.device.type == "cuda" else peak_kib * 1024,
     }
     if "single" in seconds:  # only the main rank takes these steps, so only its times count
         figures["speed_over_one_rank"] = runtime.ranks.on_main(lambda: ratio(seconds["single"], seconds["step"]))
@@ -205,7 +203,7 @@ def _take_step(trainer: Trainer) -> None:
 
 def _single_step(config: Config, runtime: Runtime) -> Callable[[], None]:
     """Returns a step that the main rank takes as if it were alone, with the threads of all; the others do nothing."""
-    # The other trainer's folder is locked.
+    # A folder of its own: the other trainer's holds that trainer's run.
     config = replace(config, run=replace(config.run, name=f"{config.run.name}-alone"))
     single = Trainer(config, runtime.alone()) if runtime.ranks.is_main else None
     threads = torch.get_num_threads()
@@ -242,21 +240,21 @@ def _evaluation_rate(trainer: Trainer) -> float | None:
 def measure_neighbour(trainer: Trainer) -> float:
     """Measures how many times as long steps take beside another process on this machine that never waits.
 
-    It takes 20 seconds, since threads need some to notice that they are not alone, or are alone again
+    It takes 20 seconds: OpenMP's threads need some to notice that they are not alone, or are again
     (`distributed/cpu.py`).
     """
     runtime, seconds = trainer.runtime, Seconds(beside=[], alone=[])
     for _ in range(NEIGHBOUR_ROUNDS):
         for name, rounds in seconds.items():
-            is_neighbour = name == "beside" and runtime.ranks.is_main
-            with _busy_process(runtime.cores) if is_neighbour else nullcontext():
+            starts_one = name == "beside" and runtime.ranks.is_main
+            with _busy_process(runtime.cores) if starts_one else nullcontext():
                 _seconds_a_step(trainer, SETTLING_SECONDS)
                 rounds.append(_seconds_a_step(trainer, NEIGHBOUR_SECONDS))
     return runtime.ranks.on_main(lambda: ratio(seconds["beside"], seconds["alone"]))
 
 
 def _seconds_a_step(trainer: Trainer, at_least: float) -> float:
-    """Returns the mean time of steps that are taken for `at_least` so many seconds."""
+    """Takes steps for at least that many seconds and returns their mean time."""
     started, steps = time.perf_counter(), 0
     while trainer.runtime.ranks.any(time.perf_counter() - started < at_least):
         _take_step(trainer)

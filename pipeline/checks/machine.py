@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import random
 import shutil
 import tempfile
@@ -35,15 +34,12 @@ from pipeline.storage.checkpoint import committed
 from pipeline.storage.run_folder import RunFolder, device_name
 
 CHECKSUM_SECONDS = 3.0
-"""Time after which a rank begins no further checksum of the sample."""
+"""A rank begins no further checksum of the sample after this time."""
 MAX_SHARDS_SHOWN = 3
 """How many damaged shards a rank names one by one."""
 SIGNAL_SECONDS = 120
 """Part of the time limit that launch/slurm/train.sbatch reserves to save and stop."""
 MIB = 2**20
-
-
-# -- findings ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -83,8 +79,7 @@ def run_check(subject: str, check: Check) -> list[Finding]:
 
 
 def run_check_on_all_ranks(ranks: Ranks, subject: str, check: Check) -> list[Finding]:
-    """Runs a check on every rank and returns every rank's warnings and errors; if there are none, the first rank's
-    findings."""
+    """Runs a check on every rank; returns all warnings and errors, or if there are none the first rank's findings."""
     by_rank = ranks.gather(run_check(subject, check))
     seen_by: dict[Finding, list[str]] = {}
     for rank, findings in enumerate(by_rank):
@@ -118,16 +113,9 @@ def examine(config: Config, ranks: Ranks, all_checksums: bool) -> Iterator[list[
             yield ranks.on_main(partial(run_check, subject, check))
 
 
-# -- checks ------------------------------------------------------------------------------------------------------------
-
-
 def check_ranks(runtime: Runtime) -> str:
-    """Checks that all ranks sum 4 MiB on the device to the known result (three times; the fastest is reported), and a
-    flag on the host, as checkpoints do.
-
-    Raises:
-        RuntimeError: the ranks can't reach each other.
-    """
+    """Checks that the ranks sum 4 MiB on the device correctly, and a flag on the host, as checkpoints do. Raises
+    RuntimeError if they can't reach each other."""
     ranks, world_size, device = runtime.ranks, runtime.ranks.world_size, device_name(runtime.device, len(runtime.cores))
     if world_size == 1:
         return f"1, on {device}"
@@ -155,9 +143,7 @@ def find_dataset(config: Config) -> Dataset:
 
 def check_shards(plan: Plan, ranks: Ranks, all_checksums: bool) -> str | list[Finding]:
     """Checks this rank's share of the shards: the presence and size of each file, the SHA-256 of a sample or of all.
-
-    Shards behind URLs are only read if all checksums are asked for.
-    """
+    Shards behind URLs are only read if all checksums are asked for."""
     if (dataset := plan.dataset) is None:
         return ""
     shards = [shard for split in dataset.splits.values() for shard in split]
@@ -206,28 +192,18 @@ def check_features(plan: Plan, name: str) -> str:
 
 def check_writable(folder: Path, ranks: Ranks) -> str:
     """Checks that every rank can write where the run's folder will be, and that all see the same place."""
-    folder = _existing(folder)
-    shared = Path(ranks.on_main(lambda: _new_file(folder)))
-    try:
-        Path(_new_file(folder)).unlink()
-        if not shared.exists():
-            text = "is not the first rank's; choose a run.root on a file system that all nodes share"
-            raise UserError(f"{folder} {text}")
-    finally:
-        ranks.any(False)  # waits until all have looked
-        if ranks.is_main:
-            with contextlib.suppress(OSError):
-                shared.unlink()
+    folder, name, problem = _existing(folder), "", ""
+    with contextlib.ExitStack() as stack:
+        try:
+            name = stack.enter_context(tempfile.NamedTemporaryFile(prefix=".doctor-", dir=folder)).name
+        except OSError as error:
+            problem = f"can't be written to ({error.strerror}); choose another run.root"
+        if (first := ranks.broadcast(name)) and not problem and not Path(first).exists():
+            problem = "is not the first rank's; choose a run.root on a file system that all nodes share"
+        ranks.any(False)  # all have looked: the files may go
+    if problem:
+        raise UserError(f"{folder} {problem}")
     return f"{folder} can be written to by all ranks"
-
-
-def _new_file(folder: Path) -> str:
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=".doctor-", dir=folder)
-    except OSError as error:
-        raise UserError(f"{folder} can't be written to ({error.strerror}); choose another run.root") from None
-    os.close(descriptor)
-    return name
 
 
 def _existing(folder: Path) -> Path:
@@ -236,8 +212,7 @@ def _existing(folder: Path) -> Path:
 
 
 def check_disk(plan: Plan) -> str:
-    """Checks the free space against all checkpoints that will be kept and the one being written, less those that are
-    there."""
+    """Checks the free space against all checkpoints that will be kept and one being written, less those on the disk."""
     if plan.dataset is None:
         return ""
     run, training = plan.config.run, plan.config.training
@@ -279,8 +254,7 @@ def check_time(config: Config, seconds_left: float | None) -> str:
 
 
 def _step_seconds(config: Config) -> float | None:
-    """Returns the mean seconds of the steps until the next checkpoint, those of a burn-in included; None without
-    metrics."""
+    """Returns the mean seconds of the steps until the next checkpoint, a burn-in's included; None without metrics."""
     training, every = config.training, config.run.checkpoint_every
     try:
         line = json.loads(RunFolder(config.folder).metrics.read_text().splitlines()[-1])

@@ -26,15 +26,9 @@ MAX_YAML_BYTES = 2**20
 SHIPPED = Path(__file__).parents[1] / "configs"
 
 
-# -- the command line --------------------------------------------------------------------------------------------------
-
-
 def make_parser(description: str, documented: tuple[str, ...] = ("",)) -> ArgumentParser:
-    """Makes a parser that takes every key; programs add arguments of theirs to it.
-
-    Args:
-        documented: prefixes of the keys that `--help` lists; the others are taken too.
-    """
+    """Makes a parser that takes every key; programs add arguments of theirs to it. `--help` lists the keys that begin
+    with one of `documented`."""
     usage = "%(prog)s [--config FILE] [--KEY VALUE ...]"
     epilog = None if documented == ("",) else "The other keys of a run are taken too: see train.py --help."
     parser = ArgumentParser(description=description, usage=usage, epilog=epilog)
@@ -50,11 +44,7 @@ def make_parser(description: str, documented: tuple[str, ...] = ("",)) -> Argume
 
 def parse(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> tuple[Config, Namespace]:
     """Returns the configuration that the arguments (by default the process's) give, and the parsed namespace with the
-    program's other arguments.
-
-    Raises:
-        UserError: naming the key, the value and the fix.
-    """
+    program's other arguments. Raises UserError naming the key, the value and the fix."""
     ordered = _files_first(sys.argv[1:] if arguments is None else arguments)
     parser.exit_on_error = False  # it would print its usage above the error
     try:
@@ -68,10 +58,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> tup
 def configure(file: str | Path | None = None, settings: Mapping[str, object] = MappingProxyType({})) -> Config:
     """Returns the configuration of a YAML file (a path, or the name of one of the package's) or else the defaults, with
     `settings` in place of some of its values: `configure("quickstart", {"run.name": "first", "training.steps": 500})`.
-
-    Raises:
-        UserError: naming the key, the value and the fix.
-    """
+    Raises UserError naming the key, the value and the fix."""
     files = [] if file is None else ["--config", str(file)]
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
     return parse(make_parser("configure"), [*files, *(f"--{key}={text}" for key, text in texts.items())])[0]
@@ -95,14 +82,12 @@ def _files_first(arguments: Sequence[str]) -> list[str]:
 def _find_file(name: str) -> Path:
     """Returns the file of this path; if there is none, the package's: `quickstart` or `configs/quickstart.yaml`."""
     path = Path(name)
-    if path.exists():
+    is_name = path.name == name and not path.suffix
+    shipped = SHIPPED / (f"{name}.yaml" if is_name else path.name)
+    if not path.exists() and (is_name or path.parent.name == "configs") and shipped.is_file():
+        return shipped
+    if path.exists() or not is_name:
         return path
-    if path.parent.name == "configs" and (SHIPPED / path.name).is_file():
-        return SHIPPED / path.name
-    if path.name != name or path.suffix:
-        return path
-    if (SHIPPED / f"{name}.yaml").is_file():
-        return SHIPPED / f"{name}.yaml"
     known = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
     raise UserError(f"--config is {name}: no such file, and none of the package's: {known}")
 
@@ -112,13 +97,9 @@ def _check_sections(path: Path, content: dict[str, Any], section: Any, prefix: s
     for name, inner in vars(section).items():
         if dataclasses.is_dataclass(inner) and name in content:
             if not isinstance(content[name], dict):
-                raise UserError(
-                    f"{path}: {prefix}{name} is {content[name]!r}: write its keys below it, or leave it out"
-                )
+                key = prefix + name
+                raise UserError(f"{path}: {key} is {content[name]!r}: write its keys below it, or leave it out")
             _check_sections(path, content[name], inner, f"{prefix}{name}.")
-
-
-# -- files -------------------------------------------------------------------------------------------------------------
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -134,11 +115,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Reads the settings in a YAML file.
-
-    Raises:
-        UserError: it can't be read, holds no mapping, or is larger than MAX_YAML_BYTES.
-    """
+    """Reads the settings in a YAML file. Raises UserError if it can't be read, holds no mapping, or is too large."""
     try:
         content = path.read_bytes()
         if len(content) > MAX_YAML_BYTES:
@@ -152,8 +129,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path}: is no YAML file of settings ({str(error).splitlines()[0]})") from None
     if not isinstance(settings, dict):
-        kind = type(settings).__name__
-        raise UserError(f"{path}: holds no settings, but {kind}; write SECTION: and below it KEY: VALUE")
+        what = type(settings).__name__
+        raise UserError(f"{path}: holds no settings, but {what}; write SECTION: and below it KEY: VALUE")
     return settings
 
 
@@ -163,16 +140,9 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(plain, sort_keys=False)
 
 
-# -- objects of the user -----------------------------------------------------------------------------------------------
-
-
 def import_object(key: str, name: str) -> Any:
     """Imports the object that the setting `key` names as `module:NAME`, from the installed modules or the working
-    directory.
-
-    Raises:
-        UserError: there is no such module or object.
-    """
+    directory. Raises UserError if there is none."""
     module, _, attribute = name.partition(":")
     if (folder := str(Path.cwd())) not in sys.path:
         sys.path.append(folder)

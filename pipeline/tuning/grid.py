@@ -29,12 +29,8 @@ COMMA = re.compile(r",(?![^\[{(]*[\]})])")
 def runs_of(grid: Sequence[str], shared: Sequence[str]) -> list[list[str]]:
     """Returns the command line of each run: every combination of the grid's values, the last key changing first.
 
-    Args:
-        grid: `KEY=VALUE,VALUE` each; the values of the key `config` are files.
-        shared: the arguments that all runs have.
-
-    Raises:
-        UserError: a key has no values or is given twice, or two runs would have the same name.
+    `grid` holds `KEY=VALUE,VALUE` for each key (the values of `config` are files), `shared` what all runs are given.
+    Raises UserError if a key has no values or comes twice, or if two runs would have the same name.
     """
     pairs = [part.partition("=") for part in grid]
     values = {key: COMMA.split(text) for key, _, text in pairs}

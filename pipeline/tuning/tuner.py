@@ -67,11 +67,7 @@ class StudyFile:
     """The range of each searched key."""
 
     def check(self, configure: Configure) -> None:
-        """Checks that a configuration takes both ends, or every choice, of each range, and that it gives the score.
-
-        Raises:
-            UserError: naming the key and the value.
-        """
+        """Raises UserError if a configuration refuses an end, or a choice, of a range, or does not give the score."""
         config = configure({})
         if config.evaluation.every is None:
             raise UserError("evaluation.every is null: a study needs evaluations, set it to a number of steps")
@@ -87,21 +83,14 @@ class StudyFile:
         settings that decide about a score."""
         study = {"score": self.score, "seeds": self.seeds, **{f"space.{key}": vars(r) for key, r in self.space.items()}}
         deciding = {"training.steps", *flatten(config, free=False)}
-        ignored = {*self.space, "training.seed", "evaluation.batch_size", "evaluation.inception_weights"}
-        others = {
-            key: value
-            for key, value in flatten(config).items()
-            if (key in deciding or key.startswith("evaluation.")) and key not in ignored
-        }
+        deciding |= {key for key in flatten(config) if key.startswith("evaluation.")}
+        deciding -= {*self.space, "training.seed", "evaluation.batch_size", "evaluation.inception_weights"}
+        others = {key: value for key, value in flatten(config).items() if key in deciding}
         return dict(json.loads(json.dumps(study | others)))
 
 
 def read_study(path: Path) -> StudyFile:
-    """Reads a study's file; its name without the suffix is the study's.
-
-    Raises:
-        UserError: it can't be read, or holds no study.
-    """
+    """Reads a study's file, whose name without the suffix is the study's. Raises UserError if it holds no study."""
     match content := read_yaml(path):
         case {"score": str() as score, "seeds": [*seeds], "trials": int() as trials, "space": dict() as space} if (
             len(content) == 4 and seeds and all(type(seed) is int for seed in seeds) and trials > 0 and space
@@ -148,11 +137,8 @@ class Tuner:
         runtime.ranks.on_main(self._open)
 
     def run(self) -> None:
-        """Trains trials until as many are done as the study's file says.
-
-        Raises:
-            Preempted: a signal came; the trial's step is saved, and the next worker goes on with it.
-        """
+        """Trains trials until as many are done as the study's file says. Raises Preempted if a signal came: the trial's
+        step is saved, and the next worker goes on with it."""
         ranks = self._runtime.ranks
         while (taken := ranks.on_main(self.take)) is not None:
             folder, settings = taken
@@ -220,8 +206,7 @@ class Tuner:
         return self.folder / trial.user_attrs.get("folder", f"trial-{trial.number:04d}"), settings
 
     def tell(self, outcome: float | str) -> None:
-        """Ends the trial with its value, or with the reason why it has none: it then counts as pruned. Main rank
-        only."""
+        """Ends the trial with its value, or with the reason why it was pruned or failed. Main rank only."""
         import optuna
 
         if isinstance(outcome, str):
@@ -279,24 +264,20 @@ class Tuner:
     def _write_results(self) -> None:
         """Writes the best settings as a configuration, and a table of all trials, the best first."""
         trials, keys, sign = self._done(), list(self._file.space), 1 if LOWER_IS_BETTER[self._key] else -1
-        scored = [
-            (trial, trial.value) for trial in trials if trial.state.name == "COMPLETE" and trial.value is not None
-        ]
-        scored.sort(key=lambda pair: sign * pair[1])
+        complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
+        complete.sort(key=lambda trial: sign * (trial.value or 0.0))
         what = f"median {self._space} {self._key} over seeds {', '.join(map(str, self._file.seeds))}"
-        if scored:
-            best, value = scored[0]
-            config = self._configure({key: str(value) for key, value in best.params.items()})
-            header = f"# Trial {best.number} of the study {self._file.name}: {what}: {value:.4g}.\n"
-            write_text(self.folder / "best.yaml", header + _changed_settings(config, f"{self._file.name}-best"))
-        outcomes = [(trial, f"{value:.4g}") for trial, value in scored]
-        outcomes += [(t, t.user_attrs.get("reason", "")) for t in trials if t not in [trial for trial, _ in scored]]
+        if complete:
+            best = self._configure({key: str(value) for key, value in complete[0].params.items()})
+            header = f"# Trial {complete[0].number} of the study {self._file.name}: {what}: {complete[0].value:.4g}.\n"
+            write_text(self.folder / "best.yaml", header + _changed_settings(best, f"{self._file.name}-best"))
         rows = [["trial", "state", what, *keys], ["---"] * (3 + len(keys))]
-        for trial, outcome in outcomes:
+        for trial in [*complete, *(trial for trial in trials if trial not in complete)]:
+            outcome = f"{trial.value:.4g}" if trial in complete else trial.user_attrs.get("reason", "")
             chosen = [f"{x:.4g}" if isinstance(x := trial.params.get(key, ""), float) else str(x) for key in keys]
             rows.append([str(trial.number), trial.state.name.lower(), outcome, *chosen])
         table = "\n".join(f"| {' | '.join(cell.replace('|', ' ') for cell in row)} |" for row in rows)
-        title = f"# {self._file.name}: {len(scored)} of {len(trials)} complete"
+        title = f"# {self._file.name}: {len(complete)} of {len(trials)} complete"
         write_text(self.folder / "study.md", f"{title}\n\n{table}\n")
 
 
