@@ -89,63 +89,26 @@ def saved_run(folder: RunFolder, config: Config, fingerprint: str) -> None:
 
 
 FREE = {"clip_value": None}
-NETWORK: dict[str, Any] = {"subject": "network"}
-ODD_NETWORKS: list[tuple[str, str, str, dict[str, Any]]] = [
-    (
-        "Missing",
-        "generator",
-        r"network.generator is 'tests.odd_networks:Missing': module .* has no attribute .*",
-        NETWORK,
-    ),
-    (
-        "number",
-        "critic",
-        r"network.critic: .*:number could not be made \(TypeError: 'int' object is not callable\)",
-        NETWORK,
-    ),
-    ("nothing", "critic", r"network.critic is '.*:nothing': that makes a NoneType, not a torch.nn.Module", NETWORK),
-    ("Picky", "generator", r"network.generator: .*:Picky could not be made \(KeyError: 'hidden'\)", NETWORK),
-    (
-        "Failing",
-        "generator",
-        r"network.generator was given torch.float32 \[4, 100\] and failed \(.*: no such layer\)",
-        NETWORK,
-    ),
-    (
-        "Tall",
-        "generator",
-        r"network.generator gives images of shape \[4, 1, 16, 4\], where \[4, 1, 8, 8\] are .*",
-        NETWORK,
-    ),
-    ("Noisy", "generator", r"network.generator draws random numbers when it is called \(dropout, noise\), .*", NETWORK),
-    (
-        "Bright",
-        "generator",
-        r"network.generator makes pixels from 5 to 6: end it in \[0, 1\], with a sigmoid say",
-        NETWORK,
-    ),
-    (
-        "Idle",
-        "generator",
-        r"network.generator: the parameter spare has no part in what it gives, or is frozen: .*",
-        NETWORK,
-    ),
-    ("Frozen", "generator", r"network.generator: the parameter layer.bias has no part .* or is frozen: .*", NETWORK),
-    (
-        "Constant",
-        "generator",
-        r"network.generator gives what no parameter has a part in: there is nothing to .*",
-        NETWORK,
-    ),
-    (
-        "Cumulative",
-        "generator",
-        r"network.generator: norm is BatchNorm1d\(.*momentum=None.*\): over several .*",
-        NETWORK,
-    ),
-    ("Column", "critic", r"network.critic gives scores of shape \[4, 1\], where \[4\] are expected", NETWORK),
-    ("Sorting", "critic", r"network.critic gives logits, but there are no classes to tell apart: give None", NETWORK),
-]
+ODD_NETWORKS = {
+    "generator": {
+        "Missing": r" is 'tests.odd_networks:Missing': module .* has no attribute .*",
+        "Picky": r": .*:Picky could not be made \(KeyError: 'hidden'\)",
+        "Failing": r" was given torch.float32 \[4, 100\] and failed \(.*: no such layer\)",
+        "Tall": r" gives images of shape \[4, 1, 16, 4\], where \[4, 1, 8, 8\] are .*",
+        "Noisy": r" draws random numbers when it is called \(dropout, noise\), .*",
+        "Bright": r" makes pixels from 5 to 6: end it in \[0, 1\], with a sigmoid say",
+        "Idle": r": the parameter spare has no part in what it gives, or is frozen: .*",
+        "Frozen": r": the parameter layer.bias has no part .* or is frozen: .*",
+        "Constant": r" gives what no parameter has a part in: there is nothing to .*",
+        "Cumulative": r": norm is BatchNorm1d\(.*momentum=None.*\): over several .*",
+    },
+    "critic": {
+        "number": r": .*:number could not be made \(TypeError: 'int' object is not callable\)",
+        "nothing": r" is '.*:nothing': that makes a NoneType, not a torch.nn.Module",
+        "Column": r" gives scores of shape \[4, 1\], where \[4\] are expected",
+        "Sorting": r" gives logits, but there are no classes to tell apart: give None",
+    },
+}
 TABLE = {
     "a GPU that is not there": Bad(
         r"runtime.device is cuda, but torch sees no CUDA device: use cpu or auto",
@@ -228,8 +191,11 @@ TABLE = {
         subject="network",
     ),
     **{
-        f"a network of one's own: {name}": Bad(message, {"network": {role: f"tests.odd_networks:{name}"}}, **rest)
-        for name, role, message, rest in ODD_NETWORKS
+        f"a network of one's own: {name}": Bad(
+            rf"network.{role}{message}", {"network": {role: f"tests.odd_networks:{name}"}}, subject="network"
+        )
+        for role, messages in ODD_NETWORKS.items()
+        for name, message in messages.items()
     },
     "patience for no score": Bad(
         r"run.patience is 3, but run.keep_best names no score: set it, e.g. to fid",
