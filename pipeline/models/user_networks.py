@@ -6,10 +6,9 @@ The NAME of `module:NAME` is called as the reference's classes are, with the net
     generator: latents (n, latent_dim) in [-1, 1], labels int64 (n,) or None -> images (n, C, H, W), pixels in [0, 1]
     critic: such images -> scores (n,) and, with classes, logits (n, num_classes), else None
 
-These networks see images the right way round: the wrappers below mirror them for the rest of the pipeline (see
-`networks.py`), and nothing that is done to the reference's layers is done to theirs. Their weights are what torch's
-layers draw by themselves, from a seed of the run. They run on a CPU too, where they are tried first and where exports
-are drawn.
+These networks see images the right way round, as the wrappers below mirror them for the rest of the pipeline (see
+`networks.py`). What is done to the reference's layers is not done to theirs. torch's layers draw their weights, from a
+seed of the run. They must run on a CPU too, where they are tried first and where exports are drawn.
 """
 
 from __future__ import annotations
@@ -71,15 +70,11 @@ class UserCritic(nn.Module):
 def build_generator(
     config: NetworkConfig, image_shape: ImageShape, num_classes: int = 0, rng: torch.Generator | None = None
 ) -> AnyGenerator:
-    """Builds the generator that the settings name: the user's or the reference's.
-
-    Args:
-        rng: the weights are drawn from it (of the user's network, from its seed). Without it they are arbitrary: they
-            will be loaded, or not be used.
+    """Builds the generator that the settings name: the user's or the reference's. Its weights are drawn from `rng` (the
+    user's from the seed of `rng`); without it they are arbitrary, for weights that will be loaded or not be used.
 
     Raises:
-        UserError: the reference's does not take images of this shape; or the user's code is missing, fails, or does not
-            make a torch.nn.Module.
+        UserError: the reference's does not take images of this shape; or the user's code is missing or fails.
     """
     if config.generator is not None:
         return UserGenerator(config, image_shape, num_classes, rng)
@@ -104,12 +99,8 @@ def build_critic(
 
 @preserve_global_rng
 def generator_of_spec(spec: dict[str, Any], code: str | None, source: Path) -> AnyGenerator:
-    """Builds the generator that a file describes.
-
-    Args:
-        code: module:NAME of the code of a network that is not the reference's. The file names it too, but what a file
-            names is never imported: only the caller can allow it.
-        source: the file.
+    """Builds the generator that the file `source` describes. What a file names is never imported: the caller names the
+    `code` (module:NAME) of a network that is not the reference's.
 
     Raises:
         UserError: the network takes code and the caller names none; see `build_generator`.
@@ -159,11 +150,8 @@ def build_for_sizes(config: Config, image_shape: ImageShape, num_classes: int) -
 
 
 def check_user_networks(config: Config, image_shape: ImageShape, num_classes: int) -> None:
-    """Tries the user's own networks, if there are any, on a few images on the CPU.
-
-    Raises:
-        UserError: a network does not do what the head of this file says, or can't be trained with these settings.
-    """
+    """Tries the user's own networks, if there are any, on a few images on the CPU. Raises UserError if one does not do
+    what the head of this file says, or can't be trained with these settings."""
     arguments, dtype = (config.network, image_shape, num_classes, torch.Generator()), _dtype(config)
     if config.network.generator is not None:
         _check_generator(config, build_generator(*arguments).to(dtype))
