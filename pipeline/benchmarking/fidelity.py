@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-from pipeline.benchmarking.measure import ratio, time_in_turn
+from pipeline.benchmarking.measure import Works, ratio, time_in_turn
 from pipeline.config import Config
 from pipeline.data import Dataset
 from pipeline.data.resident import load_split
@@ -81,7 +81,7 @@ def measure_scoring(config: Config, runtime: Runtime, dataset: Dataset) -> dict[
     theirs |= {"prc_neighborhood": config.evaluation.neighbours, "kid_subset_size": min(KID_SUBSET_SIZE, len(images))}
     with tempfile.TemporaryDirectory() as cache:
         theirs |= {"cache_root": cache, "input2_cache_name": "mnist-test"}
-        works = {
+        works: Works = {
             "scoring": partial(evaluate_images, *ours, replace(config.evaluation, reference="test")),
             "torch_fidelity": partial(fidelity_scores, images, real, **theirs),
         }
