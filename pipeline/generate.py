@@ -40,8 +40,8 @@ def main() -> int:
 
     generator = load_generator(arguments.generator, arguments.weights, arguments.network.generator)
     label = None
-    if (asked := arguments["class"]) is not None:
-        label = class_asked_for(asked, generator.class_names, generator.num_classes, arguments.generator)
+    if (name := arguments["class"]) is not None:
+        label = class_asked_for(name, generator.class_names, generator.num_classes, arguments.generator)
     if count is not None:
         save_each(generator, seed, count, out, label)
     elif arguments.interpolate:

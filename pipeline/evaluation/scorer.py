@@ -24,8 +24,7 @@ from pipeline.evaluation.features import FORWARD_SIZE, PUBLISHED, FeatureExtract
 from pipeline.export.generator_file import fingerprint
 from pipeline.export.images import render_range, save_grid
 from pipeline.models.networks import AnyGenerator, Critic
-from pipeline.reporting.formatting import few_images
-from pipeline.reporting.read import USUAL_NEIGHBOURS
+from pipeline.reporting.read import USUAL_NEIGHBOURS, few_images
 from pipeline.rng import evaluation_labels, seeded
 from pipeline.storage.files import write_text
 from pipeline.storage.run_folder import neighbours, real_images

@@ -66,7 +66,7 @@ class Selection:
             if ((every and item.step % every == 0) or item.step == end)
             and item.step <= last_step
             and all(item.settings.get(key) == value for key, value in self._settings.items())
-            and item.way(self.space, self.key).get("neighbours", neighbours) == neighbours
+            and item.conditions(self.space, self.key).get("neighbours", neighbours) == neighbours
         ]
 
     def ranked(self, steps: Iterable[int]) -> list[Evaluation]:

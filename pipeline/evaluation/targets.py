@@ -20,8 +20,8 @@ from pipeline.evaluation import TARGET
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.scorer import Scorer
 from pipeline.export.generator_file import EXPORT_SUFFIXES, HUB_WEIGHTS, critic_of, generator_of, load_generator
-from pipeline.reporting.formatting import number
 from pipeline.reporting.page import write_report
+from pipeline.reporting.read import number
 from pipeline.storage.checkpoint import CheckpointError, committed, find
 from pipeline.storage.run_folder import RunFolder, scores_of, step_of
 

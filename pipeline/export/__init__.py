@@ -1,1 +1,1 @@
-"""What leaves a trained generator: files of it, and images."""
+"""What leaves a trained generator: files that hold it, and images."""

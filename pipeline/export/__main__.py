@@ -10,10 +10,6 @@ from jsonargparse import auto_cli
 
 from pipeline.distributed.launcher import run_program
 from pipeline.errors import UserError
-from pipeline.export.generator_file import read_generator, save_export
-from pipeline.export.hub import check_push, write_hub_folder
-from pipeline.export.hub import push as push_folder
-from pipeline.export.onnx import save_onnx
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ def convert(
         out: The .safetensors, .onnx or .h5 file, or else the folder, to write; it must not exist.
         weights: Which weights of a checkpoint.
         network: The user's own.
-        push: Send the folder to this model repository of the Hub, OWNER/NAME (takes huggingface_hub and its login).
+        push: Send the folder to this model repository of the Hub, OWNER/NAME (takes the login of `hf auth login`).
         licence: Of the weights, for the card: an identifier of the Hub's, such as mit.
         data_licence: Of the images that it was trained on, for the card, in words.
     """
@@ -53,22 +49,30 @@ def convert(
         )
     if out.exists():
         raise UserError(f"{out}: exists already, name another {'file' if out.suffix else 'folder'}")
-    if push is not None:
-        check_push(push)
-    generator, provenance = read_generator(source, weights, network.generator)
-    if not out.suffix:
-        write_hub_folder(generator, provenance | {"source": source.name}, source, out, licence, data_licence)
-    elif out.suffix == ".onnx":
-        save_onnx(generator, out)
-    elif out.suffix == ".h5":
-        from pipeline.export.keras_save import save_keras  # h5py is for these files alone
 
-        save_keras(generator, out)
-    else:
-        save_export(generator, out, provenance | {"source": source.name})
+    from pipeline.export.generator_file import read_generator, save_export, save_onnx  # here: mistakes need no torch
+
+    if not out.suffix:
+        from pipeline.export import hub
+
+        if push is not None:
+            hub.check_push(push)
+    generator, facts = read_generator(source, weights, network.generator)
+    facts |= {"source": source.name}
+    match out.suffix:
+        case ".safetensors":
+            save_export(generator, out, facts)
+        case ".onnx":
+            save_onnx(generator, out)
+        case ".h5":
+            from pipeline.export.keras_files import save_keras
+
+            save_keras(generator, out)
+        case _:
+            hub.write_hub_folder(generator, facts, source, out, licence, data_licence)
     print(out)
     if push is not None:
-        print(push_folder(out, push))
+        print(hub.push(out, push))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Generated images for people: uint8, the right way round."""
+"""Images of a generator for people: uint8, the right way round, alone or in a grid, as PNG files."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from pipeline.storage.files import replacing
 BATCH = 500
 BORDER, GREY = 2, 128
 MOST_ROWS = 10
-"""Most classes that a grid shows."""
+"""The number of classes that a grid shows at most."""
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """Pixels in [0, 1] -> uint8 in [0, 255], rounded; the range is fixed, never the batch's own."""
+    """Rounds pixels in [0, 1] to uint8 in [0, 255]. The range is fixed: it does not depend on the batch."""
     return (pixels * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 @torch.no_grad()
 def render(generator: AnyGenerator, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-    """uint8 images (n, C, H, W) on the CPU of latents (n, latent_dim), by a generator in eval mode.
+    """Returns the images of latents (n, latent_dim), uint8 (n, C, H, W) on the CPU, by a generator in eval mode.
 
-    Here, and nowhere else, the generator's mirrored images are flipped back.
+    This is the only place where the generator's mirrored images are flipped back.
     """
     weight = next(generator.parameters())
     mirrored = generator(latents.to(weight), None if labels is None else labels.to(weight.device))
@@ -37,35 +37,32 @@ def render(generator: AnyGenerator, latents: Tensor, labels: Tensor | None = Non
 
 
 def render_range(generator: AnyGenerator, seed: int, start: int, stop: int, label: int | None = None) -> Tensor:
-    """Evaluation images start, ..., stop - 1 of a seed: uint8 (n, C, H, W). Classes come in turn, or each is `label`.
-
-    Image i of a class is a function of (seed, i).
-    """
+    """Returns images number start, ..., stop - 1 of a seed, uint8 (n, C, H, W). Image i is a function of (seed, i, its
+    class). The classes take turns, or all are `label`."""
     latents = evaluation_latents(seed, start, stop, generator.config.latent_dim)
     return render(generator, latents, _labels(generator, start, stop, label))
 
 
 def sample_grid(generator: AnyGenerator, seed: int, label: int | None = None) -> tuple[Tensor, int]:
-    """Images 0, 1, ... of a seed, uint8 (n, C, H, W) row by row, and the number of columns: 16 images, or 10 a class.
+    """Returns the first images of a seed, uint8 (n, C, H, W) row by row, and the number of columns.
 
-    With classes and no `label`, row c shows images 0 to 9 of class c, for the first 10 classes: see `row_names`.
+    With classes and no `label`, row c has images 0 to 9 of class c, for the first 10 classes (see `row_names`).
+    Otherwise there are 16 images in 4 columns.
     """
     if label is not None or not generator.num_classes:
         return render_range(generator, seed, 0, 16, label), 4
-    rows = [render_range(generator, seed, 0, 10, each) for each in range(min(generator.num_classes, MOST_ROWS))]
+    rows = [render_range(generator, seed, 0, 10, row) for row in range(min(generator.num_classes, MOST_ROWS))]
     return torch.cat(rows), 10
 
 
 def row_names(generator: AnyGenerator) -> tuple[str, ...]:
-    """Names of the classes in the rows of `sample_grid`, from the top; none where they are not known."""
+    """Returns the names of the classes in the rows of `sample_grid`, from the top; none if they are not known."""
     return generator.class_names[:MOST_ROWS]
 
 
 def interpolate(generator: AnyGenerator, seed: int, rows: int, columns: int, label: int | None = None) -> Tensor:
-    """`rows` straight lines between two latents each: uint8 (rows * columns, C, H, W), row by row.
-
-    Each row has the next class, or all have `label`.
-    """
+    """Returns images along straight lines between two latents, uint8 (rows * columns, C, H, W), a line in each row.
+    Each row has the next class, or all have `label`."""
     ends = evaluation_latents(seed, 0, 2 * rows, generator.config.latent_dim).view(2, rows, 1, -1)
     latents = torch.lerp(ends[0], ends[1], torch.linspace(0, 1, columns).view(1, -1, 1)).flatten(0, 1)
     return render(generator, latents, _labels(generator, 0, rows, label).repeat_interleave(columns))
@@ -78,10 +75,8 @@ def _labels(generator: AnyGenerator, start: int, stop: int, label: int | None) -
 
 
 def save_grid(images: Tensor, path: Path, columns: int, scale: int = 2) -> None:
-    """Writes uint8 images (n, C, H, W) as one PNG, atomically, each pixel enlarged `scale` times.
-
-    Grey lines of two pixels are around each image and in the place of those missing from the last row.
-    """
+    """Writes uint8 images (n, C, H, W) as one PNG, atomically, each pixel enlarged `scale` times. Between images are
+    grey lines of two pixels, and grey fills the rest of the last row."""
     columns = min(columns, len(images))
     missing = -len(images) % columns
     cells = F.pad(images, (BORDER, 0, BORDER, 0, 0, 0, 0, missing), value=GREY)
@@ -94,7 +89,7 @@ def save_grid(images: Tensor, path: Path, columns: int, scale: int = 2) -> None:
 
 
 def save_each(generator: AnyGenerator, seed: int, count: int, folder: Path, label: int | None = None) -> None:
-    """Writes `render_range`'s images 0, ..., count - 1 of a seed as 000000.png, ... in a new folder."""
+    """Writes images 0, ..., count - 1 of `render_range` as 000000.png, ... in a new folder."""
     folder.mkdir(parents=True)
     for start in bar(iterable=range(0, count, BATCH), unit=f"{BATCH} images"):
         images = render_range(generator, seed, start, min(start + BATCH, count), label)

@@ -13,13 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
-from pipeline.reporting.formatting import number
-from pipeline.reporting.read import Curve, finite
+from pipeline.reporting.read import Curve, finite, number
 
-MAX_POINTS = 400  # per drawn curve: more cannot be seen at the width of a chart and only costs bytes
-SIZE = (4.7, 2.5)  # inches
-# Only CSS variables follow dark mode, and matplotlib knows none: it draws in colours that nothing else has, and each is
-# replaced by its variable.
+MAX_POINTS = 400
+"""The points of a curve that are drawn. More can't be seen at the width of a chart."""
+SIZE = (4.7, 2.5)
+"""Width and height in inches."""
+# Only CSS variables follow dark mode, and matplotlib has none. It draws in colours that nothing else has, and each is
+# then replaced by its variable.
 INK, RULE, LINES = "#010101", "#020202", [f"#03000{i}" for i in range(6)]
 VARIABLES = {INK: "--ink-soft", RULE: "--rule"} | {colour: f"--line-{i}" for i, colour in enumerate(LINES)}
 
@@ -27,12 +28,14 @@ VARIABLES = {INK: "--ink-soft", RULE: "--rule"} | {colour: f"--line-{i}" for i, 
 def line_chart(
     title: str, curves: Mapping[str, Curve], floor: float | None = None, smooth: bool = False, mark_ends: bool = False
 ) -> Markup | None:
-    """Label -> curve over steps, on a log scale where they span more than a factor 20; None if there is none to draw.
-    A curve's place gives its colour, so an empty one leaves its own free.
+    """Draws curves over steps, on a log scale if they span more than a factor of 20; returns None if all are empty.
 
-    `floor` is a dashed level: at its place where the curves keep half of the height, else at the bottom, and its label
-    says so. `smooth` draws running means over the faint values. `mark_ends` writes the first word of each label at the
-    end of its curve.
+    Args:
+        curves: Label -> curve. The place of a curve gives its colour, also if curves before it are empty.
+        floor: A dashed level. It is at its place if the curves keep half of the height, else at the bottom, where its
+            label says so.
+        smooth: Draw running means over the values, which become faint.
+        mark_ends: Write the first word of each label at the end of its curve.
     """
     places = {label: index for index, label in enumerate(curves)}
     curves = {label: curve for label, curve in curves.items() if curve.values}
@@ -64,7 +67,8 @@ def line_chart(
 
 
 def bar_chart(title: str, values: object, levels: object = None) -> Markup | None:
-    """One bar for each entry of a mapping, a mark across it at its entry of `levels`; None when there is no bar."""
+    """Draws a bar for each number in a mapping or list, with a mark across it at its entry in `levels`. Returns None if
+    there is no bar. Both come from files, and may be anything."""
     bars = values if isinstance(values, dict) else dict(enumerate(values)) if isinstance(values, list) else {}
     heights = {name: height for name, value in bars.items() if (height := finite(value)) is not None}
     if not heights:
@@ -74,7 +78,7 @@ def bar_chart(title: str, values: object, levels: object = None) -> Markup | Non
         for x, name in enumerate(heights):
             if (level := finite(levels.get(name) if isinstance(levels, dict) else None)) is not None:
                 axes.plot((x - 0.44, x + 0.44), (level, level), color=INK, linewidth=1.6)
-        labels = ["".join(each if each.isprintable() else "?" for each in str(name))[:12] for name in heights]
+        labels = ["".join(letter if letter.isprintable() else "?" for letter in str(name))[:12] for name in heights]
         if len(labels) <= 30:
             axes.set_xticks(range(len(labels)), labels, rotation=0 if max(map(len, labels)) <= 3 else 90)
         axes.set_xlabel("class", color=INK, fontsize=9)
@@ -83,12 +87,12 @@ def bar_chart(title: str, values: object, levels: object = None) -> Markup | Non
 
 @contextmanager
 def _chart(title: str) -> Iterator[tuple[Figure, Axes]]:
-    """A bare chart, and matplotlib's settings for it. The title keeps the ids of charts on one page apart."""
+    """Yields an empty chart under matplotlib's settings for it. The title makes its ids differ from other charts'."""
     with (
         warnings.catch_warnings(),
         matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "text.parse_math": False}),
     ):
-        # The font that measures labels need not have their characters: the browser draws them in one that has.
+        # matplotlib's font, which only measures labels, may lack their characters. The browser draws them in another.
         warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.add_subplot()
@@ -101,16 +105,16 @@ def _chart(title: str) -> Iterator[tuple[Figure, Axes]]:
 
 
 def _draw(axes: Axes, curve: Curve, index: int, smooth: bool, mark: str) -> None:
-    """Draws a chart's curve number `index`: colours repeat after six curves, with other dashes."""
+    """Draws curve number `index` of a chart. Colours repeat after six curves, with other dashes."""
     colour, dashes = LINES[index % len(LINES)], ("-", "--", ":", "-.")[index // len(LINES) % 4]
     steps, values = np.array(curve.steps), np.array(curve.values)
-    kept = np.unique(np.linspace(0, len(steps) - 1, MAX_POINTS).astype(int))
+    drawn = np.unique(np.linspace(0, len(steps) - 1, MAX_POINTS).astype(int))
     window = np.ones(len(values) // 40)
     if smooth and len(window) > 1:
-        axes.plot(steps[kept], values[kept], color=colour, alpha=0.3, linewidth=0.8)
+        axes.plot(steps[drawn], values[drawn], color=colour, alpha=0.3, linewidth=0.8)
         values = np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
     marker = "o" if len(steps) < 30 else ""
-    axes.plot(steps[kept], values[kept], dashes, color=colour, linewidth=1.7, marker=marker, markersize=3)
+    axes.plot(steps[drawn], values[drawn], dashes, color=colour, linewidth=1.7, marker=marker, markersize=3)
     if curve.band:
         axes.fill_between(steps, *np.array(curve.band).T, color=colour, alpha=0.2, linewidth=0)
     end = (steps[-1], values[-1])
@@ -118,8 +122,8 @@ def _draw(axes: Axes, curve: Curve, index: int, smooth: bool, mark: str) -> None
 
 
 def _draw_floor(axes: Axes, floor: float, low: float, high: float) -> None:
-    """A dashed level under values from `low` to `high`. One so far below that they would be pressed together is drawn
-    under the end of the axis."""
+    """Draws a dashed level under values from `low` to `high`. If it is so far below them that they would be pressed
+    together, it is drawn below the end of the axis instead."""
     measure = axes.transScale.transform
     place, bottom, top = (measure((1, value))[1] for value in (floor, low, high))
     label = f"floor {number(floor)}"
@@ -128,7 +132,7 @@ def _draw_floor(axes: Axes, floor: float, low: float, high: float) -> None:
         ticks = [tick for tick in axes.get_yticks() if bottom <= tick <= top]
         start, end = measure((1, bottom))[1], measure((1, top))[1]
         lowest, level = (
-            axes.transScale.inverted().transform((1, start - part * (end - start)))[1] for part in (0.25, 0.15)
+            axes.transScale.inverted().transform((1, start - share * (end - start)))[1] for share in (0.25, 0.15)
         )
         axes.set_ylim(lowest, top)
         axes.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
@@ -140,7 +144,7 @@ def _draw_floor(axes: Axes, floor: float, low: float, high: float) -> None:
 
 
 def _svg(figure: Figure, description: str) -> Markup:
-    """The chart as an element of a page. Matplotlib escapes what text it is given."""
+    """Returns the chart as an element of a page. matplotlib has escaped its text."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     head, metadata, styles = r"^.*?<svg [^>]*>", r"<metadata>.*?</metadata>", r"<defs>\s*<style.*?</style>\s*</defs>"

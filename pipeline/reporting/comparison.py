@@ -1,4 +1,4 @@
-"""Runs beside each other: the best first, what differs in their settings, seeds of one configuration together."""
+"""Several runs beside each other: the best first, what differs in their settings, seeds of a configuration together."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from pathlib import Path
 
 from pipeline.config import Config, flatten
 from pipeline.errors import UserError
-from pipeline.reporting.formatting import MISSING, setting
-from pipeline.reporting.read import Evaluation, Run, is_run
+from pipeline.reporting.read import MISSING, Evaluation, Run, is_run, setting
 from pipeline.storage.run_folder import is_beside_runs
 
 SEED = "training.seed"
 CONFIGURATION = {*flatten(Config(), free=False), "training.steps"} - {SEED}
-"""Settings that two seeds of one configuration share."""
+"""The settings that two seeds of one configuration share."""
 SCORES = ("fid", "is_mean", "kid_mean")
 
 
 @dataclass(frozen=True)
 class Seeds:
-    """Runs of one configuration, whose scores compare."""
+    """Runs of one configuration whose scores compare."""
 
     name: str
     letters: list[str]
     scores: dict[str, list[float]]
-    """Of each of SCORES the runs' values."""
+    """Score -> the values of the runs."""
 
     def median(self, score: str) -> float | None:
         return statistics.median(self.scores[score]) if self.scores[score] else None
 
     def spread(self, score: str) -> tuple[float | None, float | None]:
-        """The least and the greatest."""
+        """Returns the least and the greatest value."""
         values = self.scores[score]
         return (min(values), max(values)) if values else (None, None)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs by a letter each, in the order of their FIDs; those whose scores do not compare, and those without, last."""
+    """Runs, each named by a letter, in the order of their FIDs. Runs whose scores do not compare come after, and runs
+    without scores last."""
 
     runs: dict[str, Run]
     features: str
@@ -64,44 +64,42 @@ class Comparison:
 
     @property
     def best_fid(self) -> float | None:
-        """The lowest of those that compare, of which there must be two."""
-        alike = [
-            fid for letter in self.runs if letter not in self.unlike if (fid := self.score(letter, "fid")) is not None
-        ]
+        """The lowest FID of those that compare; None if there are less than two."""
+        letters = [letter for letter in self.runs if letter not in self.unlike]
+        alike = [fid for letter in letters if (fid := self.score(letter, "fid")) is not None]
         return min(alike) if len(alike) > 1 else None
 
     @cached_property
     def settings(self) -> dict[str, list[str]]:
-        """Settings that differ -> a value a run."""
+        """Setting that differs -> its value in each run."""
         keys = dict.fromkeys(key for run in self.runs.values() for key in run.config if key != "run.name")
         values = {key: [setting(run.config.get(key, MISSING)) for run in self.runs.values()] for key in keys}
         return {key: row for key, row in values.items() if len(set(row)) > 1}
 
     @cached_property
     def configurations(self) -> list[Seeds]:
-        """Runs that differ in the seed alone together, the best median first; empty where none has two seeds."""
-        together: dict[str, list[str]] = {}
+        """Groups of runs that differ in the seed alone, the best median first; empty if none has two seeds."""
+        groups: dict[str, list[str]] = {}
         for letter, run in self.runs.items():
             shared = {key: value for key, value in run.config.items() if key in CONFIGURATION}
             if shared and letter not in self.unlike and self.score(letter, "fid") is not None:
-                together.setdefault(json.dumps(shared, sort_keys=True, default=str), []).append(letter)
-        if all(
-            len({str(self.runs[letter].config.get(SEED)) for letter in letters}) < 2 for letters in together.values()
-        ):
+                groups.setdefault(json.dumps(shared, sort_keys=True, default=str), []).append(letter)
+        seeds = [{str(self.runs[letter].config.get(SEED)) for letter in letters} for letters in groups.values()]
+        if max(map(len, seeds), default=0) < 2:
             return []
-        return sorted(map(self._seeds, together.values()), key=lambda seeds: seeds.median("fid") or 0.0)
+        return sorted(map(self._seeds, groups.values()), key=lambda group: group.median("fid") or 0.0)
 
     def _seeds(self, letters: list[str]) -> Seeds:
         names = [self.runs[letter].name for letter in letters]
         shared = os.path.commonprefix(names)  # noqa: RUF071 (letters are meant)
         name = re.sub(r"[-_.]?(seed)?[-_.]?$", "", shared) if len(names) > 1 else shared
-        found = {key: [self.score(letter, key) for letter in letters] for key in SCORES}
-        return Seeds(
-            name or names[0], letters, {key: [each for each in row if each is not None] for key, row in found.items()}
-        )
+        scores = {
+            key: [value for letter in letters if (value := self.score(letter, key)) is not None] for key in SCORES
+        }
+        return Seeds(name or names[0], letters, scores)
 
     def to_json(self) -> str:
-        """For machines: what the page says in numbers."""
+        """Returns the page's numbers for machines."""
         rows = [dict(zip(self._header, row, strict=True)) for row in self._rows]
         groups = [
             {
@@ -116,7 +114,7 @@ class Comparison:
         return json.dumps(content, indent=1) + "\n"
 
     def to_csv(self) -> str:
-        """A line a run, the best first; empty where nothing was measured."""
+        """Returns a line for each run, the best first. Values that were not measured are empty."""
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([self._header, *self._rows])
         return text.getvalue()
@@ -132,62 +130,62 @@ class Comparison:
             newest = run.newest(self.features)
             scores = [self.score(letter, key) for key in (*SCORES, "fid_floor")]
             facts = [newest.step, newest.settings.get("num_images")] if newest else [None, None]
-            values = [row[place] for row in self.settings.values()]
+            compares = letter not in self.unlike and newest is not None
             rows.append(
-                [run.name, *scores, *facts, letter not in self.unlike and newest is not None, run.status, *values]
+                [run.name, *scores, *facts, compares, run.status, *(row[place] for row in self.settings.values())]
             )
         return rows
 
 
-def compared(runs: Sequence[Run]) -> Comparison:
-    """The runs by the FID of the newest evaluation of each, where it was made in the commonest way."""
+def rank_runs(runs: Sequence[Run]) -> Comparison:
+    """Orders runs by the FID of their newest evaluation, those first whose conditions are the most frequent ones."""
     names = [name for run in runs for name in run.features]
     features = max(names, key=names.count, default="")
     newest = [run.newest(features) for run in runs]
-    ways = [item.way(features) for item in newest if item]
-    commonest = max(ways, key=ways.count, default={})
-    alike = [item for item in newest if item and item.way(features) == commonest]
+    conditions = [item.conditions(features) if item else None for item in newest]
+    known = [item for item in conditions if item is not None]
+    usual = max(known, key=known.count, default={})
 
     def place(index: int) -> tuple[bool, bool, bool, float, int]:
         item = newest[index]
         fid = item.score(features, "fid") if item else None
-        return item is None, item not in alike, fid is None, fid or 0.0, index
+        return item is None, conditions[index] != usual, fid is None, fid or 0.0, index
 
     order = sorted(range(len(runs)), key=place)
     letters = {index: chr(ord("A") + i % 26) + str(i // 26 or "") for i, index in enumerate(order)}
+    standard = newest[order[0]] if order else None
     unlike = {
-        letters[index]: differences(item, alike[0], features)
+        letters[index]: _differences(item, standard, features)
         for index in order
-        if (item := newest[index]) is not None and item.way(features) != commonest
+        if (item := newest[index]) and standard and conditions[index] != usual
     }
     return Comparison({letters[index]: runs[index] for index in order}, features, unlike)
 
 
-def differences(evaluation: Evaluation, other: Evaluation, features: str) -> list[str]:
-    """Why the scores of `evaluation` do not compare with the `other`'s; nothing where they do."""
+def _differences(evaluation: Evaluation, other: Evaluation, features: str) -> list[str]:
+    """Returns why the scores of two evaluations do not compare."""
 
-    def shown(item: Evaluation, key: str) -> str:
-        value = item.way(features)[key]
+    def describe(item: Evaluation, key: str) -> str:
+        value = item.conditions(features)[key]
         if key in ("dataset", "extractor"):
             name = f"{setting(item.settings['dataset'])} " if key == "dataset" and "dataset" in item.settings else ""
             return f"{name}{str(value)[:8]}"
         return f"{value:,}" if isinstance(value, int) else setting(value)
 
-    here, there = evaluation.way(features), other.way(features)
+    here, there = evaluation.conditions(features), other.conditions(features)
     keys = [key for key in here if here[key] != there[key]]
-    return [f"{key} is {shown(evaluation, key)}, not {shown(other, key)}" for key in keys]
+    return [f"{key} is {describe(evaluation, key)}, not {describe(other, key)}" for key in keys]
 
 
 def find_runs(patterns: Sequence[str]) -> list[Path]:
-    """The folders of the runs that paths and patterns such as `runs/*` name, each once.
+    """Returns the folders of the runs that paths and patterns such as `runs/*` name, each once.
 
-    A folder that is no run stands for all runs below it. What comparisons and evaluations leave beside runs is passed
-    over.
+    A folder that is no run stands for all runs below it. What comparisons and evaluations leave beside runs is skipped.
 
     Raises:
-        UserError: a path or pattern names no run.
+        UserError: A path or pattern names no run.
     """
-    found: dict[Path, Path] = {}
+    folders: dict[Path, Path] = {}
     for pattern in patterns:
         literal = Path(pattern)
         paths = [literal] if literal.exists() or not set("*?[") & set(pattern) else sorted(_matching(pattern))
@@ -197,8 +195,8 @@ def find_runs(patterns: Sequence[str]) -> list[Path]:
             raise UserError(
                 f"{pattern} is not {kind}: give the folder of a run, such as runs/wgan, or a pattern: 'runs/*'"
             )
-        found |= {run.resolve(): run for run in runs}
-    return list(found.values())
+        folders |= {run.resolve(): run for run in runs}
+    return list(folders.values())
 
 
 def _matching(pattern: str) -> list[Path]:

@@ -1,12 +1,14 @@
 """Reports of runs: report.html, report.md and report.json of one, or one HTML page that compares several.
 
-Whatever part of a run is missing is left out, and the same folder gives the same bytes. The pages need nothing but
-themselves: styles, charts and images are inside them.
+Parts that a run does not have are left out, and the same folder gives the same bytes. Styles, charts and images are
+inside the pages, which need no other file. Their text is in the templates beside this file; sentences that depend on
+the scores are functions at the end of this one.
 """
 
 import base64
 import io
 import json
+import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -16,38 +18,38 @@ from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.reporting.charts import bar_chart, line_chart
-from pipeline.reporting.comparison import compared
-from pipeline.reporting.formatting import (
+from pipeline.reporting.comparison import rank_runs
+from pipeline.reporting.read import (
+    Evaluation,
+    Run,
     code,
-    copies_in_words,
-    counted,
-    critic_in_words,
     duration,
     few_images,
+    finite,
     number,
     percent,
+    read_run,
     setting,
-    verdict,
 )
-from pipeline.reporting.read import Run, read_run
 from pipeline.storage.files import replacing
 
 MAX_GRIDS = 40
-IMAGE_BYTES = 1_500_000  # of all images of a page, before base64 adds a third: keeps the page under 3 MB
+IMAGE_BYTES = 1_500_000
+"""The size of all images of a page before base64 adds a third: it keeps a page under 3 MB."""
 
 
 def write_report(run: Path) -> Path:
     """Writes report.html, report.md and report.json into the run's folder and returns the path of the first.
 
     Raises:
-        UserError: not a run's folder, or it cannot be written to.
+        UserError: It is not a run's folder, or it can't be written to.
     """
     content = read_run(run)
     folder, grids, notes = content.folder, content.grids, content.notes
-    num_kept = min(len(grids), MAX_GRIDS)
-    kept = [grids[round(i * (len(grids) - 1) / max(1, num_kept - 1))] for i in range(num_kept)]
-    share = IMAGE_BYTES // (num_kept + 11)  # five each for the neighbours and the interpolation, one for real images
-    frames = [(step, image) for step, path in kept if (image := data_uri(path, share, notes))]
+    num_shown = min(len(grids), MAX_GRIDS)
+    shown = [grids[round(i * (len(grids) - 1) / max(1, num_shown - 1))] for i in range(num_shown)]
+    share = IMAGE_BYTES // (num_shown + 11)  # five each for the neighbours and the interpolation, one for real images
+    frames = [(step, image) for step, path in shown if (image := data_uri(path, share, notes))]
     real = data_uri(folder.real_images(), share, notes)
     neighbours = data_uri(folder.newest_neighbours(), 5 * share, notes)
     interpolation = data_uri(folder.newest_interpolation(), 5 * share, notes)
@@ -63,13 +65,12 @@ def compare(runs: Sequence[Path], out: Path) -> Path:
     """Writes one page with runs side by side to `out` and returns it: settings that differ, scores (seeds of one
     configuration by median and spread), newest grids. Its numbers are beside it, as .csv and .json.
 
-    A best is named among those that were scored in the same way, of which there must be two; of the others is told
-    what differs.
+    A best run is named among at least two that were scored in the same way; for the others the page says what differs.
 
     Raises:
-        UserError: one of `runs` is not a run's folder, or `out` cannot be written.
+        UserError: One of `runs` is not a run's folder, or `out` can't be written.
     """
-    comparison = compared([read_run(run) for run in runs])
+    comparison = rank_runs([read_run(run) for run in runs])
     newest = {
         letter: (step, image)
         for letter, run in comparison.runs.items()
@@ -83,10 +84,10 @@ def compare(runs: Sequence[Path], out: Path) -> Path:
 
 
 def data_uri(path: Path | None, max_bytes: int, notes: list[str]) -> tuple[str, bool] | None:
-    """The image as a data URI of at most `max_bytes` before base64, and whether it has so few pixels that they show.
+    """Returns the image as a data URI, and whether it is so small that the browser should show its pixels as squares.
 
-    Lossless if that fits, else WebP, halved until it fits (but for images of 16 pixels). None where there is no image,
-    or a damaged one, which is noted.
+    The image takes at most `max_bytes` before base64: it is lossless if it fits, else WebP, halved until it fits (but
+    not below 16 pixels). The result is None if there is no image, or a damaged one, which is noted.
     """
     if path is None:
         return None
@@ -96,17 +97,18 @@ def data_uri(path: Path | None, max_bytes: int, notes: list[str]) -> tuple[str, 
     except (OSError, ValueError, SyntaxError):  # Pillow raises any of them for a damaged file
         notes.append(f"{path.name} is damaged")
         return None
-    few_pixels, kind, buffer = image.width <= 400, "png", io.BytesIO()
+    is_small, kind, buffer = image.width <= 400, "png", io.BytesIO()
     image.save(buffer, kind, optimize=True)
     while buffer.tell() > max_bytes and min(image.size) > 16:
         image = image.reduce(2) if kind == "webp" else image
         kind, buffer = "webp", io.BytesIO()
         image.save(buffer, kind, quality=80)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", few_pixels
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", is_small
 
 
 def _nearest(run: Run) -> tuple[int, object]:
-    """How many training images are beside each generated one in the picture of neighbours, and of how many."""
+    """Returns how many training images stand beside each generated one in the picture of neighbours, and of how many
+    they are the nearest."""
     for scores in run.latest.features.values() if run.latest else ():
         match scores.get("nearest_training_images"):
             case {"indices": [[*row], *_], **more}:
@@ -115,7 +117,7 @@ def _nearest(run: Run) -> tuple[int, object]:
 
 
 def _summary(run: Run) -> dict[str, object]:
-    """What report.json holds."""
+    """Returns the content of report.json."""
     latest = run.latest
     return {
         "run": run.name,
@@ -140,7 +142,11 @@ def _templates() -> Environment:
     jinja = Environment(loader=loader, autoescape=escaped, trim_blocks=True, lstrip_blocks=True)
     jinja.filters |= {"number": number, "duration": duration, "percent": percent, "setting": setting, "code": code}
     jinja.globals |= {"line_chart": line_chart, "bar_chart": bar_chart, "verdict": verdict, "few_images": few_images}
-    jinja.globals |= {"counted": counted, "copies_in_words": copies_in_words, "critic_in_words": critic_in_words}
+    jinja.globals |= {
+        "count_caption": count_caption,
+        "copies_caption": copies_caption,
+        "critic_caption": critic_caption,
+    }
     return jinja
 
 
@@ -154,3 +160,68 @@ def _write(path: Path, text: str) -> None:
             temporary.write_bytes(text.encode("utf-8", "replace"))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+# -- sentences ---------------------------------------------------------------------------------------------------------
+
+
+def verdict(evaluation: Evaluation, features: str) -> str:
+    """Returns sentences about what the FID means beside its floor. Their bounds help the reader; they are no test."""
+    fid, floor = evaluation.score(features, "fid"), evaluation.score(features, "fid_floor")
+    count = finite(evaluation.settings.get("num_images"))
+    floor_count = finite(evaluation.images(features).get("fid_floor"))
+    if fid is None:
+        return "This evaluation measured no FID."
+    if not floor:
+        return "No floor was measured: the number only ranks runs that were scored in the same way."
+    bounds = {1.5: "hardly any gap", 5: "a small gap", 25: "a clear gap", math.inf: "a wide gap"}
+    gap = next(words for bound, words in bounds.items() if fid / floor <= bound)
+    reference = str(evaluation.settings.get("reference"))
+    other = {"train": "test", "test": "train"}.get(reference)
+    real = f"real {other} images score against the same real {reference} images" if other else "other real images score"
+    remark = ""
+    if floor_count is None:
+        remark = f" How many {other or 'real'} images gave the floor is not told: it falls with their number."
+    elif count and floor_count < count:
+        remark = f" There are no more of them: with {number(count)} the floor would be lower."
+    return (
+        f"That is {number(fid / floor, 2)} times the floor of {number(floor)}, which "
+        f"{f'{number(floor_count)} ' if floor_count else ''}{real}: {gap} between generated and real images.{remark}"
+    )
+
+
+def count_caption(evaluation: Evaluation | None, features: str, metric: str = "fid") -> str:
+    """Returns how many images a metric took."""
+    match evaluation.images(features).get(metric) if evaluation else None:
+        case [fake, real] if real:
+            return f"N\u00a0=\u00a0{number(fake)} generated, {number(real)} real."
+    return f"N\u00a0=\u00a0{number(evaluation.settings.get('num_images'))} generated." if evaluation else ""
+
+
+def copies_caption(evaluation: Evaluation, features: str) -> str:
+    """Returns a sentence about how many generated images are no copies of training images, and how many other real
+    images, which can't be copies, seem to be none; empty if that was not measured."""
+    share, control = (evaluation.score(features, key) for key in ("authenticity", "authenticity_real"))
+    match evaluation.images(features):
+        case {"authenticity": [count, _], **others} if share is not None:
+            words = f"In {features} features {percent(share)} of {number(count)} generated images are further from "
+            words += "the nearest training image than that is from its own nearest one"
+            if control is not None:
+                words += f", and {percent(control)} of {number(others.get('authenticity_real'))} other real images"
+            return f"{words}: far fewer with a good FID would mean copies."
+    return ""
+
+
+def critic_caption(evaluation: Evaluation | None) -> str:
+    """Returns sentences about how a critic scores images that it has been trained on and others."""
+    critic = evaluation.about("critic") if evaluation else {}
+    images, share = critic.get("images"), finite(critic.get("overfitting"))
+    words = "How far above generated images the critic scores real ones, those it trains on and those it never sees."
+    if share is not None:
+        words += f" In the last evaluation {percent(share)} of the distance lies between seen and unseen images"
+        words += f" (standard error {percent(critic.get('overfitting_error'))})."
+    if isinstance(images, dict):
+        kinds = {"train": "training", "test": "test", "generated": "generated"}
+        counts = ", ".join(f"{number(images.get(kind))} {name}" for kind, name in kinds.items())
+        words += f" N\u00a0=\u00a0{counts} images."
+    return words

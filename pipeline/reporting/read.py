@@ -1,34 +1,79 @@
-"""A run's folder -> `Run`, what a report needs of it: nothing is computed again, and what is damaged becomes a note."""
+"""A run's folder as numbers, `read_run`, and numbers as text.
 
-import functools
+Nothing is computed again here, and no damaged file raises: what can't be read becomes a note of the run.
+"""
+
 import json
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import Config, flatten, read_yaml
 from pipeline.errors import UserError
 from pipeline.storage.run_folder import RunFolder
 
 OF_NEIGHBOURS = ("precision", "recall", "density", "coverage")
+"""The scores that depend on a number k of nearest neighbours."""
 USUAL_NEIGHBOURS = 5
-"""Their k in files of scores that do not tell it."""
+"""The k of files of scores that do not name it."""
+MISSING = "—"
+FEW_IMAGES = 2_000
 
-
-def parse_json(path: Path) -> object:
-    """A JSON file; NaN and infinities are missing values."""
-    return parse_json_text(path.read_text(encoding="utf-8"))
-
-
-parse_json_text = functools.partial(json.loads, parse_constant=lambda _: None)
+# -- numbers as text ---------------------------------------------------------------------------------------------------
 
 
 def finite(value: object) -> float | None:
-    """The number, or None for what is not one or could not be drawn: NaN, infinity and their like."""
+    """Returns the number, or None for what is not one or could not be drawn, as NaN and infinity."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e100:
         return None
     return float(value)
+
+
+def number(value: object, digits: int = 3) -> str:
+    """Returns a number with at least `digits` significant digits and commas between thousands."""
+    known = finite(value)
+    if known is None:
+        return MISSING
+    if known.is_integer() or abs(known) >= 10 ** (digits - 1):
+        return f"{known:,.0f}"
+    return f"{known:#.{digits}g}"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return MISSING
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def percent(share: object) -> str:
+    known = finite(share)
+    return MISSING if known is None else f"{known:.1%}"
+
+
+def setting(value: object) -> str:
+    """Returns a setting on one line, as YAML would hold it."""
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def code(text: str) -> str:
+    """Returns Markdown that shows any text as it is."""
+    return "`" + re.sub(r"[`\s]+", " ", text) + "`"
+
+
+def few_images(num_images: object) -> str | None:
+    """Returns a warning if so few images were scored that the scores mean little."""
+    count = finite(num_images)
+    if count is None or count >= FEW_IMAGES:
+        return None
+    return f"only {count:,.0f} images are scored: below {FEW_IMAGES:,} a FID tells more of their number than of them"
+
+
+# -- what a folder holds -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -42,7 +87,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One file of scores: how images were scored, and feature set -> score -> value."""
+    """A file of scores: how the images were scored, and feature space -> score -> value."""
 
     step: int
     settings: dict[str, object]
@@ -52,30 +97,27 @@ class Evaluation:
         return finite(self.features.get(features, {}).get(key))
 
     def about(self, key: str) -> dict[str, object]:
-        """What stands beside the feature sets: "critic" or "gan_train"; empty if it is not there."""
-        found = self.settings.get(key)
-        return found if isinstance(found, dict) else {}
+        """Returns the values of "critic" or "gan_train", which need no feature space; empty if there are none."""
+        return _mapping(self.settings.get(key))
 
     def images(self, features: str) -> dict[str, object]:
-        """Metric -> how many images it took."""
-        images = self.features.get(features, {}).get("images")
-        return images if isinstance(images, dict) else {}
-
-    def way(self, features: str, key: str = "fid") -> dict[str, object]:
-        """How the images were scored: scores `key` compare where all of it is equal. Fingerprints tell what it was."""
-        provenance = self.features.get(features, {}).get("provenance")
-        known = provenance if isinstance(provenance, dict) else {}
-        settings = {key: self.settings.get(key) for key in ("num_images", "reference", "weights")}
-        used = {key: known.get(key) for key in ("dataset", "extractor")}
-        return settings | used | ({"neighbours": self.neighbours(features)} if key in OF_NEIGHBOURS else {})
+        """Returns metric -> number of images that it took."""
+        return _mapping(self.features.get(features, {}).get("images"))
 
     def neighbours(self, features: str) -> object:
-        """The k of precision and what is like it."""
-        provenance = self.features.get(features, {}).get("provenance")
-        return provenance.get("neighbours", USUAL_NEIGHBOURS) if isinstance(provenance, dict) else USUAL_NEIGHBOURS
+        """Returns the k of precision and similar scores."""
+        return self._provenance(features).get("neighbours", USUAL_NEIGHBOURS)
+
+    def conditions(self, features: str, key: str = "fid") -> dict[str, object]:
+        """Returns how the images were scored. Two scores `key` compare if all of it is equal; datasets and extractors
+        are given by their fingerprints."""
+        settings = {key: self.settings.get(key) for key in ("num_images", "reference", "weights")}
+        settings |= {key: self._provenance(features).get(key) for key in ("dataset", "extractor")}
+        return settings | ({"neighbours": self.neighbours(features)} if key in OF_NEIGHBOURS else {})
 
     def band(self, features: str, value: float, spread: str) -> tuple[float, float]:
-        """The [low, high] around a score; `spread` names it or a standard deviation, missing counts as 0."""
+        """Returns the (low, high) around a score. The entry `spread` is either that or a standard deviation; if it is
+        missing, the band has no width."""
         around = self.features[features].get(spread)
         match [finite(end) for end in around] if isinstance(around, list) else None:
             case [float() as low, float() as high]:
@@ -83,19 +125,26 @@ class Evaluation:
         deviation = finite(around) or 0.0
         return value - deviation, value + deviation
 
+    def _provenance(self, features: str) -> dict[str, Any]:
+        return _mapping(self.features.get(features, {}).get("provenance"))
+
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder holds: the config with dotted keys, everything that has a step in its order."""
+    """What a run's folder holds. Whatever has a step is in the order of steps."""
 
     folder: RunFolder
     config: dict[str, object]
-    environment: dict[object, object]
+    """The settings, by dotted keys."""
+    environment: dict[str, Any]
     log: list[dict[str, object]]
+    """The lines of the log of metrics."""
     evaluations: list[Evaluation]
     grids: list[tuple[int, Path]]
-    chosen: dict[object, object]  # the best by run.keep_best on images that did not choose it; empty if there is none
-    notes: list[str]  # what could not be read
+    chosen: dict[str, Any]
+    """The scores, on images that did not choose it, of the best generator by run.keep_best; empty if there is none."""
+    notes: list[str]
+    """Messages about what could not be read."""
 
     @property
     def name(self) -> str:
@@ -103,7 +152,7 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The newest step that left a trace."""
+        """The newest step of anything in the folder."""
         logged = [int(step) for step in self.logged("step").values[-1:]]
         return max([*logged, *(item.step for item in self.evaluations), *(step for step, _ in self.grids)], default=0)
 
@@ -120,7 +169,7 @@ class Run:
 
     @property
     def differences(self) -> dict[str, tuple[object, object]]:
-        """Dotted key -> (value, default) where they differ."""
+        """Dotted key -> (value, default) of the settings that are not the defaults."""
         defaults = {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(Config()).items()}
         unknown = {key: "none" if key.startswith("network.options.") else "not in this version" for key in self.config}
         known = {key: (value, (unknown | defaults)[key]) for key, value in self.config.items()}
@@ -133,39 +182,8 @@ class Run:
         return [str(name) for name in names] if isinstance(names, list) else []
 
     @property
-    def latest(self) -> Evaluation | None:
-        return self.evaluations[-1] if self.evaluations else None
-
-    def newest(self, features: str) -> Evaluation | None:
-        """The newest evaluation in these features."""
-        return next((item for item in reversed(self.evaluations) if features in item.features), None)
-
-    @property
-    def features(self) -> list[str]:
-        """Feature sets of all evaluations, the package's own first."""
-        names = {name for item in self.evaluations for name in item.features}
-        return sorted(names, key=lambda name: (name != "mnist", name))
-
-    @property
-    def best(self) -> dict[str, dict[str, float]]:
-        """Feature set -> the lowest FID among those that compare with its newest, and that one's step."""
-        curves = {name: curve for name in self.features if (curve := self.scored(name, "fid")).values}
-        lowest = {name: min(zip(curve.values, curve.steps, strict=True)) for name, curve in curves.items()}
-        return {name: {"fid": fid, "step": step} for name, (fid, step) in lowest.items()}
-
-    @property
-    def chosen_in_words(self) -> str:
-        match self.chosen:
-            case {"step": int() as step, "features": dict() as features, "chosen_by": dict() as by}:
-                scores = {name: item.get("fid") for name, item in features.items() if isinstance(item, dict)}
-                fids = [f"{name} FID {fid:.4g}" for name, value in scores.items() if (fid := finite(value)) is not None]
-                how = f"Best of {by.get('evaluations')} evaluations by {by.get('score')}: step {step:,}"
-                return f"{how}. On images that did not choose it: {', '.join(fids) or 'no FID'}."
-        return ""
-
-    @property
     def timing(self) -> dict[str, float | None]:
-        """Training and evaluation are counted apart, both since the run began; waiting is a part of training."""
+        """Times since the run began. Waiting for data is a part of training; evaluation is not."""
         training, evaluation = (self.logged(f"{name}_seconds").values[-1:] for name in ("elapsed", "evaluation"))
         waits, speeds = self.logged("data_wait_seconds").values, self.logged("images_per_second").values
         total = sum(training + evaluation)
@@ -177,42 +195,98 @@ class Run:
         }
 
     def logged(self, key: str) -> Curve:
-        """A column of the log of metrics."""
+        """Returns a column of the log of metrics."""
         return _curve((finite(line["step"]), finite(line.get(key))) for line in self.log)
 
+    # -- scores --------------------------------------------------------------------------------------------------------
+
+    @property
+    def features(self) -> list[str]:
+        """The feature spaces of all evaluations, this package's first."""
+        names = {name for item in self.evaluations for name in item.features}
+        return sorted(names, key=lambda name: (name != "mnist", name))
+
+    @property
+    def latest(self) -> Evaluation | None:
+        return self.evaluations[-1] if self.evaluations else None
+
+    def newest(self, features: str) -> Evaluation | None:
+        """Returns the newest evaluation in this feature space."""
+        return next((item for item in reversed(self.evaluations) if features in item.features), None)
+
+    def scored(self, features: str, key: str, spread: str = "") -> Curve:
+        """Returns a score over the evaluations that compare with the newest, with a band if `spread` is given (see
+        `Evaluation.band`)."""
+        items, newest = self.evaluations, self.newest(features)
+        alike = [
+            item for item in items if newest and item.conditions(features, key) == newest.conditions(features, key)
+        ]
+        known = [(item, value) for item in alike if (value := item.score(features, key)) is not None]
+        band = [item.band(features, value, spread) for item, value in known] if spread else None
+        return Curve([float(item.step) for item, _ in known], [value for _, value in known], band)
+
     def of_critic(self, key: str) -> Curve:
-        """A number of what evaluations found of their checkpoint's critic, among those of the newest's weights."""
+        """Returns a score of the critics over the evaluations of the same kind of weights as the newest."""
         weights = self.latest.settings.get("weights") if self.latest else None
         alike = [item for item in self.evaluations if item.settings.get("weights") == weights]
         return _curve((float(item.step), finite(item.about("critic").get(key))) for item in alike)
 
-    def scored(self, features: str, key: str, spread: str = "") -> Curve:
-        """A score over the evaluations that compare with the newest, with a band where `spread` is given (see
-        `Evaluation.band`)."""
-        items, newest = self.evaluations, self.newest(features)
-        compared = [item for item in items if newest and item.way(features, key) == newest.way(features, key)]
-        kept = [(item, value) for item in compared if (value := item.score(features, key)) is not None]
-        band = [item.band(features, value, spread) for item, value in kept] if spread else None
-        return Curve([float(item.step) for item, _ in kept], [value for _, value in kept], band)
+    @property
+    def best(self) -> dict[str, dict[str, float]]:
+        """Feature space -> the lowest FID among those that compare with its newest, and the step of that."""
+        curves = {name: curve for name in self.features if (curve := self.scored(name, "fid")).values}
+        lowest = {name: min(zip(curve.values, curve.steps, strict=True)) for name, curve in curves.items()}
+        return {name: {"fid": fid, "step": step} for name, (fid, step) in lowest.items()}
+
+    @property
+    def chosen_in_words(self) -> str:
+        """A sentence about `chosen`; empty if there is none."""
+        match self.chosen:
+            case {"step": int() as step, "features": dict() as features, "chosen_by": dict() as by}:
+                scores = {name: item.get("fid") for name, item in features.items() if isinstance(item, dict)}
+                fids = [f"{name} FID {fid:.4g}" for name, value in scores.items() if (fid := finite(value)) is not None]
+                how = f"Best of {by.get('evaluations')} evaluations by {by.get('score')}: step {step:,}"
+                return f"{how}. On images that did not choose it: {', '.join(fids) or 'no FID'}."
+        return ""
+
+    @property
+    def in_brief(self) -> list[str]:
+        """For each feature space the newest FID, its floor, and the best FID if that is another."""
+        lines = []
+        for features in self.features:
+            newest, best = self.newest(features), self.best.get(features)
+            if newest is not None and best is not None:
+                fid, floor = (number(newest.score(features, key)) for key in ("fid", "fid_floor"))
+                other = (
+                    "" if best["step"] == newest.step else f", best {number(best['fid'])} at step {best['step']:.0f}"
+                )
+                lines.append(f"{features} FID {fid} (floor {floor}) at step {newest.step}{other}")
+        return lines
 
 
 def _curve(points: Iterable[tuple[float | None, float | None]]) -> Curve:
-    """Of the points that are known."""
-    kept = [(step, value) for step, value in points if step is not None and value is not None]
-    return Curve([step for step, _ in kept], [value for _, value in kept])
+    known = [(step, value) for step, value in points if step is not None and value is not None]
+    return Curve([step for step, _ in known], [value for _, value in known])
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def is_run(path: Path) -> bool:
-    """Whether anything in a folder belongs to a run."""
+    """Tells whether anything in a folder belongs to a run."""
     folder = RunFolder(path)
     return any(part.exists() for part in (folder.config, folder.metrics, folder.evaluation, folder.samples))
 
 
 def read_run(path: Path) -> Run:
-    """What a report needs from a run's folder; anything damaged becomes a note.
+    """Reads what a report needs from a run's folder.
 
     Raises:
-        UserError: there is no such folder, or nothing in it belongs to a run.
+        UserError: There is no such folder, or nothing in it belongs to a run.
     """
     if not path.is_dir():
         raise UserError(f"{path} is not a folder: give the folder of a run, such as runs/wgan")
@@ -222,29 +296,34 @@ def read_run(path: Path) -> Run:
     log = _read_log(folder.metrics, notes)
     return Run(
         folder,
-        config=_dotted(_read_mapping(folder.config, read_yaml, notes)),
-        environment=_read_mapping(folder.environment, parse_json, notes),
+        config=_dotted(_read_mapping(folder.config, notes, read_yaml)),
+        environment=_read_mapping(folder.environment, notes),
         log=log,
         evaluations=read_evaluations(folder, notes),
         grids=folder.grids(),
-        chosen=_read_mapping(folder.best_scores, parse_json, notes),
+        chosen=_read_mapping(folder.best_scores, notes),
         notes=notes,
     )
 
 
 def read_evaluations(folder: RunFolder, notes: list[str]) -> list[Evaluation]:
-    """All that can be read, in the order of their steps; the others are noted."""
-    found = [item for scores in folder.all_scores() if (item := _read_evaluation(scores, notes))]
-    return sorted(found, key=lambda item: item.step)
+    """Returns the evaluations that can be read, in the order of their steps, and adds a note for each other one."""
+    evaluations = []
+    for path in folder.all_scores():
+        match _read_mapping(path, notes):
+            case {"step": int() as step, "features": dict() as features, **settings} if finite(step) is not None:
+                scores = {str(name): item for name, item in features.items() if isinstance(item, dict)}
+                evaluations.append(Evaluation(step, settings, scores))
+    return sorted(evaluations, key=lambda item: item.step)
 
 
 def _read_log(path: Path, notes: list[str]) -> list[dict[str, object]]:
-    """The lines in the order of their steps. A resumed run repeats steps: the later line counts."""
+    """Returns the lines in the order of their steps. A resumed run repeats steps: the later line counts."""
     log: dict[float, dict[str, object]] = {}
     num_damaged = 0
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
-            line = parse_json_text(text)
+            line = _parse_json(text)
             log[float(line["step"])] = line
         except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
             num_damaged += 1
@@ -253,16 +332,16 @@ def _read_log(path: Path, notes: list[str]) -> list[dict[str, object]]:
     return [log[step] for step in sorted(log)]
 
 
-def _read_evaluation(path: Path, notes: list[str]) -> Evaluation | None:
-    match _read_mapping(path, parse_json, notes):
-        case {"step": int() as step, "features": dict() as features, **settings} if finite(step) is not None:
-            scores = {str(name): item for name, item in features.items() if isinstance(item, dict)}
-            return Evaluation(step, {str(key): value for key, value in settings.items()}, scores)
-    return None
+def _read_json(path: Path) -> object:
+    return _parse_json(path.read_text(encoding="utf-8"))
 
 
-def _read_mapping(path: Path, parse: Callable[[Path], object], notes: list[str]) -> dict[object, object]:
-    """The mapping in a file; empty if there is no file, empty and noted if it is damaged."""
+def _parse_json(text: str) -> Any:
+    return json.loads(text, parse_constant=lambda _: None)  # NaN and infinities are missing values
+
+
+def _read_mapping(path: Path, notes: list[str], parse: Callable[[Path], object] = _read_json) -> dict[str, Any]:
+    """Returns the mapping in a file; if there is no file it is empty, and if the file is damaged that is noted too."""
     try:
         content = parse(path) if path.exists() else {}
     except (OSError, ValueError, RecursionError, UserError):
@@ -273,7 +352,7 @@ def _read_mapping(path: Path, parse: Callable[[Path], object], notes: list[str])
     return content
 
 
-def _dotted(nested: Mapping[object, object], prefix: str = "") -> dict[str, object]:
+def _dotted(nested: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
     for key, value in nested.items():
         flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}

@@ -1,4 +1,4 @@
-"""How soon runs were good enough: `python -m pipeline.reporting.record FID RUN [RUN ...]`, a line of README's table."""
+"""Prints how soon runs reached an FID: `python -m pipeline.reporting.record FID RUN [RUN ...]`, a line of a table."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pipeline.reporting.read import Run, read_run
 
 
 def seconds_to_fid(run: Run, target: float) -> float:
-    """Of training, evaluations left out, up to the first evaluation with an FID of at most `target` under mnist
-    features; infinite if there is none."""
+    """Returns the seconds of training, without evaluations, until the first evaluation whose FID in mnist features is
+    at most `target`; infinity if there is none."""
     fids, elapsed = run.scored("mnist", "fid"), run.logged("elapsed_seconds")
     good = min((step for step, fid in zip(fids.steps, fids.values, strict=True) if fid <= target), default=math.inf)
     after = (seconds for step, seconds in zip(elapsed.steps, elapsed.values, strict=True) if step >= good)
@@ -30,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     runs = [read_run(path) for path in options.runs]
     seconds = [seconds_to_fid(run, options.target) for run in runs]
-    for run, each in zip(runs, seconds, strict=True):
-        print(f"{run.folder.path}: {_text(each)}")
+    for run, value in zip(runs, seconds, strict=True):
+        print(f"{run.folder.path}: {_text(value)}")
     commit, device = (runs[0].environment.get(key) for key in ("git_commit", "device"))
     middle, worst = statistics.median(seconds), max(seconds)
     today = f"{datetime.now(UTC):%Y-%m-%d}"

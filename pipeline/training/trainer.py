@@ -200,11 +200,10 @@ class Trainer:
     def _comment(self, *, last: bool = False) -> None:
         """Makes the run's progress and scores the comment of its Slurm job."""
         if self.runtime.ranks.is_main and job_id() is not None:
-            from pipeline.reporting.formatting import in_brief
             from pipeline.reporting.read import read_run
 
             progress = f"step {self.state.step} of {self.config.training.steps}"
-            self.runtime.comment(", ".join([progress, *in_brief(read_run(self.folder.path))]), last=last)
+            self.runtime.comment(", ".join([progress, *read_run(self.folder.path).in_brief]), last=last)
 
     def _sample_and_evaluate(self) -> None:
         """Draws and scores what is due at this step, except what exists already."""

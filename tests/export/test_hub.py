@@ -21,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation import TARGET
 from pipeline.export.__main__ import convert
 from pipeline.export.generator_file import fingerprint, load_generator, save_export
+from pipeline.export.hub import push
 from pipeline.export.images import render_range
 from pipeline.storage.run_folder import RunFolder
 from tests.export.generators import random_generator, saved_run
@@ -88,9 +89,7 @@ def test_what_a_source_does_not_tell_is_left_out(tmp_path: Path) -> None:
     assert not (tmp_path / "hub/scores.json").exists()
 
 
-def test_what_cannot_be_written_or_sent_is_refused_before_any_work(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_written_or_sent_is_refused_before_any_work(run: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     for out, name, message in [
         (tmp_path / "there", None, "there: exists already, name another folder"),
@@ -99,9 +98,6 @@ def test_what_cannot_be_written_or_sent_is_refused_before_any_work(
     ]:
         with pytest.raises(UserError, match=message):
             convert(run, out, push=name)
-    monkeypatch.setattr("pipeline.export.hub.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'gan-pipeline\[hub\]'"):
-        convert(run, tmp_path / "hub", push="me/digits")
     assert not (tmp_path / "hub").exists()
     assert "Hugging Face" in TARGET
 
@@ -167,7 +163,7 @@ def test_a_push_sends_every_file_and_a_refusal_is_one_line(
 ) -> None:
     address, handler = hub
 
-    def push(out: Path) -> subprocess.CompletedProcess[str]:
+    def run_push(out: Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "pipeline.export", str(run), str(out), "--push", "me/digits"]
         there = {
             "HF_ENDPOINT": address,
@@ -177,13 +173,22 @@ def test_a_push_sends_every_file_and_a_refusal_is_one_line(
         }
         return subprocess.run(command, cwd=ROOT, env=environment() | there, capture_output=True, text=True, timeout=120)
 
-    sent = push(tmp_path / "sent")
+    sent = run_push(tmp_path / "sent")
     assert sent.returncode == 0, sent.stderr
     assert sent.stdout.splitlines() == [str(tmp_path / "sent"), f"{address}/me/digits"]
     assert handler.received == {path.name: path.read_bytes() for path in (tmp_path / "sent").iterdir()}
     handler.refuses = True
-    refused = push(tmp_path / "kept")
+    refused = run_push(tmp_path / "kept")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
     assert refused.stderr.startswith("error: --push me/digits: ")
     assert f"`hf upload me/digits {tmp_path / 'kept'}`" in refused.stderr
     assert (tmp_path / "kept/README.md").exists()
+
+
+def test_a_server_that_is_away_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi("http://127.0.0.1:9", token="hf_none")
+    monkeypatch.setattr("pipeline.export.hub.HfApi", lambda: api)
+    with pytest.raises(UserError, match=f"--push me/digits: .*; {tmp_path} is written: after `hf auth login`"):
+        push(tmp_path, "me/digits")

@@ -16,7 +16,7 @@ from torch import nn
 from pipeline.config import OptimizerConfig, configure
 from pipeline.errors import UserError
 from pipeline.export.generator_file import load_generator
-from pipeline.export.keras_save import save_keras
+from pipeline.export.keras_files import save_keras
 from pipeline.models.networks import AnyGenerator
 from pipeline.models.objectives import choose
 from pipeline.training.state import build_optimizer

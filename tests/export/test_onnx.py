@@ -14,8 +14,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.export.__main__ import convert
-from pipeline.export.generator_file import load_export, save_export
-from pipeline.export.onnx import save_onnx
+from pipeline.export.generator_file import load_export, save_export, save_onnx
 from pipeline.models.networks import Generator
 from pipeline.rng import evaluation_labels, evaluation_latents
 from tests.export.generators import random_generator

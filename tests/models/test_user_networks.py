@@ -15,9 +15,8 @@ from pipeline.config import Config, NetworkConfig, make_parser, parse, to_yaml
 from pipeline.distributed.batch_norm import CONVERTED
 from pipeline.errors import UserError
 from pipeline.export.__main__ import NetworkCode, convert
-from pipeline.export.generator_file import fingerprint, load_export, save_export
+from pipeline.export.generator_file import fingerprint, load_export, save_export, save_onnx
 from pipeline.export.images import render, render_range
-from pipeline.export.onnx import save_onnx
 from pipeline.models.networks import Critic, Generator
 from pipeline.models.user_networks import BATCH_NORMS, build_critic, build_generator, check_user_networks
 from pipeline.rng import evaluation_labels, evaluation_latents, seeded

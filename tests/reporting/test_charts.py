@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.reporting.charts import SIZE, bar_chart, line_chart
-from pipeline.reporting.formatting import number
-from pipeline.reporting.read import Curve
+from pipeline.reporting.read import Curve, number
 
 
 def test_line_chart_takes_a_log_scale_only_where_it_serves() -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from pipeline.errors import UserError
 from pipeline.report import main
-from pipeline.reporting.comparison import compared, find_runs
+from pipeline.reporting.comparison import find_runs, rank_runs
 from pipeline.reporting.page import compare
 from pipeline.reporting.read import read_run
 from tests.reporting.made_runs import Page, make_run
@@ -38,7 +38,7 @@ def test_runs_come_in_the_order_of_their_scores(tmp_path: Path) -> None:
     mixed = [*runs, unlike, unscored]
     for seed in range(3):
         random.Random(seed).shuffle(mixed)
-        found = compared([read_run(path) for path in mixed])
+        found = rank_runs([read_run(path) for path in mixed])
         assert [run.name for run in found.runs.values()] == [
             *(f"run-{fid}" for fid in sorted(fids)),
             "unlike",
@@ -69,7 +69,7 @@ def test_seeds_of_one_configuration_are_a_median_and_a_spread(tmp_path: Path) ->
 
 def test_runs_of_one_seed_are_not_taken_together(tmp_path: Path) -> None:
     runs = [seeded(tmp_path / "one", 30, 0), seeded(tmp_path / "same", 31, 0), seeded(tmp_path / "other", 32, 1, 5)]
-    found = compared([read_run(path) for path in runs])
+    found = rank_runs([read_run(path) for path in runs])
     assert found.configurations == []
     assert "Seeds together" not in Page(compare(runs, tmp_path / "out.html")).text
 

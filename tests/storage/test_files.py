@@ -16,7 +16,7 @@ from pipeline.distributed.launcher import run_program
 from pipeline.errors import EXIT_FAILED
 from pipeline.export.generator_file import save_export
 from pipeline.export.images import save_each, save_grid
-from pipeline.export.keras_save import save_keras
+from pipeline.export.keras_files import save_keras
 from pipeline.storage.files import write_text
 from tests.export.generators import random_generator
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.export.generator_file import load_generator, save_export
-from pipeline.export.keras_save import save_keras
+from pipeline.export.keras_files import save_keras
 from tests.export.generators import random_generator
 from tests.jobs import launch
 from tests.keras_reference import keras_generator

@@ -18,7 +18,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.export.generator_file import load_generator
-from pipeline.export.keras_h5 import load_keras
+from pipeline.export.keras_files import load_keras
 from tests.jobs import ROOT, launch
 from tests.keras_reference import keras_generator
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.reporting.formatting import few_images, number, verdict
-from pipeline.reporting.read import Evaluation
+from pipeline.reporting.page import verdict
+from pipeline.reporting.read import Evaluation, few_images, number
 
 
 @pytest.mark.parametrize(
