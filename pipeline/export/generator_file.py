@@ -139,15 +139,6 @@ def read_generator(path: Path, weights: str, code: str | None = None) -> tuple[A
     return _read_export(path, code)
 
 
-def load_export(path: Path, code: str | None = None) -> AnyGenerator:
-    """Returns the generator of an export, on the CPU in eval mode; for `code` see `read_generator`.
-
-    Raises:
-        UserError: The file is missing, not an export, its tensors do not fit its header, or it needs code.
-    """
-    return _read_export(path, code)[0]
-
-
 def generator_of(checkpoint: Checkpoint, weights: str, code: str | None = None) -> AnyGenerator:
     """Returns the generator of a checkpoint, on the CPU in eval mode; for the arguments see `read_generator`."""
     prefix = "ema." if weights == "ema" else "generator."

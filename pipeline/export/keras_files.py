@@ -283,20 +283,8 @@ def _width(channels: list[int]) -> float:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 KERAS_VERSION = "2.2.4"
-"""The version whose layout is written. Each layer has the settings of its `get_config`, no more and no less: later
-versions refuse what they do not know, and give what is missing their default."""
-GLOROT = {"class_name": "VarianceScaling", "config": dict(scale=1.0, mode="fan_avg", distribution="uniform", seed=None)}
-ZEROS, ONES = ({"class_name": name, "config": dict[str, Any]()} for name in ("Zeros", "Ones"))
-LINEAR_SETTINGS: dict[str, Any] = {
-    **{"kernel_initializer": GLOROT, "bias_initializer": ZEROS, "activity_regularizer": None},
-    **dict.fromkeys(("kernel_regularizer", "bias_regularizer", "kernel_constraint", "bias_constraint")),
-}
-NORM_SETTINGS: dict[str, Any] = {
-    **{"axis": -1, "momentum": 0.99, "center": True, "scale": True},
-    **dict.fromkeys(("beta_initializer", "moving_mean_initializer"), ZEROS),
-    **dict.fromkeys(("gamma_initializer", "moving_variance_initializer"), ONES),
-    **dict.fromkeys(("beta_regularizer", "gamma_regularizer", "beta_constraint", "gamma_constraint")),
-}
+"""The version whose layout is written. Later ones read it, and give settings that are missing their defaults; a setting
+that a version does not know makes it refuse the file."""
 
 
 def save_keras(generator: nn.Module, path: Path) -> None:
@@ -324,7 +312,7 @@ def save_keras(generator: nn.Module, path: Path) -> None:
         add("InputLayer", name, {"batch_input_shape": [None, length], "dtype": "float32", "sparse": False}, [])
     tip = list(inputs)
     if classes:
-        tip = add("Concatenate", "concatenate_1", {"trainable": True, "axis": -1}, tip)
+        tip = add("Concatenate", "concatenate_1", {"axis": -1}, tip)
     for layer in LAYERS:
         name = layer.name(first=1)
         tip = add(layer.kind, name, _settings(generator, layer), tip)
@@ -350,18 +338,15 @@ def save_keras(generator: nn.Module, path: Path) -> None:
 
 
 def _settings(generator: Generator, layer: Layer) -> dict[str, Any]:
-    settings = {"trainable": True} | layer.settings
-    settings.pop("groups", None)  # which later versions write
+    settings = {key: value for key, value in layer.settings.items() if key != "groups"}  # which later versions write
     match layer.kind:
         case "Dense":
-            settings |= LINEAR_SETTINGS | {"units": generator.dense.out_features}
+            settings["units"] = generator.dense.out_features
         case "Reshape":
             settings["target_shape"] = [*generator.base, generator.norms[0].num_features]
-        case "BatchNormalization":
-            settings |= NORM_SETTINGS
         case "Conv2DTranspose":
             module = generator.convolutions[layer.number]
-            settings |= LINEAR_SETTINGS | {"filters": module.out_channels, "kernel_size": list(module.kernel_size)}
+            settings |= {"filters": module.out_channels, "kernel_size": list(module.kernel_size)}
     return settings
 
 

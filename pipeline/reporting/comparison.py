@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.config import Config, flatten
 from pipeline.errors import UserError
@@ -24,22 +25,15 @@ CONFIGURATION = {*flatten(Config(), free=False), "training.steps"} - {SEED}
 SCORES = ("fid", "is_mean", "kid_mean")
 
 
-@dataclass(frozen=True)
-class Seeds:
+class Seeds(NamedTuple):
     """Runs of one configuration whose scores compare."""
 
     name: str
     letters: list[str]
-    scores: dict[str, list[float]]
-    """Score -> the values of the runs."""
-
-    def median(self, score: str) -> float | None:
-        return statistics.median(self.scores[score]) if self.scores[score] else None
-
-    def spread(self, score: str) -> tuple[float | None, float | None]:
-        """Returns the least and the greatest value."""
-        values = self.scores[score]
-        return (min(values), max(values)) if values else (None, None)
+    median: dict[str, float | None]
+    """Score -> median of the runs; None if none of them has it."""
+    spread: dict[str, tuple[float | None, float | None]]
+    """Score -> least and greatest value."""
 
 
 @dataclass(frozen=True)
@@ -87,53 +81,54 @@ class Comparison:
         seeds = [{str(self.runs[letter].config.get(SEED)) for letter in letters} for letters in groups.values()]
         if max(map(len, seeds), default=0) < 2:
             return []
-        return sorted(map(self._seeds, groups.values()), key=lambda group: group.median("fid") or 0.0)
+        return sorted(map(self._seeds, groups.values()), key=lambda group: group.median["fid"] or 0.0)
 
     def _seeds(self, letters: list[str]) -> Seeds:
         names = [self.runs[letter].name for letter in letters]
         shared = os.path.commonprefix(names)  # noqa: RUF071 (letters are meant)
         name = re.sub(r"[-_.]?(seed)?[-_.]?$", "", shared) if len(names) > 1 else shared
-        scores = {
-            key: [value for letter in letters if (value := self.score(letter, key)) is not None] for key in SCORES
-        }
-        return Seeds(name or names[0], letters, scores)
+        scores = {key: [self.score(letter, key) for letter in letters] for key in SCORES}
+        known = {key: [value for value in values if value is not None] for key, values in scores.items()}
+        median = {key: statistics.median(values) if values else None for key, values in known.items()}
+        spread = {key: (min(values, default=None), max(values, default=None)) for key, values in known.items()}
+        return Seeds(name or names[0], letters, median, spread)
 
     def to_json(self) -> str:
         """Returns the page's numbers for machines."""
-        rows = [dict(zip(self._header, row, strict=True)) for row in self._rows]
         groups = [
             {
                 "configuration": seeds.name,
                 "runs": [self.runs[letter].name for letter in seeds.letters],
-                **{key: {"median": seeds.median(key), "spread": seeds.spread(key)} for key in SCORES},
+                **{key: {"median": seeds.median[key], "spread": seeds.spread[key]} for key in SCORES},
             }
             for seeds in self.configurations
         ]
         unlike = {self.runs[letter].name: reasons for letter, reasons in self.unlike.items()}
-        content = {"features": self.features, "runs": rows, "configurations": groups, "not_compared": unlike}
+        content = {"features": self.features, "runs": self._rows, "configurations": groups, "not_compared": unlike}
         return json.dumps(content, indent=1) + "\n"
 
     def to_csv(self) -> str:
         """Returns a line for each run, the best first. Values that were not measured are empty."""
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([self._header, *self._rows])
+        writer = csv.DictWriter(text, list(self._rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._rows)
         return text.getvalue()
 
     @property
-    def _header(self) -> list[str]:
-        return ["run", *SCORES, "fid_floor", "step", "num_images", "compares", "status", *self.settings]
-
-    @property
-    def _rows(self) -> list[list[object]]:
-        rows: list[list[object]] = []
+    def _rows(self) -> list[dict[str, object]]:
+        rows: list[dict[str, object]] = []
         for place, (letter, run) in enumerate(self.runs.items()):
             newest = run.newest(self.features)
-            scores = [self.score(letter, key) for key in (*SCORES, "fid_floor")]
-            facts = [newest.step, newest.settings.get("num_images")] if newest else [None, None]
-            compares = letter not in self.unlike and newest is not None
-            rows.append(
-                [run.name, *scores, *facts, compares, run.status, *(row[place] for row in self.settings.values())]
+            row: dict[str, object] = {"run": run.name}
+            row |= {key: self.score(letter, key) for key in (*SCORES, "fid_floor")}
+            row |= (
+                {"step": newest.step, "num_images": newest.settings.get("num_images")}
+                if newest
+                else {"step": None, "num_images": None}
             )
+            row |= {"compares": letter not in self.unlike and newest is not None, "status": run.status}
+            rows.append(row | {key: values[place] for key, values in self.settings.items()})
         return rows
 
 

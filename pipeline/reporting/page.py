@@ -17,20 +17,10 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from PIL import Image
 
 from pipeline.errors import UserError
+from pipeline.reporting import read
 from pipeline.reporting.charts import bar_chart, line_chart
 from pipeline.reporting.comparison import rank_runs
-from pipeline.reporting.read import (
-    Evaluation,
-    Run,
-    code,
-    duration,
-    few_images,
-    finite,
-    number,
-    percent,
-    read_run,
-    setting,
-)
+from pipeline.reporting.read import Evaluation, Run, few_images, finite, number, percent, read_run
 from pipeline.storage.files import replacing
 
 MAX_GRIDS = 40
@@ -49,12 +39,15 @@ def write_report(run: Path) -> Path:
     num_shown = min(len(grids), MAX_GRIDS)
     shown = [grids[round(i * (len(grids) - 1) / max(1, num_shown - 1))] for i in range(num_shown)]
     share = IMAGE_BYTES // (num_shown + 11)  # five each for the neighbours and the interpolation, one for real images
-    frames = [(step, image) for step, path in shown if (image := data_uri(path, share, notes))]
-    real = data_uri(folder.real_images(), share, notes)
-    neighbours = data_uri(folder.newest_neighbours(), 5 * share, notes)
-    interpolation = data_uri(folder.newest_interpolation(), 5 * share, notes)
-    pictures = {"frames": frames, "real": real, "neighbours": neighbours, "interpolation": interpolation}
-    page = _render("html", run=content, nearest=_nearest(content), **pictures)
+    page = _render(
+        "html",
+        run=content,
+        nearest=_nearest(content),
+        frames=[(step, image) for step, path in shown if (image := data_uri(path, share, notes))],
+        real=data_uri(folder.real_images(), share, notes),
+        neighbours=data_uri(folder.newest_neighbours(), 5 * share, notes),
+        interpolation=data_uri(folder.newest_interpolation(), 5 * share, notes),
+    )
     _write(folder.report("json"), json.dumps(_summary(content), indent=2, default=str) + "\n")
     _write(folder.report("md"), _render("md", run=content))
     _write(folder.report("html"), page)
@@ -140,13 +133,10 @@ def _summary(run: Run) -> dict[str, object]:
 def _templates() -> Environment:
     loader, escaped = FileSystemLoader(Path(__file__).parent), select_autoescape(["html.jinja"])
     jinja = Environment(loader=loader, autoescape=escaped, trim_blocks=True, lstrip_blocks=True)
-    jinja.filters |= {"number": number, "duration": duration, "percent": percent, "setting": setting, "code": code}
-    jinja.globals |= {"line_chart": line_chart, "bar_chart": bar_chart, "verdict": verdict, "few_images": few_images}
-    jinja.globals |= {
-        "count_caption": count_caption,
-        "copies_caption": copies_caption,
-        "critic_caption": critic_caption,
-    }
+    filters = (number, percent, read.duration, read.setting, read.code)
+    functions = (line_chart, bar_chart, few_images, verdict, count_caption, copies_caption, critic_caption)
+    jinja.filters |= {function.__name__: function for function in filters}
+    jinja.globals |= {function.__name__: function for function in functions}
     return jinja
 
 

@@ -25,72 +25,42 @@ PACKAGES = ("torch", "accelerate", "webdataset", "torchmetrics", "torch-fidelity
 """Packages whose versions a run records."""
 
 
+class _Place:
+    """A path within a run's folder, as an attribute of `RunFolder`."""
+
+    def __init__(self, *parts: str) -> None:
+        self._parts = parts
+
+    def __get__(self, folder: RunFolder, owner: type[RunFolder]) -> Path:
+        return folder.path.joinpath(*self._parts)
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The folder `runs/NAME`, whether it exists or not. Files that belong to a step carry its number."""
 
     path: Path
 
-    @property
-    def config(self) -> Path:
-        """All settings, as YAML. A folder with this file is a run."""
-        return self.path / "config.yaml"
-
-    @property
-    def environment(self) -> Path:
-        """What `environment_of` returns and the dataset's fingerprint, as JSON."""
-        return self.path / "environment.json"
-
-    @property
-    def metrics(self) -> Path:
-        """The log: a JSON object on each line, with its `step`."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def lock(self) -> Path:
-        return self.path / ".lock"
-
-    @property
-    def trackers(self) -> Path:
-        """The folder that trackers write to, with TensorBoard's event files."""
-        return self.path / "tensorboard"
-
-    @property
-    def tracker_runs(self) -> Path:
-        """The names that trackers gave this run, as JSON, so that a later launch continues there."""
-        return self.path / "trackers.json"
-
-    @property
-    def export(self) -> Path:
-        """The generator of the last step."""
-        return self.path / "export" / "generator.safetensors"
-
-    @property
-    def best_export(self) -> Path:
-        """The best generator by run.keep_best."""
-        return self.path / "export" / "generator-best.safetensors"
-
-    @property
-    def best_scores(self) -> Path:
-        """The best generator's scores on images that did not choose it, how it was chosen, and the run's last step."""
-        return self.evaluation / "best.json"
-
-    @property
-    def collectives(self) -> Path:
-        """A prefix: with a rank's number, the last collectives of a GPU run that timed out, for `torchfrtrace`."""
-        return self.path / "collectives-rank-"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.path / "evaluation"
+    config = _Place("config.yaml")
+    """All settings, as YAML. A folder with this file is a run."""
+    environment = _Place("environment.json")
+    """What `environment_of` returns and the dataset's fingerprint, as JSON."""
+    metrics = _Place("metrics.jsonl")
+    """The log: a JSON object on each line, with its `step`."""
+    lock = _Place(".lock")
+    checkpoints, samples, evaluation = _Place("checkpoints"), _Place("samples"), _Place("evaluation")
+    export = _Place("export", "generator.safetensors")
+    """The generator of the last step."""
+    best_export = _Place("export", "generator-best.safetensors")
+    """The best generator by run.keep_best."""
+    best_scores = _Place("evaluation", "best.json")
+    """The best generator's scores on images that did not choose it, how it was chosen, and the run's last step."""
+    trackers = _Place("tensorboard")
+    """The folder that trackers write to, with TensorBoard's event files."""
+    tracker_runs = _Place("trackers.json")
+    """The names that trackers gave this run, as JSON, so that a later launch continues there."""
+    collectives = _Place("collectives-rank-")
+    """A prefix: with a rank's number, the last collectives of a GPU run that timed out, for `torchfrtrace`."""
 
     def report(self, kind: str) -> Path:
         """Returns the path of a report; `kind` is html, md or json."""

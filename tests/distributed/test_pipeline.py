@@ -17,7 +17,7 @@ from PIL import Image
 from pipeline.config import Config, OptimizerConfig
 from pipeline.data import Dataset
 from pipeline.data.resident import load_split
-from pipeline.export.generator_file import load_export
+from pipeline.export.generator_file import load_generator
 from pipeline.storage.checkpoint import find
 from pipeline.storage.run_folder import RunFolder
 from tests.distributed.interrupting import job
@@ -58,7 +58,7 @@ def test_a_run_leaves_everything_that_the_readme_lists(run: Path) -> None:
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000010", "step-00000020"}
     with Image.open(run / "samples/00020.png") as grid:
         assert grid.size == (244, 244)
-    exported = load_export(run / "export/generator.safetensors").state_dict()
+    exported = load_generator(run / "export/generator.safetensors").state_dict()
     saved = find(RunFolder(run), 20).tensors()
     assert all((saved[f"ema.{name}"] == tensor).all() for name, tensor in exported.items())
 

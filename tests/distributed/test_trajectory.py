@@ -19,7 +19,7 @@ from pipeline.config import Config, RuntimeConfig
 from pipeline.data.prepare import ShardSizes, prepare_npz
 from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
-from pipeline.export.generator_file import load_export, load_generator
+from pipeline.export.generator_file import load_generator
 from pipeline.export.images import render_range
 from pipeline.models.networks import AnyGenerator, Generator
 from pipeline.models.objectives import OBJECTIVES
@@ -174,7 +174,7 @@ def test_other_networks_walk_one_trajectory_resume_and_are_exported(trained: Tra
     assert_close(trained.weights(f"{name}-1"), trained.weights(f"{name}-2"), 1e-9)
     assert_equal(trained.weights(f"{name}-2"), trained.weights(f"{name}-resumed-2"))
     path = RunFolder(trained.root / f"{name}-2").export
-    exported = load_export(path, "tests.guide:Generator" if name == "guide" else None)
+    exported = load_generator(path, "tests.guide:Generator" if name == "guide" else None)
     average = {key: value for key, value in trained.weights(f"{name}-2").items() if key.startswith("ema.")}
     assert_equal({f"ema.{key}": value for key, value in exported.state_dict().items()}, average)
     images = render_range(exported, 0, 0, 3)
@@ -189,7 +189,7 @@ def test_a_network_of_ones_own_is_scored_and_its_files_name_it(trained: Trained)
     assert 0 < fids[0] < math.inf
     path = RunFolder(trained.root / "guide-2").export
     with pytest.raises(UserError, match=rf"^{path}: .* name it with --network.generator tests.guide:Generator$"):
-        load_export(path)
+        load_generator(path)
     with pytest.raises(UserError, match=r"step-00000014: .* --network.generator tests.guide:Generator$"):
         load_generator(trained.root / "guide-2", "ema")
 

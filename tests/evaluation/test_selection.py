@@ -13,7 +13,7 @@ import torch
 from pipeline.config import Config, OptimizerConfig
 from pipeline.data import Dataset
 from pipeline.evaluation.selection import Selection
-from pipeline.export.generator_file import load_export
+from pipeline.export.generator_file import load_generator
 from pipeline.storage.checkpoint import committed, find
 from pipeline.storage.run_folder import RunFolder, step_of
 from tests.distributed.interrupting import LIMIT_SECONDS, job, last_step
@@ -135,7 +135,7 @@ def test_a_run_that_gets_worse_ends_early_and_exports_its_best_however_often_it_
     assert [step_of(path) for path in committed(whole)] == [best, last]
     for path, step in ((whole.best_export, best), (whole.export, last)):
         saved = find(whole, step).tensors()
-        assert all(torch.equal(saved[f"ema.{key}"], value) for key, value in load_export(path).state_dict().items())
+        assert all(torch.equal(saved[f"ema.{key}"], value) for key, value in load_generator(path).state_dict().items())
     scores = json.loads(whole.best_scores.read_text())
     assert (scores["step"], scores["last_step"], scores["chosen_by"]["value"]) == (best, last, by_step[best])
     assert scores["seed"] != scores["chosen_by"]["seed"] == 1
@@ -152,7 +152,7 @@ def test_a_run_that_gets_worse_ends_early_and_exports_its_best_however_often_it_
     assert fids(torn) == by_step
     assert {step_of(path) for path in committed(torn)} >= {best, last}  # a kill may have spared an old one
     assert json.loads(torn.best_scores.read_text()) == scores
-    exported, expected = (load_export(run.best_export).state_dict() for run in (torn, whole))
+    exported, expected = (load_generator(run.best_export).state_dict() for run in (torn, whole))
     assert all(torch.equal(exported[key], value) for key, value in expected.items())
 
 

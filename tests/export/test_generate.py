@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.export.generator_file import load_export, save_export
+from pipeline.export.generator_file import load_generator, save_export
 from pipeline.export.images import render_range
 from pipeline.storage.run_folder import RunFolder
 from tests.export.generators import damage, random_generator, saved_run
@@ -35,7 +35,7 @@ def test_a_grid_single_images_and_a_strip(export: Path, tmp_path: Path) -> None:
     assert pixels(tmp_path / "strip.png").shape[:2] == (8 * side + 4, 10 * side + 4)
     files = sorted((tmp_path / "images").iterdir())
     assert [file.name for file in files] == [f"{index:06d}.png" for index in range(20)]
-    expected = render_range(load_export(export), 0, 0, 20)[:, 0].numpy()
+    expected = render_range(load_generator(export), 0, 0, 20)[:, 0].numpy()
     assert np.abs(np.stack([pixels(file) for file in files]).astype(int) - expected).max() <= 1
     again = generate("-g", export, "--out", tmp_path / "grid.png")
     assert (again.returncode, again.stderr) == (
@@ -52,7 +52,7 @@ def test_the_program_draws_one_class(classed_export: Path, tmp_path: Path) -> No
     assert pixels(tmp_path / "grid.png").shape[:2] == (10 * side + 4, 10 * side + 4)
     assert pixels(tmp_path / "sevens.png").shape[:2] == (4 * side + 4, 4 * side + 4)
     files = sorted((tmp_path / "sevens").iterdir())
-    expected = render_range(load_export(classed_export), 0, 0, 12, label=7)[:, 0].numpy()
+    expected = render_range(load_generator(classed_export), 0, 0, 12, label=7)[:, 0].numpy()
     assert np.abs(np.stack([pixels(file) for file in files]).astype(int) - expected).max() <= 1
 
 
@@ -66,7 +66,7 @@ def test_a_class_is_drawn_by_its_name(tmp_path: Path) -> None:
     assert result.stderr == "rows, from the top: '0', '1', '10', '11', '2', '3', '4', '5', '6', '7'\n"
     assert generate("-g", path, "--class", 2, "--count", 3, "--out", tmp_path / "twos").returncode == 0
     found = np.stack([pixels(file) for file in sorted((tmp_path / "twos").iterdir())]).astype(int)
-    expected, others = (render_range(load_export(path), 0, 0, 3, label=label)[:, 0].numpy() for label in (4, 2))
+    expected, others = (render_range(load_generator(path), 0, 0, 3, label=label)[:, 0].numpy() for label in (4, 2))
     assert np.abs(found - expected).max() <= 1
     assert np.abs(found - others).max() > 2
     result = generate("-g", path, "--class", "twelve", "--out", tmp_path / "twelve.png")

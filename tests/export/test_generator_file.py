@@ -19,7 +19,6 @@ from pipeline.export.__main__ import convert
 from pipeline.export.generator_file import (
     critic_of,
     fingerprint,
-    load_export,
     load_generator,
     read_generator,
     save_export,
@@ -47,7 +46,7 @@ def test_a_file_says_which_world_it_is_in_and_gives_the_same_generator(
         header = file.metadata()
     assert header["format"] == "gan-pipeline generator 2"
     assert json.loads(header["provenance"]) == {"run": "test", "step": 3}
-    loaded = load_export(path)
+    loaded = load_generator(path)
     assert loaded.spec() == generator.spec()
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
@@ -74,7 +73,7 @@ def test_an_export_of_another_format_is_refused(tmp_path: Path) -> None:
     generator, path = random_generator(), tmp_path / "generator.safetensors"
     save_file(generator.state_dict(), path, {"format": "gan-pipeline generator 3", "generator": "{}"})
     with pytest.raises(UserError, match="its header does not say 'gan-pipeline generator 2'"):
-        load_export(path)
+        load_generator(path)
 
 
 @pytest.mark.parametrize("kind", ["missing", "text", "other tensors", "truncated", "wrong shape", "pickle"])
@@ -89,11 +88,11 @@ def test_a_file_that_is_not_an_export_is_refused_by_name(kind: str, export: Path
     elif kind == "pickle":
         path.write_bytes(pickle.dumps(Trap(tmp_path / "executed")))
     elif kind == "wrong shape":
-        generator = load_export(export)
+        generator = load_generator(export)
         generator.config = NetworkConfig(latent_dim=7, width=0.1)
         save_export(generator, path, {})
     with pytest.raises(UserError, match=f"{path}: (no such file|not a generator export)"):
-        load_export(path)
+        load_generator(path)
     assert not (tmp_path / "executed").exists()
 
 
@@ -129,7 +128,7 @@ def test_an_export_says_which_checkpoint_it_is_of_and_which_were_passed_over(
     again = tmp_path / "again.safetensors"
     convert(out, again)
     assert read_generator(again, "ema")[1] == facts | {"source": "out.safetensors"}
-    assert fingerprint(load_export(again)) == fingerprint(random_generator())
+    assert fingerprint(load_generator(again)) == fingerprint(random_generator())
 
 
 def test_a_run_without_a_checkpoint_is_told(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torchvision.utils import make_grid
 
-from pipeline.export.generator_file import load_export
+from pipeline.export.generator_file import load_generator
 from pipeline.export.images import interpolate, render, render_range, sample_grid, save_grid, to_uint8
 from pipeline.rng import evaluation_latents
 from tests.export.generators import random_generator
@@ -21,14 +21,14 @@ def test_pixels_become_bytes_from_a_fixed_range() -> None:
 
 
 def test_an_image_depends_on_the_seed_and_its_number_alone(export: Path) -> None:
-    generator = load_export(export)
+    generator = load_generator(export)
     whole = render_range(generator, 5, 0, 300)
     torch.testing.assert_close(render_range(generator, 5, 250, 300).int(), whole[250:].int(), rtol=0, atol=1)
     assert not torch.equal(render_range(generator, 6, 0, 300), whole)
 
 
 def test_an_image_of_a_class_depends_on_the_seed_and_its_number_alone(classed_export: Path) -> None:
-    generator = load_export(classed_export)
+    generator = load_generator(classed_export)
     sevens = render_range(generator, 5, 0, 40, label=7)
     torch.testing.assert_close(render_range(generator, 5, 30, 40, label=7).int(), sevens[30:].int(), rtol=0, atol=1)
     mixed = render_range(generator, 5, 0, 40)
@@ -39,13 +39,13 @@ def test_an_image_of_a_class_depends_on_the_seed_and_its_number_alone(classed_ex
 
 
 def test_a_grid_has_a_row_a_class_up_to_ten(export: Path, classed_export: Path) -> None:
-    generator = load_export(classed_export)
+    generator = load_generator(classed_export)
     images, columns = sample_grid(generator, 5)
     assert (len(images), columns) == (100, 10)
     torch.testing.assert_close(images[70:80].int(), render_range(generator, 5, 0, 10, label=7).int(), rtol=0, atol=1)
-    images, columns = sample_grid(load_export(export), 5)
+    images, columns = sample_grid(load_generator(export), 5)
     assert columns == 4
-    assert torch.equal(images, render_range(load_export(export), 5, 0, 16))
+    assert torch.equal(images, render_range(load_generator(export), 5, 0, 16))
 
 
 def test_images_are_flipped_back_once() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.export.__main__ import convert
-from pipeline.export.generator_file import load_export, save_export, save_onnx
+from pipeline.export.generator_file import load_generator, save_export, save_onnx
 from pipeline.models.networks import Generator
 from pipeline.rng import evaluation_labels, evaluation_latents
 from tests.export.generators import random_generator
@@ -75,7 +75,7 @@ def test_the_program_converts_and_never_overwrites(tmp_path: Path) -> None:
     source, copy, onnx = (tmp_path / name for name in ("source.safetensors", "copy.safetensors", "generator.onnx"))
     save_export(generator, source, {})
     assert export(source, copy).stdout == f"{copy}\n"
-    copied = load_export(copy)
+    copied = load_generator(copy)
     assert copied.spec() == generator.spec()
     assert all(torch.equal(copied.state_dict()[name], tensor) for name, tensor in generator.state_dict().items())
     result = export(source, onnx)

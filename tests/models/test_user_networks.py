@@ -15,7 +15,7 @@ from pipeline.config import Config, NetworkConfig, make_parser, parse, to_yaml
 from pipeline.distributed.batch_norm import CONVERTED
 from pipeline.errors import UserError
 from pipeline.export.__main__ import NetworkCode, convert
-from pipeline.export.generator_file import fingerprint, load_export, save_export, save_onnx
+from pipeline.export.generator_file import fingerprint, load_generator, save_export, save_onnx
 from pipeline.export.images import render, render_range
 from pipeline.models.networks import Critic, Generator
 from pipeline.models.user_networks import BATCH_NORMS, build_critic, build_generator, check_user_networks
@@ -95,7 +95,7 @@ def test_a_gain_without_dimensions_resumes() -> None:
 def test_a_parameter_of_two_names_is_exported(tmp_path: Path) -> None:
     generator, path = build_generator(ODD, SHAPE, 0, seeded(1, "weights")).eval(), tmp_path / "generator.safetensors"
     save_export(generator, path, {})
-    assert torch.equal(render_range(load_export(path, ODD.generator), 0, 0, 5), render_range(generator, 0, 0, 5))
+    assert torch.equal(render_range(load_generator(path, ODD.generator), 0, 0, 5), render_range(generator, 0, 0, 5))
 
 
 @pytest.mark.slow
@@ -108,7 +108,7 @@ def test_exports_and_onnx_give_the_same_images(num_classes: int, tmp_path: Path)
     generator.eval().requires_grad_(False)
     path, onnx = tmp_path / "generator.safetensors", tmp_path / "generator.onnx"
     save_export(generator, path, {})
-    loaded = load_export(path, GUIDE.generator)
+    loaded = load_generator(path, GUIDE.generator)
     expected = render_range(generator, 0, 0, 5)
     assert torch.equal(render_range(loaded, 0, 0, 5), expected)
     assert fingerprint(loaded) == fingerprint(generator)
@@ -146,10 +146,10 @@ def test_a_file_makes_nobody_import_what_it_names(tmp_path: Path, monkeypatch: p
     generator.config = NetworkConfig(6, generator=f"{name}:Generator", options={"hidden": 9})
     save_export(generator, path, {})
     with pytest.raises(UserError, match=f"holds a network of its user's own, {name}:Generator"):
-        load_export(path)
-    assert render_range(load_export(path, GUIDE.generator), 0, 0, 2).shape == (2, *SHAPE)
+        load_generator(path)
+    assert render_range(load_generator(path, GUIDE.generator), 0, 0, 2).shape == (2, *SHAPE)
     assert not (tmp_path / "imported").exists()
-    load_export(path, f"{name}:Generator")
+    load_generator(path, f"{name}:Generator")
     assert (tmp_path / "imported").exists()
 
 
