@@ -51,10 +51,11 @@ class Layer(NamedTuple):
     settings: dict[str, Any]  # what a file must say of it; what an older Keras did not write has the value given here
     module: str = ""  # the name of our module, if it has weights
 
-    def name(self, first: int) -> str:
-        """Returns Keras's name if the first layer of a class has the number `first`, and a 0 is left out."""
-        snake_case, number = re.sub("(?<!^)(?=[A-Z][a-z])", "_", self.kind).lower(), self.number + first
-        return f"{snake_case}_{number}" if number else snake_case
+    @property
+    def name(self) -> str:
+        """The name that Keras gives it: batch_normalization for the first of its class, then batch_normalization_1."""
+        snake_case = re.sub("(?<!^)(?=[A-Z][a-z])", "_", self.kind).lower()
+        return f"{snake_case}_{self.number}" if self.number else snake_case
 
 
 def _layers() -> Iterator[Layer]:
@@ -160,9 +161,8 @@ def _layers_by_number(layers: Any) -> tuple[int, Weights]:
     }
     weights: Weights = []
     for layer in WEIGHTED:
-        group = layer.name(first=0)
         names = {str(number): variable for number, variable in enumerate(VARIABLES[layer.kind])}
-        weights.append((group, {names.get(key, key): array for key, array in groups.pop(group, {}).items()}))
+        weights.append((layer.name, {names.get(key, key): array for key, array in groups.pop(layer.name, {}).items()}))
     return len(layers), [*weights, *groups.items()]
 
 
@@ -312,12 +312,11 @@ def save_keras(generator: nn.Module, path: Path) -> None:
         add("InputLayer", name, {"batch_input_shape": [None, length], "dtype": "float32", "sparse": False}, [])
     tip = list(inputs)
     if classes:
-        tip = add("Concatenate", "concatenate_1", {"axis": -1}, tip)
+        tip = add("Concatenate", "concatenate", {"axis": -1}, tip)
     for layer in LAYERS:
-        name = layer.name(first=1)
-        tip = add(layer.kind, name, _settings(generator, layer), tip)
+        tip = add(layer.kind, layer.name, _settings(generator, layer), tip)
         if layer.module:
-            arrays[name] = _arrays(generator, layer)
+            arrays[layer.name] = _arrays(generator, layer)
     ends = {"input_layers": [[name, 0, 0] for name in inputs], "output_layers": [[name, 0, 0] for name in tip]}
     model = {"class_name": "Model", "config": {"name": "generator", "layers": layers, **ends}}
     content = BytesIO()  # HDF5 reports a full disk with errors of its own, and again when the file is closed
