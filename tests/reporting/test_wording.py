@@ -21,20 +21,20 @@ from pipeline.reporting.read import Evaluation, few_images, number
     ],
 )  # fmt: skip
 def test_verdict(fid: float | None, floor: float | None, words: str) -> None:
-    assert words in told(500, 500, fid=fid, fid_floor=floor)
+    assert words in verdict_of(500, 500, fid=fid, fid_floor=floor)
 
 
-def told(num_images: int, floor_images: int | None, **scores: float | None) -> str:
+def verdict_of(num_images: int, floor_images: int | None, **scores: float | None) -> str:
     found: dict[str, dict[str, object]] = {"mnist": scores | {"images": {"fid_floor": floor_images}}}
     return verdict(Evaluation(1, {"reference": "train", "num_images": num_images}, found), "mnist")
 
 
 def test_the_verdict_says_where_the_floor_is_of_another_number_of_images() -> None:
-    assert told(500, 500, fid=7.3, fid_floor=7.2).endswith("hardly any gap between generated and real images.")
-    assert told(50_000, 10_000, fid=7.3, fid_floor=7.2).endswith(
+    assert verdict_of(500, 500, fid=7.3, fid_floor=7.2).endswith("hardly any gap between generated and real images.")
+    assert verdict_of(50_000, 10_000, fid=7.3, fid_floor=7.2).endswith(
         "There are no more of them: with 50,000 the floor would be lower."
     )
-    assert "How many test images gave the floor is not told" in told(500, None, fid=7.3, fid_floor=1.04)
+    assert "How many test images gave the floor is not told" in verdict_of(500, None, fid=7.3, fid_floor=1.04)
 
 
 def test_few_images_are_those_below_2000() -> None:
