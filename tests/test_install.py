@@ -104,12 +104,18 @@ def stop(container: subprocess.Popen[bytes]) -> int:
     return container.wait(timeout=60)
 
 
+def end(container: subprocess.Popen[bytes]) -> None:
+    container.kill()
+    container.wait()
+
+
 @AS_PROCESS_1
 def test_a_container_that_is_stopped_while_it_starts_ends(tmp_path: Path) -> None:
     """The kernel would drop the signal: process 1 has no default of its own."""
     started = tmp_path / "started"
     program = "import sys, time; from pathlib import Path; from pipeline.distributed.launcher import run_program\n"
-    program += f"run_program(lambda: (Path({str(started)!r}).touch(), time.sleep(100))[1])"
+    # Short sleeps: a signal that comes just before a sleep begins is seen at its end.
+    program += f"run_program(lambda: (Path({str(started)!r}).touch(), [time.sleep(0.1) for _ in range(1000)])[0])"
     container = subprocess.Popen([*IN_A_CONTAINER, "-c", program], cwd=ROOT)
     try:
         while not started.exists():
@@ -117,7 +123,7 @@ def test_a_container_that_is_stopped_while_it_starts_ends(tmp_path: Path) -> Non
             time.sleep(0.01)
         assert stop(container) == 128 + signal.SIGTERM
     finally:
-        container.kill()
+        end(container)
 
 
 @pytest.mark.slow
@@ -133,5 +139,5 @@ def test_a_container_that_is_stopped_saves_first(tiny_dataset: Path, tmp_path: P
             wait_for_step(run.path, 5, container, log)
             assert stop(container) == EXIT_PREEMPTED
         finally:
-            container.kill()
+            end(container)
     assert f"stopped after step {find(run).step}, which is saved" in log.read_text()

@@ -108,6 +108,7 @@ class Cluster:
             "SlurmdParameters=config_overrides",
             "ReturnToService=2",
             "SlurmdTimeout=10",
+            "MinJobAge=86400",  # tests ask for jobs that ended long before them
             "KillWait=3",
             "GresTypes=gpu",
             *(
