@@ -21,8 +21,8 @@ from pipeline.data.resident import load_split
 from pipeline.distributed.process import Runtime
 from pipeline.evaluation.evaluate import evaluate_images
 from pipeline.evaluation.extract import ImageSet
-from pipeline.evaluation.features.mnist import MnistFeatures
-from pipeline.evaluation.metrics.kernel import KID_SUBSET_SIZE
+from pipeline.evaluation.features.classifier import MnistFeatures
+from pipeline.evaluation.metrics.scores import KID_SUBSET_SIZE
 
 SCORING_ROUNDS = 3
 

@@ -29,7 +29,7 @@ from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.process import Runtime
 from pipeline.distributed.slurm import job_seconds_left
 from pipeline.errors import UserError
-from pipeline.evaluation.features import PUBLISHED, load_features
+from pipeline.evaluation.features import load_features, published_weights
 from pipeline.storage.checkpoint import committed
 from pipeline.storage.run_folder import RunFolder, device_name
 
@@ -181,8 +181,9 @@ def check_features(plan: Plan, name: str) -> str:
     config = plan.config.evaluation
     if config.every is None:
         return f"{name}, not used, evaluation.every is null"
-    if name in PUBLISHED and not (path := PUBLISHED[name].path(config)).is_file():
-        text = f"{PUBLISHED[name].what} are not at {path}, the evaluation will download them"
+    weights = published_weights(name)
+    if weights and not (path := weights.path(config)).is_file():
+        text = f"{weights.what} are not at {path}, the evaluation will download them"
         raise Caution(f"{text}; put them there where there is no network")
     if plan.dataset is None:
         return ""

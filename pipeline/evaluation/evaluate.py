@@ -1,8 +1,8 @@
-"""Scores of N images, computed by all ranks together and equal for any number of them.
+"""Scores of N images, which all ranks compute together and which are equal for any number of ranks.
 
-Each rank adds its share of the images to the states; the main rank computes the scores from the states of all. What
-takes features themselves (metrics/states.py's samples) has the same ones in the same order, so its scores are equal in
-every bit; FID and what else comes of sums differs by their rounding (1e-12).
+Each rank adds its share of the images to states, the states of all ranks are joined, and the main rank computes the
+scores from them. Samples are the same in every bit, and so are scores of samples; FID and other scores of sums differ
+by the rounding of the sums (1e-12).
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import isnan
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.config import EvaluationConfig
 from pipeline.data import Dataset
+from pipeline.data.resident import load_images
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
-from pipeline.evaluation.extract import ALONE, ImageSet, extract_features, interruptible, never
+from pipeline.evaluation.extract import ALONE, ImageSet, extract_features
 from pipeline.evaluation.features import FORWARD_SIZE, FeatureExtractor
-from pipeline.evaluation.metrics.classes import class_scores, fid_per_class
-from pipeline.evaluation.metrics.frechet import FrechetReference, Moments, frechet_extrapolated, frechet_interval
-from pipeline.evaluation.metrics.inception_score import inception_score
-from pipeline.evaluation.metrics.manifold import nearest_neighbours, squared_radii
-from pipeline.evaluation.metrics.metric import FeatureMetric
-from pipeline.evaluation.metrics.scores import KEEP, SAMPLE_SCORES, Options
-from pipeline.evaluation.metrics.states import ClassSums, Poll, Sample, Sums
+from pipeline.evaluation.interruption import check_interrupted, interruptible, never
+from pipeline.evaluation.metrics.frechet import Moments, frechet_distance, frechet_extrapolated, frechet_interval
+from pipeline.evaluation.metrics.neighbours import nearest_neighbours, squared_radii
+from pipeline.evaluation.metrics.scores import KEEP, SAMPLE_SCORES, Options, class_scores, fid_per_class
+from pipeline.evaluation.metrics.states import Batch, ClassSums, Sample, States, Sums, add, gather
 from pipeline.evaluation.real_statistics import RealStatistics, real_scores, real_statistics
+from pipeline.models.networks import Critic
+from pipeline.rng import sampling_order
 
-SHOWN_IMAGES, SHOWN_NEIGHBOURS = 8, 5
-"""Images whose nearest training images are told, and how many of these."""
+SHOWN_IMAGES, SHOWN_NEIGHBOURS = 8, 5  # images whose nearest training images are named, and how many of these
+MOST_SCORED_BY_CRITIC = 2_000  # images of each kind: 228 GFLOP of the reference's critic for all three kinds
 DEFAULTS = EvaluationConfig()
 
 Scores = dict[str, object]
@@ -48,74 +48,50 @@ def evaluate_images(
     ranks: Ranks = ALONE,
     interrupted: Callable[[], bool] = never,
 ) -> dict[str, Scores]:
-    """Scores images in every feature space, in one pass over them.
+    """Scores images in every feature space, in one pass over them. Every rank must call it.
 
     Args:
-        config: its `reference` is the real split to compare with. As many images of the other one give the floor:
-            always the same ones for a number, and as many as there are (or are kept, see real_statistics.py) where
-            those are fewer. `batch_size` images are rendered at once, rounded up to a multiple of 100: networks round
-            differently in forward passes of 7 and of 100 images, so features are always computed in the same blocks of
-            100. `neighbours` is the k of precision and what is like it.
-        seed: of the random choices inside the scores (subsets, splits, groups, projections).
-        interrupted: asked before each batch and between scores whether to give up; ranks may disagree for a while.
+        config: `reference` is the real split to compare with. The other split gives the floors, from as many images as
+            are scored, or all if there are fewer. `batch_size` images are rendered at once, rounded up to a multiple of
+            100: features are always computed in the same blocks of 100, since networks round differently in forward
+            passes of 7 and of 100 images.
+        seed: The seed of random choices inside the scores (subsets, splits, parts, projections).
+        interrupted: See `interruptible`.
 
-    Returns on every rank, for each extractor's name:
-        "fid", "fid_floor" (null without another split), "fid_interval" [low, high] (95 %, for the mean FID of as many
-        images of this generator, not of infinitely many), "fid_infinite" (null with too few images), "is_mean",
-        "is_std", "kid_mean", "kid_std", "precision", "recall", "density", "coverage", "sliced_wasserstein" and its
-        "..._floor", "authenticity" among the training images and "authenticity_real", that of other real ones;
-        where the logits stand for the dataset's classes also "class_histogram" and "class_histogram_real" (share of
-        each class by the classifier's verdict on either side), "class_total_variation", "confidence_mean",
-        "fid_per_class" (null for a class with too few images), "fid_per_class_floor" (of all of the other split)
-        and, with labels, "class_accuracy" (GAN-test): the rate at which the classifier sees the class asked for;
-        "images": how many the scores are of;
-        "nearest_training_images" of the first 8 images (rows of 5 "indices" in shard order and "distances");
-        "provenance": what the scores depend on besides the images.
-        A score that this few images do not give is null.
+    Returns:
+        On every rank, for the name of each extractor: the scores, null where this few images do not give them;
+        "images", how many generated and real images each is of; "nearest_training_images" of the first 8 images, rows
+        of 5 "indices" in shard order and "distances"; and "provenance", what they depend on besides the images.
+        Scores are those of FID, of SAMPLE_SCORES and, if the logits are of the dataset's classes, of `class_scores`, by
+        class name; "..._floor" and "authenticity_real" are those of real images in the place of the generated ones.
 
     Raises:
-        UserError: an unknown split, or fewer than two images.
-        Preempted: on every rank, when `interrupted` said so on any.
-        ValueError: what is rendered, or the labels, is not what ImageSet describes.
+        UserError: The split is unknown, or there are fewer than two images.
+        Preempted: On every rank, if `interrupted` returned true on any.
+        ValueError: Rendered images, or the labels, are not what ImageSet describes.
     """
-    reference = config.reference
-    dataset.shards(reference)
+    dataset.shards(config.reference)
     images = _checked(images, dataset.image_shape)
-    other = next((split for split in ("train", "test") if split != reference and split in dataset.splits), None)
-
-    def real(split: str | None, extractor: FeatureExtractor) -> RealStatistics | None:
-        return real_statistics(dataset, split, extractor, ranks, interrupted) if split else None
-
-    sides = [(real(reference, extractor), real(other, extractor)) for extractor in extractors]
-    spaces = [_Space(extractor, dataset, config, seed) for extractor in extractors]
-    takers = [(space.extractor, partial(space.take, images.labels)) for space in spaces]
+    splits = [split for split in ("train", "test") if split != config.reference and split in dataset.splits]
+    spaces = []
+    for extractor in extractors:
+        real = [real_statistics(dataset, split, extractor, ranks, interrupted) for split in (config.reference, *splits)]
+        spaces.append(_Space(extractor, dataset, config, seed, *real))
+    consumers = [(space.extractor, partial(space.add, images.labels)) for space in spaces]
     batch_size = -(-config.batch_size // FORWARD_SIZE) * FORWARD_SIZE
-    extract_features(images, takers, batch_size, "evaluation", ranks, interrupted)
+    extract_features(images, consumers, batch_size, "evaluation", ranks, interrupted)
     results: dict[str, Scores] = {}
-    for space, (target, floor) in zip(spaces, sides, strict=True):
-        space.metric.merge(ranks)
+    for space in spaces:
+        gather(space.states, ranks)
         shown = ranks.gather_on_main(space.shown)
-        with interruptible(ranks, interrupted) as poll:
-            if shown is not None and target is not None:  # the main rank
-                training, unseen = (target, floor) if reference == "train" else (floor, target)
-                result = space.scores(target, floor, training, unseen, poll)
-                if training:
-                    result["nearest_training_images"] = _nearest(torch.cat(shown), training)
-                result["provenance"] = {
-                    "extractor": space.extractor.fingerprint,
-                    "dataset": dataset.fingerprint,
-                    "reference": reference,
-                    "reference_images": target.num_images,
-                    "seed": seed,
-                    "neighbours": config.neighbours,
-                    **space.extractor.facts,
-                }
-                results[space.extractor.name] = result
+        with interruptible(ranks, interrupted):
+            if shown is not None:  # the main rank
+                results[space.extractor.name] = space.scores(torch.cat(shown))
     return ranks.broadcast(results)
 
 
 def _checked(images: ImageSet, image_shape: tuple[int, int, int]) -> ImageSet:
-    """The same images, refused as soon as they are not what they should be."""
+    """Returns the same images. Raises an error at once, or on rendering, if they are not what they should be."""
     if images.num_images < 2:
         raise UserError(f"evaluation.num_images is {images.num_images}: scores need at least 2 images")
     if images.labels is not None and images.labels.shape != (images.num_images,):
@@ -133,91 +109,111 @@ def _checked(images: ImageSet, image_shape: tuple[int, int, int]) -> ImageSet:
 
 
 class _Space:
-    """The scores of one feature space. One more of a sample of features is a line in SAMPLE_SCORES."""
+    """One feature space: the states of the generated images and, on the main rank, the scores that they give.
 
-    def __init__(self, extractor: FeatureExtractor, dataset: Dataset, config: EvaluationConfig, seed: int) -> None:
+    `target` and `floor` are the statistics of the reference and of the other split, if there is one; None on other
+    ranks.
+    """
+
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        dataset: Dataset,
+        config: EvaluationConfig,
+        seed: int,
+        target: RealStatistics | None,
+        floor: RealStatistics | None = None,
+    ) -> None:
         self.extractor, self.dataset, self.config, self.seed = extractor, dataset, config, seed
-        width, states = extractor.num_features, dict[str, Any]()
-        states |= {"sums": Sums(width), "sample": Sample(width, KEEP)}
-        if extractor.num_classes:
-            states["logits"] = Sample(extractor.num_classes, KEEP, "logits")
+        self.target, self.floor = target, floor
+        self.training, self.unseen = (target, floor) if config.reference == "train" else (floor, target)
+        self.options = Options(seed, config.neighbours, self._radii)
+        width, num_classes = extractor.num_features, extractor.num_classes
+        self.states: States = {"sums": Sums(width), "features": Sample(width, KEEP)}
+        if num_classes:
+            self.states["logits"] = Sample(num_classes, KEEP, "logits")
         if dataset.class_names and dataset.class_names == extractor.class_names:
-            states["classes"] = ClassSums(width, extractor.num_classes)
-        self.metric = FeatureMetric(states)
-        self.shown = torch.empty(0, width)
-        """Features of this rank's images among the first SHOWN_IMAGES."""
+            self.states["classes"] = ClassSums(width, num_classes)
+        self.shown = torch.empty(0, width)  # features of this rank's images among the first SHOWN_IMAGES
 
-    def take(self, labels: Tensor | None, features: Tensor, logits: Tensor, indices: Tensor) -> None:
+    def add(self, labels: Tensor | None, features: Tensor, logits: Tensor, indices: Tensor) -> None:
         """Adds images to the states."""
-        self.metric.update(features, False, indices, logits, None if labels is None else labels[indices])
+        add(self.states, Batch(features, logits, indices, None if labels is None else labels[indices]))
         self.shown = torch.cat([self.shown, features[indices < SHOWN_IMAGES]])
 
-    def scores(
-        self,
-        target: RealStatistics,
-        floor: RealStatistics | None,
-        training: RealStatistics | None,
-        unseen: RealStatistics | None,
-        poll: Poll,
-    ) -> Scores:
-        """Computes the scores on the main rank, with the states of all. `training` and `unseen` are the same two splits
-        as `target` and `floor`, by what the generator has seen of them."""
-        fake, how = self.metric.fake, Options(self.seed, self.config.neighbours, poll, partial(self._radii, poll))
-        rows, _ = fake["sample"].first()
-        count, reference = int(fake["sums"].state()["count"]), FrechetReference(Moments.of_sums(target.moments))
-        fid = reference.distance(Moments.of_sums(fake["sums"].state()))
-        at_floor = floor.moments_of(count) if floor else None
-        numbers: dict[str, object] = {"fid": [count, target.num_images], "fid_infinite": [len(rows), target.num_images]}
-        numbers["fid_floor"] = at_floor.num_images if at_floor else None
-        result: Scores = {"fid": fid, "fid_floor": reference.distance(at_floor) if at_floor else None}
-        result["fid_interval"] = frechet_interval(rows, count, fid, reference, self.seed, poll)
-        result["fid_infinite"] = frechet_extrapolated(rows, count, fid, reference, self.seed, poll)
-        result |= {"is_mean": None, "is_std": None}  # without classes
-        if "logits" in fake:
-            poll()
-            logits, _ = fake["logits"].first()
-            result["is_mean"], result["is_std"] = inception_score(logits, self.seed)
-            numbers["inception_score"] = [len(logits), 0]
-        if "classes" in fake:
-            result |= self._plain(class_scores(fake["classes"].state(), target.classes, poll))
-        reals = {name: training if score.against_training else target for name, score in SAMPLE_SCORES.items()}
+    def scores(self, shown: Tensor) -> Scores:
+        """Computes the scores from the states of all ranks, and the neighbours of the features `shown`."""
+        assert self.target is not None
+        target, floor, states = self.target, self.floor, self.states
+        ours, reference, rows = Moments.of_sums(states["sums"].tensors), target.moments, states["features"].first()[0]
+        count, real = ours.num_images, floor.moments_of(ours.num_images) if floor else None
+        fid = frechet_distance(ours, reference)
+        scores: Scores = {
+            "fid": fid,
+            "fid_floor": frechet_distance(real, reference) if real else None,
+            "fid_interval": frechet_interval(rows, count, fid, reference, self.seed),
+            "fid_infinite": frechet_extrapolated(rows, count, fid, reference, self.seed),
+        }
+        images: Scores = {"fid": [count, target.num_images], "fid_floor": real.num_images if real else None}
+        images["fid_infinite"] = [len(rows), target.num_images]
         for name, score in SAMPLE_SCORES.items():
-            poll()
-            scores, numbers[name] = score(fake["sample"], self._sample(reals[name]), how)
-            result |= self._plain(scores)
-
-        def controls() -> dict[str, Scores]:
-            """The same scores of as many real images in the place of the generated ones."""
-            found: Scores = {"sliced_wasserstein_floor": None, "authenticity_real": None}
-            used: dict[str, object] = {}
-            for key, real in zip(found, (floor, unseen), strict=True):
-                if real:
-                    name = key.rpartition("_")[0]
-                    own = Sample.of_state(real.sample_of(count), KEEP)
-                    scores, numbers = SAMPLE_SCORES[name](own, self._sample(reals[name]), how)
-                    found[key], used[key] = self._plain(scores)[name], numbers[0]
-            if floor and "classes" in fake:
-                distances = {"fid_per_class_floor": fid_per_class(floor.classes, target.classes, poll)}
-                found, used["fid_per_class_floor"] = found | self._plain(distances), floor.num_images
-            return {"scores": found, "images": used}
-
+            scores |= dict.fromkeys(score.names)  # null, without logits
+            if score.rows in states:
+                values, images[name] = self._of_sample(name, states[score.rows])
+                scores |= values
+        if "classes" in states:
+            scores |= self._plain(class_scores(states["classes"].tensors, target.classes))
         facts = {"controls": count, "reference": self.config.reference, "seed": self.seed}
-        of_real: dict[str, Scores] = real_scores(self.dataset, self.extractor, facts, controls)
-        return result | of_real["scores"] | {"images": numbers | of_real["images"]}
+        controls: dict[str, Scores] = real_scores(self.dataset, self.extractor, facts, lambda: self._controls(count))
+        scores |= controls["scores"] | {"images": images | controls["images"]}
+        if self.training:
+            rows, indices = self.training.sample.first()
+            nearest, distances = nearest_neighbours(shown, rows, SHOWN_NEIGHBOURS)
+            lists = {"indices": indices[nearest].tolist(), "distances": distances.tolist(), "among": len(rows)}
+            scores["nearest_training_images"] = lists
+        scores["provenance"] = {
+            "extractor": self.extractor.fingerprint,
+            "dataset": self.dataset.fingerprint,
+            "reference": self.config.reference,
+            "reference_images": target.num_images,
+            "seed": self.seed,
+            "neighbours": self.config.neighbours,
+            **self.extractor.facts,
+        }
+        return scores
 
-    def _sample(self, real: RealStatistics | None) -> Sample:
-        return Sample.of_state(real.sample, KEEP) if real else Sample(self.extractor.num_features, KEEP)
+    def _of_sample(self, name: str, fake: Sample) -> tuple[Scores, list[int]]:
+        """Computes a score of SAMPLE_SCORES, and how many generated and real images it is of."""
+        check_interrupted()
+        score = SAMPLE_SCORES[name]
+        split = self.training if score.against_training else self.target
+        real = split.sample if split and score.rows == "features" else Sample(fake.num_columns, KEEP)
+        values, numbers = score(fake, real, self.options)
+        return self._plain(values), numbers
 
-    def _radii(self, poll: Poll, real: Tensor) -> Tensor:
+    def _controls(self, count: int) -> dict[str, Scores]:
+        """Computes scores of `count` real images in the place of the generated ones."""
+        scores: Scores = {"sliced_wasserstein_floor": None, "authenticity_real": None}
+        images: Scores = {}
+        for key, split in zip(tuple(scores), (self.floor, self.unseen), strict=True):
+            if split:
+                name = key.rpartition("_")[0]
+                values, numbers = self._of_sample(name, split.sample.part(count))
+                scores[key], images[key] = values[name], numbers[0]
+        if self.target and self.floor and "classes" in self.states:
+            distances = {"fid_per_class_floor": fid_per_class(self.floor.classes, self.target.classes)}
+            scores, images["fid_per_class_floor"] = scores | self._plain(distances), self.floor.num_images
+        return {"scores": scores, "images": images}
+
+    def _radii(self, real: Tensor) -> Tensor:
         """Returns the `squared_radii` of a sample of the reference, which its size determines."""
-        neighbours = self.config.neighbours
-        facts = {"radii": len(real), "reference": self.config.reference, "neighbours": neighbours}
-        squares = partial(squared_radii, real, neighbours, poll)
-        kept = real_scores(self.dataset, self.extractor, facts, lambda: {"squares": squares().tolist()})
-        return torch.tensor(kept["squares"], dtype=torch.float64)
+        facts = {"radii": len(real), "reference": self.config.reference, "neighbours": self.config.neighbours}
+        compute = partial(squared_radii, real, self.config.neighbours)
+        radii = real_scores(self.dataset, self.extractor, facts, lambda: {"squares": compute().tolist()})
+        return torch.tensor(radii["squares"], dtype=torch.float64)
 
     def _plain(self, scores: Mapping[str, float | Tensor]) -> Scores:
-        """Returns numbers, or one for each class; null where there is none."""
+        """Returns scores as JSON has them: numbers, or a number for each class, and null instead of NaN."""
 
         def plain(score: float | Tensor) -> object:
             if isinstance(score, Tensor) and score.ndim:
@@ -227,7 +223,48 @@ class _Space:
         return {name: plain(score) for name, score in scores.items()}
 
 
-def _nearest(features: Tensor, training: RealStatistics) -> dict[str, object]:
-    among, indices = training.sample["rows"], training.sample["indices"]
-    nearest, distances = nearest_neighbours(features, among, SHOWN_NEIGHBOURS)
-    return {"indices": indices[nearest].tolist(), "distances": distances.tolist(), "among": len(among)}
+def share_of_real_images(dataset: Dataset, split: str, ranks: Ranks) -> Tensor:
+    """Returns this rank's share of the first MOST_SCORED_BY_CRITIC images of a split in `rng.sampling_order`: uint8
+    [n, C, H, W], in shard order, so that a rank reads few shards. Raises DataError as `load_images` does."""
+    chosen = sampling_order(torch.arange(dataset.num_images(split))).argsort()[:MOST_SCORED_BY_CRITIC].sort().values
+    share = ranks.share(len(chosen), FORWARD_SIZE)
+    return load_images(dataset, split, chosen[share.start : share.stop])
+
+
+@torch.inference_mode()
+def critic_estimates(critic: Critic, shares: Mapping[str, Tensor], ranks: Ranks) -> dict[str, object]:
+    """Measures whether a critic knows its training images by heart, from its scores of them and of held-out real
+    images. Every rank must call it, and gets the same result.
+
+    Args:
+        shares: This rank's share, which may be empty, of the images "train", "test" and "generated": uint8
+            [n, C, H, W], cut at multiples of FORWARD_SIZE.
+
+    Returns:
+        "mean_scores" of each kind and how many "images" they are of; "train_gap" and "test_gap", by how much the mean
+        of real images is above that of generated ones (for objectives that estimate the Wasserstein distance: the
+        estimate, up to the critic's Lipschitz constant, and its held-out counterpart); "overfitting", (train - test) /
+        (train - generated), 0 if the critic scores all real images alike and 1 if it takes unseen ones for generated
+        (Karras et al. 2020, arXiv 2006.06676, equation 1, r_v), with the standard error "overfitting_error" of the
+        difference train - test; both null without a gap.
+    """
+    sums = torch.zeros(len(shares), 3, dtype=torch.float64)  # of each kind: number, sum and sum of squares
+    weight = next(critic.parameters())
+    for row, images in zip(sums, shares.values(), strict=True):
+        for part in torch.split(images, FORWARD_SIZE) if len(images) else ():
+            scores, _ = critic(part.flip(2, 3).to(weight) / 255)  # the networks live mirrored
+            scores = scores.double().cpu()
+            row += torch.stack([torch.tensor(len(scores)).double(), scores.sum(), scores.square().sum()])
+    count, total, squares = torch.stack(ranks.gather(sums)).sum(0).T
+    means = total / count
+    errors = ((squares / count - means.square()).clamp(min=0) / count).sqrt()
+    mean, error = (dict(zip(shares, values.tolist(), strict=True)) for values in (means, errors))
+    gap = mean["train"] - mean["generated"]
+    return {
+        "mean_scores": mean,
+        "images": dict(zip(shares, map(int, count.tolist()), strict=True)),
+        "train_gap": gap,
+        "test_gap": mean["test"] - mean["generated"],
+        "overfitting": (mean["train"] - mean["test"]) / gap if gap > 0 else None,
+        "overfitting_error": (error["train"] ** 2 + error["test"] ** 2) ** 0.5 / gap if gap > 0 else None,
+    }

@@ -1,14 +1,13 @@
-"""Features of images, extracted by all ranks together and each image's the same in every bit for any number of them.
+"""The images to score, and their features, which all ranks extract together.
 
-Every rank renders a contiguous share of the images, a batch at a time. Forward passes hold the same images whatever the
-number of ranks.
+Every rank renders a contiguous share of the images, batch by batch. Forward passes hold the same images for any number
+of ranks, so the features of an image are the same in every bit.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -19,45 +18,45 @@ from pipeline.data import Dataset
 from pipeline.data.shards import Samples, decode, read_shard
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.progress import bar
-from pipeline.errors import Preempted, UserError
 from pipeline.evaluation.features import FeatureExtractor
+from pipeline.evaluation.interruption import check_interrupted, interruptible
 
 ALONE = Ranks()
-Taker = Callable[[Tensor, Tensor, Tensor], None]
-"""Gets features float32 [n, d], logits float32 [n, k] and the images' indices int64 [n]."""
+Consumer = Callable[[Tensor, Tensor, Tensor], None]
+"""Takes features float32 [n, d], logits float32 [n, k] and the images' indices int64 [n]."""
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images to score, read or generated a few at a time."""
+    """Images to score, which are read or generated a few at a time."""
 
     num_images: int
     render: Callable[[int, int], Tensor]
-    """(start, stop) -> these images, uint8 [stop - start, C, H, W]. Image i must depend on i alone."""
+    """Returns images start, ..., stop - 1 for (start, stop): uint8 [stop - start, C, H, W]. Image i must depend on i
+    alone."""
     labels: Tensor | None = None
-    """int64 [num_images], the classes that the images were asked to show."""
+    """int64 [num_images], the classes that the images should show."""
 
     @classmethod
     def of_tensor(cls, images: Tensor, labels: Tensor | None = None) -> ImageSet:
+        """Returns the set of images uint8 [n, C, H, W]."""
         return cls(len(images), lambda start, stop: images[start:stop], labels)
 
     @classmethod
     def of_split(cls, dataset: Dataset, split: str) -> ImageSet:
-        """A real split in shard order, read a shard at a time: cheap for those who go through it in order.
-
-        `render` raises DataError naming a shard that is not exactly what the manifest says.
-        """
+        """Returns a real split in the order of its shards. One shard is in memory at a time, so rendering in order
+        reads each shard once. `render` raises DataError for a shard that is not what the manifest says."""
         shards = dataset.shards(split)
         starts = [0, *accumulate(shard.num_images for shard in shards)]
-        held: dict[int, Samples] = {}
+        in_memory: dict[int, Samples] = {}
 
         def part(number: int, start: int, stop: int) -> Tensor:
-            if number not in held:
-                held.clear()  # before the next one is read
-                held[number] = read_shard(dataset, shards[number])
+            if number not in in_memory:
+                in_memory.clear()  # before the next shard is read
+                in_memory[number] = read_shard(dataset, shards[number])
             rows = slice(max(start - starts[number], 0), stop - starts[number])
-            stored = decode(held[number].images[rows], dataset.image_shape, dataset.locate(shards[number]))
-            return torch.from_numpy(stored)
+            pixels = decode(in_memory[number].images[rows], dataset.image_shape, dataset.locate(shards[number]))
+            return torch.from_numpy(pixels)
 
         def render(start: int, stop: int) -> Tensor:
             numbers = range(bisect_right(starts, start) - 1, bisect_left(starts, stop))
@@ -66,61 +65,27 @@ class ImageSet:
         return cls(starts[-1], render)
 
 
-def never() -> bool:
-    return False
-
-
-@contextmanager
-def interruptible(ranks: Ranks, interrupted: Callable[[], bool]) -> Iterator[Callable[[], None]]:
-    """Yields a function to call now and then inside, which leaves the block when `interrupted()`. Once all ranks have
-    left it, each raises Preempted if any was interrupted, or the UserError that any met, as of a damaged shard in its
-    share."""
-
-    def poll() -> None:
-        if interrupted():
-            raise Preempted
-
-    ended: Preempted | UserError | None = None
-    try:
-        yield poll
-    except (Preempted, UserError) as error:
-        ended = error
-    endings = ranks.gather(ended)
-    for rank, ending in enumerate(endings):
-        if isinstance(ending, UserError):
-            raise type(ending)(f"rank {rank}: {ending}" if ranks.world_size > 1 else str(ending))
-    if any(endings):
-        raise Preempted("the evaluation was interrupted: start it again")
-
-
 def extract_features(
     images: ImageSet,
-    takers: Sequence[tuple[FeatureExtractor, Taker]],
+    consumers: Sequence[tuple[FeatureExtractor, Consumer]],
     batch_size: int,
     title: str,
     ranks: Ranks,
     interrupted: Callable[[], bool],
 ) -> None:
-    """Hands each extractor's features and logits of this rank's share of the images to its taker, batch by batch.
-    Every rank must call it.
+    """Passes the features and logits of this rank's share of the images to the consumer of each extractor, batch by
+    batch. Every rank must call it.
 
-    Args:
-        batch_size: images to render at once, a multiple of FORWARD_SIZE. Shares are cut at multiples of it, so they may
-            differ by one batch and be empty.
-        title: of the progress bar.
-        interrupted: asked before each batch whether to give up; ranks may disagree for a while.
-
-    Raises:
-        Preempted: on every rank, when `interrupted` said so on any.
-        UserError: on every rank, when rendering raised it on any.
+    Shares are cut at multiples of `batch_size`, a multiple of FORWARD_SIZE, so they may be empty. `title` is that of
+    the progress bar. Raises Preempted or UserError on every rank, see `interruptible`.
     """
     share = ranks.share(images.num_images, batch_size)
     progress = bar(total=len(share), desc=title, unit=" images", leave=False, disable=not ranks.is_main)
-    with interruptible(ranks, interrupted) as poll, progress:
+    with interruptible(ranks, interrupted), progress:
         for start in share[::batch_size]:
-            poll()
+            check_interrupted()
             indices = torch.arange(start, min(start + batch_size, share.stop))
             batch = images.render(start, start + len(indices))
-            for extractor, take in takers:
-                take(*extractor(batch), indices)
+            for extractor, consume in consumers:
+                consume(*extractor(batch), indices)
             progress.update(len(batch))

@@ -1,37 +1,36 @@
 """The best checkpoint of a run by a score of its evaluations, and when to stop waiting for a better one.
 
 Nothing is remembered: every answer is read from the scores and checkpoints in the run's folder, so a run that was
-killed at any moment gives the same ones. The score that chose a checkpoint is too good, being the best of several; what
-is reported of it is measured on images of other latents.
+killed at any moment gives the same answers. The score that chose a checkpoint is too good, being the best of several;
+what is reported of the checkpoint is measured on images of other latents.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.evaluation.scorer import Scorer
-from pipeline.export.generator_file import critic_of, generator_of, save_export
 from pipeline.reporting.read import Evaluation, read_evaluations
 from pipeline.rng import fresh_seed
 from pipeline.storage.checkpoint import Checkpoint, CheckpointError, committed, find
 from pipeline.storage.run_folder import RunFolder, step_of
 
+if TYPE_CHECKING:
+    from pipeline.evaluation.scorer import Scorer
+
 LOWER_IS_BETTER = {
     **dict.fromkeys(("fid", "fid_infinite", "kid_mean", "sliced_wasserstein"), True),
     **dict.fromkeys(("is_mean", "precision", "recall", "density", "coverage"), False),
 }
-"""Scores that a checkpoint can be chosen by, as the files of scores name them."""
+"""The scores by which a checkpoint can be chosen, as the files of scores name them."""
 
 
 def named_score(name: str, spaces: list[str]) -> tuple[str, str]:
-    """The feature space and the score that a name like `fid` (in the first space) or `mnist.fid` means.
-
-    Raises:
-        UserError: there is no such score, or no such space among evaluation.features.
-    """
+    """Returns the feature space and the score that a name like `fid` (in the first space) or `mnist.fid` means. Raises
+    UserError for an unknown score, and for a space that evaluation.features does not hold."""
     space, _, key = name.rpartition(".")
     if key not in LOWER_IS_BETTER:
         raise UserError(f"{name} is no score to choose by: name one of {', '.join(LOWER_IS_BETTER)}")
@@ -41,11 +40,8 @@ def named_score(name: str, spaces: list[str]) -> tuple[str, str]:
 
 
 class Selection:
-    """Of a run that is being trained. All but `export` is for the main rank, which writes the files.
-
-    Raises:
-        UserError: see `named_score`.
-    """
+    """Keeps the checkpoint with the best score (`run.keep_best`) and ends a run whose score stops improving
+    (`run.patience`). Only the main rank may call it, `export` excepted. Raises UserError, see `named_score`."""
 
     def __init__(self, config: Config) -> None:
         self.space, self.key = named_score(str(config.run.keep_best), config.evaluation.features)
@@ -57,7 +53,7 @@ class Selection:
         }
 
     def evaluations(self, last_step: int) -> list[Evaluation]:
-        """Those of the training itself up to a step that were scored as they are now, oldest first."""
+        """Returns the training's evaluations up to a step that were made with the present settings, oldest first."""
         every, end = self._config.evaluation.every, self._config.training.steps
         neighbours = self._config.evaluation.neighbours
         return [
@@ -70,7 +66,7 @@ class Selection:
         ]
 
     def ranked(self, steps: Iterable[int]) -> list[Evaluation]:
-        """The evaluations of these steps that have the score, the best first, of equals the earlier."""
+        """Returns the evaluations of these steps that have the score, the best first; of equal ones the earlier."""
         sign, wanted = 1 if LOWER_IS_BETTER[self.key] else -1, set(steps)
         scored = [
             (sign * score, item.step, item)
@@ -80,30 +76,29 @@ class Selection:
         return [item for _, _, item in sorted(scored, key=lambda entry: entry[:2])]
 
     def best_of(self, steps: list[int]) -> int | None:
-        """The best of these steps; None where none has the score."""
+        """Returns the best of these steps; None if none of them has the score."""
         return next((item.step for item in self.ranked(steps)), None)
 
     def is_over(self, step: int) -> bool:
-        """Whether the last run.patience evaluations up to a step brought no better score than there was before."""
+        """Returns whether none of the last run.patience evaluations up to a step has a better score than those
+        before."""
         patience, steps = self._config.run.patience, [item.step for item in self.evaluations(step)]
         best = self.best_of(steps) or 0
         return patience is not None and sum(other > best for other in steps) >= patience
 
     def export(self, scorer: Scorer, last_step: int) -> None:
-        """Exports the best intact checkpoint of those up to a step, and scores it on images of other latents than those
-        that chose it. What exists already is left alone. Every rank must call it.
+        """Exports the best intact checkpoint up to a step, and scores it on images of other latents than those that
+        chose it. What exists already is left alone. Every rank must call it. Raises Preempted when a signal came."""
+        from pipeline.export.generator_file import critic_of, generator_of, save_export
 
-        Raises:
-            Preempted: a signal came.
-        """
         runtime, folder, weights = scorer.runtime, self._folder, self._config.evaluation.weights
-        chosen, damaged = runtime.ranks.on_main(lambda: self._best_intact(last_step))
-        for line in damaged:
-            runtime.print(f"skipped a damaged checkpoint: {line}")
-        if chosen is None:
+        choice, damaged = runtime.ranks.on_main(lambda: self._best_intact(last_step))
+        for message in damaged:
+            runtime.print(f"skipped a damaged checkpoint: {message}")
+        if choice is None:
             runtime.print(f"no checkpoint has a {self.space} {self.key}: none is exported as the best")
             return
-        checkpoint, evaluation, count = chosen
+        checkpoint, evaluation, count = choice
         generator = generator_of(checkpoint, weights, self._config.network.generator).to(runtime.device)
         chosen_by = {"score": f"{self.space}.{self.key}", "value": evaluation.score(self.space, self.key)}
         facts: dict[str, object] = {
@@ -118,7 +113,8 @@ class Selection:
         runtime.ranks.on_main(lambda: save_export(generator, folder.best_export, run | {"chosen_by": chosen_by}))
 
     def _best_intact(self, last_step: int) -> tuple[tuple[Checkpoint, Evaluation, int] | None, list[str]]:
-        """The best checkpoint with its evaluation and how many there were, and a line about each better one."""
+        """Returns the best checkpoint with its evaluation and the number of evaluations, and messages about better ones
+        that are damaged."""
         damaged: list[str] = []
         steps = [step for path in committed(self._folder) if (step := step_of(path)) is not None and step <= last_step]
         for item in self.ranked(steps):
@@ -129,7 +125,8 @@ class Selection:
         return None, damaged
 
     def _is_scored(self, facts: dict[str, object]) -> bool:
-        """Whether the scores of the best are these; others, of a best that is no longer, make room."""
+        """Returns whether the file with the best checkpoint's scores is of these facts. Deletes that of a former
+        best."""
         path = self._folder.best_scores
         try:
             before = json.loads(path.read_text())

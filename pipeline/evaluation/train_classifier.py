@@ -1,11 +1,15 @@
-"""The command that makes the classifier behind the `own` features of a dataset, and behind `mnist`:
-`python -m pipeline.evaluation.train_classifier --dataset FOLDER`."""
+"""Trains the small classifier of features/classifier.py: as a feature space, or to measure what it learns from
+generated images (GAN-train).
+
+`python -m pipeline.evaluation.train_classifier --dataset FOLDER` writes the classifier behind a dataset's `own`
+features, and made the one behind `mnist`.
+"""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,48 +20,43 @@ from torch import Tensor
 from pipeline.config import DataConfig, RuntimeConfig, check_device
 from pipeline.data import Dataset, open_dataset
 from pipeline.data.resident import load_split
+from pipeline.data.shards import decode, read_shard
 from pipeline.distributed.launcher import run_program
 from pipeline.distributed.progress import bar
 from pipeline.errors import UserError
-from pipeline.evaluation.features.base import FORWARD_SIZE, digest_of
-from pipeline.evaluation.features.classifier import Classifier
-from pipeline.evaluation.features.own import classifier_path
-from pipeline.evaluation.metrics.states import Poll, never_ends
+from pipeline.evaluation.features import FORWARD_SIZE, digest_of
+from pipeline.evaluation.features.classifier import Classifier, classifier_path
+from pipeline.evaluation.interruption import check_interrupted
 from pipeline.rng import seeded
 from pipeline.storage.files import write_tensors
 
+if TYPE_CHECKING:
+    from pipeline.evaluation.extract import ImageSet
+
 BATCH_SIZE = 128
 LEARNING_RATE = 2e-3
-PIXELS_A_SHIFT = 14
-"""Images are moved by up to one pixel for each so many of their shorter side: 2 of 28."""
-HELD_OUT = 10
-"""Where there is no test split, one in so many training images takes its place."""
+PIXELS_A_SHIFT = 14  # images are shifted by at most one pixel for each 14 of their shorter side: 2 of 28
+HELD_OUT = 10  # without a test split one in ten training images takes its place
+GAN_TRAIN_IMAGES, GAN_TRAIN_EPOCHS = 10_000, 5
+RENDERED_TOGETHER = 500
 
 Labelled = tuple[Tensor, Tensor]
-"""uint8 [n, C, H, W] and int64 [n]."""
+"""Images uint8 [n, C, H, W] and classes int64 [n]."""
 
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Moves each image [n, C, H, W] by some pixels in either direction, zeros coming in."""
+    """Shifts each image [n, C, H, W] by a random number of pixels along either axis, and fills up with zeros."""
     count, _, height, width = images.shape
-    furthest = min(height, width) // PIXELS_A_SHIFT
-    padded = F.pad(images, (furthest,) * 4)
-    offsets = torch.randint(2 * furthest + 1, (count, 2), generator=generator)
+    largest = min(height, width) // PIXELS_A_SHIFT
+    padded = F.pad(images, (largest,) * 4)
+    offsets = torch.randint(2 * largest + 1, (count, 2), generator=generator)
     rows = offsets[:, 0, None, None] + torch.arange(height)[:, None]
     columns = offsets[:, 1, None, None] + torch.arange(width)
     return padded[torch.arange(count)[:, None, None], :, rows, columns].permute(0, 3, 1, 2).contiguous()
 
 
-def train(
-    data: Labelled,
-    num_classes: int,
-    *,
-    seed: int,
-    epochs: int,
-    device: torch.device,
-    poll: Poll = never_ends,
-) -> Classifier:
-    """Cross-entropy and Adam with one cycle of the learning rate. `poll` is called before each batch."""
+def train(data: Labelled, num_classes: int, *, seed: int, epochs: int, device: torch.device) -> Classifier:
+    """Trains a classifier by cross-entropy, with Adam and one cycle of the learning rate."""
     images, labels = data
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # initial weights and dropout
@@ -75,7 +74,7 @@ def train(
             shifts = seeded(seed, "classifier shifts", epoch)
             batches = torch.split(order[: num_batches * batch_size], batch_size)
             for batch in bar(iterable=batches, desc=f"epoch {epoch + 1} of {epochs}", leave=False):
-                poll()
+                check_interrupted()
                 _, logits = network(shifted(images[batch], shifts).to(device))
                 optimizer.zero_grad()
                 torch.autograd.backward(F.cross_entropy(logits, labels[batch].to(device)))
@@ -87,7 +86,7 @@ def train(
 
 @torch.inference_mode()
 def accuracy(network: Classifier, data: Labelled, device: torch.device) -> float:
-    """Share of images that the classifier gets right."""
+    """Returns the share of images whose class the classifier recognises."""
     images, labels = data
     parts = torch.split(images, FORWARD_SIZE)
     predicted = torch.cat([network(part.to(device))[1].argmax(1).cpu() for part in parts])
@@ -95,14 +94,40 @@ def accuracy(network: Classifier, data: Labelled, device: torch.device) -> float
 
 
 def labelled_splits(dataset: Dataset) -> tuple[Labelled, Labelled]:
-    """Images to train on and to test with, decoded in memory."""
+    """Returns the images to train on and those to test with, decoded."""
     images, labels = load_split(dataset, "train")
     if "test" in dataset.splits:
         return (images, labels), load_split(dataset, "test")
     order = torch.randperm(len(images), generator=seeded(0, "classifier held out"))
-    count = math.ceil(len(images) / HELD_OUT)
-    test, train = order[:count], order[count:]
+    test, train = order.tensor_split([math.ceil(len(images) / HELD_OUT)])
     return (images[train], labels[train]), (images[test], labels[test])
+
+
+def gan_train(images: ImageSet, dataset: Dataset, seed: int, device: torch.device) -> dict[str, object]:
+    """Trains a classifier on the first 10,000 images and the classes that they should show, and tests it on the real
+    test split, or on the training split if there is no other: GAN-train (Shmelkov et al. 2018, arXiv 1807.09499,
+    section 3).
+
+    An accuracy close to that of a classifier trained on equally many real images means that the generated ones are as
+    good and as varied. GAN-test, the reverse, is "class_accuracy" of `class_scores`. Returns "accuracy", how many
+    generated "images" were learned from, and how many "real_images" were tested. Raises DataError for a damaged shard.
+    """
+    assert images.labels is not None
+    count = min(images.num_images, GAN_TRAIN_IMAGES)
+    starts = range(0, count, RENDERED_TOGETHER)
+    rendered = torch.cat([images.render(start, min(start + RENDERED_TOGETHER, count)) for start in starts])
+    data = rendered, images.labels[:count]
+    network = train(data, dataset.num_classes, seed=seed, epochs=GAN_TRAIN_EPOCHS, device=device)
+    split = "test" if "test" in dataset.splits else "train"
+    num_right = 0.0
+    for shard in dataset.shards(split):
+        check_interrupted()
+        samples = read_shard(dataset, shard)
+        real = torch.from_numpy(decode(samples.images, dataset.image_shape, dataset.locate(shard)))
+        assert samples.labels is not None
+        num_right += accuracy(network, (real, torch.from_numpy(samples.labels)), device) * len(real)
+    total = dataset.num_images(split)
+    return {"accuracy": round(num_right) / total, "images": count, "real_images": total}
 
 
 def write_classifier(
@@ -120,26 +145,26 @@ def write_classifier(
     Args:
         dataset: A known dataset (mnist), or the folder of a prepared one with labels.
         output: The .safetensors file to write, by default classifier.safetensors in the dataset's folder.
-        seed: Of the initial weights, dropout, order and shifts.
+        seed: The seed of initial weights, dropout, order and shifts.
         epochs: Passes over the training split.
-        device: Where it trains.
+        device: The device to train on.
     """
-    known = open_dataset(DataConfig(dataset=dataset))
-    path, on = classifier_path(known), RuntimeConfig(device=device)
-    path = output or path
-    check_device(on, torch.cuda.is_available())
+    opened = open_dataset(DataConfig(dataset=dataset))
+    beside_images = classifier_path(opened)
+    path = output or beside_images
+    check_device(RuntimeConfig(device=device), torch.cuda.is_available())
     if path.exists():
         raise UserError(f"{path} is there already: move it away, as scores in its features are no longer comparable")
     place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    training, testing = labelled_splits(known)
-    network = train(training, known.num_classes, seed=seed, epochs=epochs, device=place)
+    training, testing = labelled_splits(opened)
+    network = train(training, opened.num_classes, seed=seed, epochs=epochs, device=place)
     result = accuracy(network, testing, place)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
     command = "python -m pipeline.evaluation.train_classifier"
     metadata = {
         "command": f"{command} --dataset {dataset} --seed {seed} --epochs {epochs}",
         "seed": str(seed),
-        "dataset": known.fingerprint,
+        "dataset": opened.fingerprint,
         "test_accuracy": f"{result:.4f}",
         "test_images": str(len(testing[0])),
         "sha256": digest_of(tensors),

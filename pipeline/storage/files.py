@@ -66,6 +66,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         temporary.write_bytes(save(dict(tensors), metadata))
 
 
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads a safetensors file: its tensors by name, on the CPU, and the metadata of its header.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is damaged, or no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dict)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from None
+
+
 def make_folder(path: Path) -> None:
     """Makes a folder and its missing parents, and waits until their names are on the disk."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]

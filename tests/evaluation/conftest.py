@@ -12,7 +12,7 @@ from pipeline.data import Dataset, load_dataset
 from pipeline.data.prepare import prepare_npz
 from pipeline.data.resident import load_split
 from pipeline.evaluation.features import FeatureExtractor
-from pipeline.evaluation.features.mnist import MnistFeatures
+from pipeline.evaluation.features.classifier import MnistFeatures
 
 
 @pytest.fixture(scope="session")

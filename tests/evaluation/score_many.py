@@ -19,10 +19,9 @@ from pipeline.config import EvaluationConfig, NetworkConfig
 from pipeline.data import load_dataset
 from pipeline.data.resident import load_split
 from pipeline.distributed.collectives import Ranks
-from pipeline.evaluation.critic import critic_estimates, share_of_real_images
-from pipeline.evaluation.evaluate import evaluate_images
+from pipeline.evaluation.evaluate import critic_estimates, evaluate_images, share_of_real_images
 from pipeline.evaluation.extract import ImageSet
-from pipeline.evaluation.features.mnist import MnistFeatures
+from pipeline.evaluation.features.classifier import MnistFeatures
 from pipeline.models.networks import Critic, Generator, initialise
 from pipeline.rng import evaluation_latents, seeded
 

@@ -16,7 +16,7 @@ from pipeline.data import Dataset
 from pipeline.data.resident import load_split
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.process import Runtime
-from pipeline.evaluation.critic import MOST_IMAGES, critic_estimates, share_of_real_images
+from pipeline.evaluation.evaluate import MOST_SCORED_BY_CRITIC, critic_estimates, share_of_real_images
 from pipeline.evaluation.scorer import Scorer
 from pipeline.evaluation.targets import score_target
 from pipeline.models.networks import Critic, initialise
@@ -92,13 +92,13 @@ def test_a_critic_of_few_images_learns_them_by_heart(seed: int, digits: Dataset)
 
 
 def test_real_images_are_the_same_for_any_number_of_ranks(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.evaluation.critic.MOST_IMAGES", 330)
+    monkeypatch.setattr("pipeline.evaluation.evaluate.MOST_SCORED_BY_CRITIC", 330)
     whole, _ = load_split(digits, "train")
     chosen = sampling_order(torch.arange(1150)).argsort()[:330].sort().values
     for world_size in (1, 3):
         shares = [share_of_real_images(digits, "train", Ranks(rank, world_size)) for rank in range(world_size)]
         assert torch.equal(torch.cat(shares), whole[chosen])
-    assert MOST_IMAGES == 2000
+    assert MOST_SCORED_BY_CRITIC == 2000
 
 
 @pytest.mark.slow

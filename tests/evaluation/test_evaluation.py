@@ -21,8 +21,9 @@ from pipeline.data.resident import load_split
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import EXIT_USER_ERROR, Preempted, UserError
 from pipeline.evaluation.evaluate import evaluate_images
-from pipeline.evaluation.extract import ImageSet, interruptible, never
+from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.features import FeatureExtractor
+from pipeline.evaluation.interruption import check_interrupted, interruptible, never
 from pipeline.rng import sampling_order
 from tests.jobs import ROOT, changed, flags, launch, tiny_config
 
@@ -253,15 +254,15 @@ def test_a_rank_stops_with_another_that_was_interrupted() -> None:
     done = []
 
     def work() -> None:
-        with interruptible(WithOneInterrupted(), never) as poll:
-            poll()
+        with interruptible(WithOneInterrupted(), never):
+            check_interrupted()
             done.append("its share")
 
     with pytest.raises(Preempted):
         work()
     assert done == ["its share"]
-    with interruptible(Ranks(), never) as poll:
-        poll()
+    with interruptible(Ranks(), never):
+        check_interrupted()
 
 
 @pytest.mark.slow

@@ -23,8 +23,8 @@ from pipeline.data.prepare import prepare_npz
 from pipeline.data.resident import load_split
 from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
-from pipeline.evaluation.features import SPACES, FeatureExtractor, inception, load_all, load_features, mnist
-from pipeline.evaluation.features.mnist import MNIST_WEIGHTS, MnistFeatures
+from pipeline.evaluation.features import SPACES, FeatureExtractor, classifier, inception, load_all, load_features
+from pipeline.evaluation.features.classifier import MNIST_WEIGHTS, MnistFeatures
 from pipeline.evaluation.scorer import Scorer
 from tests.jobs import process_kept
 from tests.trap import Trap
@@ -170,7 +170,7 @@ def test_the_fingerprint_follows_the_weights(
     weights = load_file(MNIST_WEIGHTS)
     weights["conv1.bias"][0] += 1e-3
     save_file(weights, tmp_path / "other.safetensors", {"test_accuracy": "0.9950"})
-    monkeypatch.setattr(mnist, "MNIST_WEIGHTS", tmp_path / "other.safetensors")
+    monkeypatch.setattr(classifier, "MNIST_WEIGHTS", tmp_path / "other.safetensors")
     assert MnistFeatures(CPU).fingerprint != extractor.fingerprint
 
 

@@ -10,21 +10,24 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from pipeline.evaluation.metrics import ClassScores, ManifoldScores, manifold
-from pipeline.evaluation.metrics.authenticity import authenticity
+from pipeline.evaluation.metrics import ClassScores, ManifoldScores, frechet, neighbours
 from pipeline.evaluation.metrics.frechet import (
-    FrechetReference,
     Moments,
     frechet_distance,
     frechet_extrapolated,
     frechet_interval,
     frechet_variance,
 )
-from pipeline.evaluation.metrics.inception_score import inception_score
-from pipeline.evaluation.metrics.kernel import kernel_distance
-from pipeline.evaluation.metrics.manifold import manifold_scores, nearest_neighbours
-from pipeline.evaluation.metrics.scores import SAMPLE_SCORES, Options
-from pipeline.evaluation.metrics.sliced import PROJECTIONS, sliced_wasserstein
+from pipeline.evaluation.metrics.neighbours import manifold_scores, nearest_neighbours
+from pipeline.evaluation.metrics.scores import (
+    PROJECTIONS,
+    SAMPLE_SCORES,
+    Options,
+    authenticity,
+    inception_score,
+    kernel_distance,
+    sliced_wasserstein,
+)
 from pipeline.evaluation.metrics.states import Batch, Sample
 from pipeline.rng import seeded
 
@@ -35,7 +38,7 @@ def normal(num_rows: int, width: int, seed: int, shift: float = 0.0) -> Tensor:
 
 def interval(sample: Tensor, reference: Moments, seed: int) -> tuple[float, float] | None:
     score = frechet_distance(Moments.of_features(sample), reference)
-    return frechet_interval(sample, len(sample), score, FrechetReference(reference), seed)
+    return frechet_interval(sample, len(sample), score, reference, seed)
 
 
 def test_moments_by_hand() -> None:
@@ -77,11 +80,11 @@ def test_frechet_interval_covers_the_mean_score(case: str) -> None:
     jackknife alone holds it 99 times at the null, and a resampling with replacement would sit too high there, where FID
     is nothing but bias. 500 images of 32 features have the share of 2,000 of 128."""
     distance, variance = COVERED[case]
-    reference = FrechetReference(Moments(torch.zeros(32).double(), torch.eye(32).double(), 10**6))
+    reference = Moments(torch.zeros(32).double(), torch.eye(32).double(), 10**6)
     scores, intervals = [], []
     for seed in range(400):
         sample = normal(500, 32, seed) * variance**0.5 + (distance / 32) ** 0.5
-        scores.append(reference.distance(Moments.of_features(sample)))
+        scores.append(frechet_distance(Moments.of_features(sample), reference))
         intervals.append(frechet_interval(sample, 500, scores[-1], reference, seed) or (math.nan, math.nan))
     covered = np.mean([low <= np.mean(scores) <= high for low, high in intervals])
     assert 0.93 <= covered <= 0.98
@@ -101,11 +104,11 @@ def test_frechet_interval_holds_the_score_and_needs_images() -> None:
 def test_the_extrapolated_distance_has_no_bias_of_the_number_of_images(shift: float) -> None:
     """Against N(0, I) itself the FID of N(shift, I) is |shift|^2; that of 400 images is 0.07 above it in the mean, that
     of 100 images 0.28."""
-    reference, truth = FrechetReference(Moments(torch.zeros(8).double(), torch.eye(8).double(), 10**9)), 8 * shift**2
+    reference, truth = Moments(torch.zeros(8).double(), torch.eye(8).double(), 10**9), 8 * shift**2
     plain, extrapolated = [], []
     for seed in range(40):
         sample = normal(400, 8, seed, shift)
-        plain.append(reference.distance(Moments.of_features(sample)))
+        plain.append(frechet_distance(Moments.of_features(sample), reference))
         extrapolated.append(frechet_extrapolated(sample, 400, plain[-1], reference, seed) or math.nan)
     assert np.mean(plain) - truth > 0.06
     assert abs(np.mean(extrapolated) - truth) < 0.015  # three standard errors of the mean
@@ -114,8 +117,8 @@ def test_the_extrapolated_distance_has_no_bias_of_the_number_of_images(shift: fl
 
 def test_the_extrapolated_distance_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of FIDs that are 7 + 90 / N the line gives 7, also where the images at hand are some of a larger number."""
-    reference = FrechetReference(Moments.of_features(normal(100, 3, 1)))
-    monkeypatch.setattr(FrechetReference, "distance", lambda self, ours: 7 + 90 / ours.num_images)
+    reference = Moments.of_features(normal(100, 3, 1))
+    monkeypatch.setattr(frechet, "frechet_distance", lambda ours, theirs: 7 + 90 / ours.num_images)
     for count in (120, 1000):
         found = frechet_extrapolated(normal(120, 3, 0), count, 7 + 90 / count, reference, seed=0)
         assert found == pytest.approx(7, rel=1e-9)
@@ -123,12 +126,12 @@ def test_the_extrapolated_distance_by_hand(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_extrapolated_distance_needs_four_images_a_feature_in_each_part() -> None:
     """With one it is far below the truth: here 1.8 in the place of 2.4, in the mean."""
-    reference, truth = FrechetReference(Moments(torch.zeros(32).double(), torch.eye(32).double(), 10**9)), 2.4
+    reference, truth = Moments(torch.zeros(32).double(), torch.eye(32).double(), 10**9), 2.4
     found = []
     for seed in range(20):
         sample = normal(512, 32, seed, (truth / 32) ** 0.5)
         for count in (511, 512):
-            score = reference.distance(Moments.of_features(sample[:count]))
+            score = frechet_distance(Moments.of_features(sample[:count]), reference)
             found.append(frechet_extrapolated(sample[:count], count, score, reference, seed))
     assert found[::2] == [None] * 20
     assert np.mean([value or math.nan for value in found[1::2]]) == pytest.approx(truth, abs=0.15)
@@ -138,13 +141,13 @@ def test_the_extrapolated_distance_needs_four_images_a_feature_in_each_part() ->
 def test_the_variance_is_that_of_a_jackknife_without_what_pairs_do(shift: float) -> None:
     """Which computes each FID from its images (Efron & Stein 1981): of all but one the variance, of all but two the
     second differences Q, here of the pairs that stand side by side in the same random order."""
-    count, sample, reference = 200, normal(200, 3, 0, shift), FrechetReference(Moments.of_features(normal(1000, 3, 1)))
+    count, sample, reference = 200, normal(200, 3, 0, shift), Moments.of_features(normal(1000, 3, 1))
     rows = sample[torch.randperm(count, generator=seeded(5, "pairs of images"))]
 
     def without(*left_out: int) -> float:
         keep = torch.ones(count, dtype=torch.bool)
         keep[list(left_out)] = False
-        return reference.distance(Moments.of_features(rows[keep]))
+        return frechet_distance(Moments.of_features(rows[keep]), reference)
 
     ones = np.array([without(index) for index in range(count)])
     twos = np.array([without(index, index - 1) for index in range(count)])
@@ -156,7 +159,7 @@ def test_the_variance_is_that_of_a_jackknife_without_what_pairs_do(shift: float)
 
 def test_the_variance_falls_with_the_number_of_images() -> None:
     """Of N images of which 500 are at hand: far from the reference as 1 / N, at the null as 1 / N^2."""
-    reference = FrechetReference(Moments(torch.zeros(8).double(), torch.eye(8).double(), 10**6))
+    reference = Moments(torch.zeros(8).double(), torch.eye(8).double(), 10**6)
     for shift, power in ((2.0, 1), (0.0, 2)):
         sample = normal(500, 8, 1, shift)
         few, many = (frechet_variance(sample, count, reference, seed=0) for count in (500, 5000))
@@ -165,10 +168,10 @@ def test_the_variance_falls_with_the_number_of_images() -> None:
 
 def test_the_variance_of_few_images_is_a_jackknifes() -> None:
     """With fewer than two images a feature it errs on the wide side."""
-    reference = FrechetReference(Moments(torch.zeros(32).double(), torch.eye(32).double(), 10**6))
+    reference = Moments(torch.zeros(32).double(), torch.eye(32).double(), 10**6)
     for count in (40, 60):
         samples = [normal(count, 32, seed) for seed in range(100)]
-        deviation = np.std([reference.distance(Moments.of_features(sample)) for sample in samples])
+        deviation = np.std([frechet_distance(Moments.of_features(sample), reference) for sample in samples])
         widths = [frechet_variance(sample, count, reference, seed=0) ** 0.5 for sample in samples]
         assert deviation < np.mean(widths) < 1.6 * deviation
 
@@ -234,7 +237,7 @@ def plain_manifold(fake: Tensor, real: Tensor, k: int = 5) -> dict[str, float]:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("shift", [0.0, 0.7])
 def test_manifold_scores_against_the_plain_reference(seed: int, shift: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifold, "ROWS", 64)  # several blocks, the last one short
+    monkeypatch.setattr(neighbours, "ROWS", 64)  # several blocks, the last one short
     fake, real = normal(300, 5, seed, shift), normal(410, 5, seed + 100)
     found = manifold_scores(fake, real)
     assert found == pytest.approx(plain_manifold(fake, real), rel=1e-12)
@@ -398,7 +401,7 @@ def test_no_score_touches_the_global_random_state() -> None:
     inception_score(features, seed=1)
     kernel_distance(features, features, seed=1)
     interval(features, Moments.of_features(features), seed=1)
-    frechet_extrapolated(features, 100, 1.0, FrechetReference(Moments.of_features(features)), seed=1)
+    frechet_extrapolated(features, 100, 1.0, Moments.of_features(features), seed=1)
     sliced_wasserstein(features, features, seed=1)
     authenticity(features, features)
     manifold_scores(features, features)

@@ -13,14 +13,15 @@ from torch import Tensor
 from pipeline.config import EvaluationConfig, RuntimeConfig
 from pipeline.data import Dataset
 from pipeline.data.resident import load_split
+from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.process import Runtime
 from pipeline.errors import Preempted, UserError
-from pipeline.evaluation import gan_train as module
+from pipeline.evaluation import train_classifier
 from pipeline.evaluation.extract import ImageSet
-from pipeline.evaluation.gan_train import gan_train
-from pipeline.evaluation.metrics.states import never_ends
+from pipeline.evaluation.interruption import interruptible
 from pipeline.evaluation.scorer import Scorer
 from pipeline.evaluation.targets import score_target
+from pipeline.evaluation.train_classifier import gan_train
 from pipeline.export.generator_file import save_export
 from tests.evaluation.test_own import bright_quarters
 from tests.export.generators import random_generator
@@ -35,7 +36,7 @@ def quarters(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def learned(dataset: Dataset, images: Tensor, labels: Tensor) -> dict[str, Any]:
-    return gan_train(ImageSet.of_tensor(images, labels), dataset, 0, CPU, never_ends)
+    return gan_train(ImageSet.of_tensor(images, labels), dataset, 0, CPU)
 
 
 @pytest.mark.slow
@@ -52,7 +53,7 @@ def test_it_falls_with_wrong_classes_and_with_missing_ones(quarters: Dataset) ->
 
 
 def test_it_takes_the_first_images_and_can_be_interrupted(quarters: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_IMAGES", 700)
+    monkeypatch.setattr(train_classifier, "GAN_TRAIN_IMAGES", 700)
     images, labels = load_split(quarters, "train")
     rendered: list[tuple[int, int]] = []
 
@@ -60,16 +61,13 @@ def test_it_takes_the_first_images_and_can_be_interrupted(quarters: Dataset, mon
         rendered.append((start, stop))
         return images[start:stop]
 
-    def interrupted() -> None:
-        raise Preempted
-
-    with pytest.raises(Preempted):
-        gan_train(ImageSet(1600, render, labels), quarters, 0, CPU, interrupted)
+    with pytest.raises(Preempted), interruptible(Ranks(), lambda: True):
+        gan_train(ImageSet(1600, render, labels), quarters, 0, CPU)
     assert rendered == [(0, 500), (500, 700)]
 
 
 def test_scores_hold_it_where_it_is_asked_for(digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "EPOCHS", 1)
+    monkeypatch.setattr(train_classifier, "GAN_TRAIN_EPOCHS", 1)
     root, path = tmp_path / "runs", tmp_path / "runs/evaluations/acgan.safetensors.json"
     save_export(random_generator(10), tmp_path / "acgan.safetensors", {})
     save_export(random_generator(), tmp_path / "wgan.safetensors", {})

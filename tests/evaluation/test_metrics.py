@@ -21,13 +21,13 @@ from pipeline.distributed.collectives import Ranks
 from pipeline.evaluation.metrics import (
     Authenticity,
     ClassScores,
+    FeatureMetric,
     FrechetDistance,
     InceptionScore,
     KernelDistance,
     ManifoldScores,
     SlicedWasserstein,
 )
-from pipeline.evaluation.metrics.metric import FeatureMetric
 from pipeline.evaluation.metrics.states import Batch, ClassSums, Sample, Sums
 from pipeline.rng import sampling_order
 from tests.evaluation.metrics_many import CLASSES, WIDTH, made_up
@@ -120,7 +120,7 @@ def test_an_update_keeps_a_copy() -> None:
     metric, rows = KernelDistance(WIDTH), made_up(0, 10)
     metric.update(rows, real=False)
     rows.zero_()
-    assert metric.fake["sample"].first()[0].any()
+    assert metric.fake["features"].first()[0].any()
 
 
 def test_reset_begins_anew(make: Callable[[], FeatureMetric]) -> None:
@@ -140,8 +140,8 @@ def test_forward_accumulates_and_gives_the_batch(make: Callable[[], FeatureMetri
         for rows in torch.split(made_up(int(real), 300), 50):
             stepped(**stepped._filter_kwargs(features=rows, logits=rows, real=real))
     assert close(values(stepped), values(fed))
-    if "sample" in stepped.fake:
-        assert len(set(stepped.fake["sample"].first()[1].tolist())) == 150
+    if "features" in stepped.fake:
+        assert len(set(stepped.fake["features"].first()[1].tolist())) == 150
 
 
 def test_pickled_in_the_middle_it_goes_on(make: Callable[[], FeatureMetric]) -> None:
@@ -187,24 +187,20 @@ def test_a_state_can_be_kept_and_is_that_of_all_ranks() -> None:
         others: list[Any] = (
             [theirs._indices, (theirs._rows, theirs._indices, theirs.seen)]
             if isinstance(theirs, Sample)
-            else [theirs.state()]
+            else [theirs.tensors]
         )
         mine.gather(Both(0, 2))
-        for name, tensor in whole.state().items():
-            torch.testing.assert_close(mine.state()[name], tensor, rtol=1e-12, atol=1e-12)
+        for name, tensor in whole.tensors.items():
+            torch.testing.assert_close(mine.tensors[name], tensor, rtol=1e-12, atol=1e-12)
     empty, others = Sample(WIDTH, 150), [[], ([], [], 0)]
     empty.gather(Both(0, 2))
     assert empty.first()[0].shape == (0, WIDTH), "of a side that no rank has images of"
-    kept = Sample.of_state(mine_sample := _sample_of(rows), 150).first()
-    assert all(
-        torch.equal(one, other) for one, other in zip(kept, (mine_sample["rows"], mine_sample["indices"]), strict=True)
-    )
-
-
-def _sample_of(rows: Tensor) -> dict[str, Tensor]:
     sample = Sample(WIDTH, 150)
     sample.add(Batch(rows))
-    return sample.state()
+    for keep in (150, 100):
+        restored = Sample.of_tensors(sample.tensors, keep)
+        assert all(map(torch.equal, restored.first(), sample.first(keep)))
+        assert (restored.seen, restored.size) == (400, keep)
 
 
 def test_few_images_give_nan_and_none_do_no_harm(make: Callable[[], FeatureMetric]) -> None:

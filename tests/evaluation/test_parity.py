@@ -18,7 +18,7 @@ from pipeline.data.resident import load_split
 from pipeline.evaluation.features import FeatureExtractor
 from pipeline.evaluation.features.inception import InceptionFeatures
 from pipeline.evaluation.metrics import FrechetDistance, InceptionScore, KernelDistance
-from pipeline.evaluation.metrics.kernel import KID_SUBSET_SIZE
+from pipeline.evaluation.metrics.scores import KID_SUBSET_SIZE
 
 CPU = torch.device("cpu")
 SEED = 5

@@ -12,9 +12,8 @@ import torch
 
 from pipeline.config import EvaluationConfig
 from pipeline.errors import Preempted
-from pipeline.evaluation.features import inception
-from pipeline.evaluation.features.base import FeatureExtractor
-from pipeline.evaluation.features.mnist import MnistFeatures
+from pipeline.evaluation.features import FeatureExtractor, inception
+from pipeline.evaluation.features.classifier import MnistFeatures
 from pipeline.training.step import build_step
 from tests.gpu.walks import Bench, Walk, state_of, take_steps, trainer_of, walk, without_graphs
 from tests.jobs import ROOT

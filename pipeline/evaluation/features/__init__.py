@@ -1,55 +1,163 @@
-"""Feature spaces that images are scored in. Another one is a file in this folder and a line in SPACES."""
+"""Feature spaces: the frozen networks whose outputs the scores compare.
+
+Each space is a file of this folder and a line of SPACES, and is imported when it is used.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from pipeline.config import EvaluationConfig
 from pipeline.data import Dataset
 from pipeline.errors import UserError
-from pipeline.evaluation.features import dinov2, inception
-from pipeline.evaluation.features.base import FORWARD_SIZE, FeatureExtractor
-from pipeline.evaluation.features.custom import load_module
-from pipeline.evaluation.features.mnist import load_mnist
-from pipeline.evaluation.features.own import load_own
-from pipeline.models.user_networks import preserve_global_rng
 
-__all__ = ["FORWARD_SIZE", "PUBLISHED", "FeatureExtractor", "load_all", "load_features"]
-
-SPACES: dict[str, Callable[[Dataset, torch.device, EvaluationConfig], FeatureExtractor]] = {
-    "mnist": load_mnist,
-    "own": load_own,
-    "inception": inception.load_inception,
-    "dinov2": dinov2.load_dinov2,
+SPACES = {
+    "mnist": "classifier.load_mnist",
+    "own": "classifier.load_own",
+    "inception": "inception.InceptionFeatures",
+    "dinov2": "dinov2.Dinov2Features",
 }
-"""Each raises UserError for a dataset that it does not speak for, before it does any work."""
-PUBLISHED = {"inception": inception.WEIGHTS, "dinov2": dinov2.WEIGHTS}
-"""The spaces that need a file of somebody else's."""
+"""The files and what makes an extractor in them: of `(dataset, device)`, or of the `(path, device)` of published
+weights, which a file describes as WEIGHTS. It raises UserError for a dataset that the space does not fit."""
+FORWARD_SIZE = 100
+"""Images of one forward pass. It is fixed because the rounding of a float32 convolution may depend on their number."""
 
 
-@preserve_global_rng
+class FeatureExtractor(ABC):
+    """A frozen network that maps images to features (compared by FID, KID, ...) and logits (Inception Score, classes).
+
+    Attributes:
+        name: The key of its scores in an evaluation, also in the names of files.
+        num_features, num_classes: Widths of the two outputs; num_classes is 0 without logits.
+        class_names: The classes that the logits stand for; empty if they are not a dataset's classes.
+        facts: What a reader of the scores should know about the network; written beside them.
+        fingerprint: SHA-256 of the weights and of the version of the code around them. Scores with different
+            fingerprints do not compare.
+    """
+
+    name: str
+    num_features: int
+    num_classes: int
+    class_names: tuple[str, ...] = ()
+    facts: Mapping[str, object] = {}
+
+    def __init__(self, version: str, weights: bytes, device: torch.device) -> None:
+        """Sets the fingerprint. `version` must change whenever the same weights begin to give other features."""
+        self.fingerprint = hashlib.sha256(f"{self.name}:{version}:".encode() + weights).hexdigest()
+        self.device = device
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns features float32 [n, num_features] and logits float32 [n, num_classes], on the CPU, of images uint8
+        [n, C, H, W] in 0..255 on any device.
+
+        Raises:
+            TypeError: The images are not uint8. How to rescale others is the caller's decision.
+        """
+        if images.dtype != torch.uint8:
+            raise TypeError(f"images are {images.dtype}, expected torch.uint8 in 0..255")
+        # TensorFloat-32, in cuDNN's convolutions or cuBLAS's products, would change the third digit of the scores.
+        matmul = torch.backends.cuda.matmul
+        before, matmul.allow_tf32 = matmul.allow_tf32, False
+        try:
+            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+                outputs = [self._forward(part.to(self.device)) for part in torch.split(images, FORWARD_SIZE)]
+        finally:
+            matmul.allow_tf32 = before
+        features, logits = (torch.cat(tensors).cpu() for tensors in zip(*outputs, strict=True))
+        return features, logits
+
+    @abstractmethod
+    def _forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Runs the network once, on at most FORWARD_SIZE images on its device."""
+
+
+class PublishedWeights(NamedTuple):
+    """A weight file that the authors of a network publish."""
+
+    setting: str  # the key of `evaluation` with its path; while that is null the file is in torch hub's folder
+    url: str
+    what: str  # what the file holds, for messages
+    hash_prefix: str | None = None  # the first digits of its SHA-256
+
+    def path(self, config: EvaluationConfig) -> Path:
+        """Returns where the file is, or will be. Raises UserError if the setting names a file that does not exist."""
+        path: str | None = getattr(config, self.setting)
+        if path is None:
+            return Path(torch.hub.get_dir()) / "checkpoints" / Path(self.url).name
+        if not Path(path).is_file():
+            raise UserError(f"evaluation.{self.setting} is {path}: no such file; give the path of one")
+        return Path(path)
+
+    def fetch(self, config: EvaluationConfig) -> None:
+        """Downloads the file if it is missing. Raises UserError if the download fails."""
+        path = self.path(config)
+        if path.is_file():
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(self.url, str(path), hash_prefix=self.hash_prefix)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"cannot download {self.what} ({error}): put {self.url} at {path}, or set evaluation.{self.setting} to "
+                "its path"
+            ) from error
+
+
+def published_weights(name: str) -> PublishedWeights | None:
+    """Returns the file of published weights that the space called `name` needs, if it needs one."""
+    file, _, _ = SPACES.get(name, "").partition(".")
+    weights: PublishedWeights | None = getattr(import_module(f"{__name__}.{file}"), "WEIGHTS", None) if file else None
+    return weights
+
+
 def load_features(name: str, dataset: Dataset, device: torch.device, config: EvaluationConfig) -> FeatureExtractor:
-    """The extractor called `name` for a dataset's images.
+    """Returns the extractor called `name` for a dataset's images.
 
     Raises:
-        UserError: unknown name, a dataset that it does not speak for, or weights that are missing or damaged.
+        UserError: The name is unknown, the space does not fit the dataset, or its weights are missing or damaged.
     """
     if name.startswith("torchscript:"):
         raise UserError(f"evaluation.features holds {name!r}: load the file in a module of yours, named as module:NAME")
-    if ":" in name:
-        return load_module(name, dataset, device)
-    if name in SPACES:
-        return SPACES[name](dataset, device, config)
-    names = ", ".join(SPACES)
-    raise UserError(f"evaluation.features holds {name!r}: choose from {names} and module:NAME")
+    if name not in SPACES and ":" not in name:
+        raise UserError(f"evaluation.features holds {name!r}: choose from {', '.join(SPACES)} and module:NAME")
+    with torch.random.fork_rng(devices=[]):  # layers draw initial weights from the global generator
+        if name not in SPACES:
+            from pipeline.evaluation.features.custom import load_module
+
+            return load_module(name, dataset, device)
+        make: Callable[..., FeatureExtractor] = resolve_name(f"{__name__}.{SPACES[name]}")
+        weights = published_weights(name)
+        if weights is None:
+            return make(dataset, device)
+        path = weights.path(config)
+        if dataset.image_shape[0] not in (1, 3):
+            raise UserError(f"the {name!r} features need images of 1 or 3 channels, not {dataset.image_shape[0]}")
+        return make(path, device)
 
 
 def load_all(config: EvaluationConfig, dataset: Dataset, device: torch.device) -> list[FeatureExtractor]:
-    """The extractors that the configuration names, whose weights are here. Raises UserError as `load_features` does."""
+    """Returns the extractors that evaluation.features names. Raises UserError as `load_features` does."""
     extractors = [load_features(name, dataset, device, config) for name in config.features]
     names = [extractor.name for extractor in extractors]
     if len({*names}) < len(names):
         raise UserError(f"evaluation.features holds two spaces of one name ({', '.join(names)}): leave one out")
     return extractors
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Returns the SHA-256 of named tensors, which does not depend on their device or on the file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,30 +1,34 @@
-"""A small classifier whose penultimate layer is a feature space: of digits (`mnist`), or of a dataset of one's own
-(`own`). `python -m pipeline.evaluation.train_classifier` trains it."""
+"""`mnist` and `own`: the penultimate layer of a small classifier, of digits or of the classes of any labelled dataset.
+
+The weights for digits ship with the package; `python -m pipeline.evaluation.train_classifier` trains others.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pipeline.data import Dataset
-from pipeline.evaluation.features.base import FeatureExtractor
+from pipeline.errors import UserError
+from pipeline.evaluation.features import FeatureExtractor, digest_of
+from pipeline.storage.files import read_tensors
 
-LARGEST_BASE = 8
-"""Pixels a side, at most, of what the convolutions pass on."""
+LARGEST_BASE = 8  # pixels of the longer side of the convolutions' output
+MNIST_WEIGHTS = Path(__file__).with_name("mnist_classifier.safetensors")
+MNIST_SHAPE = (1, 28, 28)
 
 
 class Classifier(nn.Module):
     """Convolutional classifier of images (C, H, W) with 128 non-negative features.
 
-    Convolutions of 3 x 3 with ReLU and 2 x 2 pooling until at most 8 pixels a side are left, and one more (never fewer
-    than three in all): 455,000 parameters for digits. There is no normalisation layer: the features' scale is what
-    cross-entropy training makes it.
+    Convolutions of 3 x 3 with ReLU and 2 x 2 pooling until at most 8 pixels a side are left, and one more (at least
+    three in all): 455,000 parameters for digits. There is no normalisation layer, so the scale of the features is what
+    training with cross-entropy makes it.
     """
 
     num_features = 128
@@ -35,66 +39,118 @@ class Classifier(nn.Module):
         self.num_poolings = max(0, math.ceil(math.log2(max(height, width) / LARGEST_BASE)))
         self.num_convolutions = max(2, self.num_poolings) + 1
         for number in range(1, self.num_convolutions + 1):
-            given, channels = channels, 32 if number == 1 else 64
-            self.add_module(f"conv{number}", nn.Conv2d(given, channels, 3, padding=1))
+            inputs, channels = channels, 32 if number == 1 else 64
+            self.add_module(f"conv{number}", nn.Conv2d(inputs, channels, 3, padding=1))
         self.dropout = nn.Dropout(0.5)
         base = math.prod(math.ceil(side / 2**self.num_poolings) for side in (height, width))
         self.hidden = nn.Linear(channels * base, self.num_features)
         self.head = nn.Linear(self.num_features, num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 [n, C, H, W] -> features [n, 128] after the ReLU, logits [n, num_classes]."""
+        """Returns features [n, 128] after the ReLU and logits [n, num_classes] of images uint8 [n, C, H, W]."""
         x = images.to(self.head.weight.dtype) / 255
         for number in range(1, self.num_convolutions + 1):
             x = self.get_submodule(f"conv{number}")(x)
             x = F.max_pool2d(x, 2, ceil_mode=True) if number <= self.num_poolings else x
-            x = F.relu(x)  # the same before the pooling, on four times the numbers
+            x = F.relu(x)  # before the pooling it would give the same at four times the cost
         features = F.relu(self.hidden(self.dropout(x.flatten(1))))
         return features, self.head(self.dropout(features))
 
 
-def training_command(dataset: Dataset) -> str:
-    return f"python -m pipeline.evaluation.train_classifier --dataset {dataset.folder}"
-
-
-class TrainedClassifier(NamedTuple):
-    """What `train_classifier` writes."""
-
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
-    """command, seed, dataset (fingerprint), test_accuracy, test_images, sha256 (of the tensors), torch."""
-
-    @classmethod
-    def read(cls, path: Path) -> TrainedClassifier:
-        """Raises ValueError or OSError for a file that is no such thing."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                return cls({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(str(error)) from None
-
-
 class ClassifierFeatures(FeatureExtractor):
-    """The features of a trained classifier, and the classes that it knows."""
+    """The features of a trained classifier and the classes that it tells apart.
+
+    Args:
+        tensors, metadata: The content of a file that `train_classifier` wrote.
+        identity: The bytes that the fingerprint stands for.
+    """
 
     num_features = Classifier.num_features
 
     def __init__(
         self,
         name: str,
-        trained: TrainedClassifier,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
         image_shape: tuple[int, int, int],
         class_names: tuple[str, ...],
         identity: bytes,
         device: torch.device,
     ) -> None:
         self.name, self.class_names, self.num_classes = name, class_names, len(class_names)
-        self.facts = {"classifier_test_accuracy": float(trained.metadata["test_accuracy"])}
+        self.facts = {"classifier_test_accuracy": float(metadata["test_accuracy"])}
         super().__init__("1", identity, device)
         self.network = Classifier(image_shape, self.num_classes)
-        self.network.load_state_dict(trained.tensors)
+        self.network.load_state_dict(tensors)
         self.network.eval().to(device).to(memory_format=torch.channels_last)
 
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features, logits = self.network(images)
         return features, logits
+
+
+class MnistFeatures(ClassifierFeatures):
+    """The classifier of digits that ships with the package."""
+
+    def __init__(self, device: torch.device) -> None:
+        content, digits = MNIST_WEIGHTS.read_bytes(), tuple("0123456789")
+        super().__init__("mnist", *read_tensors(MNIST_WEIGHTS), MNIST_SHAPE, digits, content, device)
+
+
+def load_mnist(dataset: Dataset, device: torch.device) -> FeatureExtractor:
+    """Raises UserError for every dataset but MNIST: its classifier sees a digit in anything."""
+    own = f"[own] (made by {training_command(dataset)}), " if dataset.num_classes > 1 else ""
+    instead = f"use evaluation.features {own}[inception] or [dinov2]"
+    if dataset.kind != "mnist":
+        raise UserError(
+            f"the 'mnist' features know MNIST's digits alone, and dataset {dataset.name} is of kind {dataset.kind}: "
+            f'{instead}; or, if it does hold these digits, write "kind": "mnist" into its dataset.json'
+        )
+    if dataset.image_shape != MNIST_SHAPE:
+        raise UserError(
+            f"the 'mnist' features score images of shape {MNIST_SHAPE}, not {dataset.image_shape}: {instead}"
+        )
+    return MnistFeatures(device)
+
+
+def training_command(dataset: Dataset) -> str:
+    """Returns the command that trains a dataset's classifier."""
+    return f"python -m pipeline.evaluation.train_classifier --dataset {dataset.folder}"
+
+
+def classifier_path(dataset: Dataset) -> Path:
+    """Returns where the dataset's classifier is, or will be.
+
+    Raises:
+        UserError: The dataset has no classes, or lies behind a URL, where nothing can be written.
+    """
+    if dataset.num_classes < 2:
+        raise UserError(
+            f"dataset {dataset.name} has no labels, so there are no features of its own: use evaluation.features "
+            "[inception] or [dinov2]"
+        )
+    if dataset.base_url:
+        raise UserError(
+            f"dataset {dataset.name} lies behind {dataset.base_url}, where its classifier can't: index it with "
+            "pipeline/prepare.py shards, which makes a folder for it"
+        )
+    return dataset.folder / "classifier.safetensors"
+
+
+def load_own(dataset: Dataset, device: torch.device) -> FeatureExtractor:
+    """Raises UserError when the dataset has no classifier, a damaged one, or one that was trained on other images."""
+    path, command = classifier_path(dataset), training_command(dataset)
+    if not path.is_file():
+        raise UserError(f"the 'own' features need {path}, which is not there: make it with {command}")
+    try:
+        tensors, metadata = read_tensors(path)
+        digest = digest_of(tensors)
+        if metadata["sha256"] != digest:
+            raise ValueError("its checksum does not match")
+        if metadata["dataset"] != dataset.fingerprint:
+            raise UserError(f"{path} was trained on another dataset: move it away and run {command}")
+        # Image shape and class names come from the dataset, so its fingerprint is part of the features' identity.
+        identity, classes = f"{digest}:{dataset.fingerprint}".encode(), dataset.class_names
+        return ClassifierFeatures("own", tensors, metadata, dataset.image_shape, classes, identity, device)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and run {command}") from None

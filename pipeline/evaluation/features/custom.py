@@ -1,8 +1,8 @@
-"""`module:NAME`: a feature network of the user's own.
+"""`module:NAME`: a feature network of the user's.
 
-It is called in eval mode with uint8 [n, C, H, W] in 0..255 and returns features [n, d], or a pair of features and
-logits [n, k]; image i's rows depend on image i alone. The NAME of a module is such a torch.nn.Module, or what makes one
-when it is called without arguments. Its code is touched only where `evaluation.features` names it.
+NAME is a torch.nn.Module, or a function without arguments that makes one. In eval mode the module takes images uint8
+[n, C, H, W] in 0..255 and returns features [n, d], or a pair of features and logits [n, k]; row i may depend on image i
+alone. The user's module is imported only when `evaluation.features` names it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from pipeline.config import import_object
 from pipeline.data import Dataset
 from pipeline.errors import UserError, describe_error
-from pipeline.evaluation.features.base import FeatureExtractor, digest_of
+from pipeline.evaluation.features import FeatureExtractor, digest_of
 
 
 class CustomFeatures(FeatureExtractor):
-    """Raises UserError when the network fails on two images of this shape, or gives something else."""
+    """The features of a user's network. Raises UserError when the network fails on two black images of
+    `image_shape`."""
 
     def __init__(
         self, name: str, network: nn.Module, identity: bytes, image_shape: tuple[int, int, int], device: torch.device
@@ -32,13 +33,13 @@ class CustomFeatures(FeatureExtractor):
         try:
             features, logits = self(torch.zeros(2, *image_shape, dtype=torch.uint8))
         except Exception as error:  # the user's code may raise anything
-            call = f"{name} was given uint8 {[2, *image_shape]}"
-            raise UserError(f"evaluation.features: {call} and failed ({describe_error(error)})") from error
+            text = f"{name} was given uint8 {[2, *image_shape]} and failed ({describe_error(error)})"
+            raise UserError(f"evaluation.features: {text}") from error
         self.num_features, self.num_classes = features.shape[1], logits.shape[1]
 
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        found = self.network(images)
-        features, logits = found if isinstance(found, tuple) else (found, found.new_empty(len(images), 0))
+        outputs = self.network(images)
+        features, logits = outputs if isinstance(outputs, tuple) else (outputs, outputs.new_empty(len(images), 0))
         for tensor in (features, logits):
             if tensor.shape[:1] != images.shape[:1] or tensor.ndim != 2:
                 raise ValueError(f"it returned {list(tensor.shape)}, not a row for each of {len(images)} images")
@@ -46,7 +47,8 @@ class CustomFeatures(FeatureExtractor):
 
 
 def load_module(name: str, dataset: Dataset, device: torch.device) -> FeatureExtractor:
-    """Its fingerprint is that of the module's source file and of its weights: what it imports is not looked at."""
+    """Returns the extractor of the network that `name` stands for. Its fingerprint covers the module's source file and
+    the weights, but not what the module imports."""
     network = import_object("evaluation.features", name)
     if not isinstance(network, nn.Module) and callable(network):
         network = network()

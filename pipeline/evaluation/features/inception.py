@@ -1,4 +1,4 @@
-"""`inception`: torch-fidelity's port of the Inception v3 graph that published FIDs were computed with."""
+"""`inception`: torch-fidelity's port of the Inception v3 graph with which published FIDs are computed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.config import EvaluationConfig
-from pipeline.data import Dataset
 from pipeline.errors import UserError
-from pipeline.evaluation.features.base import FeatureExtractor
-from pipeline.evaluation.features.weights import PublishedWeights
+from pipeline.evaluation.features import FeatureExtractor, PublishedWeights
 
 WEIGHTS = PublishedWeights(
     "inception_weights",
@@ -23,7 +20,7 @@ WEIGHTS = PublishedWeights(
 
 
 class InceptionFeatures(FeatureExtractor):
-    """Inception v3 with the TF1-compatible resize inside; images go in as they are, grey ones repeated to RGB."""
+    """Inception v3, which resizes images as TensorFlow 1 did. Grey images are repeated to RGB."""
 
     name = "inception"
     num_features = 2048
@@ -36,12 +33,13 @@ class InceptionFeatures(FeatureExtractor):
         content = path.read_bytes()
         super().__init__("1", content, device)
         try:
-            # torch-fidelity unpickles without restrictions: it only gets bytes that proved to hold nothing but tensors.
+            # torch-fidelity unpickles without restrictions, so these bytes must first prove to hold nothing but
+            # tensors.
             torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             self.network = FeatureExtractorInceptionV3(
                 self.name, ["2048", "logits_unbiased"], feature_extractor_weights_path=io.BytesIO(content)
             )
-        except Exception as error:  # bytes of any kind have made the unpickler raise nearly every type there is
+        except Exception as error:  # on arbitrary bytes the unpickler raises nearly every type of exception
             raise UserError(
                 f"evaluation.inception_weights {path} is not torch-fidelity's Inception v3 ({type(error).__name__}): "
                 f"get {WEIGHTS.url}"
@@ -51,11 +49,3 @@ class InceptionFeatures(FeatureExtractor):
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features, logits = self.network(images.expand(-1, 3, -1, -1))
         return features, logits
-
-
-def load_inception(dataset: Dataset, device: torch.device, config: EvaluationConfig) -> FeatureExtractor:
-    """Raises UserError for images of other than 1 or 3 channels, and for weights that are missing or damaged."""
-    path = WEIGHTS.path(config)
-    if dataset.image_shape[0] not in (1, 3):
-        raise UserError(f"the 'inception' features need images of 1 or 3 channels, not {dataset.image_shape[0]}")
-    return InceptionFeatures(path, device)

@@ -1,20 +1,25 @@
-"""Scores as `torchmetrics.Metric`s over features, for loops of one's own: each a few lines over `metric.FeatureMetric`.
-The formulae are functions in the files beside this one."""
+"""The scores as `torchmetrics.Metric`s over features or logits of any network, for training loops outside this package.
+
+The formulae are functions in frechet.py, neighbours.py and scores.py.
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
-from pipeline.evaluation.metrics.classes import class_scores
+from pipeline.distributed.collectives import Ranks
 from pipeline.evaluation.metrics.frechet import Moments, frechet_distance
-from pipeline.evaluation.metrics.inception_score import inception_score
-from pipeline.evaluation.metrics.metric import FeatureMetric, States
-from pipeline.evaluation.metrics.scores import KEEP, SAMPLE_SCORES, Options
-from pipeline.evaluation.metrics.states import ClassSums, Sample, Sums
+from pipeline.evaluation.metrics.neighbours import NEIGHBOURS
+from pipeline.evaluation.metrics.scores import KEEP, SAMPLE_SCORES, Options, class_scores
+from pipeline.evaluation.metrics.states import Batch, ClassSums, Sample, States, Sums
 
 __all__ = [
     "Authenticity",
@@ -28,8 +33,82 @@ __all__ = [
 ]
 
 
+class FeatureMetric(Metric):
+    """A score of generated images (`real=False`) against real ones: `score`, a function of the states of both sides.
+
+    `compute` returns float64 tensors, NaN for too few images. In a job of several ranks it is the score of all ranks'
+    images, even if some ranks have none. torchmetrics does not know the states (`states`: those of a side, empty, by
+    name): it would round them when the metric is moved to another type. They stay on the CPU.
+    """
+
+    is_differentiable = False
+    full_state_update = True
+
+    def __init__(self, states: States, **options: Any) -> None:
+        super().__init__(**options)
+        self._empty = states
+        self.fake, self.real = copy.deepcopy(states), copy.deepcopy(states)
+
+    def score(self, fake: States, real: States) -> Any:
+        """Returns the score of these states: a number, or numbers and tensors by name."""
+        raise NotImplementedError
+
+    def update(
+        self,
+        features: Tensor | None = None,
+        real: bool = False,
+        indices: Tensor | None = None,
+        logits: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> None:
+        """Adds n >= 0 images of one side: features [n, d] and logits [n, k], as far as the score needs them, indices
+        int64 [n], different for all images of a side (by default images are numbered as they come), and labels int64
+        [n], the classes that the images should show. Raises ValueError for rows of another width or another number of
+        indices.
+        """
+        for state in (self.real if real else self.fake).values():
+            state.add(Batch(features, logits, indices, labels))
+
+    def compute(self) -> Any:
+        scores = self.score(self.fake, self.real)
+        if isinstance(scores, dict):
+            return {name: torch.as_tensor(value, dtype=torch.float64) for name, value in scores.items()}
+        return torch.as_tensor(scores, dtype=torch.float64)
+
+    # -- what torchmetrics does by itself with states of its own -------------------------------------------------------
+
+    @contextmanager
+    def sync_context(self, *_: Any, should_sync: bool = True, **__: Any) -> Iterator[None]:
+        """Puts the states of all ranks in the place of this rank's during a `compute`."""
+        ranks = Ranks.silent()
+        if not should_sync or ranks.world_size == 1:
+            yield
+            return
+        of_rank = self.fake, self.real
+        self.fake, self.real = copy.deepcopy(of_rank)
+        for state in (*self.fake.values(), *self.real.values()):
+            state.gather(ranks)
+        try:
+            yield
+        finally:
+            self.fake, self.real = of_rank
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Adds a batch and returns the score of this rank's batch alone."""
+        self.update(*args, **kwargs)
+        batch = self.clone()
+        batch.reset()
+        # The class's methods: torchmetrics has wrapped those of the instance, which would ask the other ranks.
+        type(batch).update(batch, *args, **kwargs)
+        return type(batch).compute(batch)
+
+    def reset(self) -> None:
+        super().reset()
+        self.fake, self.real = copy.deepcopy(self._empty), copy.deepcopy(self._empty)
+
+
 class FrechetDistance(FeatureMetric):
-    """FID of all images, NaN with fewer than two images of a side."""
+    """FID of all images; NaN with fewer than two images of a side."""
 
     higher_is_better = False
 
@@ -37,33 +116,34 @@ class FrechetDistance(FeatureMetric):
         super().__init__({"sums": Sums(num_features)}, **options)
 
     def score(self, fake: States, real: States) -> float:
-        sides = [side["sums"].state() for side in (fake, real)]
+        sides = [side["sums"].tensors for side in (fake, real)]
         return frechet_distance(*map(Moments.of_sums, sides)) if min(side["count"] for side in sides) > 1 else torch.nan
 
 
 class SampleMetric(FeatureMetric):
-    """The score `name` of SAMPLE_SCORES, of the features of at most `keep` images of either side; NaN of too few.
-
-    Args:
-        scored: most generated images that are scored; None: `keep`.
-        seed, neighbours: see `scores.Options`.
-        options: torchmetrics' own.
-    """
+    """The score `name` of SAMPLE_SCORES, of at most `keep` images of either side and at most `scored` generated ones
+    (by default `keep`); NaN for too few. `seed` and `neighbours` are those of `scores.Options`."""
 
     name: str
-    keep = KEEP
+    keep, scored = KEEP, 0  # the defaults
 
     def __init__(
-        self, num_features: int, *, keep: int | None = None, scored: int | None = None, **options: Any
+        self,
+        num_features: int,
+        *,
+        keep: int = 0,
+        scored: int = 0,
+        seed: int = 0,
+        neighbours: int = NEIGHBOURS,
+        **options: Any,
     ) -> None:
-        how = {name: options.pop(name) for name in ("seed", "neighbours") if name in options}
-        keep = keep or self.keep
-        super().__init__({"sample": Sample(num_features, keep)}, **options)
-        self.most_fake, self.how = scored or keep, Options(**how)
+        rows, keep = SAMPLE_SCORES[self.name].rows, keep or self.keep
+        super().__init__({rows: Sample(num_features, keep, rows)}, **options)
+        self.most_fake, self.options = scored or self.scored or keep, Options(seed, neighbours)
 
     def score(self, fake: States, real: States) -> dict[str, float]:
         function = replace(SAMPLE_SCORES[self.name], most_fake=self.most_fake)
-        return function(fake["sample"], real["sample"], self.how)[0]
+        return function(fake[function.rows], real[function.rows], self.options)[0]
 
 
 class KernelDistance(SampleMetric):
@@ -73,51 +153,42 @@ class KernelDistance(SampleMetric):
 
 
 class ManifoldScores(SampleMetric):
-    """ "precision", "recall", "density" and "coverage", of as many images of either side."""
+    """ "precision", "recall", "density" and "coverage", of equally many images of either side."""
 
     name, keep, higher_is_better = "manifold", 10_000, True
 
 
 class SlicedWasserstein(SampleMetric):
-    """ "sliced_wasserstein", of as many images of either side."""
+    """ "sliced_wasserstein", of equally many images of either side."""
 
     name, keep, higher_is_better = "sliced_wasserstein", 10_000, False
 
 
 class Authenticity(SampleMetric):
-    """ "authenticity" of 1,000 generated images, or `scored`, among the training images: the real side."""
+    """ "authenticity" of 1,000 generated images, or `scored`, among the training images, which are the real side."""
 
-    name, higher_is_better = "authenticity", True
-
-    def __init__(self, num_features: int, *, scored: int = 1_000, **options: Any) -> None:
-        super().__init__(num_features, scored=scored, **options)
+    name, scored, higher_is_better = "authenticity", 1_000, True
 
 
-class InceptionScore(FeatureMetric):
-    """ "is_mean" and "is_std" of at most `keep` generated images, NaN without any. Real ones pass it by."""
+class InceptionScore(SampleMetric):
+    """ "is_mean" and "is_std" of the logits of generated images; real ones are ignored."""
 
-    higher_is_better = True
+    name, higher_is_better = "inception_score", True
 
-    def __init__(self, num_classes: int, *, seed: int = 0, keep: int = KEEP, **options: Any) -> None:
-        super().__init__({"logits": Sample(num_classes, keep, "logits")}, **options)
-        self.seed = seed
+    def __init__(self, num_classes: int, **options: Any) -> None:
+        super().__init__(num_classes, **options)
 
     def update(self, logits: Tensor, real: bool = False, indices: Tensor | None = None) -> None:  # type: ignore[override]
-        """Takes logits [n, num_classes] of the images with these indices."""
+        """Adds logits [n, num_classes] of the images with these indices."""
         if not real:
             super().update(None, real, indices, logits)
 
-    def score(self, fake: States, real: States) -> dict[str, float]:
-        logits, _ = fake["logits"].first()
-        values = inception_score(logits, self.seed) if len(logits) else (torch.nan, torch.nan)
-        return dict(zip(("is_mean", "is_std"), values, strict=True))
-
 
 class ClassScores(FeatureMetric):
-    """What `class_scores` gives."""
+    """The result of `scores.class_scores`."""
 
     def __init__(self, num_features: int, num_classes: int, **options: Any) -> None:
         super().__init__({"classes": ClassSums(num_features, num_classes)}, **options)
 
     def score(self, fake: States, real: States) -> dict[str, Tensor]:
-        return class_scores(fake["classes"].state(), real["classes"].state())
+        return class_scores(fake["classes"].tensors, real["classes"].tensors)
