@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.evaluation.scorer import Scorer
+from pipeline.export.generator_file import critic_of, generator_of, save_export
 from pipeline.reporting.read import Evaluation, read_evaluations
 from pipeline.rng import fresh_seed
 from pipeline.storage.checkpoint import Checkpoint, CheckpointError, committed, find
 from pipeline.storage.run_folder import RunFolder, step_of
-
-if TYPE_CHECKING:
-    from pipeline.evaluation.scorer import Scorer
 
 LOWER_IS_BETTER = {
     **dict.fromkeys(("fid", "fid_infinite", "kid_mean", "sliced_wasserstein"), True),
@@ -89,8 +87,6 @@ class Selection:
     def export(self, scorer: Scorer, last_step: int) -> None:
         """Exports the best intact checkpoint up to a step, and scores it on images of other latents than those that
         chose it. What exists already is left alone. Every rank must call it. Raises Preempted when a signal came."""
-        from pipeline.export.generator_file import critic_of, generator_of, save_export
-
         runtime, folder, weights = scorer.runtime, self._folder, self._config.evaluation.weights
         choice, damaged = runtime.ranks.on_main(lambda: self._best_intact(last_step))
         for message in damaged:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +24,12 @@ from pipeline.data.shards import decode, read_shard
 from pipeline.distributed.launcher import run_program
 from pipeline.distributed.progress import bar
 from pipeline.errors import UserError
+from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.features import FORWARD_SIZE, digest_of
 from pipeline.evaluation.features.classifier import Classifier, classifier_path
 from pipeline.evaluation.interruption import check_interrupted
 from pipeline.rng import seeded
 from pipeline.storage.files import write_tensors
-
-if TYPE_CHECKING:
-    from pipeline.evaluation.extract import ImageSet
 
 BATCH_SIZE = 128
 LEARNING_RATE = 2e-3

@@ -98,7 +98,7 @@ class MnistFeatures(ClassifierFeatures):
 
 
 def load_mnist(dataset: Dataset, device: torch.device) -> FeatureExtractor:
-    """Raises UserError for every dataset but MNIST: its classifier sees a digit in anything."""
+    """Returns the features of digits. Raises UserError for every dataset but MNIST: they see a digit in anything."""
     own = f"[own] (made by {training_command(dataset)}), " if dataset.num_classes > 1 else ""
     instead = f"use evaluation.features {own}[inception] or [dinov2]"
     if dataset.kind != "mnist":
@@ -138,7 +138,7 @@ def classifier_path(dataset: Dataset) -> Path:
 
 
 def load_own(dataset: Dataset, device: torch.device) -> FeatureExtractor:
-    """Raises UserError when the dataset has no classifier, a damaged one, or one that was trained on other images."""
+    """Returns the features of a dataset's classifier. Raises UserError if it is missing, damaged or of other images."""
     path, command = classifier_path(dataset), training_command(dataset)
     if not path.is_file():
         raise UserError(f"the 'own' features need {path}, which is not there: make it with {command}")

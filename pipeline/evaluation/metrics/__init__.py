@@ -19,7 +19,7 @@ from pipeline.distributed.collectives import Ranks
 from pipeline.evaluation.metrics.frechet import Moments, frechet_distance
 from pipeline.evaluation.metrics.neighbours import NEIGHBOURS
 from pipeline.evaluation.metrics.scores import KEEP, SAMPLE_SCORES, Options, class_scores
-from pipeline.evaluation.metrics.states import Batch, ClassSums, Sample, States, Sums
+from pipeline.evaluation.metrics.states import Batch, ClassSums, Sample, States, Sums, add, gather
 
 __all__ = [
     "Authenticity",
@@ -61,13 +61,9 @@ class FeatureMetric(Metric):
         logits: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> None:
-        """Adds n >= 0 images of one side: features [n, d] and logits [n, k], as far as the score needs them, indices
-        int64 [n], different for all images of a side (by default images are numbered as they come), and labels int64
-        [n], the classes that the images should show. Raises ValueError for rows of another width or another number of
-        indices.
-        """
-        for state in (self.real if real else self.fake).values():
-            state.add(Batch(features, logits, indices, labels))
+        """Adds the images of a `states.Batch` to one side; by default they are numbered as they come. Raises ValueError
+        for rows of another width or another number of indices."""
+        add(self.real if real else self.fake, Batch(features, logits, indices, labels))
 
     def compute(self) -> Any:
         scores = self.score(self.fake, self.real)
@@ -86,8 +82,8 @@ class FeatureMetric(Metric):
             return
         of_rank = self.fake, self.real
         self.fake, self.real = copy.deepcopy(of_rank)
-        for state in (*self.fake.values(), *self.real.values()):
-            state.gather(ranks)
+        gather(self.fake, ranks)
+        gather(self.real, ranks)
         try:
             yield
         finally:
