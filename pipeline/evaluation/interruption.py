@@ -46,8 +46,8 @@ def interruptible(ranks: Ranks, interrupted: Callable[[], bool]) -> Iterator[Non
     finally:
         _interrupted.reset(token)
     failures = ranks.gather(failure)
-    for rank, error in enumerate(failures):
-        if isinstance(error, UserError):
-            raise type(error)(f"rank {rank}: {error}" if ranks.world_size > 1 else str(error))
+    for rank, other in enumerate(failures):
+        if isinstance(other, UserError):
+            raise type(other)(f"rank {rank}: {other}" if ranks.world_size > 1 else str(other))
     if any(failures):
         raise Preempted("the evaluation was interrupted: start it again")
