@@ -43,7 +43,7 @@ def score_target(
         steps: The checkpoints of a run to score; None is the newest intact one. Without a list all are scored, and
             damaged ones are named and left out.
         code: See `read_generator`.
-        crop, size: See `decode_image`; only for images in files.
+        crop, size: See `Resizing`; only for images in files.
 
     Raises:
         UserError: It is no TARGET, damaged, or does not suit the dataset; or `out` holds scores of other images.
