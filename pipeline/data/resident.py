@@ -64,7 +64,7 @@ class ResidentSource:
         self._batch_size, self._seed, self._rows = batch_size, seed, ranks.rows(batch_size)
         images, labels = load_split(dataset, "train", mirror=True)
         self._images, self._labels = images.to(device), labels.to(device)
-        # Of what came out of verified shards, before anything could happen to it on the device.
+        # Sums of what came out of verified shards, before anything could happen to it on the device.
         self._sums = sum_of(images), sum_of(labels)
 
     def batches(self, first: int) -> Iterator[Batch]:

@@ -80,6 +80,7 @@ class StreamingSource:
         device: torch.device,
     ) -> None:
         assert not batch_size % lanes, f"{batch_size} rows among {lanes} lanes"
+        # `size` rows of each batch come from one lane. The rank's lanes are those whose rows of the batch it computes.
         owned, size = range(lanes)[ranks.rows(lanes)], batch_size // lanes
         chunk_batches = max(1, min(CHUNK_BATCHES, CHUNK_BYTES // (len(owned) * size * prod(dataset.image_shape))))
         self._lanes = _Lanes(dataset, seed, lanes, size, owned, chunk_batches)
@@ -101,20 +102,23 @@ class StreamingSource:
             )
 
     def damage(self) -> str | None:
-        """Returns None: shards are read and verified again in each epoch."""
+        """Returns None: no images are held, shards are read again in each epoch."""
         return None
 
 
 def pieces(num_images: Sequence[int], seed: int, lanes: int, lane: int, position: int) -> Iterator[Piece]:
     """Yields without end the pieces of shards, of so many images each, that a lane reads from sample `position` of its
     stream on."""
+    # Places count the samples of an epoch in its order. This lane's segment of each epoch is [first, last): it has the
+    # same length in all of them, so that a division says in which epoch, and where in it, the stream goes on.
     total = sum(num_images)
     first, last = lane * total // lanes, (lane + 1) * total // lanes
     epoch, offset = divmod(position, last - first)
-    # Places count the samples of an epoch in its order; this lane's segment is [first, last).
     place = first + offset
     while True:
         order = torch.randperm(len(num_images), generator=seeded(seed, "shard order", epoch)).tolist()
+        # Shard order[i] fills the places from ends[i - 1] to ends[i]. The segment's first and last shard may reach into
+        # other lanes, which then read them too: with L lanes at most L - 1 shards are read twice in an epoch.
         ends = list(accumulate(num_images[shard] for shard in order))
         index = bisect_right(ends, place)
         while place < last:
@@ -149,6 +153,7 @@ class _Lanes:
 
     def __iter__(self) -> Iterator[Chunk]:
         count, size, shape = self.batches_per_chunk, self.samples_per_batch, self.dataset.image_shape
+        # A checksum takes 2 ms per MB, so it is checked only when this process reads a shard for the first time.
         verified: set[int] = set()
         # One lane's part of a chunk. The lanes share this memory, so that it stays in the processor's cache.
         images_of_lane, labels_of_lane = np.empty((count * size, *shape), np.uint8), np.zeros(count * size, np.int64)
@@ -157,7 +162,7 @@ class _Lanes:
             images = np.empty((count, len(lanes), size, *shape), np.uint8)
             labels = np.empty((count, len(lanes), size), np.int64)
             for index, lane in enumerate(lanes):
-                next(lane)
+                next(lane)  # fills the shared memory
                 copy_mirrored(images_of_lane.reshape(count, size, *shape), images[:, index])
                 labels[:, index] = labels_of_lane.reshape(count, size)
             yield images.reshape(count, -1, *shape), labels.reshape(count, -1)
@@ -173,6 +178,7 @@ class _Lanes:
             shard = shards[piece.shard]
             samples = read_shard(dataset, shard, verify=piece.shard not in verified)
             verified.add(piece.shard)
+            # The whole shard's permutation: lanes that meet in this shard must cut the same one into disjoint pieces.
             generator = seeded(self.seed, "shard shuffle", piece.epoch, piece.shard)
             rows = torch.randperm(shard.num_images, generator=generator)[piece.start : piece.stop].numpy()
             # A piece may end within a chunk, and a chunk within a piece: each turn copies what both still have.

@@ -78,7 +78,7 @@ def preparing(folder: Path) -> Iterator[Path]:
         message = f"another process is preparing {folder}: waiting for it"
         lock = Lock(folder.with_name(f".{folder.name}.preparing"), on_wait=lambda: print_line(message))
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)  # a killed process left it
             temporary.mkdir()
             yield temporary
         finally:
@@ -130,7 +130,8 @@ def commit(dataset: Dataset, temporary: Path, remarks: Remarks) -> Dataset:
         otherwise = "another dataset: move it away, or choose another name or root"
         return keep_existing(folder, lambda existing: (existing.fingerprint, existing.kind) == same, otherwise)
     (temporary / FILE_NAME).write_text(json.dumps(to_json(dataset), indent=1) + "\n")
-    # All bytes and names must be on the disk before the name is, which says that the dataset is complete.
+    # A folder of this name counts as a complete dataset. After a power cut it must not be there without its content, so
+    # first the bytes of all files, then their names in the folder, and only then its new name are flushed to the disk.
     for path in temporary.iterdir():
         fsync(path)
     fsync(temporary)
