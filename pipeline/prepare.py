@@ -50,8 +50,9 @@ def main() -> None:
     if chosen == "shards":
         options["resizing"] = Resizing(options.pop("crop"), options.pop("size"))
         options["reading"] = Reading(options.pop("image_key").lower(), options.pop("labels"))
-    prepare: Callable[..., Dataset] = {"folder": prepare_folder, "npz": prepare_npz, "shards": index_shards}[chosen]
-    print(prepare(root, options.pop("name"), splits, sizes, **options).folder)
+    writers: dict[str, Callable[..., Dataset]]
+    writers = {"folder": prepare_folder, "npz": prepare_npz, "shards": index_shards}
+    print(writers[chosen](root, options.pop("name"), splits, sizes, **options).folder)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def prepare_npz(
         DataError: it names the file.
     """
     check_name(name)
-    if "test" not in paths and any(_split_of(array) == "test" for array in _headers(paths["train"])):
+    if "test" not in paths and any(NAMES.get(array.lower(), ("",))[0] == "test" for array in _headers(paths["train"])):
         paths = paths | {"test": paths["train"]}
     arrays = {split: load_npz(path, split) for split, path in paths.items()}
     remarks, resizing = Remarks(), Resizing(crop, size)
@@ -89,10 +89,8 @@ def prepare_npz(
 
 def npz_split(path: Path, images: Images, labels: Labels | None, shape: ImageShape, resizing: Resizing) -> Split:
     """Returns the arrays of a file as a split."""
-    read = images.__getitem__
-    if resizing != AS_STORED:
-        read = image_reader(lambda index: (f"image {index} of {path}", images[index]), shape, resizing)
-    return Split(len(images), labels, read, (path,))
+    resized = image_reader(lambda index: (f"image {index} of {path}", images[index]), shape, resizing)
+    return Split(len(images), labels, images.__getitem__ if resizing == AS_STORED else resized, (path,))
 
 
 def load_npz(path: Path, split: str = "") -> Arrays:
@@ -101,7 +99,8 @@ def load_npz(path: Path, split: str = "") -> Arrays:
     Raises DataError naming the file, also when it has no images of that split, or several.
     """
     headers = _headers(path)
-    candidates = [name for name in headers if _split_of(name) in ("", split or _split_of(name))]
+    images_of = {name: NAMES[name.lower()][0] for name in headers if name.lower() in NAMES}
+    candidates = [name for name, its_split in images_of.items() if not split or its_split in ("", split)]
     if len(candidates) != 1:
         content = ", ".join(f"{name!r} {dtype} {shape}" for name, (dtype, shape) in headers.items())
         what = "several arrays that may be the images" if candidates else "no array `images`"
@@ -116,11 +115,6 @@ def load_npz(path: Path, split: str = "") -> Arrays:
         return Arrays(images, None, others)
     labels = _numbers(_read(path, labels_name, headers[labels_name]), len(images), f"{path}: {labels_name}")
     return Arrays(images, labels, others)
-
-
-def _split_of(name: str) -> str | None:
-    """Returns the split that an array of images is by its name, "" for any; None if the name is not one of images."""
-    return NAMES[name.lower()][0] if name.lower() in NAMES else None
 
 
 Header = tuple[np.dtype[Any], tuple[int, ...]]
