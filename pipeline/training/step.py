@@ -137,7 +137,7 @@ class Step:
             reports.append(report)
         if self.micro_batches > 1:
             average_gradients(optimizer, self.ranks)
-        scaler.step(optimizer)  # the scaler does something in fp16 alone
+        scaler.step(optimizer)  # under fp16 it unscales the gradients, and skips the step if one is infinite
         scaler.update()
         return reports[0] if self.micro_batches == 1 else torch.stack(reports).mean(0)
 
@@ -223,8 +223,9 @@ def build_step(config: Config, objective: Objective, state: TrainingState, runti
         if ranks.world_size > 1:
             convert_batch_norm(state.generator)
             convert_batch_norm(state.critic)  # the reference's has none, a user's may
-        several = ranks.world_size > 1 or runtime.device.type == "cuda"
-        layerwise = several and by_batch and isinstance(state.generator, Generator)
+        # Layer by layer there are fewer collectives and launches; a CPU alone prefers what its caches hold.
+        pays = ranks.world_size > 1 or runtime.device.type == "cuda"
+        layerwise = pays and by_batch and isinstance(state.generator, Generator)
         generator = (LayerwiseStepGenerator if layerwise else StepGenerator)(state.generator, by_batch)
         step = Step(training, objective, state, runtime.wrap(state.critic), runtime.wrap(generator))
     if runtime.capture_stream is not None:
