@@ -70,7 +70,7 @@ class InputStream:
 
     def __init__(self, config: Config, state: TrainingState, source: Source, ranks: Ranks, captured: bool) -> None:
         self._config, self._state, self._source, self._captured = config, state, source, captured
-        self._rows = ranks.rows(config.training.batch_size)
+        self._rows, self._weight = ranks.rows(config.training.batch_size), next(state.generator.parameters())
         self._buffers: dict[int, _Buffers] = {}  # by the number of critic iterations
         self._batches: Iterator[Batch] = iter(())
         self._next_batch = -1
@@ -85,19 +85,17 @@ class InputStream:
         """
         training, step, generator = self._config.training, self._state.step, self._state.generator
         first, count = training.critic_iterations(0, step), training.critic_iterations(step, step + 1)
-        weight, drawn = next(generator.parameters()), self._draw(step, count)
+        drawn, updates = self._draw(step, count), range(first, first + count)
         rates: dict[str, Any] = {
-            "critic_rates": [
-                learning_rate(training.critic_optimizer, update) for update in range(first, first + count)
-            ],
+            "critic_rates": [learning_rate(training.critic_optimizer, update) for update in updates],
             "generator_rates": [learning_rate(training.generator_optimizer, step)],
             "ema_weights": [ema_weight(training, step)],
         }
         if self._captured:  # in the precision of the weights: float32 would change a float64 rate
-            drawn |= {name: torch.tensor(values, dtype=weight.dtype) for name, values in rates.items()}
+            drawn |= {name: torch.tensor(values, dtype=self._weight.dtype) for name, values in rates.items()}
         if count not in self._buffers:
             real = count, self._rows.stop - self._rows.start, *generator.image_shape
-            self._buffers[count] = _Buffers(drawn, real, weight)
+            self._buffers[count] = _Buffers(drawn, real, self._weight)
         buffers = self._buffers[count]
         self._take_real(first, buffers)
         buffers.send(drawn)
@@ -178,9 +176,12 @@ class _Buffers:
     def send(self, drawn: dict[str, Tensor]) -> None:
         """Copies a step's numbers to the device without waiting for it."""
         for dtype, packed in self._packed.items():
-            host = torch.cat([values.flatten() for values in drawn.values() if values.dtype == dtype])
-            # From memory that is not pinned, the copy would wait for the device.
-            packed.copy_(host.pin_memory() if packed.is_cuda else host, non_blocking=True)
+            parts = [values.flatten() for values in drawn.values() if values.dtype == dtype]
+            if packed.is_cuda:  # from memory that is not pinned, the copy would wait for the device
+                host = torch.cat(parts, out=torch.empty(packed.shape, dtype=dtype, pin_memory=True))
+                packed.copy_(host, non_blocking=True)
+            else:
+                torch.cat(parts, out=packed)
 
 
 def learning_rate(config: OptimizerConfig, update: int) -> float:
