@@ -16,12 +16,12 @@ def main() -> int:
     parser.add_argument("-g", "--generator", type=Path, required=True, help=source)
     parser.add_argument("--out", type=Path | None, help="grid or strip: a PNG file; with --count: a new folder of PNGs")
     parser.add_argument("--count", type=int | None, help="write this many single images instead of a grid")
-    one = "draw this class alone, by its name or its number from 0 on; image i is the seed's latent i"
-    parser.add_argument("--class", type=str, default=None, help=one)
+    label_help = "draw this class alone, by its name or its number from 0 on; image i is the seed's latent i"
+    parser.add_argument("--class", type=str, default=None, help=label_help)
     parser.add_argument("--interpolate", action="store_true", help="draw latent interpolations instead of a grid")
     parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="which weights of a checkpoint")
-    own = "module:NAME of the code that the generator takes, if it is a network of its user's own"
-    parser.add_argument("--network.generator", type=str | None, help=own)
+    code = "module:NAME of the code that the generator takes, if it is a network of its user's own"
+    parser.add_argument("--network.generator", type=str | None, help=code)
     parser.add_argument("--seed", type=int, default=0, help="image i is a function of the seed and i")
     arguments = parser.parse_args()
     seed, count = arguments.seed, arguments.count

@@ -245,8 +245,8 @@ class Run:
             case {"step": int() as step, "features": dict() as features, "chosen_by": dict() as by}:
                 scores = {name: item.get("fid") for name, item in features.items() if isinstance(item, dict)}
                 fids = [f"{name} FID {fid:.4g}" for name, value in scores.items() if (fid := finite(value)) is not None]
-                how = f"Best of {by.get('evaluations')} evaluations by {by.get('score')}: step {step:,}"
-                return f"{how}. On images that did not choose it: {', '.join(fids) or 'no FID'}."
+                choice = f"Best of {by.get('evaluations')} evaluations by {by.get('score')}: step {step:,}"
+                return f"{choice}. On images that did not choose it: {', '.join(fids) or 'no FID'}."
         return ""
 
     @property
