@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
@@ -27,7 +27,7 @@ DATA_LICENCES = {"mnist": "Creative Commons Attribution-Share Alike 3.0; © Yann
 """The licences of datasets that a run can name without a folder."""
 SCORES = {"fid": "FID", "is_mean": "Inception Score", "kid_mean": "KID", "precision": "precision", "recall": "recall"}
 """The scores in the card's metadata, with their titles there."""
-HTTP_ERRORS = (*HfHubHTTPError.__bases__, OSError, ValueError)
+HTTP_ERRORS = (*cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__), OSError, ValueError)
 """The errors of a request. The bases of the Hub's own error are those of its HTTP client, which differs by version."""
 
 
@@ -154,9 +154,10 @@ def _card(
         library_name="gan-pipeline",
         pipeline_tag=TASK,
         tags=sorted({"gan", objective.partition(":")[0], "image-generation"}),
-        **({"model_name": name, "eval_results": results} if results else {}),
+        model_name=name if results else None,
+        eval_results=results or None,
     )
-    return ModelCard.from_template(
+    card: ModelCard = ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_name("card.md.jinja")),
         name=name,
@@ -171,3 +172,4 @@ def _card(
         data_licence=data_licence or (DATA_LICENCES.get(str(run.config.get("data.dataset"))) if run else None),
         number=number,
     )
+    return card

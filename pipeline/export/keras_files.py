@@ -76,6 +76,7 @@ LAYERS = tuple(_layers())
 WEIGHTED = tuple(layer for layer in LAYERS if layer.module)
 Weights = list[tuple[str, dict[str, Any]]]
 """The layers with weights that a file holds: their names, and h5py datasets by variable (kernel, gamma, ...)."""
+END: tuple[str, dict[str, Any]] = ("", {})
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 
@@ -127,8 +128,8 @@ def _read_weights(file: Any) -> tuple[int, Weights]:
         num_layers, weights = _layers_by_number(layers)
     else:
         raise ValueError("it does not name its layers; save it in Keras with generator.save('FILE.keras')")
-    expected = [(layer.module, VARIABLES[layer.kind]) for layer in WEIGHTED]
-    for (name, arrays), (_, variables) in zip_longest(weights, expected, fillvalue=("", {})):
+    expected: Weights = [(layer.module, VARIABLES[layer.kind]) for layer in WEIGHTED]
+    for (name, arrays), (_, variables) in zip_longest(weights, expected, fillvalue=END):
         if set(arrays) != set(variables):
             there = f"layer {name!r} holds {', '.join(arrays) or 'nothing'}" if name else "the weights end"
             raise ValueError(f"{there} where {', '.join(variables) or 'the end'} should come")
@@ -188,7 +189,7 @@ def _geometry(model: dict[str, Any], weights: Weights) -> tuple[int, int, int]:
         num_classes = inputs[joined[1]]
     described = [(layer["class_name"], layer["config"]) for layer in layers]
     expected = [(layer.kind, layer.settings) for layer in LAYERS]
-    for (kind, settings), (expected_kind, values) in zip_longest(described, expected, fillvalue=("", {})):
+    for (kind, settings), (expected_kind, values) in zip_longest(described, expected, fillvalue=END):
         there = f"{kind} {settings.get('name')!r}" if kind else "the end"
         if kind != expected_kind:
             raise ValueError(f"{there} comes where {expected_kind or 'the end'} should")
@@ -344,7 +345,7 @@ def _settings(generator: Generator, layer: Layer) -> dict[str, Any]:
         case "Reshape":
             settings["target_shape"] = [*generator.base, generator.norms[0].num_features]
         case "Conv2DTranspose":
-            module = generator.convolutions[layer.number]
+            module: Any = generator.convolutions[layer.number]
             settings |= {"filters": module.out_channels, "kernel_size": list(module.kernel_size)}
     return settings
 

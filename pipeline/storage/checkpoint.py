@@ -349,7 +349,8 @@ def _in_daemon_thread(work: Callable[[], None]) -> Future[None]:
 
     def run() -> None:
         try:
-            outcome.set_result(work())
+            work()
+            outcome.set_result(None)
         except BaseException as error:  # raised again by `outcome.result()`
             outcome.set_exception(error)
 
