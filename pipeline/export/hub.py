@@ -27,7 +27,7 @@ DATA_LICENCES = {"mnist": "Creative Commons Attribution-Share Alike 3.0; © Yann
 """The licences of datasets that a run can name without a folder."""
 SCORES = {"fid": "FID", "is_mean": "Inception Score", "kid_mean": "KID", "precision": "precision", "recall": "recall"}
 """The scores in the card's metadata, with their titles there."""
-HTTP_ERRORS = (*cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__), OSError, ValueError)
+HTTP_ERRORS = cast("tuple[type[Exception], ...]", (*HfHubHTTPError.__bases__, OSError, ValueError))
 """The errors of a request. The bases of the Hub's own error are those of its HTTP client, which differs by version."""
 
 
