@@ -478,19 +478,6 @@ def test_grey_and_colour_together_are_rgb(tmp_path: Path) -> None:
     assert labels.tolist() == [0, 0, 0]
 
 
-def test_what_is_transparent_lies_on_white(tmp_path: Path) -> None:
-    """Of 100 with an opacity of 51 / 255 a fifth is seen, and four fifths of white: 20 + 204."""
-    save(tmp_path / "in" / "a.png", np.full((2, 2, 4), [100, 0, 255, 51]))
-    save(tmp_path / "in" / "b.png", np.full((2, 2, 4), [9, 9, 9, 0]))
-    save(tmp_path / "in" / "c.png", np.full((2, 2, 2), [100, 51]))
-    palette = Image.new("P", (2, 2))
-    palette.putpalette([1, 2, 3])
-    palette.save(tmp_path / "in" / "d.gif", transparency=0)
-    images, _ = load_split(prepare_folder(tmp_path, "x", {"train": tmp_path / "in"}), "train")
-    found = sorted(map(tuple, images[:, :, 0, 0].tolist()))
-    assert found == [(224, 204, 255), (224, 224, 224), (255, 255, 255), (255, 255, 255)]
-
-
 def test_crop_cuts_the_centre_out_by_hand(tmp_path: Path) -> None:
     """Of 5 x 7 pixels numbered row by row, a square of 2 begins in row (5 - 2) // 2 and column (7 - 2) // 2."""
     save(tmp_path / "in" / "a.png", np.arange(35).reshape(5, 7))
