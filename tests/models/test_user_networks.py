@@ -95,7 +95,9 @@ def test_a_gain_without_dimensions_resumes() -> None:
 def test_a_parameter_of_two_names_is_exported(tmp_path: Path) -> None:
     generator, path = build_generator(ODD, SHAPE, 0, seeded(1, "weights")).eval(), tmp_path / "generator.safetensors"
     save_export(generator, path, {})
-    assert torch.equal(render_range(load_generator(path, ODD.generator), 0, 0, 5), render_range(generator, 0, 0, 5))
+    assert torch.equal(
+        render_range(load_generator(path, code=ODD.generator), 0, 0, 5), render_range(generator, 0, 0, 5)
+    )
 
 
 @pytest.mark.slow
@@ -108,7 +110,7 @@ def test_exports_and_onnx_give_the_same_images(num_classes: int, tmp_path: Path)
     generator.eval().requires_grad_(False)
     path, onnx = tmp_path / "generator.safetensors", tmp_path / "generator.onnx"
     save_export(generator, path, {})
-    loaded = load_generator(path, GUIDE.generator)
+    loaded = load_generator(path, code=GUIDE.generator)
     expected = render_range(generator, 0, 0, 5)
     assert torch.equal(render_range(loaded, 0, 0, 5), expected)
     assert fingerprint(loaded) == fingerprint(generator)
@@ -147,9 +149,9 @@ def test_a_file_makes_nobody_import_what_it_names(tmp_path: Path, monkeypatch: p
     save_export(generator, path, {})
     with pytest.raises(UserError, match=f"holds a network of its user's own, {name}:Generator"):
         load_generator(path)
-    assert render_range(load_generator(path, GUIDE.generator), 0, 0, 2).shape == (2, *SHAPE)
+    assert render_range(load_generator(path, code=GUIDE.generator), 0, 0, 2).shape == (2, *SHAPE)
     assert not (tmp_path / "imported").exists()
-    load_generator(path, f"{name}:Generator")
+    load_generator(path, code=f"{name}:Generator")
     assert (tmp_path / "imported").exists()
 
 
