@@ -109,11 +109,8 @@ def _checked(images: ImageSet, image_shape: tuple[int, int, int]) -> ImageSet:
 
 
 class _Space:
-    """One feature space: the states of the generated images and, on the main rank, the scores that they give.
-
-    `target` and `floor` are the statistics of the reference and of the other split, if there is one; None on other
-    ranks.
-    """
+    """One feature space: the states of the generated images and, on the main rank, the scores that they give. There
+    `target` and `floor` are the statistics of the reference and of the other split, if there is one."""
 
     def __init__(
         self,

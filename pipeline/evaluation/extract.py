@@ -32,8 +32,7 @@ class ImageSet:
 
     num_images: int
     render: Callable[[int, int], Tensor]
-    """Returns images start, ..., stop - 1 for (start, stop): uint8 [stop - start, C, H, W]. Image i must depend on i
-    alone."""
+    """Returns images start, ..., stop - 1: uint8 [stop - start, C, H, W]. Image i must depend on i alone."""
     labels: Tensor | None = None
     """int64 [num_images], the classes that the images should show."""
 

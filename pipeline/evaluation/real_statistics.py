@@ -1,5 +1,4 @@
-"""Statistics and scores of the real splits, in files beside the dataset, so that only its first evaluation computes
-them."""
+"""Statistics and scores of the real splits, in files beside the dataset: only its first evaluation computes them."""
 
 from __future__ import annotations
 

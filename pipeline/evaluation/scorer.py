@@ -138,11 +138,9 @@ class Scorer:
         return runtime.ranks.broadcast(result)
 
     def _write(self, result: dict[str, Any], scores: dict[str, Any], images: ImageSet, path: Path) -> None:
-        """Writes the pictures and the scores; a grid of real images, as large as a grid of samples, once for a
-        folder."""
-        grid, split, columns = real_images(path, self.dataset.fingerprint), self.config.reference, 4
-        if images.labels is not None:
-            columns = 10
+        """Writes the scores and the pictures: a grid of real images, like one of samples, only once in a folder."""
+        grid, split = real_images(path, self.dataset.fingerprint), self.config.reference
+        columns = 4 if images.labels is None else 10
         if not grid.exists():
             draws = seeded(self._seed, "real images shown")
             indices = torch.randint(self.dataset.num_images(split), (columns**2,), generator=draws)
@@ -159,8 +157,7 @@ def _scores_in(
     path: Path, facts: dict[str, Any], extractors: Sequence[FeatureExtractor], neighbours: int
 ) -> dict[str, Any]:
     """Returns what `path` holds of the images that `facts` describe: "features", "critic", "gan_train". Raises
-    UserError if they are of other images, of other networks than the `extractors`, or measured with another number of
-    neighbours."""
+    UserError if these are of other images, extractors or numbers of neighbours."""
     if not path.exists():
         return {}
     try:

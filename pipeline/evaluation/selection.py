@@ -78,8 +78,7 @@ class Selection:
         return next((item.step for item in self.ranked(steps)), None)
 
     def is_over(self, step: int) -> bool:
-        """Returns whether none of the last run.patience evaluations up to a step has a better score than those
-        before."""
+        """Returns whether none of the last run.patience evaluations up to a step beats those before."""
         patience, steps = self._config.run.patience, [item.step for item in self.evaluations(step)]
         best = self.best_of(steps) or 0
         return patience is not None and sum(other > best for other in steps) >= patience
@@ -121,8 +120,7 @@ class Selection:
         return None, damaged
 
     def _is_scored(self, facts: dict[str, object]) -> bool:
-        """Returns whether the file with the best checkpoint's scores is of these facts. Deletes that of a former
-        best."""
+        """Returns whether the best checkpoint's scores are of these facts. Deletes those of a former best."""
         path = self._folder.best_scores
         try:
             before = json.loads(path.read_text())

@@ -113,8 +113,7 @@ def _score_run(
 
 
 def _fingerprint(target: Path, files: Sequence[Path], crop: int | None, size: int | None) -> str:
-    """Returns the SHA-256 of the files' names below `target`, of their bytes, and of how they are cropped and
-    resized."""
+    """Returns the SHA-256 of the files' names below `target`, of their bytes, `crop` and `size`."""
     digest = sha256(f"{crop} {size}\n".encode() if crop or size else b"")
     for path in files:
         with path.open("rb") as file:

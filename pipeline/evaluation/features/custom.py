@@ -22,8 +22,7 @@ from pipeline.evaluation.features import FeatureExtractor, digest_of
 
 
 class CustomFeatures(FeatureExtractor):
-    """The features of a user's network. Raises UserError when the network fails on two black images of
-    `image_shape`."""
+    """The features of a user's network. Raises UserError if it fails on two black images of `image_shape`."""
 
     def __init__(
         self, name: str, network: nn.Module, identity: bytes, image_shape: tuple[int, int, int], device: torch.device

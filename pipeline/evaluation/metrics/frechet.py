@@ -49,8 +49,7 @@ class Moments:
 
     @cached_property
     def factor(self) -> Tensor:
-        """A matrix A [d, d] with A A^T = covariance. Directions whose variance is nothing but rounding are zero in
-        it."""
+        """A matrix A [d, d] with A A^T = covariance, without directions whose variance is nothing but rounding."""
         variances, directions = torch.linalg.eigh(self.covariance)
         rounding = variances[-1] * len(variances) * torch.finfo(torch.float64).eps
         factor: Tensor = directions * torch.where(variances > rounding, variances, 0).sqrt()

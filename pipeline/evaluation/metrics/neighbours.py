@@ -1,5 +1,4 @@
-"""Scores that need the distances between all pairs of images: precision, recall, density, coverage, nearest
-neighbours."""
+"""What needs the distances between all pairs of images: precision, recall, density, coverage, nearest neighbours."""
 
 from __future__ import annotations
 
@@ -117,8 +116,7 @@ class _Pairs:
         return rows[inside] + start, columns[inside]
 
     def nearest(self, count: int) -> tuple[Tensor, Tensor]:
-        """Returns the columns int64 [m, count] nearest to each row, nearest first, and their exact squared
-        distances."""
+        """Returns the columns int64 [m, count] nearest to each row, nearest first, and exact squared distances."""
         candidates = min(count + SPARE, len(self.theirs))
         # torch's search for the smallest numbers of a row takes longer than the distances. So columns are first reduced
         # to the minimum of each stride, and only the strides with the smallest minima are searched.

@@ -1,5 +1,4 @@
-"""Scores of samples of features or logits, and the table that names them. One more score is a function and a line of
-SAMPLE_SCORES."""
+"""Scores of samples of features or logits. One more is a function and a line of the table SAMPLE_SCORES."""
 
 from __future__ import annotations
 
@@ -76,8 +75,7 @@ def authenticity(features: Tensor, training: Tensor) -> float:
 
     It is 0 for copies of training images and 1 far from all of them. If good images have far less than unseen real
     ones, the generator copies; images of an untrained one may have little as well, where training images are far apart.
-    (C_T of Meehan et al. 2020, arXiv 2004.05675, grows with the number of images and needs many in each cell of a
-    partition.)
+    C_T (Meehan et al. 2020, arXiv 2004.05675) grows with the number of images and needs many in each cell.
     """
     nearest, distances = nearest_neighbours(features, training, 1)
     chosen, places = torch.unique(nearest[:, 0], return_inverse=True)
