@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pipeline.export.images import render_range
     from pipeline.reporting.read import Run, read_run
 
+__version__ = "0.3.0"
+
 __all__ = [
     "Config",
     "Run",

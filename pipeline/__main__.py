@@ -5,29 +5,47 @@ On several ranks it is `accelerate launch -m pipeline COMMAND ...`.
 
 from __future__ import annotations
 
-import argparse
+import difflib
 import runpy
 import sys
 
+from pipeline import __version__
+
 PROGRAMS = {
-    "train": "train a run, or go on with it",
-    "evaluate": "score a run, a generator or images",
-    "generate": "draw images from a trained generator",
-    "prepare": "prepare a dataset",
-    "report": "report on a run, or compare several",
-    "doctor": "check a run before it starts",
+    "train": ("pipeline.train", "train a run, or go on with it"),
+    "evaluate": ("pipeline.evaluate", "score a run, a generator or images"),
+    "generate": ("pipeline.generate", "draw images from a trained generator"),
+    "prepare": ("pipeline.prepare", "prepare a dataset"),
+    "report": ("pipeline.report", "report on a run, or compare several"),
+    "doctor": ("pipeline.doctor", "check a run before it starts"),
+    "export": ("pipeline.export", "convert a trained generator: safetensors, ONNX, Keras, a folder for the Hub"),
+    "checkpoint": ("pipeline.checkpoint", "list, verify or consolidate a run's checkpoints"),
+    "tune": ("pipeline.tune", "search settings for the best score"),
+    "benchmark": ("pipeline.benchmark", "measure this machine"),
+    "train-classifier": (
+        "pipeline.evaluation.train_classifier",
+        "train the classifier behind a dataset's own features",
+    ),
 }
+"""Command -> module that is run, and what it does."""
 
 
 def main() -> None:
-    description = "\n".join(["commands:", *(f"  {name:<10}{what}" for name, what in PROGRAMS.items())])
-    parser = argparse.ArgumentParser(
-        "gan-pipeline", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("command", choices=PROGRAMS, metavar="COMMAND", help="its own arguments follow: --help tells")
-    command = parser.parse_args(sys.argv[1:2]).command
-    sys.argv = [f"gan-pipeline {command}", *sys.argv[2:]]
-    runpy.run_module(f"pipeline.{command}", run_name="__main__")
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command in ("-h", "--help"):
+        lines = [f"  {name:<18}{purpose}" for name, (_, purpose) in PROGRAMS.items()]
+        usage = "usage: gan-pipeline COMMAND [ARGUMENTS], gan-pipeline COMMAND --help, gan-pipeline --version"
+        print("\n".join([usage, "", "commands:", *lines]))
+    elif command == "--version":
+        print(f"gan-pipeline {__version__}")
+    elif command in PROGRAMS:
+        sys.argv = [f"gan-pipeline {command}", *arguments]
+        runpy.run_module(PROGRAMS[command][0], run_name="__main__")
+    else:
+        similar = difflib.get_close_matches(command, PROGRAMS, 1)
+        fix = f"did you mean {similar[0]}?" if similar else f"choose one of {', '.join(PROGRAMS)}"
+        print(f"error: {command} is no command: {fix}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

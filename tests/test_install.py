@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import __version__
+from pipeline.__main__ import PROGRAMS
 from pipeline.errors import EXIT_PREEMPTED
 from pipeline.storage.checkpoint import find
 from pipeline.storage.run_folder import RunFolder
@@ -65,12 +68,25 @@ def test_an_installation_has_all_it_takes(installed: Path, tmp_path: Path) -> No
 
 
 def test_commands_are_the_programs() -> None:
-    told = subprocess.run([sys.executable, "-m", "pipeline", "--help"], cwd=ROOT, capture_output=True, text=True)
-    for name in ("train", "evaluate", "generate", "prepare", "report", "doctor"):
-        assert f"  {name} " in told.stdout
-    wrong = subprocess.run([sys.executable, "-m", "pipeline", "trian"], cwd=ROOT, capture_output=True, text=True)
-    assert wrong.returncode == 2
-    assert "invalid choice: 'trian'" in wrong.stderr
+    def pipeline(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "pipeline", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+    listed = pipeline()
+    assert (listed.returncode, listed.stdout) == (0, pipeline("--help").stdout)
+    for name, (module, purpose) in PROGRAMS.items():
+        assert re.search(rf"^  {name} +{purpose}$", listed.stdout, re.MULTILINE)
+        assert importlib.util.find_spec(module)
+    assert pipeline("--version").stdout == f"gan-pipeline {__version__}\n"
+    wrong = pipeline("trian")
+    assert (wrong.returncode, wrong.stderr) == (2, "error: trian is no command: did you mean train?\n")
+
+
+def test_the_exports_help_is_whole_sentences() -> None:
+    for start in (["pipeline", "export"], ["pipeline.export"]):
+        shown = subprocess.run([sys.executable, "-m", *start, "--help"], cwd=ROOT, capture_output=True, text=True)
+        text = " ".join(shown.stdout.split())
+        assert text.startswith("usage: gan-pipeline export ")
+        assert re.search(r"or into a folder for the Hugging Face Hub\.? positional arguments:", text)
 
 
 def test_containers_copy_what_is_there() -> None:

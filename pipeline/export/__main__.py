@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 @dataclass(frozen=True)
 class NetworkCode:
     generator: str | None = None
-    """module:NAME of the code that the generator takes, if it is a network of its user's own."""
+    """module:NAME of the generator's code, if it is not one of the package's networks."""
 
 
 def convert(
@@ -27,17 +27,19 @@ def convert(
     licence: str | None = None,
     data_licence: str | None = None,
 ) -> int:
-    """Writes a generator as a safetensors export, as ONNX, as the Keras notebooks' whole-model .h5, or as a folder of
-    the Hugging Face Hub: weights, config.json, a model card, scores and samples.
+    """Writes a trained generator into a file of another format, or into a folder for the Hugging Face Hub.
+
+    Formats are safetensors, ONNX and the whole-model .h5 of Keras notebooks. The folder for the Hub holds the weights,
+    config.json, a model card, scores and samples.
 
     Args:
         source: An export, a Keras notebook's .h5 or .keras, a checkpoint or a run's folder.
         out: The .safetensors, .onnx or .h5 file, or else the folder, to write; it must not exist.
-        weights: Which weights of a checkpoint.
-        network: The user's own.
+        weights: Weights of a checkpoint to take: their moving average, or the trained ones.
+        network: Code of the generator.
         push: Send the folder to this model repository of the Hub, OWNER/NAME (takes the login of `hf auth login`).
-        licence: Of the weights, for the card: an identifier of the Hub's, such as mit.
-        data_licence: Of the images that it was trained on, for the card, in words.
+        licence: Licence of the weights for the model card, as the Hub names it, such as mit.
+        data_licence: Licence of the training images for the model card, in words.
     """
     if out.suffix not in {".safetensors", ".onnx", ".h5", ""}:
         raise UserError(
@@ -77,4 +79,4 @@ def convert(
 
 
 if __name__ == "__main__":
-    run_program(lambda: auto_cli(convert, as_positional=True, prog="python -m pipeline.export"))
+    run_program(lambda: auto_cli(convert, as_positional=True, prog="gan-pipeline export"))
