@@ -17,14 +17,13 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.config import Config, flatten
-from pipeline.distributed.process import restoring_process
+from pipeline.distributed.process import restoring_process as restoring_process
 from pipeline.storage.checkpoint import find
 from pipeline.storage.run_folder import RunFolder
 from tests.ranks import ROOT as ROOT
 from tests.ranks import Job
 
 TIMEOUT_SECONDS = 600
-process_kept = restoring_process
 
 
 def changed(config: Config, **sections: dict[str, Any]) -> Config:

@@ -25,7 +25,7 @@ from pipeline.config import to_yaml
 from pipeline.distributed.stopping import STOP_SIGNALS
 from pipeline.errors import UserError
 from pipeline.reporting.read import Run
-from tests.jobs import ROOT, changed, process_kept, tiny_config
+from tests.jobs import ROOT, changed, restoring_process, tiny_config
 
 README = (ROOT / "README.md").read_text()
 LINES = README.split("### From Python")[1].split("```python\n")[1].split("```")[0]
@@ -97,7 +97,7 @@ def test_a_call_leaves_the_process_as_it_was(
     config = small(tmp_path, tiny_dataset)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
-    with process_kept():
+    with restoring_process():
         signal.signal(signal.SIGUSR1, lambda *_: None)
         Accelerator(cpu=True, mixed_precision="bf16")  # the user's own
         os.sched_setaffinity(0, sorted(cores)[:1])

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from pipeline import compat
 from pipeline.config import make_parser
-from tests.jobs import ROOT, process_kept
+from tests.jobs import ROOT, restoring_process
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_stop_timing(wrapped: nn.parallel.DistributedDataParallel) -> None:
 
 
 def test_fresh_accelerate() -> None:
-    with process_kept():
+    with restoring_process():
         Accelerator(cpu=True, mixed_precision="bf16")
         with compat.fresh_accelerate():
             assert not PartialState().initialized or Accelerator(cpu=True).mixed_precision == "no"

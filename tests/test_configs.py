@@ -29,7 +29,7 @@ from pipeline.models.networks import AnyGenerator
 from pipeline.models.objectives import OBJECTIVES
 from pipeline.storage.run_folder import RunFolder
 from pipeline.training.trainer import Trainer
-from tests.jobs import ROOT, changed, process_kept
+from tests.jobs import ROOT, changed, restoring_process
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 EACH_CONFIG = pytest.mark.parametrize("name", [path.stem for path in CONFIGS])
@@ -91,7 +91,7 @@ def strokes(tmp_path_factory: pytest.TempPathFactory) -> Strokes:
 
 @pytest.fixture(scope="module")
 def runtime() -> Iterator[Runtime]:
-    with process_kept():
+    with restoring_process():
         yield Runtime(RuntimeConfig(device="cpu", threads=1))
 
 

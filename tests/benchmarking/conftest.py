@@ -17,14 +17,14 @@ from pipeline.config import (
     TrainingConfig,
 )
 from pipeline.distributed.process import Runtime
-from tests.jobs import process_kept
+from tests.jobs import restoring_process
 
 RUNTIME = RuntimeConfig(device="cpu", threads=1, precision="float64")
 
 
 @pytest.fixture(scope="module")
 def runtime() -> Iterator[Runtime]:
-    with process_kept():
+    with restoring_process():
         yield Runtime(RUNTIME)
 
 

@@ -15,7 +15,7 @@ from pipeline.config import RuntimeConfig
 from pipeline.distributed import launcher
 from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
-from tests.jobs import ROOT, TIMEOUT_SECONDS, environment, final_state, flags, launch, process_kept, tiny_config
+from tests.jobs import ROOT, TIMEOUT_SECONDS, environment, final_state, flags, launch, restoring_process, tiny_config
 
 TRAIN = ROOT / "pipeline/train.py"
 ASKS = "accelerate's configuration asks for"
@@ -143,7 +143,7 @@ def test_another_number_of_processes_than_asked_for_is_refused(
     file.write_text(yaml.safe_dump(WRITTEN | {"distributed_type": "MULTI_CPU", "num_processes": 3}))
     given = [str(file) if argument == "FILE" else argument for argument in arguments]
     monkeypatch.setattr(launcher, "launch_arguments", lambda: given)
-    with process_kept():
+    with restoring_process():
         if asked is None:
             Runtime(RuntimeConfig(device="cpu", threads=1)).close()
         else:

@@ -19,7 +19,7 @@ from pipeline.config import RuntimeConfig
 from pipeline.distributed.cpu import CROWDED, PERIOD_SECONDS, seconds_waited_for_cores, sharing_the_cores
 from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
-from tests.jobs import ROOT, launch, process_kept
+from tests.jobs import ROOT, launch, restoring_process
 
 CORES = sorted(os.sched_getaffinity(0))
 
@@ -55,7 +55,7 @@ def test_the_watch_over_the_cores_outlives_a_trial_and_ends_with_the_process() -
     def watches() -> int:
         return [thread.name for thread in threading.enumerate()].count("spinning")
 
-    with process_kept():
+    with restoring_process():
         runtime = Runtime(RuntimeConfig(threads=2))
         runtime.before_close.close()
         assert watches() == 1
@@ -137,7 +137,7 @@ def test_the_team_comes_when_threads_queue_for_a_core_and_goes_when_they_do_not(
 def test_a_runtime_that_cannot_be_had_leaves_no_thread_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     before = set(threading.enumerate())
     monkeypatch.setenv("WORLD_SIZE", "2")  # without the rest of what a launcher tells
-    with process_kept(), pytest.raises(UserError, match="start with a launcher") as held:
+    with restoring_process(), pytest.raises(UserError, match="start with a launcher") as held:
         Runtime(RuntimeConfig(device="cpu", threads=2))
     assert held.tb  # as a notebook holds the last error's frames, and with them what they hold
     assert set(threading.enumerate()) <= before

@@ -31,7 +31,7 @@ from pipeline.evaluation.scorer import Scorer
 from pipeline.export.generator_file import generator_of
 from pipeline.storage.checkpoint import Checkpoint, find
 from pipeline.storage.run_folder import RunFolder
-from tests.jobs import ROOT, changed, process_kept, train_many
+from tests.jobs import ROOT, changed, restoring_process, train_many
 
 STEPS, MIDDLE = 4, 2
 """The middle of a run, where it is evaluated, and stopped if it is resumed."""
@@ -193,7 +193,7 @@ def test_a_run_is_the_bare_run_of_one_rank(trained: Trained, row: Row) -> None:
 
 @pytest.fixture(scope="module")
 def runtime() -> Iterator[Runtime]:
-    with process_kept():
+    with restoring_process():
         yield Runtime(RuntimeConfig(device="cpu", threads=1))
 
 

@@ -34,7 +34,7 @@ from tests.jobs import (
     flags,
     launch,
     launch_as_users_do,
-    process_kept,
+    restoring_process,
     tiny_config,
 )
 
@@ -120,7 +120,7 @@ def test_the_sources_and_variants_are_different_runs(trained: Trained) -> None:
 @pytest.fixture(scope="module")
 def runtime() -> Iterator[Runtime]:
     """One process, in this one."""
-    with process_kept():
+    with restoring_process():
         yield Runtime(RuntimeConfig(device="cpu", threads=1))
 
 

@@ -23,7 +23,7 @@ from pipeline.models.networks import Critic, initialise
 from pipeline.rng import sampling_order, seeded
 from pipeline.storage.run_folder import RunFolder
 from tests.export.generators import random_generator, saved_run
-from tests.jobs import process_kept
+from tests.jobs import restoring_process
 
 ALONE = Ranks()
 
@@ -110,7 +110,7 @@ def test_scores_of_a_run_tell_of_its_critic(digits: Dataset, tmp_path: Path) -> 
     run = saved_run(RunFolder(tmp_path / "runs/run"), generator, digits.fingerprint, 10, critic=critic)
     without = saved_run(RunFolder(tmp_path / "runs/without"), generator, digits.fingerprint, 10)
     other = saved_run(RunFolder(tmp_path / "runs/other"), generator, "0" * 64, 10, critic=critic)
-    with process_kept():
+    with restoring_process():
         scorer = Scorer(EvaluationConfig(num_images=250), digits, Runtime(RuntimeConfig(device="cpu", threads=1)), 0)
         for folder, out in ((run, None), (without, None), (other, tmp_path / "other.json")):
             score_target(folder.path, scorer, [10], out, tmp_path / "runs")

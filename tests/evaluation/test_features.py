@@ -26,7 +26,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.features import SPACES, FeatureExtractor, classifier, inception, load_all, load_features
 from pipeline.evaluation.features.classifier import MNIST_WEIGHTS, MnistFeatures
 from pipeline.evaluation.scorer import Scorer
-from tests.jobs import process_kept
+from tests.jobs import restoring_process
 from tests.trap import Trap
 
 CPU = torch.device("cpu")
@@ -101,7 +101,7 @@ def test_mnist_features_refuse_whatever_is_not_mnist(labelled: bool, tmp_path: P
     np.savez(tmp_path / "clothes.npz", **arrays)  # type: ignore[arg-type]
     clothes = prepare_npz(tmp_path, "clothes", {"train": tmp_path / "clothes.npz"})
     config = Config(data=DataConfig(dataset=str(clothes.folder)), runtime=RuntimeConfig(device="cpu", threads=1))
-    with process_kept(), pytest.raises(UserError) as refused:
+    with restoring_process(), pytest.raises(UserError) as refused:
         Scorer(config.evaluation, clothes, Runtime(config.runtime), 0)
     command = f"python -m pipeline.evaluation.train_classifier --dataset {clothes.folder}"
     own = f"[own] (made by {command}), " if labelled else ""

@@ -25,7 +25,7 @@ from pipeline.evaluation.train_classifier import gan_train
 from pipeline.export.generator_file import save_export
 from tests.evaluation.test_own import bright_quarters
 from tests.export.generators import random_generator
-from tests.jobs import process_kept
+from tests.jobs import restoring_process
 
 CPU = torch.device("cpu")
 
@@ -71,7 +71,7 @@ def test_scores_hold_it_where_it_is_asked_for(digits: Dataset, tmp_path: Path, m
     root, path = tmp_path / "runs", tmp_path / "runs/evaluations/acgan.safetensors.json"
     save_export(random_generator(10), tmp_path / "acgan.safetensors", {})
     save_export(random_generator(), tmp_path / "wgan.safetensors", {})
-    with process_kept():
+    with restoring_process():
         runtime = Runtime(RuntimeConfig(device="cpu", threads=1))
         asked, plain = (
             Scorer(EvaluationConfig(num_images=200, gan_train=wanted), digits, runtime, 0) for wanted in (True, False)

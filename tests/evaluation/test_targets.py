@@ -28,14 +28,14 @@ from pipeline.evaluation.targets import score_target
 from pipeline.export.generator_file import HUB_WEIGHTS, save_export
 from pipeline.storage.run_folder import RunFolder
 from tests.export.generators import damage, random_generator, saved_run
-from tests.jobs import process_kept
+from tests.jobs import restoring_process
 
 NUM_IMAGES = 120
 
 
 @pytest.fixture(scope="module")
 def runtime() -> Iterator[Runtime]:
-    with process_kept():
+    with restoring_process():
         yield Runtime(RuntimeConfig(device="cpu", threads=1))
 
 

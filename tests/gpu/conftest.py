@@ -20,7 +20,7 @@ import torch
 
 from tests.gpu.goals import goals
 from tests.gpu.walks import Bench
-from tests.jobs import process_kept
+from tests.jobs import restoring_process
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -90,7 +90,7 @@ def _budget(request: pytest.FixtureRequest) -> Iterator[None]:
         pytest.skip("no CUDA device")
     if (left := request.config.stash[RESULTS].left()) < marker.kwargs["seconds"]:
         pytest.skip(f"takes up to {marker.kwargs['seconds']} s, {left:.0f} are left")
-    with process_kept():
+    with restoring_process():
         yield
     torch.cuda.empty_cache()
 

@@ -17,7 +17,7 @@ from pipeline.models.networks import Critic, initialise
 from pipeline.models.spectral_norm import SpectralNorm, follow_update, norms, raw_weights, use_spectral_norm
 from pipeline.rng import seeded
 from pipeline.training.trainer import Trainer
-from tests.jobs import process_kept, tiny_config
+from tests.jobs import restoring_process, tiny_config
 
 
 def weight_of(*rows: list[float]) -> Tensor:
@@ -148,7 +148,7 @@ def test_a_step_takes_one_power_iteration_an_update_of_the_critic(
         runtime={"accumulation": accumulation},
     )
     iterated: list[int] = []
-    with process_kept():
+    with restoring_process():
         runtime = Runtime(config.runtime)
         trainer = Trainer(config, runtime)
         monkeypatch.setattr(SpectralNorm, "iterate", lambda norm, weight: iterated.append(len(norm.u)))
@@ -176,7 +176,7 @@ def test_every_forward_pass_divides_by_the_norm_of_the_weights_that_it_uses(
         product = inputs[0].detach().movedim(1, -1).flatten(1) @ norm.get_buffer("v")
         agree.append(torch.allclose(product / product.norm(), norm.get_buffer("u"), rtol=0, atol=1e-12))
 
-    with process_kept():
+    with restoring_process():
         runtime = Runtime(config.runtime)
         trainer = Trainer(config, runtime)
         for norm, _ in norms(trainer.state.critic):

@@ -17,7 +17,7 @@ from pipeline.distributed.process import Runtime
 from pipeline.storage.run_folder import RunFolder
 from pipeline.training.inputs import learning_rate
 from pipeline.training.trainer import Trainer
-from tests.jobs import changed, final_state, process_kept, tiny_config
+from tests.jobs import changed, final_state, restoring_process, tiny_config
 from tests.training.test_inputs import config_of, stream_of
 
 BURN_IN = {"n_critic": 1, "burn_in_n_critic": 3, "burn_in_steps": 2, "burn_in_every": 4}
@@ -78,7 +78,7 @@ def base(tiny_dataset: Path, tmp_path: Path) -> Config:
 
 
 def train(config: Config) -> dict[str, torch.Tensor]:
-    with process_kept():
+    with restoring_process():
         runtime = Runtime(RuntimeConfig(device="cpu", threads=1))
         Trainer(config, runtime).run()
         runtime.close()

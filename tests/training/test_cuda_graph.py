@@ -14,7 +14,7 @@ from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
 from pipeline.training.cuda_graph import CapturedStep
 from pipeline.training.trainer import Trainer
-from tests.jobs import process_kept, tiny_config
+from tests.jobs import restoring_process, tiny_config
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "wgan": {"critic_updates": "separate", "critic_fakes": "moving"},
@@ -34,7 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_captured_step_walks_the_same_trajectory(name: str, tiny_dataset: Path, tmp_path: Path) -> None:
     walks: list[tuple[Tensor, dict[str, Tensor]]] = []
-    with process_kept():
+    with restoring_process():
         for captured in (False, True):
             config = tiny_config(
                 data={"dataset": str(tiny_dataset)},
@@ -56,5 +56,5 @@ def test_a_captured_step_walks_the_same_trajectory(name: str, tiny_dataset: Path
 
 
 def test_a_graph_needs_a_gpu() -> None:
-    with process_kept(), pytest.raises(UserError, match=r"runtime\.cuda_graph is true, which takes a CUDA device"):
+    with restoring_process(), pytest.raises(UserError, match=r"runtime\.cuda_graph is true, which takes a CUDA device"):
         Runtime(RuntimeConfig(device="cpu", cuda_graph=True))

@@ -15,14 +15,14 @@ from pipeline.distributed.process import Runtime
 from pipeline.errors import TrainingFailed
 from pipeline.storage.run_folder import RunFolder
 from pipeline.training.trainer import Trainer
-from tests.jobs import process_kept, tiny_config
+from tests.jobs import restoring_process, tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 @pytest.fixture(scope="module")
 def runtime() -> Iterator[Runtime]:
-    with process_kept():
+    with restoring_process():
         yield Runtime(tiny_config().runtime)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.distributed.process import Runtime
 from pipeline.training.trainer import Trainer
-from tests.jobs import process_kept, tiny_config
+from tests.jobs import restoring_process, tiny_config
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -33,5 +33,5 @@ def test_losses_of_micro_batches_are_those_of_the_batch_in_float64(
         runtime.close()
         return trainer.log.losses()
 
-    with process_kept():
+    with restoring_process():
         torch.testing.assert_close(losses(4), losses(1), rtol=1e-13, atol=0)

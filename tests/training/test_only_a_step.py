@@ -15,7 +15,7 @@ import torch
 from pipeline.data.prepare import prepare_npz
 from pipeline.distributed.process import Runtime
 from pipeline.training.trainer import Trainer
-from tests.jobs import ROOT, changed, launch, process_kept, tiny_config
+from tests.jobs import ROOT, changed, launch, restoring_process, tiny_config
 from tests.training.watched import snapshot
 
 OWN = {"generator": "tests.guide:Generator", "critic": "tests.guide:Critic", "options": {"hidden": 12}}
@@ -57,7 +57,7 @@ def test_a_copy_is_equal_and_writes_nowhere_else(tiny_dataset: Path, tmp_path: P
         training={"spectral_norm": True, "batch_size": 8},
         runtime={"precision": "bf16"},
     )
-    with process_kept():
+    with restoring_process():
         runtime = Runtime(config.runtime)
         trainer = Trainer(config, runtime)
         trainer.take_step()

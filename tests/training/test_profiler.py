@@ -11,7 +11,7 @@ import pytest
 from pipeline.distributed.process import Runtime
 from pipeline.storage.run_folder import RunFolder
 from pipeline.training.trainer import Trainer
-from tests.jobs import changed, process_kept, tiny_config
+from tests.jobs import changed, restoring_process, tiny_config
 
 
 @pytest.mark.slow
@@ -21,7 +21,7 @@ def test_the_steps_asked_for_are_traced_and_no_others(
     training = {"steps": 6, "batch_size": 8, "n_critic": 2}
     config = tiny_config(data={"dataset": str(tiny_dataset)}, training=training, run={"root": str(tmp_path)})
     config = changed(config, run={"profile": "2:4", "log_every": 6})
-    with process_kept():
+    with restoring_process():
         runtime = Runtime(config.runtime)
         Trainer(config, runtime).run()
         Trainer(changed(config, training={"steps": 7}), runtime).run()

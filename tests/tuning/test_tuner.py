@@ -21,7 +21,7 @@ from pipeline.errors import EXIT_PREEMPTED, UserError
 from pipeline.storage.run_folder import RunFolder
 from pipeline.tuning.tuner import STARTUP_TRIALS, Tuner, read_study
 from tests.distributed.interrupting import LIMIT_SECONDS
-from tests.jobs import ROOT, flags, launch, process_kept, tiny_config
+from tests.jobs import ROOT, flags, launch, restoring_process, tiny_config
 from tests.ranks import Job
 
 TUNE = ROOT / "pipeline/tune.py"
@@ -126,7 +126,7 @@ def tuner(digits: Dataset, tmp_path: Path) -> Iterator[Callable[..., Tuner]]:
         overrides = [f"--{key}={value}" for key, value in settings.items()]
         return parse(make_parser("test"), [*flags(config), *overrides])[0]
 
-    with process_kept():
+    with restoring_process():
         runtime = Runtime(config.runtime)
         yield lambda **content: Tuner(read_study(study_file(tmp_path, **content)), configure, runtime)
         runtime.close()
