@@ -26,7 +26,7 @@ from tqdm import tqdm
 from pipeline.compat import fresh_accelerate, leave_buffers_alone, settle_buckets, stop_timing
 from pipeline.config import RuntimeConfig, captures_steps, check_device
 from pipeline.distributed import launcher
-from pipeline.distributed.collectives import Ranks, join_process_group
+from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.cpu import available_cores, release_freed_memory, restoring_cpu, sharing_the_cores, use_cpu
 from pipeline.distributed.slurm import JobComment
 from pipeline.distributed.stopping import StopRequest, restoring_signals
@@ -55,8 +55,11 @@ class Runtime:
         if on_cpu:
             use_cpu(self.cores, config.threads)
         timeout = timedelta(seconds=config.timeout_seconds)
-        several, backend = world_size > 1, "gloo" if on_cpu else "nccl"
-        self.ranks = self.stop.ranks = join_process_group(backend, timeout) if several else Ranks()
+        self.ranks = Ranks()
+        if several := world_size > 1:
+            from pipeline.distributed.rendezvous import join_process_group  # here: most processes are alone
+
+            self.ranks = self.stop.ranks = join_process_group("gloo" if on_cpu else "nccl", timeout)
         with launcher.environment_without_accelerate(keep_ranks=several):
             self.accelerator = _build_accelerator(config, on_cpu, world_size)
         self.device = torch.empty(0, device=self.accelerator.device).device
@@ -235,11 +238,7 @@ def open_tracker(name: str, project: str, folder: Path, arguments: Mapping[str, 
         arguments: accelerate's `init_kwargs` of this tracker.
     """
     kind = LOGGER_TYPE_TO_CLASS[name]
-    if name == "tensorboard":
-        tracker = kind("", folder, **arguments)
-    elif kind.requires_logging_directory:
-        tracker = kind(project, folder, **arguments)
-    else:
-        tracker = kind(project, **arguments)
+    folders = [folder] if kind.requires_logging_directory else []
+    tracker = kind("" if name == "tensorboard" else project, *folders, **arguments)
     tracker.start()
     return tracker
