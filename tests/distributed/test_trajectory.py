@@ -174,7 +174,7 @@ def test_other_networks_walk_one_trajectory_resume_and_are_exported(trained: Tra
     assert_close(trained.weights(f"{name}-1"), trained.weights(f"{name}-2"), 1e-9)
     assert_equal(trained.weights(f"{name}-2"), trained.weights(f"{name}-resumed-2"))
     path = RunFolder(trained.root / f"{name}-2").export
-    exported = load_generator(path, "tests.guide:Generator" if name == "guide" else None)
+    exported = load_generator(path, code="tests.guide:Generator" if name == "guide" else None)
     average = {key: value for key, value in trained.weights(f"{name}-2").items() if key.startswith("ema.")}
     assert_equal({f"ema.{key}": value for key, value in exported.state_dict().items()}, average)
     images = render_range(exported, 0, 0, 3)
