@@ -74,23 +74,17 @@ class Checkpoint:
     folder: Path
     format: int
     step: int
-    world_size: int
-    """The number of ranks that wrote it; any number can read it."""
-    progress: dict[str, Any]
-    """What the trainer saved beside the tensors: elapsed times, the generator's specification."""
-    files: dict[str, dict[str, Any]]
-    """The shards: name -> {"num_bytes", "sha256"}."""
+    world_size: int  # the number of ranks that wrote it; any number can read it
+    progress: dict[str, Any]  # what the trainer saved beside the tensors: elapsed times, the generator's specification
+    files: dict[str, dict[str, Any]]  # the shards: name -> {"num_bytes", "sha256"}
 
     def __str__(self) -> str:
         num_bytes = sum(entry["num_bytes"] for entry in self.files.values())
         return f"{num_bytes / 1e6:.1f} MB  {len(self.files)} shard(s)  world size {self.world_size}"
 
     def verify(self) -> Checkpoint:
-        """Reads every byte and returns the checkpoint itself.
-
-        Raises:
-            CheckpointError: A file is missing, cut or changed; the message names it.
-        """
+        """Reads every byte and returns the checkpoint itself. Raises CheckpointError, which names a file that is
+        missing, cut or changed."""
         for name, expected in self.files.items():
             path = self.folder / name
             try:
@@ -123,11 +117,7 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Reads the manifest of a checkpoint, not its tensors.
-
-    Raises:
-        CheckpointError: There is none, or it is damaged.
-    """
+    """Reads the manifest of a checkpoint, not its tensors. Raises CheckpointError if it is missing or damaged."""
     path = folder / MANIFEST
     try:
         content = json.loads(path.read_text())

@@ -55,11 +55,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Replaces a safetensors file atomically.
-
-    safetensors' own `save_file` is not used: its temporary file outlives a kill, the result is readable by its owner
-    alone, and a full disk raises an error of another type.
-    """
+    """Replaces a safetensors file atomically. The temporary file of safetensors' own `save_file` outlives a kill, its
+    result is readable by its owner alone, and a full disk raises an error of another type."""
     from safetensors.torch import save  # here: a run's folder is read where torch is not
 
     with replacing(path) as temporary:

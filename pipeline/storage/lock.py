@@ -33,12 +33,8 @@ class LockHeld(Exception):
 class Lock:
     """An exclusive lock, held from construction until `release` or the end of the process.
 
-    Args:
-        path: The lock file. Its folder is made if necessary.
-        on_wait: Is called before waiting for a living owner to release the lock. Without it nothing waits.
-
-    Raises:
-        LockHeld: A living process holds the lock and there is no `on_wait`, or nobody can tell whether its owner lives.
+    `on_wait` is called before waiting for a living owner to release the lock. Without it nothing waits, and a living
+    owner raises LockHeld; so does, in any case, one of which nobody can tell whether it lives.
     """
 
     def __init__(self, path: Path, on_wait: Callable[[], None] | None = None) -> None:
@@ -104,11 +100,8 @@ class Lock:
 
 
 def lock_run(run: RunFolder) -> Lock:
-    """Takes the lock of a run, whose folder is made if necessary.
-
-    Raises:
-        UserError: Another process holds it; the message names that process.
-    """
+    """Takes the lock of a run, whose folder is made if necessary. Raises UserError, which names the process, if another
+    one holds it."""
     try:
         return Lock(run.lock)
     except LockHeld as holder:
