@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib
 import json
+import re
 import sys
 from argparse import SUPPRESS
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -17,13 +19,24 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from pipeline.compat import arguments_of
-from pipeline.config.settings import Config
+from pipeline.config.settings import Config, flatten, leaves
 from pipeline.errors import UserError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 CONFIG = "YAML file that lists differences from the defaults, or the name of one of the package's, like quickstart"
 MAX_YAML_BYTES = 2**20
 SHIPPED = Path(__file__).parents[1] / "configs"
+TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "list": "a list",
+    "tuple": "a list of two numbers",
+    "dict": "a mapping",
+    "None": "null",
+}
+"""What a type of Python is called in a message."""
 
 
 def make_parser(description: str, documented: tuple[str, ...] = ("",)) -> ArgumentParser:
@@ -31,7 +44,7 @@ def make_parser(description: str, documented: tuple[str, ...] = ("",)) -> Argume
     with one of `documented`."""
     usage = "%(prog)s [--config FILE] [--KEY VALUE ...]"
     epilog = None if documented == ("",) else "The other keys of a run are taken too: see train.py --help."
-    parser = ArgumentParser(description=description, usage=usage, epilog=epilog)
+    parser = ArgumentParser(description=description, usage=usage, epilog=epilog, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help=CONFIG)
     parser.add_class_arguments(Config, instantiate=True)
     sections = [item.name for item in dataclasses.fields(Config)]
@@ -45,13 +58,13 @@ def make_parser(description: str, documented: tuple[str, ...] = ("",)) -> Argume
 def parse(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> tuple[Config, Namespace]:
     """Returns the configuration that the arguments (by default the process's) give, and the parsed namespace with the
     program's other arguments. Raises UserError naming the key, the value and the fix."""
-    ordered = _files_first(sys.argv[1:] if arguments is None else arguments)
+    ordered = _files_first(parser, sys.argv[1:] if arguments is None else arguments)
     parser.exit_on_error = False  # it would print its usage above the error
     try:
         namespace = parser.instantiate(parser.parse_args(ordered))
     except ArgumentError as error:
         files = "".join(f" and {value}" for name, value in pairwise(ordered) if name == "--config")
-        raise UserError(f"{' '.join(str(error).split())}; look at --help{files}") from None
+        raise UserError(f"{_shorten(str(error))}; look at --help{files}") from None
     return Config(**{item.name: namespace[item.name] for item in dataclasses.fields(Config)}), namespace
 
 
@@ -60,23 +73,58 @@ def configure(file: str | Path | None = None, settings: Mapping[str, object] = M
     `settings` in place of some of its values: `configure("quickstart", {"run.name": "first", "training.steps": 500})`.
     Raises UserError naming the key, the value and the fix."""
     files = [] if file is None else ["--config", str(file)]
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
+    texts = {
+        key: str(value) if isinstance(value, str | Path) else json.dumps(value, default=str)
+        for key, value in settings.items()
+    }
     return parse(make_parser("configure"), [*files, *(f"--{key}={text}" for key, text in texts.items())])[0]
 
 
-def _files_first(arguments: Sequence[str]) -> list[str]:
+def _files_first(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]:
     """Moves `--config FILE` before all other arguments, because jsonargparse lets a file replace what stands before it;
-    and checks each file."""
+    and checks each file and the names of all arguments."""
+    keys = [option[2:] for action in arguments_of(parser) for option in action.option_strings if option[:2] == "--"]
+    mappings = tuple(f"{key}." for key, value in flatten(Config()).items() if isinstance(value, dict))
     files, others, remaining = [], list[str](), iter(arguments)
     for argument in remaining:
         name, _, value = argument.partition("=")
+        key = name.removeprefix("--").removesuffix("+")  # KEY+ appends to a list
         if name == "--config" and (value := value or next(remaining, "")):
             path = _find_file(value)
-            _check_sections(path, read_yaml(path), Config())
+            _check_keys(path, read_yaml(path), Config(), keys)
             files += ["--config", str(path)]
+        elif name[:2] == "--" and key and key not in keys and not key.startswith(mappings):
+            raise UserError(_unknown(key, keys))
         else:
             others.append(argument)
     return files + others
+
+
+def _unknown(key: str, keys: Iterable[str]) -> str:
+    """Returns the message that there is no such key, with the one that was perhaps meant."""
+    ends_so = [known for known in keys if known.endswith(f".{key}")]
+    similar = ends_so or difflib.get_close_matches(key, keys)
+    return f"{key} is no setting: " + (f"did you mean {similar[0]}?" if similar else "--help lists them")
+
+
+def _shorten(message: str) -> str:
+    """Returns jsonargparse's message in one line, and that of a wrong type without the types that it has tried."""
+    line = " ".join(message.split())
+    if (wrong := re.search(r'key "([\w.]+)": .*(?:Got|Given) value: (.*)', line)) is None:
+        return line
+    key, value = wrong.groups()
+    return f"{key} is {'null' if value == 'None' else value}: it must be {describe_type(key) or 'of another type'}"
+
+
+def describe_type(key: str) -> str | None:
+    """Returns in words what a setting takes; None if there is no such setting."""
+    annotation = next((str(item.type) for name, _, item in leaves(Config()) if name == key), None)
+    if annotation is None:
+        return None
+    if choices := re.search(r"Literal\[(.*?)\]", annotation):
+        several, values = annotation.startswith("list"), choices[1].replace("'", "")
+        return f"{'a list of' if several else 'one of'} {values}{' or null' if annotation.endswith('None') else ''}"
+    return " or ".join(TYPES[kind.partition("[")[0]] for kind in annotation.split(" | "))
 
 
 def _find_file(name: str) -> Path:
@@ -92,14 +140,17 @@ def _find_file(name: str) -> Path:
     raise UserError(f"--config is {name}: no such file, and none of the package's: {known}")
 
 
-def _check_sections(path: Path, content: dict[str, Any], section: Any, prefix: str = "") -> None:
-    """Raises UserError if a file gives a single value, or nothing, where a section of settings belongs."""
+def _check_keys(path: Path, content: dict[Any, Any], section: Any, keys: Sequence[str], prefix: str = "") -> None:
+    """Raises UserError if a file has an unknown key, or gives a single value, or nothing, where a section belongs."""
+    for name in content:
+        if (key := f"{prefix}{name}") not in keys:
+            raise UserError(f"{path}: {_unknown(key, keys)}")
     for name, inner in vars(section).items():
         if dataclasses.is_dataclass(inner) and name in content:
             if not isinstance(content[name], dict):
                 key = prefix + name
                 raise UserError(f"{path}: {key} is {content[name]!r}: write its keys below it, or leave it out")
-            _check_sections(path, content[name], inner, f"{prefix}{name}.")
+            _check_keys(path, content[name], inner, keys, f"{prefix}{name}.")
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -81,10 +81,10 @@ class DataConfig:
     """The real images."""
 
     dataset: str = setting("mnist")
-    """A known dataset (mnist, fashion_mnist, cifar10), which is prepared on first use, or the path of a folder that
-    holds a dataset.json."""
+    """A known dataset (mnist, fashion_mnist, cifar10), which is prepared on first use, the name of another one under
+    data.root, or the path of a folder that holds a dataset.json."""
     root: str = setting("data", free=True)
-    """Folder under which known datasets are prepared."""
+    """Folder that holds known datasets, and others that are given by name."""
     source: Literal["auto", "resident", "streaming"] = setting("auto")
     """resident: images are decoded once into device memory. streaming: they are read through webdataset. auto: resident
     if they fit."""
@@ -280,7 +280,11 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raises UserError for values out of range and settings that contradict each other."""
-        for key, value, item in _leaves(self):
+        for section in dataclasses.fields(self):
+            if not isinstance(value := getattr(self, section.name), type(section.default)):
+                name = type(section.default).__name__
+                raise UserError(f"{section.name} is {value!r}: give a {name}, or its keys to configure()")
+        for key, value, item in leaves(self):
             _check_range(key, value, item)
         training, network = self.training, self.network
         if self.runtime.compress_gradients:
@@ -323,12 +327,12 @@ class Config:
         return Path(self.run.root) / self.run.name
 
 
-def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
+def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
     """Yields dotted key, value and field of every setting of a section and of the sections within it."""
     for item in dataclasses.fields(section):
         value = getattr(section, item.name)
         if dataclasses.is_dataclass(value):
-            yield from _leaves(value, f"{prefix}{item.name}.")
+            yield from leaves(value, f"{prefix}{item.name}.")
         else:
             yield prefix + item.name, value, item
 
@@ -372,4 +376,4 @@ def captures_steps(config: RuntimeConfig, has_cuda: bool) -> bool:
 
 def flatten(config: Config, *, free: bool = True) -> dict[str, Any]:
     """Returns all settings by dotted key; with `free=False` without those that may change between launches."""
-    return {key: value for key, value, item in _leaves(config) if free or not item.metadata["free"]}
+    return {key: value for key, value, item in leaves(config) if free or not item.metadata["free"]}

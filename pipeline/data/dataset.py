@@ -157,7 +157,9 @@ def existing_dataset(config: DataConfig) -> Dataset | None:
     Raises DataError when another is missing, when it is damaged, or when other images lie in a known one's place.
     """
     if config.dataset not in KNOWN:
-        return load_dataset(config.dataset, allow_shell_urls=config.allow_shell_urls)
+        named = Path(config.root) / config.dataset
+        is_named = (named / FILE_NAME).exists() and not (Path(config.dataset) / FILE_NAME).exists()
+        return load_dataset(named if is_named else config.dataset, allow_shell_urls=config.allow_shell_urls)
     folder = Path(config.root) / config.dataset
     if not (folder / FILE_NAME).exists():
         return None

@@ -151,6 +151,14 @@ def test_every_cut_of_a_manifest_is_refused(tmp_path: Path) -> None:
             load_dataset(dataset.folder)
 
 
+def test_a_dataset_under_the_root_goes_by_its_name(tiny_dataset: Path) -> None:
+    named = open_dataset(DataConfig(dataset="tiny", root=str(tiny_dataset.parent)))
+    assert named == load_dataset(tiny_dataset)
+    assert open_dataset(DataConfig(dataset=str(tiny_dataset), root="elsewhere")) == named
+    with pytest.raises(DataError, match=r"^tiny/dataset.json does not exist"):
+        open_dataset(DataConfig(dataset="tiny", root="elsewhere"))
+
+
 def test_a_missing_dataset_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere/dataset.json does not exist: prepare"):
         open_dataset(DataConfig(dataset=str(tmp_path / "nowhere")))

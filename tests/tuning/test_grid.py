@@ -28,6 +28,10 @@ def test_every_combination_is_a_run_with_a_name_of_its_values() -> None:
     assert [run.training.objective for run in runs] == ["wgan"] * 3 + ["lsgan"] * 3
     assert [run.training.seed for run in runs] == [0, 1, 2] * 2
     assert {run.training.steps for run in runs} == {7}
+    assert runs_of(["config=wgan,lsgan"], []) == [
+        ["--config=wgan", "--run.name=wgan"],
+        ["--config=lsgan", "--run.name=lsgan"],
+    ]
 
 
 def test_settings_of_any_key_and_kind() -> None:
