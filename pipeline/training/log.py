@@ -26,6 +26,8 @@ from pipeline.training.state import TrainingState
 RECENT_LINES, FEW_LINES, GROWTH = 20, 5, 1_000
 """A gradient norm is compared with the median of so many lines before it, if there are at least FEW_LINES; a person is
 warned if it is more than GROWTH times as large."""
+FORECAST_STEPS, LONG_SECONDS = (2, 12), 60
+"""The steps of a launch between which its speed is measured, and the least time of a run that a person is told."""
 SLOW_RANK = 1.5
 """A rank counts as slow if its time is more than this many times the median of the ranks."""
 
@@ -205,6 +207,38 @@ class MetricsLog:
                 f"the median of the ranks is {usual:.3g} s"
             )
         return {"rank_seconds_min": min(busy), "rank_seconds_max": max(busy), "slowest_rank": slowest}
+
+
+class Forecast:
+    """Prints once, after the first dozen steps of a launch, about how long the others will take."""
+
+    def __init__(self, training: TrainingConfig, runtime: Runtime, step: int) -> None:
+        self._training, self._runtime = training, runtime
+        self._first, self._last = (step + steps for steps in FORECAST_STEPS)
+
+    def add_step(self, step: int) -> None:
+        """Notes that a step is taken."""
+        if step not in (self._first, self._last):
+            return
+        if self._runtime.device.type == "cuda":
+            torch.cuda.synchronize(self._runtime.device)  # twice in a launch: the host runs ahead of the device
+        if step == self._first:
+            self._started = time.monotonic()
+            return
+        left = self._training.steps - step
+        seconds = time.monotonic() - self._started
+        seconds *= self._updates(step, self._training.steps) / self._updates(self._first, step)
+        if left and seconds >= LONG_SECONDS:
+            from pipeline.reporting.read import duration, number
+
+            self._runtime.print(
+                f"{left:,} steps at {number(seconds / left, 2)} s: about {duration(seconds)}, and evaluations; "
+                "Ctrl-C saves, the same command goes on"
+            )
+
+    def _updates(self, first: int, stop: int) -> int:
+        """Returns the number of updates in these steps: those of a burn-in have more, and take longer."""
+        return self._training.critic_iterations(first, stop) + stop - first
 
 
 def profiled(

@@ -21,7 +21,7 @@ from pipeline.storage.files import write_text
 from pipeline.storage.lock import Lock, lock_run
 from pipeline.storage.run_folder import RunFolder, environment_of
 from pipeline.training.inputs import InputStream
-from pipeline.training.log import MetricsLog, profiled
+from pipeline.training.log import Forecast, MetricsLog, profiled
 from pipeline.training.saving import Saver
 from pipeline.training.state import build_state
 from pipeline.training.step import build_step
@@ -96,9 +96,11 @@ class Trainer:
             with messages_above_bars(), self._progress_bar() as self._bar:
                 self._sample_and_evaluate()  # what a stop right after the checkpoint left undone
                 self.log.begin()
+                forecast = Forecast(self.config.training, self.runtime, self.state.step)
                 while self.state.step < self._last_step:
                     take_step()
                     self._bar.update()
+                    forecast.add_step(self.state.step)
                     self.saver.report()
                     if self._due(run.log_every):
                         self._write_log()  # before the checkpoint: a resumed run writes the lines after it
