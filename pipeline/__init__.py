@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -51,6 +51,10 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 class _Package(ModuleType):
     """The package's type: `train` and `evaluate` stay functions when the programs of these names are imported as
     modules, which would otherwise replace them."""
@@ -74,9 +78,12 @@ if _is_program() and signal.getsignal(signal.SIGINT) is signal.default_int_handl
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def train(config: Config) -> Run:
+def train(config: Config | str | Path, settings: Mapping[str, object] = MappingProxyType({})) -> Run:
     """Trains the run that the configuration describes, from its newest checkpoint if there is one, and returns what its
     folder then holds: `log` has the metrics, `evaluations` the scores, `grids` the samples' PNG files.
+
+    `train("quickstart", {"training.steps": 500})` takes a configuration's name or path and, by their dotted keys,
+    settings in place of some of its values; `train(config)` takes a `Config`.
 
     It may be called in a single process, or on all ranks that a launcher started. While it runs, SIGINT (a notebook's
     interrupt), SIGTERM and SIGUSR1 stop it after saving; a second SIGINT stops it at once. The process gets back its
@@ -87,12 +94,18 @@ def train(config: Config) -> Run:
         Preempted: the run was stopped; called again it goes on.
         TrainingFailed: a loss, gradient or weight is not finite, replicas differ, or saving failed too often.
     """
+    from pipeline.config import Config, configure
     from pipeline.distributed.failures import closing
     from pipeline.distributed.process import Runtime, restoring_process
+    from pipeline.errors import UserError
     from pipeline.reporting.read import read_run
     from pipeline.storage.run_folder import RunFolder
     from pipeline.training.trainer import Trainer
 
+    if not isinstance(config, Config):
+        config = configure(config, settings)
+    elif settings:
+        raise UserError(f"settings {dict(settings)} go with a configuration's name or path: put them into the Config")
     folder = RunFolder(config.folder)
     with restoring_process():
         runtime = Runtime(config.runtime)
@@ -103,7 +116,7 @@ def train(config: Config) -> Run:
 
 def evaluate(
     target: str | Path,
-    config: Config | None = None,
+    config: Config | str | Path | None = None,
     *,
     steps: Sequence[int] | Literal["newest", "all"] = "newest",
     out: str | Path | None = None,
@@ -116,7 +129,7 @@ def evaluate(
     Args:
         target: a run's folder, an exported generator (.safetensors, .h5, .keras), a folder of images, an .npz file, or
             the word train or test for that split of the real images.
-        config: by default the configuration of the run, or else the defaults.
+        config: a Config, or a configuration's name or path; by default that of the run, or else the defaults.
         steps: steps of the run's checkpoints to score.
         out: path of the scores; by default they go into the run, or into evaluations/ under run.root.
         crop: side of the centre square that is cut out of images in files first.
@@ -136,12 +149,13 @@ def evaluate(
     from pipeline.storage.run_folder import RunFolder
 
     run = RunFolder(Path(target))
-    if config is None:
-        config = configure(run.config) if run.config.is_file() else Config()
+    if not isinstance(config, Config):
+        config = configure(config or (run.config if run.config.is_file() else None))
+    data = config.data
     with restoring_process():
         runtime = Runtime(config.runtime)
         with closing(runtime, config):
-            dataset = runtime.ranks.on_main(lambda: open_dataset(config.data))
+            dataset = runtime.ranks.on_main(lambda: open_dataset(data))
             scorer = Scorer(config.evaluation, dataset, runtime, config.training.seed)
             wanted = [None] if steps == "newest" else None if steps == "all" else list(steps)
             scores, root = Path(out) if out else None, Path(config.run.root)

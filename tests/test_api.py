@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
 import pipeline
-from pipeline import Config, configure, evaluate, train
+from pipeline import Config, configure, evaluate, load_generator, prepare_npz, read_run, train
 from pipeline.config import to_yaml
 from pipeline.distributed.stopping import STOP_SIGNALS
 from pipeline.errors import UserError
@@ -143,10 +143,32 @@ def test_settings_by_their_keys(tmp_path: Path) -> None:
             configure(None, {key: value})
     with pytest.raises(UserError, match=r"nothing\.yaml: can't be read"):
         configure(tmp_path / "nothing.yaml")
+    assert configure("quickstart", {"data.dataset": tmp_path}).data.dataset == str(tmp_path)
+    with pytest.raises(UserError, match=r"^trainig.steps is no setting: did you mean training.steps\?$"):
+        train("quickstart", {"trainig.steps": 5})
+    with pytest.raises(UserError, match=r"^training.steps is .*object.*: it must be a whole number"):
+        configure("quickstart", {"training.steps": object()})
+    with pytest.raises(UserError, match=r"^settings {'training.steps': 5} go with a configuration's name or path"):
+        train(Config(), {"training.steps": 5})
+    with pytest.raises(UserError, match=r"^training is {'steps': 5}: give a TrainingConfig"):
+        Config(training={"steps": 5})  # type: ignore[arg-type]
+
+
+def test_a_file_trains_with_settings_and_paths_are_texts(tiny_dataset: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(to_yaml(small(tmp_path, tiny_dataset)))
+    run = train(str(file), {"training.steps": 3, "run.name": "three"})
+    assert (run.name, run.step) == ("three", 3)
+    assert read_run(str(run.folder.path)) == run
+    assert repr(run) == f"<Run {run.folder.path}: finished, 3 steps>"
+    assert not load_generator(str(run.folder.path)).training
+    again = prepare_npz(str(tmp_path), "again", {"train": str(tiny_dataset.parent / "tiny.npz")})
+    assert again.folder == tmp_path / "again"
 
 
 def test_every_name_is_there_and_stays() -> None:
     """Importing a program as a module takes the place of nothing."""
+    assert set(pipeline.__all__) <= set(dir(pipeline))
     for name in pipeline.__all__:
         assert getattr(pipeline, name).__doc__
     code = (

@@ -18,7 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Low to high: a module imports from lower layers, and from its own folder.
 LAYERS = [
-    {"errors", "compat"},
+    {"errors", "compat", "__version__"},
     {"config"},
     {"rng", "models"},
     {"distributed"},

@@ -3,6 +3,8 @@
 Nothing is computed again here, and no damaged file raises: what can't be read becomes a note of the run.
 """
 
+import base64
+import html
 import json
 import re
 import statistics
@@ -129,9 +131,9 @@ class Evaluation:
         return _mapping(self.features.get(features, {}).get("provenance"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
-    """What a run's folder holds. Whatever has a step is in the order of steps."""
+    """What a run's folder holds. Whatever has a step is in the order of steps. A notebook shows its newest samples."""
 
     folder: RunFolder
     config: dict[str, object]
@@ -145,6 +147,17 @@ class Run:
     """The scores, on images that did not choose it, of the best generator by run.keep_best; empty if there is none."""
     notes: list[str]
     """Messages about what could not be read."""
+
+    def __repr__(self) -> str:
+        return f"<Run {self.folder.path}: {'; '.join([self.status, *self.in_brief])}>"
+
+    def _repr_html_(self) -> str:
+        """Returns the newest grid of samples and a line about the run, for a notebook's output."""
+        picture = ""
+        if self.grids and self.grids[-1][1].is_file():
+            image = base64.b64encode(self.grids[-1][1].read_bytes()).decode()
+            picture = f'<img src="data:image/png;base64,{image}" alt="samples"><br>'
+        return f"{picture}<code>{html.escape(repr(self)[1:-1])}</code>"
 
     @property
     def name(self) -> str:
@@ -282,12 +295,13 @@ def is_run(path: Path) -> bool:
     return any(part.exists() for part in (folder.config, folder.metrics, folder.evaluation, folder.samples))
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: str | Path) -> Run:
     """Reads what a report needs from a run's folder.
 
     Raises:
         UserError: There is no such folder, or nothing in it belongs to a run.
     """
+    path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is not a folder: give the folder of a run, such as runs/wgan")
     folder, notes = RunFolder(path), list[str]()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from base64 import b64encode
 from pathlib import Path
 
 from pipeline.reporting.page import write_report
@@ -63,3 +65,13 @@ def test_curves_hold_what_compares(run: Path) -> None:
     assert found.of_critic("test_gap") == Curve([1000, 3000], [0.019, 0.017])
     path.write_text(json.dumps(content | {"critic": {"test_gap": 1.0}, "weights": "raw"}))
     assert read_run(run).of_critic("test_gap").steps == [1000, 3000]
+
+
+def test_a_notebook_shows_the_newest_samples_and_a_line(run: Path) -> None:
+    shown = read_run(str(run))
+    assert "\n" not in repr(shown)
+    assert repr(shown).startswith(f"<Run {run}: finished, 3,000 steps; mnist FID ")
+    assert b64encode(shown.grids[-1][1].read_bytes()).decode() in shown._repr_html_()
+    assert "mnist FID" in shown._repr_html_()
+    bare = dataclasses.replace(shown, grids=[])
+    assert "<img" not in bare._repr_html_()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -19,9 +19,9 @@ TEST_FOLDERS = ("test", "val", "valid", "validation")
 
 
 def prepare_folder(
-    root: Path,
+    root: str | Path,
     name: str,
-    paths: dict[str, Path],
+    paths: Mapping[str, str | Path],
     sizes: ShardSizes = DEFAULT_SIZES,
     *,
     crop: int | None = None,
@@ -44,17 +44,17 @@ def prepare_folder(
         DataError: images do not decode, are smaller than `crop`, or differ in size without either; it names the file.
     """
     check_name(name)
-    remarks, resizing = Remarks(), Resizing(crop, size)
-    if list(paths) == ["train"] and len(inside := _splits_in(paths["train"], remarks)) == 2:
+    remarks, resizing, target = Remarks(), Resizing(crop, size), Path(root) / name
+    if list(paths) == ["train"] and len(inside := _splits_in(Path(paths["train"]), remarks)) == 2:
         named = " and ".join(f"{path.name}/" for path in inside.values())
         print_line(f"{paths['train']} holds {named}: they are read as the splits train and test, not as classes")
         paths = inside
-    listings = {split: list_images(path, remarks) for split, path in paths.items()}
-    class_names = _class_names({paths[split]: folders for split, (_, folders) in listings.items()}, root / name)
+    listings = {split: list_images(Path(path), remarks) for split, path in paths.items()}
+    class_names = _class_names({Path(paths[split]): folders for split, (_, folders) in listings.items()}, target)
     files = bar(iterable=[file for files, _ in listings.values() for file in files], desc="checking", unit="image")
     shape = common_shape(shapes_of(files, remarks), remarks, resizing)
     splits = {split: folder_split(*listing, class_names, shape, resizing) for split, listing in listings.items()}
-    return write_dataset(Dataset(root / name, name, shape, class_names, {}, kind=kind), splits, sizes, remarks)
+    return write_dataset(Dataset(target, name, shape, class_names, {}, kind=kind), splits, sizes, remarks)
 
 
 def shapes_of(files: Iterable[Path], remarks: Remarks) -> Iterator[tuple[str, ImageShape, bool]]:

@@ -177,9 +177,9 @@ def prepare_known(name: str, root: Path, source: Path | None = None, sizes: Shar
         return dataset
 
 
-def prepare_mnist(root: Path, source: Path | None = None, sizes: ShardSizes = DEFAULT_SIZES) -> Dataset:
+def prepare_mnist(root: str | Path, source: str | Path | None = None, sizes: ShardSizes = DEFAULT_SIZES) -> Dataset:
     """Writes MNIST (LeCun et al. 1998) as `root`/mnist; see `prepare_known`."""
-    return prepare_known("mnist", root, source, sizes)
+    return prepare_known("mnist", Path(root), Path(source) if source else None, sizes)
 
 
 def _fetch(known: KnownDataset, downloads: Path) -> dict[str, Split]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,9 +49,9 @@ class Arrays(NamedTuple):
 
 
 def prepare_npz(
-    root: Path,
+    root: str | Path,
     name: str,
-    paths: dict[str, Path],
+    paths: Mapping[str, str | Path],
     sizes: ShardSizes = DEFAULT_SIZES,
     *,
     crop: int | None = None,
@@ -70,21 +71,22 @@ def prepare_npz(
         DataError: it names the file.
     """
     check_name(name)
-    if "test" not in paths and any(NAMES.get(array.lower(), ("",))[0] == "test" for array in _headers(paths["train"])):
-        paths = paths | {"test": paths["train"]}
-    arrays = {split: load_npz(path, split) for split, path in paths.items()}
+    files = {split: Path(path) for split, path in paths.items()}
+    if "test" not in files and any(NAMES.get(array.lower(), ("",))[0] == "test" for array in _headers(files["train"])):
+        files["test"] = files["train"]
+    arrays = {split: load_npz(path, split) for split, path in files.items()}
     remarks, resizing = Remarks(), Resizing(crop, size)
-    shapes = ((str(paths[split]), images.shape[1:], False) for split, (images, _, _) in arrays.items())
+    shapes = ((str(files[split]), images.shape[1:], False) for split, (images, _, _) in arrays.items())
     shape = common_shape(shapes, remarks, resizing)
-    class_names = numbered_classes([(str(paths[split]), labels) for split, (_, labels, _) in arrays.items()], "files")
-    for path in dict.fromkeys(paths.values()):
-        unread = [set(arrays[split].others) for split in paths if paths[split] == path]
+    class_names = numbered_classes([(str(files[split]), labels) for split, (_, labels, _) in arrays.items()], "files")
+    for path in dict.fromkeys(files.values()):
+        unread = [set(arrays[split].others) for split in files if files[split] == path]
         for array in sorted(set.intersection(*unread)):
             remarks.add("left out", "array", f"{array!r} in {path}")
     splits = {
-        split: npz_split(paths[split], images, labels, shape, resizing) for split, (images, labels, _) in arrays.items()
+        split: npz_split(files[split], images, labels, shape, resizing) for split, (images, labels, _) in arrays.items()
     }
-    return write_dataset(Dataset(root / name, name, shape, class_names, {}, kind=kind), splits, sizes, remarks)
+    return write_dataset(Dataset(Path(root) / name, name, shape, class_names, {}, kind=kind), splits, sizes, remarks)
 
 
 def npz_split(path: Path, images: Images, labels: Labels | None, shape: ImageShape, resizing: Resizing) -> Split:
