@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import train
 from pipeline.training import log
-from tests.jobs import changed, process_kept, tiny_config
+from tests.jobs import changed, restoring_process, tiny_config
 
 
 def test_a_run_says_how_long_it_will_take(
@@ -18,7 +18,7 @@ def test_a_run_says_how_long_it_will_take(
     config = tiny_config(data={"dataset": str(tiny_dataset)}, run={"root": str(tmp_path), "name": "short"})
     config = changed(config, training={"steps": 15, "batch_size": 8, "n_critic": 1})
     expected = r"3 steps at [\d.]+ s: about 0 s, and evaluations; Ctrl-C saves, the same command goes on"
-    with process_kept():
+    with restoring_process():
         train(config)
         assert not re.search(expected, capsys.readouterr().err), "a minute needs no forecast"
         monkeypatch.setattr(log, "LONG_SECONDS", 0)
