@@ -227,7 +227,7 @@ class EvaluationConfig:
     features: list[str] = setting(["mnist"], free=True)
     """Feature spaces to score in: mnist (digits alone); own (a classifier of the dataset's classes, which python -m
     pipeline.evaluation.train_classifier makes); inception; dinov2 (needs timm); module:NAME of your own
-    (pipeline/evaluation/features/custom.py)."""
+    (pipeline/evaluation/features/__init__.py)."""
     reference: Literal["train", "test"] = setting("train", free=True)
     """Real split that images are compared with; the other split gives the floor."""
     neighbours: int = setting(5, low=1, high=100, free=True)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.config import NetworkConfig
@@ -22,7 +21,7 @@ from pipeline.models.networks import AnyGenerator, Critic, Generator, mirror_sta
 from pipeline.models.spectral_norm import SINGULAR_VECTORS, use_spectral_norm
 from pipeline.models.user_networks import generator_of_spec, preserve_global_rng
 from pipeline.storage.checkpoint import Checkpoint, find, read_checkpoint, sha256_of_tensor
-from pipeline.storage.files import replacing, write_tensors
+from pipeline.storage.files import read_tensors, replacing, write_tensors
 from pipeline.storage.run_folder import RunFolder
 
 FORMAT = "gan-pipeline generator 2"
@@ -177,9 +176,7 @@ def fingerprint(generator: AnyGenerator) -> str:
 
 def _read_export(path: Path, code: str | None) -> tuple[AnyGenerator, dict[str, Any]]:
     try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        tensors, header = read_tensors(path)
         if header.get("format") not in {FORMAT, KERAS_FORMAT}:
             raise ValueError(f"its header does not say {FORMAT!r}")
         generator = generator_of_spec(json.loads(header["generator"]), code, path)
@@ -189,7 +186,7 @@ def _read_export(path: Path, code: str | None) -> tuple[AnyGenerator, dict[str, 
         provenance = dict(json.loads(header.get("provenance", "{}")))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give an export, e.g. runs/NAME/export/generator.safetensors") from None
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not a generator export of this pipeline ({reason})") from None
     return _freeze(generator), provenance

@@ -16,8 +16,8 @@ from torchvision.transforms import v2
 from pipeline.config import EvaluationConfig
 from pipeline.data import Dataset
 from pipeline.errors import UserError
-from pipeline.evaluation.features import FeatureExtractor, dinov2, load_features
-from pipeline.evaluation.features.dinov2 import Dinov2Features, positions, prepared
+from pipeline.evaluation.features import FeatureExtractor, load_features
+from pipeline.evaluation.features.published import Dinov2Features, positions, prepared
 from tests.trap import Trap
 
 CPU = torch.device("cpu")
@@ -127,7 +127,7 @@ def test_features_are_the_normalised_class_token(small: nn.Module, weights: Path
 @pytest.mark.slow
 def test_bad_weights_are_refused(small: nn.Module, weights: Path, tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
-    assert timm.models.get_pretrained_cfg("vit_large_patch14_dinov2.lvd142m").url == dinov2.WEIGHTS.url
+    assert timm.models.get_pretrained_cfg("vit_large_patch14_dinov2.lvd142m").url == Dinov2Features.weights.url
     with pytest.raises(UserError, match=r"evaluation\.dinov2_weights is .*none\.pth: no such file"):
         load(tmp_path / "none.pth")
     with pytest.raises(UserError, match="1 or 3 channels, not 4"):

@@ -23,8 +23,9 @@ from pipeline.data.prepare import prepare_npz
 from pipeline.data.resident import load_split
 from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
-from pipeline.evaluation.features import SPACES, FeatureExtractor, classifier, inception, load_all, load_features
+from pipeline.evaluation.features import SPACES, FeatureExtractor, classifier, load_all, load_features
 from pipeline.evaluation.features.classifier import MNIST_WEIGHTS, MnistFeatures
+from pipeline.evaluation.features.published import InceptionFeatures
 from pipeline.evaluation.scorer import Scorer
 from tests.jobs import restoring_process
 from tests.trap import Trap
@@ -176,9 +177,9 @@ def test_the_fingerprint_follows_the_weights(
 
 def test_offline_inception_says_which_file_goes_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "weights-inception-2015-12-05-6726825d.pth"
-    assert inception.WEIGHTS.url == URL_INCEPTION_V3
-    assert Path(inception.WEIGHTS.url).name == name
-    nowhere = inception.WEIGHTS._replace(url=f"http://127.0.0.1:9/{name}")  # nothing listens there
+    assert InceptionFeatures.weights.url == URL_INCEPTION_V3
+    assert Path(InceptionFeatures.weights.url).name == name
+    nowhere = InceptionFeatures.weights._replace(url=f"http://127.0.0.1:9/{name}")  # nothing listens there
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError) as refused:
         nowhere.fetch(EvaluationConfig())

@@ -16,7 +16,7 @@ from pipeline.benchmarking.fidelity import fidelity_scores
 from pipeline.data import Dataset
 from pipeline.data.resident import load_split
 from pipeline.evaluation.features import FeatureExtractor
-from pipeline.evaluation.features.inception import InceptionFeatures
+from pipeline.evaluation.features.published import InceptionFeatures
 from pipeline.evaluation.metrics import FrechetDistance, InceptionScore, KernelDistance
 from pipeline.evaluation.metrics.scores import KID_SUBSET_SIZE
 

@@ -12,8 +12,9 @@ import torch
 
 from pipeline.config import EvaluationConfig
 from pipeline.errors import Preempted
-from pipeline.evaluation.features import FeatureExtractor, inception
+from pipeline.evaluation.features import FeatureExtractor
 from pipeline.evaluation.features.classifier import MnistFeatures
+from pipeline.evaluation.features.published import InceptionFeatures
 from pipeline.training.step import build_step
 from tests.gpu.walks import Bench, Walk, state_of, take_steps, trainer_of, walk, without_graphs
 from tests.jobs import ROOT
@@ -114,16 +115,14 @@ def test_the_host_never_waits(bench: Bench, name: str, graph: bool) -> None:
 @pytest.mark.parametrize("name", ["mnist", "inception"])
 def test_features_are_those_of_the_cpu(name: str, record_property: Record) -> None:
     """With TensorFloat-32 allowed all around: the extractors switch it off. Inception's only where its weights are."""
-    weights = inception.WEIGHTS.path(EvaluationConfig())
+    weights = InceptionFeatures.weights.path(EvaluationConfig())
     if name == "inception" and not weights.is_file():
         pytest.skip(f"no weights in {weights}")
     images = torch.randint(256, (50, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
     def features(device: str) -> torch.Tensor:
         place = torch.device(device)
-        space: FeatureExtractor = (
-            MnistFeatures(place) if name == "mnist" else inception.InceptionFeatures(weights, place)
-        )
+        space: FeatureExtractor = MnistFeatures(place) if name == "mnist" else InceptionFeatures(weights, place)
         return space(images)[0]
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

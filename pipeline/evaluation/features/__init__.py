@@ -1,33 +1,38 @@
 """Feature spaces: the frozen networks whose outputs the scores compare.
 
-Each space is a file of this folder and a line of SPACES, and is imported when it is used.
+Each space is a class in a file of this folder and a line of SPACES; the file is imported when the space is used. Users
+bring networks of their own as `module:NAME`, see CustomFeatures.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pipeline.config import EvaluationConfig
+from pipeline.config import EvaluationConfig, import_object
 from pipeline.data import Dataset
-from pipeline.errors import UserError
+from pipeline.errors import UserError, describe_error
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.features.published import PublishedWeights
 
 SPACES = {
     "mnist": "classifier.load_mnist",
     "own": "classifier.load_own",
-    "inception": "inception.InceptionFeatures",
-    "dinov2": "dinov2.Dinov2Features",
+    "inception": "published.InceptionFeatures",
+    "dinov2": "published.Dinov2Features",
 }
 """The files and what makes an extractor in them: of `(dataset, device)`, or of the `(path, device)` of published
-weights, which a file describes as WEIGHTS. It raises UserError for a dataset that the space does not fit."""
+weights, which the class then describes as `weights`. It raises UserError for a dataset that the space does not fit."""
 FORWARD_SIZE = 100
 """Images of one forward pass. It is fixed because the rounding of a float32 convolution may depend on their number."""
 
@@ -81,42 +86,42 @@ class FeatureExtractor(ABC):
         """Runs the network once, on at most FORWARD_SIZE images on its device."""
 
 
-class PublishedWeights(NamedTuple):
-    """A weight file that the authors of a network publish."""
+class CustomFeatures(FeatureExtractor):
+    """`module:NAME`: the features of a user's network.
 
-    setting: str  # the key of `evaluation` with its path; while that is null the file is in torch hub's folder
-    url: str
-    what: str  # what the file holds, for messages
-    hash_prefix: str | None = None  # the first digits of its SHA-256
+    NAME is a torch.nn.Module, or a function without arguments that makes one. In eval mode the module takes images
+    uint8 [n, C, H, W] in 0..255 and returns features [n, d], or a pair of features and logits [n, k]; row i may depend
+    on image i alone. The user's module is imported only when `evaluation.features` names it.
 
-    def path(self, config: EvaluationConfig) -> Path:
-        """Returns where the file is, or will be. Raises UserError if the setting names a file that does not exist."""
-        path: str | None = getattr(config, self.setting)
-        if path is None:
-            return Path(torch.hub.get_dir()) / "checkpoints" / Path(self.url).name
-        if not Path(path).is_file():
-            raise UserError(f"evaluation.{self.setting} is {path}: no such file; give the path of one")
-        return Path(path)
+    Raises:
+        UserError: The network fails on two black images of `image_shape`.
+    """
 
-    def fetch(self, config: EvaluationConfig) -> None:
-        """Downloads the file if it is missing. Raises UserError if the download fails."""
-        path = self.path(config)
-        if path.is_file():
-            return
+    def __init__(
+        self, name: str, network: nn.Module, identity: bytes, image_shape: tuple[int, int, int], device: torch.device
+    ) -> None:
+        self.name, self.network = name, network.eval().to(device)
+        super().__init__("1", identity, device)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(self.url, str(path), hash_prefix=self.hash_prefix)
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"cannot download {self.what} ({error}): put {self.url} at {path}, or set evaluation.{self.setting} to "
-                "its path"
-            ) from error
+            features, logits = self(torch.zeros(2, *image_shape, dtype=torch.uint8))
+        except Exception as error:  # the user's code may raise anything
+            text = f"{name} was given uint8 {[2, *image_shape]} and failed ({describe_error(error)})"
+            raise UserError(f"evaluation.features: {text}") from error
+        self.num_features, self.num_classes = features.shape[1], logits.shape[1]
+
+    def _forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = self.network(images)
+        features, logits = outputs if isinstance(outputs, tuple) else (outputs, outputs.new_empty(len(images), 0))
+        for tensor in (features, logits):
+            if tensor.shape[:1] != images.shape[:1] or tensor.ndim != 2:
+                raise ValueError(f"it returned {list(tensor.shape)}, not a row for each of {len(images)} images")
+        return features.float(), logits.float()
 
 
 def published_weights(name: str) -> PublishedWeights | None:
     """Returns the file of published weights that the space called `name` needs, if it needs one."""
-    file, _, _ = SPACES.get(name, "").partition(".")
-    weights: PublishedWeights | None = getattr(import_module(f"{__name__}.{file}"), "WEIGHTS", None) if file else None
+    make = resolve_name(f"{__name__}.{SPACES[name]}") if name in SPACES else None
+    weights: PublishedWeights | None = getattr(make, "weights", None)
     return weights
 
 
@@ -132,8 +137,6 @@ def load_features(name: str, dataset: Dataset, device: torch.device, config: Eva
         raise UserError(f"evaluation.features holds {name!r}: choose from {', '.join(SPACES)} and module:NAME")
     with torch.random.fork_rng(devices=[]):  # layers draw initial weights from the global generator
         if name not in SPACES:
-            from pipeline.evaluation.features.custom import load_module
-
             return load_module(name, dataset, device)
         make: Callable[..., FeatureExtractor] = resolve_name(f"{__name__}.{SPACES[name]}")
         weights = published_weights(name)
@@ -143,6 +146,19 @@ def load_features(name: str, dataset: Dataset, device: torch.device, config: Eva
         if dataset.image_shape[0] not in (1, 3):
             raise UserError(f"the {name!r} features need images of 1 or 3 channels, not {dataset.image_shape[0]}")
         return make(path, device)
+
+
+def load_module(name: str, dataset: Dataset, device: torch.device) -> FeatureExtractor:
+    """Returns the extractor of the network that `name` stands for. Its fingerprint covers the module's source file and
+    the weights, but not what the module imports."""
+    network = import_object("evaluation.features", name)
+    if not isinstance(network, nn.Module) and callable(network):
+        network = network()
+    if not isinstance(network, nn.Module):
+        raise UserError(f"evaluation.features holds {name!r}: that is a {type(network).__name__}, not a torch module")
+    source = Path(inspect.getfile(sys.modules[name.partition(":")[0]])).read_bytes()
+    identity = hashlib.sha256(source).hexdigest() + digest_of(network.state_dict())
+    return CustomFeatures(name, network, identity.encode(), dataset.image_shape, device)
 
 
 def load_all(config: EvaluationConfig, dataset: Dataset, device: torch.device) -> list[FeatureExtractor]:
