@@ -15,8 +15,7 @@ class UserError(Exception):
 
 
 class LocalError(UserError):
-    """An error that perhaps only this rank has met, like a damaged shard of its share: each rank that raises it prints
-    it."""
+    """An error that perhaps only this rank has met, like a damaged shard: each rank that raises it prints it."""
 
 
 class TrainingFailed(Exception):

@@ -18,8 +18,8 @@ from torch import nn
 from pipeline.config import Config, check_device, flatten, import_object, read_yaml
 from pipeline.data import Dataset, check_source, source_kind
 from pipeline.errors import UserError
+from pipeline.models.networks import build_for_sizes
 from pipeline.models.objectives import choose
-from pipeline.models.user_networks import build_for_sizes, check_user_networks
 from pipeline.storage.checkpoint import committed
 from pipeline.storage.run_folder import RunFolder
 
@@ -100,7 +100,10 @@ def check_networks(plan: Plan) -> str:
             import_object(f"network.{role}", name)
     if plan.dataset is None:
         return ""
-    check_user_networks(plan.config, plan.dataset.image_shape, plan.num_classes(plan.dataset))
+    if plan.config.network.generator or plan.config.network.critic:
+        from pipeline.models.user_networks import check_user_networks
+
+        check_user_networks(plan.config, plan.dataset.image_shape, plan.num_classes(plan.dataset))
     generator, critic = (sum(weight.numel() for weight in one.parameters()) for one in plan.networks(plan.dataset))
     return f"{generator:,} parameters of the generator, {critic:,} of the critic"
 

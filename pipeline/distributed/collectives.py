@@ -34,10 +34,10 @@ class Ranks:
     @classmethod
     def of_job(cls, timeout: timedelta | None = None) -> Ranks:
         """Returns the ranks of the default process group, with a host group; a process alone where there is none."""
-        return replace(cls.silent(), timeout=timeout).with_own_group()
+        return replace(cls.without_group(), timeout=timeout).with_own_group()
 
     @classmethod
-    def silent(cls) -> Ranks:
+    def without_group(cls) -> Ranks:
         """Returns the same ranks without a host group, for code that only needs to know its share."""
         return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
 
@@ -95,13 +95,6 @@ class Ranks:
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value, group=self.host_group)
-        return values
-
-    def gather_on_main(self, value: T) -> list[T] | None:
-        """Returns every rank's value on the main rank, None on the others."""
-        values = [value] * self.world_size if self.is_main else None
-        if self.world_size > 1:
-            dist.gather_object(value, values, group=self.host_group)
         return values
 
     def broadcast(self, value: T) -> T:

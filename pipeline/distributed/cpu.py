@@ -7,7 +7,6 @@ import ctypes
 import os
 import threading
 import time
-import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -96,23 +95,6 @@ def _set_thresholds(trim: int, mmap: int | None = None) -> None:
         if mmap is not None:
             mallopt(MMAP_THRESHOLD, mmap)
         mallopt(TRIM_THRESHOLD, trim)
-
-
-class ThreadClock:
-    """A clock of the thread that makes it, which stands still while that thread sleeps."""
-
-    def __init__(self) -> None:
-        self._file: int | None = None
-        with contextlib.suppress(OSError):  # a system without this account: only the time that the thread has run
-            self._file = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
-            weakref.finalize(self, os.close, self._file)
-
-    def seconds(self) -> float:
-        """Returns the seconds since an arbitrary moment. Only the thread that made the clock may call it."""
-        if self._file is None:
-            return time.thread_time()
-        running, runnable, _ = os.pread(self._file, 64, 0).split()
-        return (int(running) + int(runnable)) / 1e9
 
 
 # -- how threads wait for each other -----------------------------------------------------------------------------------

@@ -82,9 +82,9 @@ def evaluate_images(
     results: dict[str, Scores] = {}
     for space in spaces:
         gather(space.states, ranks)
-        shown = ranks.gather_on_main(space.shown)
+        shown = ranks.gather(space.shown)
         with interruptible(ranks, interrupted):
-            if shown is not None:  # the main rank
+            if ranks.is_main:
                 results[space.extractor.name] = space.scores(torch.cat(shown))
     return ranks.broadcast(results)
 

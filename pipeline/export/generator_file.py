@@ -17,9 +17,15 @@ from torch import Tensor
 
 from pipeline.config import NetworkConfig
 from pipeline.errors import UserError, describe_error
-from pipeline.models.networks import AnyGenerator, Critic, Generator, mirror_state
+from pipeline.models.networks import (
+    AnyGenerator,
+    Critic,
+    Generator,
+    generator_of_spec,
+    mirror_state,
+    preserve_global_rng,
+)
 from pipeline.models.spectral_norm import SINGULAR_VECTORS, use_spectral_norm
-from pipeline.models.user_networks import generator_of_spec, preserve_global_rng
 from pipeline.storage.checkpoint import Checkpoint, find, read_checkpoint, sha256_of_tensor
 from pipeline.storage.files import read_tensors, replacing, write_tensors
 from pipeline.storage.run_folder import RunFolder

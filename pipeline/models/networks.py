@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.config import NetworkConfig
+from pipeline.config import Config, NetworkConfig
 from pipeline.errors import UserError
 
 KERNEL = 5
@@ -282,3 +283,83 @@ def mirror(name: str, tensor: Tensor, base: tuple[int, int]) -> Tensor:
 def mirror_state(network: Generator | Critic, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns the tensors of a network's state dict in the other orientation."""
     return {name: mirror(name, tensor, network.base) for name, tensor in tensors.items()}
+
+
+# -- the choice between these networks and the user's own ------------------------------------------------------------
+
+ImageShape = tuple[int, int, int]
+preserve_global_rng = torch.random.fork_rng(devices=[])
+"""Decorates functions that build networks. Layers draw their weights from torch's global random numbers, whose state
+belongs to the caller."""
+
+
+@preserve_global_rng
+def build_generator(
+    config: NetworkConfig, image_shape: ImageShape, num_classes: int = 0, rng: torch.Generator | None = None
+) -> AnyGenerator:
+    """Builds the generator that the settings name: the user's or the reference's. Its weights are drawn from `rng` (the
+    user's from the seed of `rng`); without it they are arbitrary, for weights that will be loaded or not be used.
+
+    Raises:
+        UserError: the reference's does not take images of this shape; or the user's code is missing or fails.
+    """
+    if config.generator is not None:
+        from pipeline.models.user_networks import UserGenerator
+
+        return UserGenerator(config, image_shape, num_classes, rng)
+    generator = Generator(config, image_shape, num_classes)
+    if rng is not None:
+        initialise(generator, rng)
+    return generator
+
+
+@preserve_global_rng
+def build_critic(
+    config: NetworkConfig, image_shape: ImageShape, num_classes: int = 0, rng: torch.Generator | None = None
+) -> nn.Module:
+    """Builds the critic that the settings name, as `build_generator` does the generator."""
+    if config.critic is not None:
+        from pipeline.models.user_networks import UserCritic
+
+        return UserCritic(config, image_shape, num_classes, rng)
+    critic = Critic(config, image_shape, num_classes)
+    if rng is not None:
+        initialise(critic, rng)
+    return critic
+
+
+@preserve_global_rng
+def generator_of_spec(spec: dict[str, Any], code: str | None, source: Path) -> AnyGenerator:
+    """Builds the generator that the file `source` describes. What a file names is never imported: the caller names the
+    `code` (module:NAME) of a network that is not the reference's.
+
+    Raises:
+        UserError: the network takes code and the caller names none; see `build_generator`.
+        ValueError, TypeError, KeyError: the file is damaged.
+    """
+    network, image_shape, num_classes = dict(spec["network"]), tuple(spec["image_shape"]), spec["num_classes"]
+    named = network.pop("generator", None)
+    if named is None:
+        return Generator(NetworkConfig(**network), image_shape, num_classes, spec.get("doublings", 2))
+    if code is None:
+        raise UserError(
+            f"{source}: holds a network of its user's own, {named}: if you trust that code, name it with "
+            f"--network.generator {named}"
+        )
+    return build_generator(NetworkConfig(**network, generator=code), image_shape, num_classes)
+
+
+def build_for_sizes(config: Config, image_shape: ImageShape, num_classes: int) -> tuple[nn.Module, nn.Module]:
+    """Builds generator and critic to look at their sizes. The reference's are on torch's meta device, where they take
+    no memory; the user's are on the CPU, since their code may look at numbers. Raises UserError as `build_generator`.
+    """
+    network, dtype = config.network, dtype_of(config)
+    with torch.device("meta" if network.generator is None else "cpu"):
+        generator = build_generator(network, image_shape, num_classes).to(dtype)
+    with torch.device("meta" if network.critic is None else "cpu"):
+        return generator, build_critic(network, image_shape, num_classes).to(dtype)
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    """Returns the dtype of the networks' weights under `runtime.precision`."""
+    return torch.float64 if config.runtime.precision == "float64" else torch.float32

@@ -13,7 +13,6 @@ seed of the run. They must run on a CPU too, where they are tried first and wher
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +20,8 @@ from torch import Tensor, nn
 
 from pipeline.config import Config, NetworkConfig, import_object
 from pipeline.errors import UserError, describe_error
-from pipeline.models.networks import AnyGenerator, Critic, Generator, initialise
+from pipeline.models.networks import AnyGenerator, ImageShape, build_critic, build_generator, dtype_of
 
-ImageShape = tuple[int, int, int]
-preserve_global_rng = torch.random.fork_rng(devices=[])
-"""Decorates functions that build networks. Layers draw their weights from torch's global random numbers, whose state
-belongs to the caller."""
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 """The batch norms that `distributed/batch_norm.py` can replace by ones over all ranks."""
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -66,58 +61,6 @@ class UserCritic(nn.Module):
         return scores, logits
 
 
-@preserve_global_rng
-def build_generator(
-    config: NetworkConfig, image_shape: ImageShape, num_classes: int = 0, rng: torch.Generator | None = None
-) -> AnyGenerator:
-    """Builds the generator that the settings name: the user's or the reference's. Its weights are drawn from `rng` (the
-    user's from the seed of `rng`); without it they are arbitrary, for weights that will be loaded or not be used.
-
-    Raises:
-        UserError: the reference's does not take images of this shape; or the user's code is missing or fails.
-    """
-    if config.generator is not None:
-        return UserGenerator(config, image_shape, num_classes, rng)
-    generator = Generator(config, image_shape, num_classes)
-    if rng is not None:
-        initialise(generator, rng)
-    return generator
-
-
-@preserve_global_rng
-def build_critic(
-    config: NetworkConfig, image_shape: ImageShape, num_classes: int = 0, rng: torch.Generator | None = None
-) -> Critic | UserCritic:
-    """Builds the critic that the settings name, as `build_generator` does the generator."""
-    if config.critic is not None:
-        return UserCritic(config, image_shape, num_classes, rng)
-    critic = Critic(config, image_shape, num_classes)
-    if rng is not None:
-        initialise(critic, rng)
-    return critic
-
-
-@preserve_global_rng
-def generator_of_spec(spec: dict[str, Any], code: str | None, source: Path) -> AnyGenerator:
-    """Builds the generator that the file `source` describes. What a file names is never imported: the caller names the
-    `code` (module:NAME) of a network that is not the reference's.
-
-    Raises:
-        UserError: the network takes code and the caller names none; see `build_generator`.
-        ValueError, TypeError, KeyError: the file is damaged.
-    """
-    network, image_shape, num_classes = dict(spec["network"]), tuple(spec["image_shape"]), spec["num_classes"]
-    named = network.pop("generator", None)
-    if named is None:
-        return Generator(NetworkConfig(**network), image_shape, num_classes, spec.get("doublings", 2))
-    if code is None:
-        raise UserError(
-            f"{source}: holds a network of its user's own, {named}: if you trust that code, name it with "
-            f"--network.generator {named}"
-        )
-    return build_generator(NetworkConfig(**network, generator=code), image_shape, num_classes)
-
-
 def _make(
     role: str, config: NetworkConfig, image_shape: ImageShape, num_classes: int, rng: torch.Generator | None
 ) -> nn.Module:
@@ -138,31 +81,16 @@ def _make(
 # -- before a run ------------------------------------------------------------------------------------------------------
 
 
-def build_for_sizes(config: Config, image_shape: ImageShape, num_classes: int) -> tuple[nn.Module, nn.Module]:
-    """Builds generator and critic to look at their sizes. The reference's are on torch's meta device, where they take
-    no memory; the user's are on the CPU, since their code may look at numbers. Raises UserError as `build_generator`.
-    """
-    network, dtype = config.network, _dtype(config)
-    with torch.device("meta" if network.generator is None else "cpu"):
-        generator = build_generator(network, image_shape, num_classes).to(dtype)
-    with torch.device("meta" if network.critic is None else "cpu"):
-        return generator, build_critic(network, image_shape, num_classes).to(dtype)
-
-
 def check_user_networks(config: Config, image_shape: ImageShape, num_classes: int) -> None:
     """Tries the user's own networks, if there are any, on a few images on the CPU. Raises UserError if one does not do
     what the head of this file says, or can't be trained with these settings."""
-    arguments, dtype = (config.network, image_shape, num_classes, torch.Generator()), _dtype(config)
+    arguments, dtype = (config.network, image_shape, num_classes, torch.Generator()), dtype_of(config)
     if config.network.generator is not None:
         _check_generator(config, build_generator(*arguments).to(dtype))
     if config.network.critic is not None:
         critic = build_critic(*arguments).to(dtype)
         images = torch.rand(TRIAL_IMAGES, *image_shape, dtype=dtype, generator=torch.Generator())
         _check_critic(config, critic, images, num_classes)
-
-
-def _dtype(config: Config) -> torch.dtype:
-    return torch.float64 if config.runtime.precision == "float64" else torch.float32
 
 
 def _check_generator(config: Config, generator: AnyGenerator) -> None:
@@ -174,7 +102,7 @@ def _check_generator(config: Config, generator: AnyGenerator) -> None:
         )
     _check_norms(key, generator)
     shape = TRIAL_IMAGES, config.network.latent_dim
-    latents = torch.linspace(-1, 1, shape[0] * shape[1], dtype=_dtype(config)).view(shape)
+    latents = torch.linspace(-1, 1, shape[0] * shape[1], dtype=dtype_of(config)).view(shape)
     images = _call(key, generator, latents, torch.arange(TRIAL_IMAGES) % max(generator.num_classes, 1))
     _check_shape(key, "images", images, (TRIAL_IMAGES, *generator.image_shape))
     if not 0 <= images.min() <= images.max() <= 1:

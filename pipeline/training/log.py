@@ -1,25 +1,30 @@
-"""What a run records of its training: a line of metrics an interval, warnings, and a trace of some steps."""
+"""What a run records of its training: a line of metrics an interval, warnings, and a trace of some steps; and what
+experiment trackers get beside the lines."""
 
 from __future__ import annotations
 
-import os
+import contextlib
+import json
 import shutil
 import time
 from collections import deque
 from collections.abc import Callable
 from math import inf, isfinite
-from statistics import median, median_low
+from pathlib import Path
+from statistics import median
 from tempfile import NamedTemporaryFile
+from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from pipeline.config import RunConfig, TrainingConfig
+from pipeline.config import Config, RunConfig, TrainingConfig, flatten
 from pipeline.data import Dataset
-from pipeline.distributed.cpu import ThreadClock
-from pipeline.distributed.process import Runtime
-from pipeline.storage.files import replacing
+from pipeline.distributed.process import Runtime, open_tracker
+from pipeline.errors import UserError
+from pipeline.storage.files import replacing, write_text
 from pipeline.storage.run_folder import RunFolder
 from pipeline.training.state import TrainingState
 
@@ -28,8 +33,6 @@ RECENT_LINES, FEW_LINES, GROWTH = 20, 5, 1_000
 warned if it is more than GROWTH times as large."""
 FORECAST_STEPS, LONG_SECONDS = (2, 12), 60
 """The steps of a launch between which its speed is measured, and the least time of a run that a person is told."""
-SLOW_RANK = 1.5
-"""A rank counts as slow if its time is more than this many times the median of the ranks."""
 
 
 class MetricsLog:
@@ -46,9 +49,6 @@ class MetricsLog:
         self._recent_norms = {name: deque[float](maxlen=RECENT_LINES) for name in ("critic", "generator")}
         self._growing = set[str]()
         """Networks that have been warned of, whose gradients are still as large."""
-        compares_ranks = runtime.ranks.world_size > 1 and runtime.device.type == "cpu"
-        self._clock = ThreadClock() if compares_ranks else None
-        self._slowest, self._slow_lines = 0, 0
         self.begin()
 
     def introduce(self, dataset: Dataset) -> None:
@@ -63,8 +63,6 @@ class MetricsLog:
         self._losses: list[Tensor] = []
         self._reduced: Tensor | None = None
         self._started = time.monotonic()
-        self._busy_seconds = 0.0
-        self._busy_until = self._clock.seconds() if self._clock else 0.0
 
     @property
     def has_steps(self) -> bool:
@@ -75,16 +73,11 @@ class MetricsLog:
         """Adds a step's losses, (3,) on the device: real, fake and generator loss of this rank's images."""
         self._losses.append(losses)
         self._reduced = None
-        if self._clock:
-            before, self._busy_until = self._busy_until, self._clock.seconds()
-            self._busy_seconds += self._busy_until - before
 
     def add_evaluation(self, seconds: float) -> None:
         """Takes the time of an evaluation, which has just ended, out of the interval's."""
         self.evaluation_seconds += seconds
         self._started += seconds
-        if self._clock:
-            self._busy_until = self._clock.seconds()
 
     def losses(self) -> Tensor:
         """Returns the losses of the global batches, (steps, 3) on the CPU. This waits for the device."""
@@ -128,7 +121,6 @@ class MetricsLog:
             "data_wait_seconds": wait_seconds,
             "elapsed_seconds": self.elapsed_seconds,
             "evaluation_seconds": self.evaluation_seconds,
-            **self._compare_ranks(step, len(losses), wait_seconds),
         }
         if estimates_wasserstein:
             line["wasserstein_estimate"] = -(real_loss + fake_loss)
@@ -181,32 +173,6 @@ class MetricsLog:
         bound = parameters[0].new_tensor(clip_value)
         clipped = sum(int((parameter.abs() >= bound).sum()) for parameter in parameters)
         return {"clipped_fraction": clipped / sum(parameter.numel() for parameter in parameters)}
-
-    def _compare_ranks(self, step: int, steps: int, wait_seconds: float) -> dict[str, float]:
-        """Returns the least and the greatest of the ranks' busy seconds a step, and whose the greatest are. A rank that
-        is slow in two lines in a row is named once.
-
-        Ranks wait for each other in every collective, so by the clock each is as slow as the slowest. On a CPU a thread
-        sleeps in that wait, so its busy time is what it ran or queued for a core, and its wait for data. A GPU spins in
-        that wait, which cannot be told from work: there is no comparison.
-        """
-        ranks = self._runtime.ranks
-        if self._clock is None:
-            return {}
-        waited = wait_seconds / steps
-        shares = ranks.gather((self._busy_seconds / steps + waited, waited, os.uname().nodename))
-        busy, all_waited, hosts = zip(*shares, strict=True)
-        slowest, usual = max(range(ranks.world_size), key=busy.__getitem__), median_low(busy)
-        is_slow = busy[slowest] > SLOW_RANK * usual
-        self._slow_lines = is_slow * (1 + self._slow_lines * (slowest == self._slowest))
-        self._slowest = slowest
-        if self._slow_lines == 2:
-            self._runtime.print(
-                f"step {step}: rank {slowest} on {hosts[slowest]} is slow, the others wait for it: "
-                f"{busy[slowest]:.3g} s of its own a step, of which it waits {all_waited[slowest]:.3g} s for data; "
-                f"the median of the ranks is {usual:.3g} s"
-            )
-        return {"rank_seconds_min": min(busy), "rank_seconds_max": max(busy), "slowest_rank": slowest}
 
 
 class Forecast:
@@ -278,3 +244,134 @@ def profiled(
         return None
 
     return take_traced_step
+
+
+class Trackers:
+    """The trackers of run.trackers. All ranks may call its methods; only the main rank tracks.
+
+    accelerate opens the trackers and gives them their numbers. This class adds what accelerate leaves out: settings,
+    scores, images, and each tracker's way to continue a run.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime, folder: RunFolder) -> None:
+        self._config, self._runtime, self._folder = config, runtime, folder
+        self._first_step = 0
+
+    def begin(self, step: int) -> None:
+        """Opens the trackers of a run that goes on after `step`; at 0 they get its settings.
+
+        What they hold of later steps comes again, so TensorBoard is made to drop it.
+
+        Raises:
+            UserError: a tracker can't be opened, as wandb where nobody is logged in.
+        """
+        self._first_step = step + 1
+        if self._config.run.trackers:
+            self._runtime.ranks.on_main(lambda: self._open(step))
+
+    def log_scores(self, step: int, *, is_new: bool) -> None:
+        """Logs the scores of an evaluation, as `SPACE/SCORE`, from its file in the run's folder.
+
+        Args:
+            is_new: False if the file is older than this launch. Then the trackers have its scores, unless they are of a
+                step that they were made to drop.
+        """
+        path = self._folder.scores(step)
+        if self._wants(path, step, is_new):
+            with self._runtime.tolerating(f"step {step}: trackers"):
+                spaces = json.loads(path.read_text())["features"].items()
+                scores = {
+                    f"{space.replace(':', '-')}/{key}": value
+                    for space, values in spaces
+                    for key, value in values.items()
+                    if isinstance(value, int | float)
+                }
+                self._runtime.accelerator.log(scores, step=step)
+
+    def log_grid(self, step: int, *, is_new: bool) -> None:
+        """Logs the grid of samples from its file, where accelerate's tracker takes images or files."""
+        path = self._folder.grid(step)
+        if self._wants(path, step, is_new):
+            with self._runtime.tolerating(f"step {step}: trackers"):
+                for tracker in self._runtime.accelerator.trackers:
+                    _log_image(tracker, path, step)
+
+    def _wants(self, path: Path, step: int, is_new: bool) -> bool:
+        known = not is_new and step < self._first_step
+        return bool(self._runtime.accelerator.trackers) and not known and path.exists()
+
+    def _open(self, step: int) -> None:
+        run, folder, identities = self._config.run, self._folder, self._read_identities()
+        for name in run.trackers:
+            arguments = self._identify(name, identities, step) | run.tracker_options.get(name, {})
+            write_text(folder.tracker_runs, json.dumps(identities))
+            try:
+                tracker = open_tracker(name, run.project, folder.trackers, arguments)
+                self._runtime.accelerator.trackers.append(tracker)
+                if step == 0:
+                    _log_settings(tracker, self._config)
+            except Exception as error:  # a tracker's package may raise anything
+                reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+                raise UserError(
+                    f"run.trackers: {name} can't be opened ({reason}); {folder.tracker_runs} says which run of it this "
+                    "one goes on in, run.tracker_options what else it is given"
+                ) from error
+            if name == "mlflow":
+                identities[name] = tracker.tracker.info.run_id
+                write_text(folder.tracker_runs, json.dumps(identities))
+
+    def _read_identities(self) -> dict[str, str]:
+        """Returns the trackers' names of this run, which it got at its first launch."""
+        with contextlib.suppress(OSError, ValueError):
+            identities = json.loads(self._folder.tracker_runs.read_text())
+            return identities if isinstance(identities, dict) else {}
+        return {}
+
+    def _identify(self, name: str, identities: dict[str, str], step: int) -> dict[str, Any]:
+        """Returns the arguments with which a tracker continues the run that it has of this one."""
+        run_name, place = self._config.run.name, str(self._folder.path)
+        match name:
+            case "tensorboard":
+                return {"purge_step": step + 1}
+            case "wandb":
+                key = identities.setdefault(name, uuid4().hex)
+                return {"name": run_name, "id": key, "resume": "allow", "dir": place}
+            case "trackio":  # it knows a run by its name alone, and runs of other roots may have the same name
+                unique = identities.setdefault(name, f"{run_name}-{uuid4().hex[:8]}")
+                return {"name": unique, "resume": "allow"}
+            case "mlflow":
+                return {"run_id": identities[name]} if name in identities else {"run_name": run_name}
+        return {}
+
+
+def _log_settings(tracker: Any, config: Config) -> None:
+    plain = {
+        key: value if isinstance(value, int | float | str) else str(value) for key, value in flatten(config).items()
+    }
+    if tracker.name != "tensorboard":
+        tracker.store_init_configuration(plain)
+        return
+    # accelerate would write them as a series of their own, named after the time. In the run's series TensorBoard shows
+    # them beside its scores.
+    from torch.utils.tensorboard.summary import hparams
+
+    scores = {f"{space.replace(':', '-')}/fid": 0.0 for space in config.evaluation.features}
+    for summary in hparams(plain, scores):  # type: ignore[no-untyped-call]
+        tracker.tracker.file_writer.add_summary(summary)
+
+
+def _log_image(tracker: Any, path: Path, step: int) -> None:
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    match tracker.name:
+        case "tensorboard":
+            tracker.log_images({"samples": np.asarray(image).transpose(2, 0, 1)[None]}, step=step)
+        case "aim" | "clearml":
+            tracker.log_images({"samples": image}, step=step)
+        case "mlflow":
+            tracker.log_artifact(str(path), path.parent.name)
+        case _ if hasattr(tracker, "log_images"):
+            tracker.log_images({"samples": [image]}, step=step)

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from pipeline.config import Config, OptimizerConfig
 from pipeline.errors import UserError
-from pipeline.models.networks import AnyGenerator, Critic, Generator
+from pipeline.models.networks import AnyGenerator, Critic, Generator, build_critic, build_generator
 from pipeline.models.spectral_norm import use_spectral_norm
-from pipeline.models.user_networks import build_critic, build_generator
 from pipeline.rng import seeded
 
 Network = TypeVar("Network", bound=nn.Module)

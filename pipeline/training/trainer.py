@@ -21,12 +21,12 @@ from pipeline.storage.files import write_text
 from pipeline.storage.lock import Lock, lock_run
 from pipeline.storage.run_folder import RunFolder, environment_of
 from pipeline.training.inputs import InputStream
-from pipeline.training.log import Forecast, MetricsLog, profiled
+from pipeline.training.log import Forecast, MetricsLog, Trackers, profiled
 from pipeline.training.saving import Saver
 from pipeline.training.state import build_state
 from pipeline.training.step import build_step
 
-# Evaluation, exports, reports and trackers are imported where they are used: a run may have none of them.
+# Evaluation, exports and reports are imported where they are used: a run may have none of them.
 if TYPE_CHECKING:
     from pipeline.evaluation.scorer import Scorer
     from pipeline.evaluation.selection import Selection
@@ -44,8 +44,6 @@ class Trainer:
     """
 
     def __init__(self, config: Config, runtime: Runtime, ends_at: Callable[[int], bool] | None = None) -> None:
-        from pipeline.training.trackers import Trackers
-
         self.config, self.runtime, self.folder = config, runtime, RunFolder(config.folder)
         ranks, training = runtime.ranks, config.training
         ranks.on_main(lambda: refuse(Plan(config, ranks.world_size)))

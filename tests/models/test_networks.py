@@ -12,8 +12,7 @@ import torch
 
 from pipeline.config import NetworkConfig
 from pipeline.errors import UserError
-from pipeline.models.networks import Critic, Generator, initialise, mirror, mirror_state
-from pipeline.models.user_networks import generator_of_spec
+from pipeline.models.networks import Critic, Generator, generator_of_spec, initialise, mirror, mirror_state
 from pipeline.rng import seeded
 from tests.keras_reference import Array, keras_conv, keras_generator
 

@@ -17,8 +17,8 @@ from pipeline.errors import UserError
 from pipeline.export.__main__ import NetworkCode, convert
 from pipeline.export.generator_file import fingerprint, load_generator, save_export, save_onnx
 from pipeline.export.images import render, render_range
-from pipeline.models.networks import Critic, Generator
-from pipeline.models.user_networks import BATCH_NORMS, build_critic, build_generator, check_user_networks
+from pipeline.models.networks import Critic, Generator, build_critic, build_generator
+from pipeline.models.user_networks import BATCH_NORMS, check_user_networks
 from pipeline.rng import evaluation_labels, evaluation_latents, seeded
 from pipeline.training.state import TrainingState, build_state
 from tests.jobs import changed, tiny_config

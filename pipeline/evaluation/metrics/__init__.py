@@ -76,7 +76,7 @@ class FeatureMetric(Metric):
     @contextmanager
     def sync_context(self, *_: Any, should_sync: bool = True, **__: Any) -> Iterator[None]:
         """Puts the states of all ranks in the place of this rank's during a `compute`."""
-        ranks = Ranks.silent()
+        ranks = Ranks.without_group()
         if not should_sync or ranks.world_size == 1:
             yield
             return

@@ -136,7 +136,7 @@ class Sample:
             shape = "none" if rows is None else list(rows.shape)
             raise ValueError(f"{self.field} must be [n, {self.num_columns}], not {shape}")
         if indices is None:
-            ranks = Ranks.silent()
+            ranks = Ranks.without_group()
             indices = (self.seen + torch.arange(len(rows))) * ranks.world_size + ranks.rank
         if len(indices) != len(rows):
             raise ValueError(f"there are {len(indices)} indices of {len(rows)} rows")
