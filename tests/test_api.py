@@ -28,7 +28,7 @@ from pipeline.reporting.read import Run
 from tests.jobs import ROOT, changed, restoring_process, tiny_config
 
 README = (ROOT / "README.md").read_text()
-LINES = README.split("### From Python")[1].split("```python\n")[1].split("```")[0]
+LINES = README.split("## Python and notebooks")[1].split("```python\n")[1].split("```")[0]
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 

@@ -191,8 +191,7 @@ class Forecast:
         if step == self._first:
             self._started = time.monotonic()
             return
-        left = self._training.steps - step
-        seconds = time.monotonic() - self._started
+        left, seconds = self._training.steps - step, time.monotonic() - self._started
         seconds *= self._updates(step, self._training.steps) / self._updates(self._first, step)
         if left and seconds >= LONG_SECONDS:
             from pipeline.reporting.read import duration, number
@@ -210,11 +209,10 @@ class Forecast:
 def profiled(
     take_step: Callable[[], None], run: RunConfig, state: TrainingState, runtime: Runtime, folder: RunFolder
 ) -> Callable[[], None]:
-    """Returns `take_step`, which takes the state one step on, traced in the steps that `run.profile` names.
+    """Returns `take_step`, traced in the steps that `run.profile` names: what each operation took on CPU and GPU.
 
-    The trace says what each operation took on the CPU and on the GPU, and each step is a span "step N" in it. After the
-    last one every rank writes a file in Chrome's format, compressed. A run that goes on from a step among or after them
-    is not traced, so that the same command can be queued again.
+    After the last one every rank writes a file in Chrome's format, compressed. A run that goes on from a step among or
+    after them is not traced, so that the same command can be queued again.
     """
     if run.profiled_steps is None:
         return take_step
