@@ -20,20 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+from pipeline import errors
 from pipeline.compat import run_exit_functions
-from pipeline.errors import (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_PREEMPTED,
-    EXIT_RANK_LOST,
-    EXIT_TERMINATED,
-    EXIT_USER_ERROR,
-    LocalError,
-    Preempted,
-    RankLost,
-    TrainingFailed,
-    UserError,
-)
+from pipeline.errors import LocalError, Preempted, RankLost, TrainingFailed, UserError
 
 if TYPE_CHECKING:
     from pipeline.config import RuntimeConfig
@@ -198,7 +187,7 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_DFL):  # nohup ignores it: so be it
         signal.signal(signal.SIGINT, interrupt)
     if os.getpid() == 1:  # in a container: the kernel drops signals for which its first process has no handler
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(errors.EXIT_TERMINATED))
     try:
         rank, world_size = read_number("RANK", 0), read_number("WORLD_SIZE", 1)
         _check_ranks()
@@ -214,8 +203,8 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
         if expected is None and not interrupts:
             raise
         # Packages turn an interrupt during their import into other errors.
-        code = EXIT_INTERRUPTED if expected is None else expected
-    if code == EXIT_PREEMPTED and rank == 0 and (path := stop_file()) is not None:
+        code = errors.EXIT_INTERRUPTED if expected is None else expected
+    if code == errors.EXIT_PREEMPTED and rank == 0 and (path := stop_file()) is not None:
         path.unlink(missing_ok=True)
     if world_size > 1:
         # Everything is written and closed. In an ordinary exit a rank sometimes died of SIGABRT, from a C++ thread that
@@ -234,24 +223,24 @@ def _print_error(error: BaseException, rank: int, world_size: int) -> int | None
     match error:
         case Preempted():
             _print_line(str(error), rank)
-            return EXIT_PREEMPTED
+            return errors.EXIT_PREEMPTED
         case LocalError():
             _print_line(f"{f'[rank {rank}] ' if world_size > 1 else ''}error: {error}")
-            return EXIT_USER_ERROR
+            return errors.EXIT_USER_ERROR
         case UserError() | TrainingFailed():
             _print_line(f"error: {error}", rank)
-            return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
+            return errors.EXIT_USER_ERROR if isinstance(error, UserError) else errors.EXIT_FAILED
         case RankLost():
-            return EXIT_RANK_LOST
+            return errors.EXIT_RANK_LOST
         case BrokenPipeError():  # the reader of the output, like `head`, has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            return EXIT_FAILED
+            return errors.EXIT_FAILED
         case OSError() if error.filename is not None or error.errno in FULL:
             reason = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
             _print_line(f"error: {reason}; nothing more was written")
-            return EXIT_FAILED
+            return errors.EXIT_FAILED
         case KeyboardInterrupt():  # before a Runtime was there to take the signal
-            return EXIT_INTERRUPTED
+            return errors.EXIT_INTERRUPTED
     return None
 
 
@@ -275,7 +264,7 @@ def _ending_at_second_interrupt() -> Iterator[None]:
             interrupts += numbers.count(signal.SIGINT)
             if interrupts > 1:
                 os.write(sys.stderr.fileno(), b"stopped at once by a second interrupt\n")
-                os._exit(EXIT_INTERRUPTED)
+                os._exit(errors.EXIT_INTERRUPTED)
         os.close(reader)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -17,6 +17,11 @@ def job_id() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
+def job_restarts() -> int:
+    """Returns how often Slurm has queued the job again, as after the loss of a node. Its number stays the same."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
 class JobComment:
     """The comment of the job, which `scontrol show job` shows; outside of Slurm it does nothing."""
 

@@ -8,7 +8,8 @@ A lock is a file that names its owner. Two mechanisms each cover what the other 
   machine that tells a dead owner from a living one, so a run that was killed can go on at once.
 
 Whether one machine sees the kernel's locks of another depends on the file system. A file that another machine made is
-therefore never taken over: the error says which file to delete by hand.
+therefore not taken over: the error says which file to delete by hand. One exception lets a job of Slurm go on by itself
+after the loss of its node: Slurm starts a job again only when its start before has ended.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+from pipeline.distributed.slurm import job_id, job_restarts
 from pipeline.errors import UserError
 from pipeline.storage.files import fsync, make_folder, temporary_beside
 from pipeline.storage.run_folder import RunFolder
@@ -44,7 +46,8 @@ class Lock:
         draft.unlink(missing_ok=True)  # left by a killed process of the same number, as the first one in a container
         self._file = draft.open("w")
         try:
-            json.dump({"host": os.uname().nodename, "boot": _boot(), "pid": os.getpid()}, self._file)
+            owner = {"host": os.uname().nodename, "boot": _boot(), "pid": os.getpid()}
+            json.dump(owner | {"job": job_id(), "restarts": job_restarts()}, self._file)
             self._file.flush()
             fsync(draft)
             with contextlib.suppress(OSError):  # on a file system without kernel locks the name alone counts
@@ -77,7 +80,7 @@ class Lock:
             return True
         try:
             with self._path.open("r+") as file:
-                owner, is_of_this_machine = _owner(file)
+                owner, can_be_judged = _owner(file)
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -86,7 +89,7 @@ class Lock:
                     on_wait()
                     fcntl.flock(file, fcntl.LOCK_EX)
                     return False
-                if not is_of_this_machine:
+                if not can_be_judged:
                     raise LockHeld(f"{owner} (if that has ended, delete {self._path})")
                 if not _is_at(self._path, file):  # its owner released it after it was opened here
                     return False
@@ -110,11 +113,13 @@ def lock_run(run: RunFolder) -> Lock:
 
 
 def _owner(file: TextIO) -> tuple[str, bool]:
-    """Returns the name of a lock's owner, and whether that is or was a process of this machine."""
+    """Returns the name of a lock's owner, and whether it has ended if it does not hold the kernel's lock: one of this
+    machine has, and one of an earlier start of this Slurm job."""
     owner = json.load(file)
     # The host's name outlives a restart; the boot is common to the machine's containers, whose names differ.
     is_of_this_machine = owner["host"] == os.uname().nodename or (owner.get("boot") or "none") == _boot()
-    return f"process {int(owner['pid'])} on {owner['host']}", is_of_this_machine
+    is_earlier_start = owner.get("job") == job_id() is not None and owner["restarts"] < job_restarts()
+    return f"process {int(owner['pid'])} on {owner['host']}", is_of_this_machine or is_earlier_start
 
 
 def _boot() -> str | None:

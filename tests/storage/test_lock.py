@@ -40,13 +40,30 @@ def test_a_second_writer_is_refused_and_a_killed_one_is_replaced_at_once(tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_another_machines_lock_is_never_taken_over(tmp_path: Path) -> None:
+def test_another_machines_lock_is_not_taken_over(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     path.write_text(json.dumps({"host": "elsewhere", "boot": "another", "pid": 1}))
     with pytest.raises(UserError, match=rf"process 1 on elsewhere \(if that has ended, delete {path}\): stop that"):
         lock_run(RunFolder(tmp_path))
     path.unlink()
     lock_run(RunFolder(tmp_path)).release()
+
+
+@pytest.mark.parametrize(("job", "restarts", "is_taken"), [("7", 0, True), ("7", 1, False), ("8", 0, False)])
+def test_a_job_that_slurm_starts_again_on_another_node_goes_on(
+    job: str, restarts: int, is_taken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But neither beside its own processes nor over another job's."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    path = tmp_path / ".lock"
+    path.write_text(json.dumps({"host": "elsewhere", "boot": "another", "pid": 1, "job": job, "restarts": restarts}))
+    if is_taken:
+        lock_run(RunFolder(tmp_path)).release()
+        assert not list(tmp_path.iterdir())
+    else:
+        with pytest.raises(UserError, match="process 1 on elsewhere"):
+            lock_run(RunFolder(tmp_path))
 
 
 @pytest.mark.parametrize("changed", ["host", "boot"])
