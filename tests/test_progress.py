@@ -91,13 +91,14 @@ def test_a_clock_that_is_set_alters_neither_lines_nor_times(monkeypatch: pytest.
 
 def test_a_log_gets_whole_lines_and_no_movement(monkeypatch: pytest.MonkeyPatch) -> None:
     log = as_log(monkeypatch, 0)
-    with TrainingBar(4, 0, "run", None, disable=False) as shown, bar(total=2, desc="scoring", leave=False) as inner:
+    name = "quickstart-with-another-rate"  # a whole line is longer than 79 columns
+    with TrainingBar(4, 0, name, None, disable=False) as shown, bar(total=2, desc="scoring", leave=False) as inner:
         for _ in range(4):
-            shown.facts["critic"] = "-0.1"
+            shown.facts |= {"critic": "-0.1234", "generator": "-12.5678"}
             shown.update()
         inner.update()
-    text = log.getvalue()
-    assert re.search(r"^run: step 2 of 4, \d\d:\d\d passed, .*, critic -0.1$", text, re.MULTILINE), text
+    text, facts = log.getvalue(), r"critic -0\.1234, generator -12\.5678"
+    assert re.search(rf"^{name}: step 2 of 4, \d\d:\d\d passed, .*, {facts}$", text, re.MULTILINE), text
     assert re.search(r"^scoring:  50%", text, re.MULTILINE), text
     assert not re.search(r"[\r\x1b]|\n\n", text), text
 

@@ -72,6 +72,7 @@ class TrainingBar(tqdm):  # type: ignore[type-arg]
         layout = "{desc}: {percentage:.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{left}, {rate_fmt}{postfix}]"
         if "file" in options:
             layout = "{desc}: step {n_fmt} of {total_fmt}, {elapsed} passed, {left} left, {rate_fmt}{postfix}"
+            options["ncols"] = None  # a line without a bar needs no width, which would cut its numbers
         options |= {"miniters": 1, "bar_format": layout, "disable": disable}
         super().__init__(total=total, initial=initial, desc=name, unit="step", **options)
         time_by_steady_clock(self)
