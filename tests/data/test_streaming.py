@@ -19,7 +19,7 @@ import numpy.typing as npt
 import psutil
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from webdataset import TarWriter
@@ -127,6 +127,7 @@ def test_global_batches_are_the_same_in_all_settings(
     assert torch.equal(torch.cat([before, after]), expected)
 
 
+@settings(deadline=None)
 @given(
     counts=st.lists(st.integers(1, 40), min_size=1, max_size=8),
     lanes=st.integers(1, 9),
