@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -288,6 +288,7 @@ def mirror_state(network: Generator | Critic, tensors: dict[str, Tensor]) -> dic
 # -- the choice between these networks and the user's own ------------------------------------------------------------
 
 ImageShape = tuple[int, int, int]
+Network = TypeVar("Network", Generator, Critic)
 preserve_global_rng = torch.random.fork_rng(devices=[])
 """Decorates functions that build networks. Layers draw their weights from torch's global random numbers, whose state
 belongs to the caller."""
@@ -307,10 +308,7 @@ def build_generator(
         from pipeline.models.user_networks import UserGenerator
 
         return UserGenerator(config, image_shape, num_classes, rng)
-    generator = Generator(config, image_shape, num_classes)
-    if rng is not None:
-        initialise(generator, rng)
-    return generator
+    return _initialised(Generator(config, image_shape, num_classes), rng)
 
 
 @preserve_global_rng
@@ -322,10 +320,13 @@ def build_critic(
         from pipeline.models.user_networks import UserCritic
 
         return UserCritic(config, image_shape, num_classes, rng)
-    critic = Critic(config, image_shape, num_classes)
+    return _initialised(Critic(config, image_shape, num_classes), rng)
+
+
+def _initialised(network: Network, rng: torch.Generator | None) -> Network:
     if rng is not None:
-        initialise(critic, rng)
-    return critic
+        initialise(network, rng)
+    return network
 
 
 @preserve_global_rng

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Config, OptimizerConfig
 from pipeline.errors import UserError
-from pipeline.models.networks import AnyGenerator, Critic, Generator, build_critic, build_generator
+from pipeline.models.networks import AnyGenerator, Critic, Generator, build_critic, build_generator, dtype_of
 from pipeline.models.spectral_norm import use_spectral_norm
 from pipeline.rng import seeded
 
@@ -137,11 +137,10 @@ def build_state(
         scaler: fp16's loss scaler, or a disabled one.
         capturable: see `build_optimizer`.
     """
-    dtype = torch.float64 if config.runtime.precision == "float64" else torch.float32
     seed, arguments = config.training.seed, (config.network, image_shape, num_classes)
 
     def placed(network: Network) -> Network:
-        network.to(device, dtype)
+        network.to(device, dtype_of(config))
         if isinstance(network, Generator | Critic):  # a user's network stays as it was made
             network.to(memory_format=torch.channels_last)
             if device.type == "cpu":
