@@ -58,12 +58,10 @@ def check_name(name: str) -> None:
         )
 
 
-def write_dataset(
-    dataset: Dataset, splits: dict[str, Split], sizes: ShardSizes, remarks: Remarks, *, shuffle: bool = True
-) -> Dataset:
-    """Writes and commits `splits` as what `dataset` describes but for its shards. Returns it with them."""
+def write_dataset(dataset: Dataset, splits: dict[str, Split], sizes: ShardSizes, remarks: Remarks) -> Dataset:
+    """Writes and commits `splits`, shuffled, as what `dataset` describes but for its shards. Returns it with them."""
     with preparing(dataset.folder) as temporary:
-        shards = write_shards(temporary, splits, sizes, shuffle=shuffle)
+        shards = write_shards(temporary, splits, sizes, shuffle=True)
         return commit(replace(dataset, splits=shards), temporary, remarks)
 
 
