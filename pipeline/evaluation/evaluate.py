@@ -20,8 +20,9 @@ from pipeline.data import Dataset
 from pipeline.data.resident import load_images
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
-from pipeline.evaluation.extract import ALONE, ImageSet, check_interrupted, extract_features, interruptible, never
+from pipeline.evaluation.extract import ALONE, ImageSet, extract_features
 from pipeline.evaluation.features import FORWARD_SIZE, FeatureExtractor
+from pipeline.evaluation.interruption import check_interrupted, interruptible, never
 from pipeline.evaluation.metrics.frechet import Moments, frechet_distance, frechet_extrapolated, frechet_interval
 from pipeline.evaluation.metrics.neighbours import nearest_neighbours, squared_radii
 from pipeline.evaluation.metrics.scores import KEEP, SAMPLE_SCORES, Options, class_scores, fid_per_class

@@ -1,4 +1,4 @@
-"""The images to score, their features, which all ranks extract together, and how a signal ends that on all of them.
+"""The images to score, and their features, which all ranks extract together.
 
 Every rank renders a contiguous share of the images, batch by batch. Forward passes hold the same images for any number
 of ranks, so the features of an image are the same in every bit.
@@ -7,9 +7,7 @@ of ranks, so the features of an image are the same in every bit.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -20,8 +18,8 @@ from pipeline.data import Dataset
 from pipeline.data.shards import Samples, decode, read_shard
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.progress import bar
-from pipeline.errors import Preempted, UserError
 from pipeline.evaluation.features import FeatureExtractor
+from pipeline.evaluation.interruption import check_interrupted, interruptible
 
 ALONE = Ranks()
 Consumer = Callable[[Tensor, Tensor, Tensor], None]
@@ -64,49 +62,6 @@ class ImageSet:
             return torch.cat([part(number, start, stop) for number in numbers])
 
         return cls(starts[-1], render)
-
-
-def never() -> bool:
-    """The `interrupted` of an evaluation that runs to its end."""
-    return False
-
-
-_interrupted: ContextVar[Callable[[], bool]] = ContextVar("interrupted", default=never)
-
-
-def check_interrupted() -> None:
-    """Raises Preempted in an `interruptible` block that is to end; does nothing elsewhere.
-
-    Scores call it between the parts of a long computation, some seconds apart.
-    """
-    if _interrupted.get()():
-        raise Preempted
-
-
-@contextmanager
-def interruptible(ranks: Ranks, interrupted: Callable[[], bool]) -> Iterator[None]:
-    """Runs a block that every rank enters, which `check_interrupted` leaves on the ranks where `interrupted()` is true.
-
-    A rank waits at the end of the block for the others.
-
-    Raises:
-        UserError: On every rank, if the block raised it on any, such as for a damaged shard in that rank's share.
-        Preempted: On every rank, if any was interrupted.
-    """
-    token = _interrupted.set(interrupted)
-    failure: Preempted | UserError | None = None
-    try:
-        yield
-    except (Preempted, UserError) as error:
-        failure = error
-    finally:
-        _interrupted.reset(token)
-    failures = ranks.gather(failure)
-    for rank, other in enumerate(failures):
-        if isinstance(other, UserError):
-            raise type(other)(f"rank {rank}: {other}" if ranks.world_size > 1 else str(other))
-    if any(failures):
-        raise Preempted("the evaluation was interrupted: start it again")
 
 
 def extract_features(

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pipeline.data import Dataset
 from pipeline.distributed.collectives import Ranks
-from pipeline.evaluation.extract import ALONE, ImageSet, extract_features, never
+from pipeline.evaluation.extract import ALONE, ImageSet, extract_features
 from pipeline.evaluation.features import FORWARD_SIZE, FeatureExtractor, digest_of
+from pipeline.evaluation.interruption import never
 from pipeline.evaluation.metrics.frechet import Moments
 from pipeline.evaluation.metrics.scores import KEEP
 from pipeline.evaluation.metrics.states import Batch, ClassSums, Sample, States, Sums, Tensors, add, gather

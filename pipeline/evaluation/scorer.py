@@ -18,8 +18,9 @@ from pipeline.data import Dataset
 from pipeline.data.resident import load_images
 from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
-from pipeline.evaluation.extract import ImageSet, check_interrupted, interruptible
+from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.features import FORWARD_SIZE, FeatureExtractor, load_all, published_weights
+from pipeline.evaluation.interruption import check_interrupted, interruptible
 from pipeline.export.generator_file import fingerprint
 from pipeline.export.images import render_range, save_grid
 from pipeline.models.networks import AnyGenerator, Critic

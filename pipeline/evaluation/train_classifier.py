@@ -24,9 +24,10 @@ from pipeline.data.shards import decode, read_shard
 from pipeline.distributed.launcher import run_program
 from pipeline.distributed.progress import bar
 from pipeline.errors import UserError
-from pipeline.evaluation.extract import ImageSet, check_interrupted
+from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.features import FORWARD_SIZE, digest_of
 from pipeline.evaluation.features.classifier import Classifier, classifier_path
+from pipeline.evaluation.interruption import check_interrupted
 from pipeline.rng import seeded
 from pipeline.storage.files import write_tensors
 

@@ -21,8 +21,9 @@ from pipeline.data.resident import load_split
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import EXIT_USER_ERROR, Preempted, UserError
 from pipeline.evaluation.evaluate import evaluate_images
-from pipeline.evaluation.extract import ImageSet, check_interrupted, interruptible, never
+from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.features import FeatureExtractor
+from pipeline.evaluation.interruption import check_interrupted, interruptible, never
 from pipeline.rng import sampling_order
 from tests.jobs import ROOT, changed, flags, launch, tiny_config
 

@@ -17,7 +17,8 @@ from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.process import Runtime
 from pipeline.errors import Preempted, UserError
 from pipeline.evaluation import train_classifier
-from pipeline.evaluation.extract import ImageSet, interruptible
+from pipeline.evaluation.extract import ImageSet
+from pipeline.evaluation.interruption import interruptible
 from pipeline.evaluation.scorer import Scorer
 from pipeline.evaluation.targets import score_target
 from pipeline.evaluation.train_classifier import gan_train

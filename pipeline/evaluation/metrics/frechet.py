@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.extract import check_interrupted
+from pipeline.evaluation.interruption import check_interrupted
 from pipeline.evaluation.metrics.states import Tensors
 from pipeline.rng import seeded
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.extract import check_interrupted
+from pipeline.evaluation.interruption import check_interrupted
 
 NEIGHBOURS = 5
 ROWS = (

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 from torchmetrics.image.kid import maximum_mean_discrepancy
 
-from pipeline.evaluation.extract import check_interrupted
+from pipeline.evaluation.interruption import check_interrupted
 from pipeline.evaluation.metrics.frechet import Moments, frechet_distance
 from pipeline.evaluation.metrics.neighbours import NEIGHBOURS, manifold_scores, nearest_neighbours
 from pipeline.evaluation.metrics.states import Sample, Tensors

@@ -1,0 +1,53 @@
+"""How a signal ends an evaluation: on all ranks together, and between the parts of a long computation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from pipeline.distributed.collectives import Ranks
+from pipeline.errors import Preempted, UserError
+
+
+def never() -> bool:
+    """The `interrupted` of an evaluation that runs to its end."""
+    return False
+
+
+_interrupted: ContextVar[Callable[[], bool]] = ContextVar("interrupted", default=never)
+
+
+def check_interrupted() -> None:
+    """Raises Preempted in an `interruptible` block that is to end; does nothing elsewhere.
+
+    Scores call it between the parts of a long computation, some seconds apart.
+    """
+    if _interrupted.get()():
+        raise Preempted
+
+
+@contextmanager
+def interruptible(ranks: Ranks, interrupted: Callable[[], bool]) -> Iterator[None]:
+    """Runs a block that every rank enters, which `check_interrupted` leaves on the ranks where `interrupted()` is true.
+
+    A rank waits at the end of the block for the others.
+
+    Raises:
+        UserError: On every rank, if the block raised it on any, such as for a damaged shard in that rank's share.
+        Preempted: On every rank, if any was interrupted.
+    """
+    token = _interrupted.set(interrupted)
+    failure: Preempted | UserError | None = None
+    try:
+        yield
+    except (Preempted, UserError) as error:
+        failure = error
+    finally:
+        _interrupted.reset(token)
+    failures = ranks.gather(failure)
+    for rank, other in enumerate(failures):
+        if isinstance(other, UserError):
+            raise type(other)(f"rank {rank}: {other}" if ranks.world_size > 1 else str(other))
+    if any(failures):
+        raise Preempted("the evaluation was interrupted: start it again")
