@@ -10,7 +10,6 @@ import yaml
 from pipeline.config import (
     Config,
     RuntimeConfig,
-    captures_steps,
     configure,
     flatten,
     make_parser,
@@ -18,6 +17,7 @@ from pipeline.config import (
     to_yaml,
 )
 from pipeline.config.command_line import describe_type
+from pipeline.distributed.process import captures_steps
 from pipeline.errors import UserError
 from tests.jobs import ROOT, changed, launch
 

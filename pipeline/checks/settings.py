@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.config import Config, check_device, flatten, import_object, read_yaml
+from pipeline.config import Config, flatten, import_object, read_yaml
 from pipeline.data import Dataset, check_source, source_kind
+from pipeline.distributed.process import check_device
 from pipeline.errors import UserError
 from pipeline.models.networks import build_for_sizes
 from pipeline.models.objectives import choose

@@ -14,6 +14,4 @@ from pipeline.config.settings import OptimizerConfig as OptimizerConfig
 from pipeline.config.settings import RunConfig as RunConfig
 from pipeline.config.settings import RuntimeConfig as RuntimeConfig
 from pipeline.config.settings import TrainingConfig as TrainingConfig
-from pipeline.config.settings import captures_steps as captures_steps
-from pipeline.config.settings import check_device as check_device
 from pipeline.config.settings import flatten as flatten

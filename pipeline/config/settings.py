@@ -356,24 +356,6 @@ def _survives_json(options: dict[str, Any]) -> bool:
         return False
 
 
-def check_device(config: RuntimeConfig, has_cuda: bool) -> None:
-    """Raises UserError if the settings need a CUDA device that is missing, or that can't do what they ask of it."""
-    if config.device == "cuda" and not has_cuda:
-        raise UserError("runtime.device is cuda, but torch sees no CUDA device: use cpu or auto")
-    on_cpu = config.device == "cpu" or not has_cuda
-    if config.precision == "fp16" and on_cpu:
-        raise UserError("runtime.precision is fp16, which takes a CUDA device: use bf16 or float32")
-    if config.cuda_graph and (on_cpu or config.precision == "fp16"):
-        raise UserError("runtime.cuda_graph is true, which takes a CUDA device and another precision than fp16")
-
-
-def captures_steps(config: RuntimeConfig, has_cuda: bool) -> bool:
-    """Returns whether a step is captured as a CUDA graph. Not with fp16, whose loss scaling reads gradients on the
-    host."""
-    on_cpu = config.device == "cpu" or not has_cuda
-    return not on_cpu and config.precision != "fp16" and config.cuda_graph is not False
-
-
 def flatten(config: Config, *, free: bool = True) -> dict[str, Any]:
     """Returns all settings by dotted key; with `free=False` without those that may change between launches."""
     return {key: value for key, value, item in leaves(config) if free or not item.metadata["free"]}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipeline.compat import fresh_accelerate, leave_buffers_alone, settle_buckets, stop_timing
-from pipeline.config import RuntimeConfig, captures_steps, check_device
+from pipeline.config import RuntimeConfig
 from pipeline.distributed import launcher
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.cpu import available_cores, release_freed_memory, restoring_cpu, sharing_the_cores, use_cpu
@@ -242,3 +242,21 @@ def open_tracker(name: str, project: str, folder: Path, arguments: Mapping[str, 
     tracker = kind("" if name == "tensorboard" else project, *folders, **arguments)
     tracker.start()
     return tracker
+
+
+def check_device(config: RuntimeConfig, has_cuda: bool) -> None:
+    """Raises UserError if the settings need a CUDA device that is missing, or that can't do what they ask of it."""
+    if config.device == "cuda" and not has_cuda:
+        raise UserError("runtime.device is cuda, but torch sees no CUDA device: use cpu or auto")
+    on_cpu = config.device == "cpu" or not has_cuda
+    if config.precision == "fp16" and on_cpu:
+        raise UserError("runtime.precision is fp16, which takes a CUDA device: use bf16 or float32")
+    if config.cuda_graph and (on_cpu or config.precision == "fp16"):
+        raise UserError("runtime.cuda_graph is true, which takes a CUDA device and another precision than fp16")
+
+
+def captures_steps(config: RuntimeConfig, has_cuda: bool) -> bool:
+    """Returns whether a step is captured as a CUDA graph. Not with fp16, whose loss scaling reads gradients on the
+    host."""
+    on_cpu = config.device == "cpu" or not has_cuda
+    return not on_cpu and config.precision != "fp16" and config.cuda_graph is not False

@@ -17,11 +17,12 @@ from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
-from pipeline.config import DataConfig, RuntimeConfig, check_device
+from pipeline.config import DataConfig, RuntimeConfig
 from pipeline.data import Dataset, open_dataset
 from pipeline.data.resident import load_split
 from pipeline.data.shards import decode, read_shard
 from pipeline.distributed.launcher import run_program
+from pipeline.distributed.process import check_device
 from pipeline.distributed.progress import bar
 from pipeline.errors import UserError
 from pipeline.evaluation.extract import ImageSet
