@@ -17,14 +17,7 @@ from torch import Tensor
 
 from pipeline.config import NetworkConfig
 from pipeline.errors import UserError, describe_error
-from pipeline.models.networks import (
-    AnyGenerator,
-    Critic,
-    Generator,
-    generator_of_spec,
-    mirror_state,
-    preserve_global_rng,
-)
+from pipeline.models.networks import AnyGenerator, Critic, Generator, generator_of_spec, preserve_global_rng
 from pipeline.models.spectral_norm import SINGULAR_VECTORS, use_spectral_norm
 from pipeline.storage.checkpoint import Checkpoint, find, read_checkpoint, sha256_of_tensor
 from pipeline.storage.files import read_tensors, replacing, write_tensors
@@ -32,8 +25,6 @@ from pipeline.storage.run_folder import RunFolder
 
 FORMAT = "gan-pipeline generator 2"
 """The format that is written: weights as the networks hold them, mirrored."""
-KERAS_FORMAT = "gan-pipeline generator 1"
-"""An earlier format, which is still read: weights in Keras's orientation."""
 KERAS_SUFFIXES = (".keras", ".h5", ".hdf5")
 EXPORT_SUFFIXES = (".safetensors", *KERAS_SUFFIXES)
 """The suffixes of single files that `load_generator` reads; its other sources are folders."""
@@ -183,11 +174,9 @@ def fingerprint(generator: AnyGenerator) -> str:
 def _read_export(path: Path, code: str | None) -> tuple[AnyGenerator, dict[str, Any]]:
     try:
         tensors, header = read_tensors(path)
-        if header.get("format") not in {FORMAT, KERAS_FORMAT}:
+        if header.get("format") != FORMAT:
             raise ValueError(f"its header does not say {FORMAT!r}")
         generator = generator_of_spec(json.loads(header["generator"]), code, path)
-        if header["format"] == KERAS_FORMAT and isinstance(generator, Generator):
-            tensors = mirror_state(generator, tensors)
         _load(generator, tensors, json.loads(header.get(CLASS_NAMES, "[]")))
         provenance = dict(json.loads(header.get("provenance", "{}")))
     except FileNotFoundError:

@@ -44,7 +44,6 @@ from torch import Tensor
 
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
-from pipeline.models.networks import critic_base, mirror
 from pipeline.models.spectral_norm import SINGULAR_VECTORS
 from pipeline.storage.files import fsync
 from pipeline.storage.run_folder import RunFolder, step_of
@@ -53,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT = 2
-"""What is written: tensors as the networks hold them, mirrored. Format 1, in Keras's orientation, is still read."""
+"""The version of what a checkpoint holds: tensors as the networks hold them, mirrored."""
 
 
 class CheckpointError(UserError):
@@ -105,14 +104,6 @@ class Checkpoint:
                 tensors |= load_file(self.folder / name)
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{self.folder / name}: not a safetensors file ({error})") from None
-        if self.format == 1:
-            shape = self.progress["generator"]["image_shape"]
-            generator = (shape[1] // 4, shape[2] // 4)
-            bases = {"generator": generator, "ema": generator, "critic": critic_base(shape, 8)}
-            for name, tensor in tensors.items():
-                role, _, parameter = name.partition(".")  # as in generator_optimizer.dense.weight.square_avg
-                if base := bases.get(role.removesuffix("_optimizer")):
-                    tensors[name] = mirror(parameter, tensor, base)
         return tensors
 
 
@@ -124,8 +115,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         digest = content.pop("sha256")
         if digest != _sha256_of_json(content):
             raise ValueError("its own SHA-256 does not match")
-        if content["format"] not in range(1, FORMAT + 1):
-            raise ValueError(f"its format is {content['format']}, later than {FORMAT}")
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']}, this version reads {FORMAT}")
         return Checkpoint(folder, **content)
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read ({error.strerror})") from None
