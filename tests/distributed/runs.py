@@ -46,8 +46,12 @@ VARIANTS: dict[str, Settings] = {
 }
 SOURCES: dict[str, Settings] = {
     "resident": {"data": {"source": "resident"}},
-    "streaming": {"data": {"source": "streaming", "lanes": 8, "workers": 1}},
+    "streaming": {"data": {"source": "streaming", "lanes": 8, "workers": 0}},
 }
+WORKERS: Settings = {"data": {"source": "streaming", "lanes": 8, "workers": 1}}
+"""Of which each costs a rank two seconds of a core: one run has them, and its batches are those without."""
+ON_FOUR_RANKS = ("wgan", "augmented", *SOURCES)
+"""Variants that four ranks train; test_ordinary_use.py has every shipped configuration there."""
 RECIPES: dict[str, Settings] = {
     "burn_in": VARIANTS["burn_in"] | SOURCES["streaming"],
     "spectral_norm": VARIANTS["spectral_norm"],
@@ -56,7 +60,8 @@ RECIPES: dict[str, Settings] = {
 """That a resume could forget a part of."""
 EXACT: Settings = {"runtime": {"precision": "float64"}, "training": {"batch_size": 32}}
 BF16: Settings = {"runtime": {"precision": "bf16"}}
-PARTS: Settings = {"runtime": {"accumulation": 4}}
+PARTS: dict[int, Settings] = {1: {"runtime": {"accumulation": 4}}, 2: {"runtime": {"accumulation": 2}}}
+"""By the number of ranks: a first part, some between and a last one; and two parts, which cost half as much."""
 GUIDE: Settings = {
     "network": {"generator": "tests.guide:Generator", "critic": "tests.guide:Critic", "options": {"hidden": 12}},
     "training": {"objective": "acgan", "clip_value": None},
@@ -93,8 +98,9 @@ def whole(world_size: int, *settings: Settings) -> Run:
 
 RUNS: dict[str, Run] = {
     # The same trajectory at any number of ranks
-    **{f"{name}-{w}": whole(w, chosen, EXACT) for name, chosen in (VARIANTS | SOURCES).items() for w in (1, 2, 4)},
-    **{f"{name}-parts-{w}": whole(w, chosen, EXACT, PARTS) for name, chosen in VARIANTS.items() for w in (1, 2)},
+    **{f"{name}-{w}": whole(w, chosen, EXACT) for name, chosen in (VARIANTS | SOURCES).items() for w in (1, 2)},
+    **{f"{name}-4": whole(4, (VARIANTS | SOURCES)[name], EXACT) for name in ON_FOUR_RANKS},
+    **{f"{name}-parts-{w}": whole(w, chosen, EXACT, PARTS[w]) for name, chosen in VARIANTS.items() for w in PARTS},
     # A wide clip keeps this small critic's scores well above their rounding error.
     **{f"wgan-float32-{w}": whole(w, {"training": {"clip_value": 0.3}}) for w in (1, 2, 4)},
     **{f"lsgan-float32-{w}": whole(w, VARIANTS["lsgan"]) for w in (1, 2, 4)},
@@ -122,12 +128,13 @@ RUNS: dict[str, Run] = {
     "guide-resumed-2": Run(((2, 7), (2, STEPS)), (GUIDE, EXACT)),
     **{f"large-{w}": Run(((w, STEPS),), (EXACT, LARGE), "large") for w in (1, 2)},
     "large-resumed-2": Run(((2, 7), (2, STEPS)), (EXACT, LARGE), "large"),
-    "whole-48": whole(4, EXACT, {"training": {"batch_size": 48}}),
+    "workers": Run(((2, 9), (1, STEPS)), (WORKERS, EXACT)),
+    "whole-48": whole(1, EXACT, {"training": {"batch_size": 48}}),
     "three": Run(((4, 9), (3, STEPS)), (EXACT, {"training": {"batch_size": 48}})),
     # Fewer digits
     **{f"lsgan-bf16-whole-{w}": whole(w, VARIANTS["lsgan"], BF16) for w in (1, 2)},
     **{f"lsgan-bf16-resumed-{w}": Run(((w, 7), (w, STEPS)), (VARIANTS["lsgan"], BF16)) for w in (1, 2)},
-    **{f"lsgan-bf16-parts-{w}": whole(w, VARIANTS["lsgan"], BF16, PARTS) for w in (1, 2)},
+    **{f"lsgan-bf16-parts-{w}": whole(w, VARIANTS["lsgan"], BF16, PARTS[w]) for w in PARTS},
 }
 
 

@@ -25,7 +25,17 @@ from pipeline.models.networks import AnyGenerator, Generator
 from pipeline.models.objectives import OBJECTIVES
 from pipeline.storage.run_folder import RunFolder
 from pipeline.training.trainer import Trainer
-from tests.distributed.runs import ELASTIC, RECIPES, SOURCES, STEPS, STOPS, VARIANTS, Trained, losses
+from tests.distributed.runs import (
+    ELASTIC,
+    ON_FOUR_RANKS,
+    RECIPES,
+    SOURCES,
+    STEPS,
+    STOPS,
+    VARIANTS,
+    Trained,
+    losses,
+)
 from tests.jobs import (
     ROOT,
     changed,
@@ -33,7 +43,6 @@ from tests.jobs import (
     final_state,
     flags,
     launch,
-    launch_as_users_do,
     restoring_process,
     tiny_config,
 )
@@ -84,8 +93,9 @@ def test_every_objective_is_covered() -> None:
     assert set(OBJECTIVES) <= set(VARIANTS)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("name", [*VARIANTS, *SOURCES])
+@pytest.mark.parametrize(
+    ("name", "world_size"), [*((name, 2) for name in (*VARIANTS, *SOURCES)), *((name, 4) for name in ON_FOUR_RANKS)]
+)
 def test_the_trajectory_does_not_depend_on_the_world_size(trained: Trained, name: str, world_size: int) -> None:
     assert_close(trained.weights(f"{name}-1"), trained.weights(f"{name}-{world_size}"), 1e-9)
 
@@ -165,6 +175,11 @@ def test_a_run_goes_on_with_another_number_of_ranks(trained: Trained, before: in
     assert_close(trained.weights(f"{source}-1"), trained.weights(name), 1e-9)
 
 
+def test_data_workers_change_no_batch_of_a_run(trained: Trained) -> None:
+    """Nor does a resume with another number of ranks, where they begin in the middle of a shard."""
+    assert_close(trained.weights("streaming-1"), trained.weights("workers"), 1e-9)
+
+
 def test_a_run_goes_on_with_three_ranks(trained: Trained) -> None:
     assert_close(trained.weights("whole-48"), trained.weights("three"), 1e-9)
 
@@ -223,7 +238,7 @@ def test_fp16_needs_a_gpu(base: Config) -> None:
 def test_an_objective_of_the_users_own(base: Config, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(HINGE)
     config = changed(base, run={"name": "hinge"}, training={"objective": "mine:hinge", "clip_value": None})
-    result = launch_as_users_do(TRAIN, flags(config), folder=tmp_path)
+    result = launch(TRAIN, flags(config), folder=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert losses(config.folder)[0, 0] == pytest.approx(1, abs=0.2), "(1 - s + 1 + s) / 2 at small scores"
 
