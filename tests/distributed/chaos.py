@@ -28,6 +28,7 @@ from pipeline.storage.checkpoint import committed, newest_intact
 from pipeline.storage.run_folder import RunFolder
 from tests.distributed.interrupting import (
     LIMIT_SECONDS,
+    TRAIN,
     Running,
     interruptible,
     job,
@@ -40,7 +41,6 @@ from tests.distributed.interrupting import (
 from tests.jobs import ROOT, changed, final_state, flags, launch, tiny_config
 from tests.ranks import Job
 
-TRAIN = ROOT / "pipeline/train.py"
 STEPS = 60
 WORLDS = (1, 1, 2, 2, 2, 4, 4, 8)
 CGROUP = Path("/sys/fs/cgroup/memory")

@@ -14,13 +14,15 @@ import psutil
 import torch
 
 from pipeline.config import Config
+from pipeline.storage.checkpoint import newest_intact
 from pipeline.storage.run_folder import RunFolder
-from tests.jobs import ROOT, environment, final_state, flags, launch_command, tiny_config
+from tests.jobs import ROOT, changed, environment, final_state, flags, launch, launch_command, tiny_config
 from tests.ranks import Job
 
-STEPS = 130
+TRAIN = ROOT / "pipeline/train.py"
+ENDLESS = 100_000
+"""Steps: no machine is through before it is interrupted."""
 LIMIT_SECONDS = 120
-
 
 Running = Job | subprocess.Popen[bytes]
 
@@ -28,7 +30,7 @@ Running = Job | subprocess.Popen[bytes]
 @contextmanager
 def job(config: Config, num_processes: int, log: Path) -> Iterator[Job]:
     """Forked ranks that train, all of them gone at the end."""
-    with Job(ROOT / "pipeline/train.py", flags(config), num_processes, stdout=log, stderr=log) as running:
+    with Job(TRAIN, flags(config), num_processes, stdout=log, stderr=log) as running:
         yield running
 
 
@@ -39,7 +41,7 @@ def launched(
     """The launcher and the ranks that it started to train, all of them gone at the end."""
     with log.open("ab") as output:
         process = subprocess.Popen(
-            launch_command(ROOT / "pipeline/train.py", flags(config), num_processes, *launcher_options),
+            launch_command(TRAIN, flags(config), num_processes, *launcher_options),
             cwd=ROOT,
             env=environment(),
             stderr=output,
@@ -95,7 +97,7 @@ def wait_for_step(run: Path, step: int, running: Running, log: Path) -> None:
         time.sleep(0.01)
 
 
-def interruptible(dataset: Path, root: Path, name: str, steps: int = STEPS) -> Config:
+def interruptible(dataset: Path, root: Path, name: str, steps: int = ENDLESS) -> Config:
     """A run of short steps with a checkpoint every five."""
     return tiny_config(
         run={"name": name, "root": str(root), "checkpoint_every": 5},
@@ -104,8 +106,24 @@ def interruptible(dataset: Path, root: Path, name: str, steps: int = STEPS) -> C
     )
 
 
-def assert_same_end(one: Path, other: Path, steps: int = STEPS) -> None:
+def assert_ends_as_if_nothing_had_been(config: Config, num_processes: int) -> None:
+    """A run that was interrupted goes on for five steps, and a new one takes all these steps at once: equal bits."""
+    interrupted, whole = config.folder, config.folder.with_name(f"{config.run.name}-whole")
+    newest, _ = newest_intact(RunFolder(interrupted))
+    assert newest is not None
+    steps = newest.step + 5
+    for folder in (interrupted, whole):
+        again = changed(config, run={"name": folder.name}, training={"steps": steps})
+        result = launch(TRAIN, flags(again), num_processes)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert ("going on from" in result.stderr) == (folder == interrupted)
+    assert_same_end(whole, interrupted, steps)
+
+
+def assert_same_end(one: Path, other: Path, steps: int) -> None:
     left, right = final_state(one, steps), final_state(other, steps)
     assert left.keys() == right.keys()
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
-    assert last_step(one) == last_step(other) == steps
+    for run in (one, other):
+        lines = RunFolder(run).metrics.read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1))

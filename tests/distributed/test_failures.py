@@ -43,9 +43,8 @@ def test_what_to_lower_is_named_when_memory_runs_out(
 def test_the_rank_that_does_not_come_is_named_once(tiny_dataset: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "stuck", tmp_path / "log"
     config = interruptible(tiny_dataset, tmp_path, run.name)
-    endless = {"steps": 100_000, "batch_size": 24}
     # Well above what three ranks on two busy cores need for a step.
-    with job(changed(config, training=endless, runtime={"timeout_seconds": 20}), 3, log) as process:
+    with job(changed(config, training={"batch_size": 24}, runtime={"timeout_seconds": 20}), 3, log) as process:
         wait_for_step(run, 3, process, log)
         process.ranks[2].suspend()
         for rank in process.ranks[:2]:
@@ -61,8 +60,7 @@ def test_the_rank_that_does_not_come_is_named_once(tiny_dataset: Path, tmp_path:
 
 def test_a_rank_that_is_gone_ends_the_other_at_once_with_a_line(tiny_dataset: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "gone", tmp_path / "log"
-    config = changed(interruptible(tiny_dataset, tmp_path, run.name), training={"steps": 100_000})
-    with job(config, 2, log) as process:
+    with job(interruptible(tiny_dataset, tmp_path, run.name), 2, log) as process:
         wait_for_step(run, 3, process, log)
         process.ranks[1].kill()
         assert process.wait(LIMIT_SECONDS) == -9

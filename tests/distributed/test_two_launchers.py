@@ -53,13 +53,13 @@ def test_two_launchers_train_as_one_and_one_goes_on_from_them(tiny_dataset: Path
         training = {"steps": steps, "n_critic": 2}
         return flags(tiny_config(run=place, data={"dataset": str(tiny_dataset)}, training=training))
 
-    launch_on_two(arguments("spread", 10))
-    manifest = json.loads((tmp_path / "spread/checkpoints/step-00000010/manifest.json").read_text())
+    launch_on_two(arguments("spread", 4))
+    manifest = json.loads((tmp_path / "spread/checkpoints/step-00000004/manifest.json").read_text())
     assert manifest["world_size"] == 4
     for name in ("spread", "whole"):
-        result = launch(ROOT / "pipeline/train.py", arguments(name, 20), 4)
+        result = launch(ROOT / "pipeline/train.py", arguments(name, 8), 4)
         assert result.returncode == 0, result.stderr[-4000:]
         assert ("going on from" in result.stderr) == (name == "spread")
-    spread, whole = (final_state(tmp_path / name, 20) for name in ("spread", "whole"))
+    spread, whole = (final_state(tmp_path / name, 8) for name in ("spread", "whole"))
     assert spread.keys() == whole.keys()
     assert [name for name in spread if not torch.equal(spread[name], whole[name])] == []
