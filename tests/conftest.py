@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data import Dataset
+from pipeline.data import Dataset, load_dataset
 from pipeline.data.prepare import ShardSizes, prepare_mnist, prepare_npz
+from pipeline.data.resident import load_split
 
 REPOSITORY = Path(__file__).parent.parent
 LONGEST_FIRST = (
@@ -35,6 +36,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def mnist_dataset() -> Dataset:
     """The real MNIST under the repository's data folder, verified; fetched and prepared if it is not there yet."""
     return prepare_mnist(REPOSITORY / "data")
+
+
+@pytest.fixture(scope="session")
+def digits_files(mnist_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """1,150 training and 610 test digits, scored in seconds; neither a multiple of the extractor's 100."""
+    folder = tmp_path_factory.mktemp("digits")
+    images, labels = load_split(mnist_dataset, "test")
+    for split, rows in (("train", slice(0, 1150)), ("test", slice(5000, 5610))):
+        np.savez(folder / f"{split}.npz", images=images[rows].numpy(), labels=labels[rows].numpy())
+    return {split: folder / f"{split}.npz" for split in ("train", "test")}
+
+
+@pytest.fixture
+def digits(digits_files: dict[str, Path], tmp_path: Path) -> Dataset:
+    """These digits as a dataset of the test's own, so nothing is cached yet."""
+    return load_dataset(prepare_npz(tmp_path, "digits", digits_files, kind="mnist").folder)
+
+
+@pytest.fixture(scope="session")
+def scored_digits(digits_files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """These digits as a dataset that tests share, with the features that evaluations cache beside it."""
+    return load_dataset(prepare_npz(tmp_path_factory.mktemp("scored"), "digits", digits_files, kind="mnist").folder)
 
 
 @pytest.fixture(scope="session")

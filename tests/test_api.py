@@ -22,6 +22,7 @@ from accelerate.state import AcceleratorState, PartialState
 import pipeline
 from pipeline import Config, configure, evaluate, load_generator, prepare_npz, read_run, train
 from pipeline.config import to_yaml
+from pipeline.data import Dataset
 from pipeline.distributed.stopping import STOP_SIGNALS
 from pipeline.errors import UserError
 from pipeline.reporting.read import Run
@@ -48,9 +49,9 @@ def tiny_lines(folder: Path, dataset: Path) -> str:
 
 
 @pytest.mark.slow
-def test_the_readmes_lines(mnist_dataset: Any, tmp_path: Path) -> None:
+def test_the_readmes_lines(scored_digits: Dataset, tmp_path: Path) -> None:
     seen: dict[str, Any] = {}
-    exec(tiny_lines(tmp_path, mnist_dataset.folder), seen)
+    exec(tiny_lines(tmp_path, scored_digits.folder), seen)
     run = seen["run"]
     assert isinstance(run, Run)
     assert (run.name, run.step, run.status) == ("first", 4, "finished, 4 steps")
@@ -227,11 +228,11 @@ except KeyboardInterrupt:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-def test_a_notebook(mnist_dataset: Any, tmp_path: Path) -> None:
+def test_a_notebook(scored_digits: Dataset, tmp_path: Path) -> None:
     """On a real kernel: README's lines with a bar that is a widget, an interrupt that saves, a second that stops at
     once, and the kernel goes on after either."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    lines = tiny_lines(tmp_path, mnist_dataset.folder)
+    lines = tiny_lines(tmp_path, scored_digits.folder)
     texts = [lines, INTERRUPTED, STOPPED, TWICE, AFTERWARDS]
     names = {"FILE": str(tmp_path / "tiny.yaml"), "ROOT": str(tmp_path)}
     for name, value in names.items():

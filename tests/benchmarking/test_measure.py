@@ -108,9 +108,9 @@ def test_a_benchmark_whose_saves_fail_fails(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_the_benchmark_measures_what_it_says(world_size: int, mnist_dataset: Dataset, tmp_path: Path) -> None:
+def test_the_benchmark_measures_what_it_says(world_size: int, scored_digits: Dataset, tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
-    settings = ["--steps", "10", "--json", str(figures), "--data.root", str(mnist_dataset.folder.parent)]
+    settings = ["--steps", "10", "--json", str(figures), "--data.dataset", str(scored_digits.folder)]
     result = launch(ROOT / "tests/benchmarking/brief_benchmark.py", [*SMALL, *settings], world_size)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "failed" not in result.stderr

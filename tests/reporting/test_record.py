@@ -42,9 +42,9 @@ def test_median_and_worst_are_a_line_of_the_table(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.slow
-def test_the_script_trains_each_seed_and_measures_it(mnist_dataset: Dataset, tmp_path: Path) -> None:
+def test_the_script_trains_each_seed_and_measures_it(scored_digits: Dataset, tmp_path: Path) -> None:
     small = {
-        **{"run.root": tmp_path, "run.trackers": "[]", "run.log_every": 1, "data.root": mnist_dataset.folder.parent},
+        **{"run.root": tmp_path, "run.trackers": "[]", "run.log_every": 1, "data.dataset": scored_digits.folder},
         **{"network.width": 0.05, "training.steps": 2, "training.batch_size": 8, "training.n_critic": 1},
         **{"evaluation.every": 1, "evaluation.num_images": 50},
     }
