@@ -185,7 +185,7 @@ class StepGenerator(nn.Module):
 
     def forward(
         self, critic_latents: Tensor, critic_labels: Tensor, latents: Tensor, labels: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Returns images for the critic and for the generator's own update.
 
         Args:
@@ -193,17 +193,15 @@ class StepGenerator(nn.Module):
             latents: (b, latent_dim), of the generator's update; labels: (b,).
 
         Returns:
-            (k, b, C, H, W) without a graph, and a list of one micro-batch (b, C, H, W) with it.
+            The critic's k batches (b, C, H, W) without a graph, and a list of one micro-batch (b, C, H, W) with it.
         """
-        generator = self.generator.train(self.fakes_by_batch)
+        generator, fakes = self.generator.train(self.fakes_by_batch), list[Tensor]()
+        # Without batch statistics a GPU can make several batches as one; a CPU's caches prefer one at a time.
+        together = BATCHES_TOGETHER if critic_latents.is_cuda and not generator.training else 1
         with torch.no_grad():
-            # Without batch statistics a GPU can make all batches as one; a CPU's caches prefer one at a time.
-            if critic_latents.is_cuda and not generator.training:
-                groups = (torch.split(batches, BATCHES_TOGETHER) for batches in (critic_latents, critic_labels))
-                fakes = torch.cat([generator(z.flatten(0, 1), y.flatten()) for z, y in zip(*groups, strict=True)])
-                fakes = fakes.view(*critic_labels.shape, *fakes.shape[1:])
-            else:
-                fakes = torch.stack([generator(*batch) for batch in zip(critic_latents, critic_labels, strict=True)])
+            for first in range(0, len(critic_labels), together):
+                z, y = (batches[first : first + together] for batches in (critic_latents, critic_labels))
+                fakes += generator(z.flatten(0, 1), y.flatten()).unflatten(0, y.shape).unbind()
         return fakes, [generator.train()(latents, labels)]
 
 

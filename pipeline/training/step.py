@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Config, TrainingConfig
-from pipeline.distributed.batch_norm import LayerwiseStepGenerator, convert_batch_norm
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.process import Runtime
 from pipeline.models.networks import Generator, StepGenerator
@@ -44,7 +43,7 @@ class Step:
     critic: nn.Module
     """The state's critic; wrapped by DDP, which averages gradients during the backward pass, where there are several
     ranks and one micro-batch."""
-    generator: Callable[..., tuple[Tensor, Iterable[Tensor]]]
+    generator: Callable[..., tuple[list[Tensor], Iterable[Tensor]]]
     """Makes all images of a step: a `StepGenerator`, wrapped likewise, or an `AccumulatingGenerator`."""
     micro_batches: int = 1
     ranks: Ranks = Ranks()
@@ -58,11 +57,12 @@ class Step:
         # of all iterations are made in one call: fewer launches, and one all-reduce a batch norm instead of n_critic.
         latents = inputs.critic_latents, inputs.critic_labels, inputs.generator_latents, inputs.generator_labels
         fake, images = self.generator(*latents)
-        real = inputs.real.to(fake.dtype) / 255  # line 3
+        real = inputs.real.to(inputs.generator_latents.dtype) / 255  # line 3
         if inputs.critic_augmentation is not None:
             real_draws, fake_draws = inputs.critic_augmentation.unbind(1)
             policies = self.training.diff_augment
-            real, fake = augment(real, real_draws, policies), augment(fake, fake_draws, policies)
+            real = augment(real, real_draws, policies)
+            fake = [*augment(torch.stack(fake), fake_draws, policies)]
         for t in range(len(real)):  # line 2: n_critic iterations, or as many as a burn-in has
             state.critic_optimizer.param_groups[0]["lr"] = inputs.critic_rates[t]
             mix = None if inputs.mix is None else inputs.mix[t]
@@ -213,7 +213,7 @@ def build_step(config: Config, objective: Objective, state: TrainingState, runti
     training, ranks, parts = config.training, runtime.ranks, config.runtime.accumulation
     by_batch = training.critic_fakes == "batch"
     if parts > 1:
-        from pipeline.training.accumulation import AccumulatingGenerator
+        from pipeline.training.image_makers import AccumulatingGenerator
 
         assert isinstance(state.generator, Generator), "checks refuse a user's network here: its layers are not known"
         critic = runtime.wrap(state.critic, data_parallel=False)
@@ -221,12 +221,17 @@ def build_step(config: Config, objective: Objective, state: TrainingState, runti
         step = Step(training, objective, state, critic, images, parts, ranks)
     else:
         if ranks.world_size > 1:
+            from pipeline.distributed.batch_norm import convert_batch_norm
+
             convert_batch_norm(state.generator)
             convert_batch_norm(state.critic)  # the reference's has none, a user's may
         # Layer by layer there are fewer collectives and launches; a CPU alone prefers what its caches hold.
         pays = ranks.world_size > 1 or runtime.device.type == "cuda"
-        layerwise = pays and by_batch and isinstance(state.generator, Generator)
-        generator = (LayerwiseStepGenerator if layerwise else StepGenerator)(state.generator, by_batch)
+        generator = StepGenerator(state.generator, by_batch)
+        if pays and by_batch and isinstance(state.generator, Generator):
+            from pipeline.training.image_makers import LayerwiseStepGenerator
+
+            generator = LayerwiseStepGenerator(state.generator, by_batch)
         step = Step(training, objective, state, runtime.wrap(state.critic), runtime.wrap(generator))
     if runtime.capture_stream is not None:
         from pipeline.training.cuda_graph import CapturedStep

@@ -16,7 +16,6 @@ from pipeline.distributed.collectives import Ranks
 from pipeline.models.networks import Generator, initialise
 from pipeline.models.objectives import OBJECTIVES
 from pipeline.rng import AUGMENTATION_DRAWS, seeded
-from pipeline.training.accumulation import AccumulatingGenerator
 from pipeline.training.augment import (
     POLICIES,
     augment,
@@ -24,6 +23,7 @@ from pipeline.training.augment import (
     cut_out,
     translate,
 )
+from pipeline.training.image_makers import AccumulatingGenerator
 from pipeline.training.inputs import StepInputs
 from pipeline.training.step import Step
 from tests.training.test_step import Line, step_of

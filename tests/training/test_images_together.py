@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.config import NetworkConfig
-from pipeline.distributed import batch_norm
-from pipeline.distributed.batch_norm import LayerwiseStepGenerator, SyncBatchNorm, convert_batch_norm, normalise
+from pipeline.distributed.batch_norm import SyncBatchNorm, convert_batch_norm
 from pipeline.models.networks import Generator, StepGenerator, initialise
 from pipeline.rng import seeded
+from pipeline.training import image_makers
+from pipeline.training.image_makers import LayerwiseStepGenerator, normalise
 
 SIZE, BATCHES = 6, 3
 EXACT: dict[str, Any] = {"rtol": 1e-11, "atol": 1e-13}
@@ -47,7 +48,7 @@ def test_images_and_gradients_are_those_of_one_batch_after_the_other(
     seed: int, num_classes: int, synchronised: bool, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one portion, or in several."""
-    monkeypatch.setattr(batch_norm, "BATCHES_TOGETHER", together)
+    monkeypatch.setattr(image_makers, "BATCHES_TOGETHER", together)
     generator = a_generator(seed, num_classes)
     other = copy.deepcopy(generator)
     if synchronised:
@@ -59,8 +60,8 @@ def test_images_and_gradients_are_those_of_one_batch_after_the_other(
     other_fakes, [other_images] = LayerwiseStepGenerator(other, True)(*inputs)
     torch.testing.assert_close(other_fakes, fakes, **EXACT)
     torch.testing.assert_close(other_images, images, **EXACT)
-    assert not fakes.requires_grad
-    assert not other_fakes.requires_grad
+    assert len(fakes) == BATCHES
+    assert not any(batch.requires_grad for batch in (*fakes, *other_fakes))
     towards = random(seed, *images.shape)
     for made in (images, other_images):
         made.backward(towards)

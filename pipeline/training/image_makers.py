@@ -1,5 +1,5 @@
-"""The generator's images in micro-batches, one after the other: a step then needs memory for one of them, and walks the
-trajectory of the whole batch to rounding.
+"""Two other ways than `StepGenerator`'s to make all images of a step, for the reference's generator alone: layer by
+layer, which takes fewer collectives and launches, and in micro-batches, which takes less memory.
 
 The losses of micro-batches can simply be averaged, and so can the critic's gradients: an image's score depends on that
 image alone. The generator's batch norm is the difficulty, because through its statistics each image depends on the
@@ -9,7 +9,7 @@ inputs of the micro-batches, and passes their gradients on at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -17,9 +17,75 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.distributed.batch_norm import Statistics, update_moving_averages
+from pipeline.distributed.batch_norm import Statistics, SyncBatchNorm, update_moving_averages
 from pipeline.distributed.collectives import Ranks
-from pipeline.models.networks import Generator
+from pipeline.models.networks import BATCHES_TOGETHER, Generator, StepGenerator
+
+
+class LayerwiseStepGenerator(StepGenerator):
+    """A StepGenerator that takes all images of a step through the network layer by layer.
+
+    Batch by batch, a step with n_critic critic batches would have n_critic + 1 collectives for each batch norm. But all
+    batches are known before the step begins, and the generator's weights do not change before its own update. So every
+    layer takes all batches at once, and at each batch norm the statistics of all batches, which stay separate, travel
+    in one collective. The results are those of one batch after the other; moving averages too move in that order.
+
+    A GPU takes the critic's batches as one group, for few launches. A CPU takes a group for each batch, which fits into
+    its cache. At most BATCHES_TOGETHER batches are in memory at a time.
+    """
+
+    def forward(
+        self, critic_latents: Tensor, critic_labels: Tensor, latents: Tensor, labels: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        portions = (torch.split(batches, BATCHES_TOGETHER) for batches in (critic_latents, critic_labels))
+        *early, late = (self._groups(*portion) for portion in zip(*portions, strict=True))
+        with torch.no_grad():
+            fakes = [batch for groups in early for images in self._layer_by_layer(groups) for batch in images]
+        # The generator's own batch shares the collectives of the last portion, and is the only one with gradients.
+        *last, images = self._layer_by_layer([*late, (latents[None], labels[None])])
+        return [*fakes, *(batch for images in last for batch in images)], [*images]
+
+    def _groups(self, latents: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        if not len(labels):
+            return []
+        size = len(labels) if labels.is_cuda else 1
+        return [*zip(torch.split(latents, size), torch.split(labels, size), strict=True)]
+
+    def _layer_by_layer(self, groups: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Makes images (k, b, C, H, W) of each group of latents (k, b, latent_dim) and labels (k, b). Only the last
+        group's have gradients."""
+        generator, sizes, batch_size = self.generator.train(), [len(z) for z, _ in groups], groups[-1][1].shape[1]
+        assert isinstance(generator, Generator), "the layers of a user's network are not known"
+
+        def apply(layer: Callable[..., Tensor], groups: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+            with torch.no_grad():
+                outputs = [layer(*group) for group in groups[:-1]]
+            return [*outputs, layer(*groups[-1])]
+
+        flat = [(latents.flatten(0, 1), labels.flatten()) for latents, labels in groups]
+        maps = apply(generator.first_maps, flat)
+        for norm, convolution in zip(generator.norms, generator.convolutions, strict=True):
+            assert isinstance(norm, nn.BatchNorm2d)
+            normalised = [(images,) for images in normalise(norm, maps, sizes)]
+            maps = apply(lambda images, layer=convolution: layer(F.relu(images)), normalised)
+        images = apply(torch.sigmoid, [(images,) for images in maps])
+        return [group.view(-1, batch_size, *group.shape[1:]) for group in images]
+
+
+def normalise(norm: nn.BatchNorm2d, groups: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    """Normalises groups of images, of which group i holds `sizes[i]` equal batches, as `norm` in training mode does
+    with one batch after the other; synchronised over the ranks or not."""
+    if isinstance(norm, SyncBatchNorm):
+        return norm.normalise(groups, sizes)
+    assert norm.num_batches_tracked is not None
+    assert norm.momentum is not None
+    norm.num_batches_tracked.add_(sum(sizes))
+    settings = norm.running_mean, norm.running_var, norm.weight, norm.bias, True, norm.momentum, norm.eps
+    normalised = []
+    for images, size in zip(groups, sizes, strict=True):
+        batches = [F.batch_norm(batch, *settings) for batch in images.chunk(size)]
+        normalised.append(torch.cat(batches) if size > 1 else batches[0])
+    return normalised
 
 
 @dataclass
@@ -41,12 +107,12 @@ class AccumulatingGenerator:
 
     def __call__(
         self, critic_latents: Tensor, critic_labels: Tensor, latents: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Iterator[Tensor]]:
-        """Returns the critic's images (k, b, C, H, W) without a graph, and `images_for_update` of the other latents."""
+    ) -> tuple[list[Tensor], Iterator[Tensor]]:
+        """Returns the critic's k batches (b, C, H, W) without a graph, and `images_for_update` of the other latents."""
         generator = self.generator.train(self.fakes_by_batch)
         fakes = [self._make_fakes(z, y) for z, y in zip(critic_latents, critic_labels, strict=True)]
         generator.train()
-        return torch.stack(fakes), self.images_for_update(latents, labels)
+        return fakes, self.images_for_update(latents, labels)
 
     def images_for_update(self, latents: Tensor, labels: Tensor) -> Iterator[Tensor]:
         """Yields the images of one micro-batch after the other, with their graph. The caller takes a backward pass
