@@ -20,10 +20,11 @@ from pipeline.config import NetworkConfig, OptimizerConfig
 from pipeline.data import open_source
 from pipeline.errors import UserError
 from pipeline.models.networks import KERNEL, LEAK, Critic, Generator, mirror_state
-from pipeline.models.objectives import ScoreLoss, gradient_penalty, r1_penalty, with_class_loss
+from pipeline.models.objectives import Objective, gradient_penalty, squared_slopes, with_class_loss
 from pipeline.models.spectral_norm import follow_update, raw_weights, use_spectral_norm
 from pipeline.rng import seeded
-from pipeline.training.inputs import InputStream
+from pipeline.training.inputs import InputStream, StepInputs
+from pipeline.training.step import set_rates
 from pipeline.training.trainer import Trainer
 
 
@@ -116,29 +117,35 @@ class PlainTrainer:
     def take_step(self) -> tuple[float, float]:
         """Takes a step; returns this rank's critic loss (mean of real and fake losses and over iterations) and
         generator loss."""
-        training, inputs, losses = self._config.training, self.inputs.take(), []
-        for index in range(len(inputs.real)):
-            # Flipping the bytes of a batch takes no time that could be measured.
-            real = inputs.real[index].flip(2, 3).to(inputs.critic_latents.dtype) / 255
-            latents, labels = inputs.critic_latents[index], inputs.critic_labels[index]
+        training, objective, inputs, losses = self._config.training, self._objective, self.inputs.take(), []
+        for index, (latents, labels) in enumerate(zip(inputs.critic_latents, inputs.critic_labels, strict=True)):
+            real, real_labels = self._real(inputs, index), inputs.real_labels[index]
             with torch.no_grad():
                 self.generator.train(training.critic_fakes == "batch")
                 fake = self.generator(latents, labels)
-            self._critic_optimizer.param_groups[0]["lr"] = float(inputs.critic_rates[index])
-            real_loss = self._critic_loss(real, inputs.real_labels[index], self._objective.real_loss)
+            set_rates(self._critic_optimizer, index, inputs.critic_rates, inputs.critic_beta2)
+            real_scores, real_logits = self.critic(real)
             if training.critic_updates == "separate":
+                assert isinstance(objective, Objective)
+                real_loss = with_class_loss(objective.real_loss(real_scores), real_logits, real_labels)
                 _update(self._critic_optimizer, real_loss)
                 if training.spectral_norm:
                     follow_update(self._bare_critic)
-            fake_loss = self._critic_loss(fake, labels, self._objective.fake_loss)
-            loss = self._objective.joint_weight * (real_loss + fake_loss)
+            fake_scores, fake_logits = self.critic(fake)
+            of_real, of_fake = objective.critic_losses(real_scores, fake_scores)
+            real_loss = with_class_loss(of_real, real_logits, real_labels)
+            fake_loss = with_class_loss(of_fake, fake_logits, labels)
+            loss = objective.joint_weight * (real_loss + fake_loss)
+            factor = float(inputs.penalty_factors[0])
             if inputs.mix is not None and training.gradient_penalty is not None:
                 mix = inputs.mix[index].view(-1, 1, 1, 1)
                 between = (mix * real + (1 - mix) * fake).requires_grad_()
-                loss = loss + training.gradient_penalty * gradient_penalty(self.critic(between)[0], between)
-            if training.r1_penalty is not None:
-                leaf = real.detach().requires_grad_()
-                loss = loss + training.r1_penalty / 2 * r1_penalty(self.critic(leaf)[0], leaf)
+                loss = loss + factor * training.gradient_penalty * gradient_penalty(self.critic(between)[0], between)
+            for weight, images in ((training.r1_penalty, real), (training.r2_penalty, fake)):
+                if weight is not None:
+                    leaf = images.detach().requires_grad_()
+                    [penalty] = squared_slopes([self.critic(leaf)[0]], [leaf])
+                    loss = loss + factor * weight / 2 * penalty
             _update(self._critic_optimizer, fake_loss if training.critic_updates == "separate" else loss)
             if training.clip_value is not None:
                 for parameter in self.critic.parameters():
@@ -147,16 +154,17 @@ class PlainTrainer:
                 follow_update(self._bare_critic)
             losses.append((real_loss.item() + fake_loss.item()) / 2)
         self.generator.train()
-        self._generator_optimizer.param_groups[0]["lr"] = float(inputs.generator_rates[0])
+        set_rates(self._generator_optimizer, 0, inputs.generator_rates, inputs.generator_beta2)
         scores, logits = self._bare_critic(self.generator(inputs.generator_latents, inputs.generator_labels))
-        generator_loss = with_class_loss(self._objective.generator_loss(scores), logits, inputs.generator_labels)
+        others = [self._bare_critic(self._real(inputs, -1))[0]] if objective.paired else []
+        generator_loss = with_class_loss(objective.generator_loss(scores, *others), logits, inputs.generator_labels)
         _update(self._generator_optimizer, generator_loss)
         self._state.step += 1
         return sum(losses) / len(losses), generator_loss.item()
 
-    def _critic_loss(self, images: Tensor, labels: Tensor, loss_of: ScoreLoss) -> Tensor:
-        scores, logits = self.critic(images)
-        return with_class_loss(loss_of(scores), logits, labels)
+    def _real(self, inputs: StepInputs, index: int) -> Tensor:
+        # Flipping the bytes of a batch takes no time that could be measured.
+        return inputs.real[index].flip(2, 3).to(inputs.critic_latents.dtype) / 255
 
 
 def _update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:

@@ -141,6 +141,9 @@ class OptimizerConfig:
     """Decay of RMSprop's average of squared gradients (Keras's 0.9; torch's default is 0.99)."""
     betas: tuple[float, float] = setting((0.0, 0.9))
     """Decay rates of Adam's two moments."""
+    final_beta2: float | None = setting(None, low=0.0)
+    """Where the second of them goes to from betas, along half a cosine of annealing_updates (0.9 to 0.99 in the code of
+    Huang et al. 2024, 2501.05441); null: it stays."""
     epsilon: float = setting(1e-7, above=0.0)
     """Term added to the denominator (Keras's 1e-7; torch's default is 1e-8). RMSprop divides by sqrt(v) + epsilon, as
     torch and Keras up to 2.3.1 do, with which the notebook ran. Keras divides by sqrt(v + epsilon) since 2.11, whose
@@ -152,8 +155,8 @@ class TrainingConfig:
     """The algorithm. A step is one generator update after n_critic critic iterations, or a burn-in's."""
 
     objective: str = setting("wgan")
-    """wgan, wgan_gp, lsgan, gan, acgan, acwgan (wgan with acgan's classes), or module:NAME of an Objective of your own
-    (pipeline/models/objectives.py)."""
+    """wgan, wgan_gp, lsgan, gan, acgan, acwgan (wgan with acgan's classes), rpgan (pairs of real and fake images), or
+    module:NAME of an Objective or PairedObjective of your own (pipeline/models/objectives.py)."""
     steps: int = setting(40_000, low=1, free=True)
     """Number of generator updates to train for."""
     seed: int = setting(0, low=0)
@@ -180,6 +183,13 @@ class TrainingConfig:
     r1_penalty: float | None = setting(None, above=0.0)
     """Twice the weight of the critic's squared slope at real images (gamma of Mescheder et al. 2018, 1801.04406, eq. 9,
     which is 10 there). It goes with any objective; null: none."""
+    r2_penalty: float | None = setting(None, above=0.0)
+    """The same at fake images (R2 there; with R1 in Huang et al. 2024, 2501.05441)."""
+    penalty_annealing: int | None = setting(None, low=1)
+    """Number of steps over which the weights of all penalties fall along half a cosine to penalty_floor of what they
+    were, and then stay (gamma in the code of Huang et al. 2024); null: they do not fall."""
+    penalty_floor: float = setting(0.1, low=0.0, high=1.0)
+    """Last share of the penalties' weights with penalty_annealing (0.1 in that code)."""
     critic_updates: Literal["joint", "separate"] = setting("joint")
     """joint: one update on the sum of the real and fake losses (Algorithm 1). separate: one update on each in turn (the
     notebook)."""
@@ -312,9 +322,11 @@ class Config:
                     "(training.steps) in order"
                 )
         for name in ("critic_optimizer", "generator_optimizer"):
-            betas = getattr(training, name).betas
-            if not all(0 <= beta < 1 for beta in betas):
-                raise UserError(f"training.{name}.betas is {betas}: both must lie in [0, 1)")
+            optimizer: OptimizerConfig = getattr(training, name)
+            if not all(0 <= beta < 1 for beta in optimizer.betas):
+                raise UserError(f"training.{name}.betas is {optimizer.betas}: both must lie in [0, 1)")
+            if (last := optimizer.final_beta2) is not None and (last >= 1 or optimizer.algorithm != "adam"):
+                raise UserError(f"training.{name}.final_beta2 is {last}: it is Adam's, and must lie in [0, 1)")
         if self.data.source == "streaming" and training.batch_size % self.data.lanes:
             raise UserError(
                 f"data.lanes {self.data.lanes} does not divide training.batch_size {training.batch_size}: choose a "

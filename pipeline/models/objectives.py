@@ -1,13 +1,14 @@
 """What critic and generator minimise: losses as pure functions of scores, chosen once by name, and penalties.
 
-Scores are (n,) tensors of the critic's unbounded outputs. Every loss is a mean over the batch, so the mean of the
-losses of equal slices, of ranks or of micro-batches, is the loss of the whole batch.
+Scores are (n,) tensors of the critic's unbounded outputs. Every loss is a mean over the batch, or over the pairs of two
+batches, so the mean of the losses of equal slices, of ranks or of micro-batches, is the loss of the whole batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,11 +19,13 @@ from pipeline.errors import UserError
 
 ScoreLoss = Callable[[Tensor], Tensor]
 """Takes scores (n,) to a loss ()."""
+PairLoss = Callable[[Tensor, Tensor], Tensor]
+"""Takes scores (n,) of two batches, of which rows i are a pair, to a loss ()."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The losses of a GAN, and what else distinguishes it from others."""
+    """The losses of a GAN, each of one batch's scores, and what else distinguishes it from others."""
 
     real_loss: ScoreLoss
     """The critic's loss on real scores."""
@@ -41,6 +44,39 @@ class Objective:
     """Whether -(real_loss + fake_loss) estimates the Wasserstein-1 distance, up to the critic's Lipschitz constant."""
     classifies: bool = False
     """Whether the critic also predicts the class; generator and critic then both minimise its cross-entropy."""
+    paired: ClassVar[bool] = False
+
+    def critic_losses(self, real_scores: Tensor, fake_scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the two losses whose sum, times `joint_weight`, the critic descends in a joint update."""
+        return self.real_loss(real_scores), self.fake_loss(fake_scores)
+
+
+@dataclass(frozen=True)
+class PairedObjective:
+    """The losses of a relativistic GAN, whose critic tells how much more real one image of a pair is than the other
+    (Jolicoeur-Martineau 2018, 1807.00734).
+
+    Row i of the real and of the fake batch are a pair, in the critic's updates and, with real images that the critic
+    has not seen, in the generator's. Only means over pairs are the same for any number of ranks and micro-batches: a
+    loss that compares with the mean score of the other batch (RaGAN) takes the mean of what a rank scores at once.
+    """
+
+    critic_loss: PairLoss
+    """The critic's loss of (real scores, fake scores)."""
+    generator_loss: PairLoss
+    """The generator's loss of (fake scores, real scores)."""
+    classifies: bool = False
+    """See `Objective`."""
+    paired: ClassVar[bool] = True
+    joint_weight: ClassVar[float] = 0.5
+    clips: ClassVar[bool] = False
+    penalises: ClassVar[bool] = False
+    estimates_wasserstein: ClassVar[bool] = False
+
+    def critic_losses(self, real_scores: Tensor, fake_scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the critic's loss of the pairs for either side: what is logged, the mean of both, is this loss."""
+        loss = self.critic_loss(real_scores, fake_scores)
+        return loss, loss
 
 
 def _towards(target: float) -> ScoreLoss:
@@ -64,7 +100,13 @@ def _negative_mean(scores: Tensor) -> Tensor:
     return -scores.mean()
 
 
-OBJECTIVES: dict[str, Objective] = {
+def _is_more_real(scores: Tensor, others: Tensor) -> Tensor:
+    """Binary cross-entropy of sigmoid(score - other score) against 1."""
+    return F.softplus(others - scores).mean()
+
+
+AnyObjective = Objective | PairedObjective
+OBJECTIVES: dict[str, AnyObjective] = {
     # Arjovsky et al. 2017 (1701.07875), Algorithm 1.
     "wgan": Objective(_negative_mean, torch.mean, _negative_mean, clips=True, estimates_wasserstein=True),
     # Gulrajani et al. 2017 (1704.00028), Algorithm 1.
@@ -77,6 +119,8 @@ OBJECTIVES: dict[str, Objective] = {
     "acgan": Objective(_is_real, _is_fake, _is_real, joint_weight=0.5, classifies=True),
     # The class losses of these equations beside the losses of "wgan".
     "acwgan": Objective(_negative_mean, torch.mean, _negative_mean, clips=True, classifies=True),
+    # Jolicoeur-Martineau 2018 (1807.00734), RSGAN; Huang et al. 2024 (2501.05441), eq. 2.
+    "rpgan": PairedObjective(_is_more_real, _is_more_real),
 }
 
 
@@ -93,16 +137,16 @@ def gradient_penalty(scores: Tensor, images: Tensor) -> Tensor:
     return penalty
 
 
-def r1_penalty(scores: Tensor, images: Tensor) -> Tensor:
-    """Returns mean(||d score / d image||_2^2), the penalty of Mescheder et al. 2018, eq. 9, without its weight
-    gamma / 2.
+def squared_slopes(scores: Sequence[Tensor], images: Sequence[Tensor]) -> list[Tensor]:
+    """Returns mean(||d score / d image||_2^2) of several batches: of real images this is R1 of Mescheder et al. 2018,
+    eq. 9, of fake ones R2, without the weight gamma / 2. One backward pass serves all batches.
 
     Args:
-        scores: (n,) critic scores of real images, with their graph.
-        images: (n, C, H, W), those images, a leaf that requires grad.
+        scores: (n,) of each batch, critic scores with their graph.
+        images: (n, C, H, W) of each batch, leaves that require grad.
     """
-    (gradients,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
-    return gradients.square().flatten(1).sum(1).mean()
+    gradients = torch.autograd.grad([batch.sum() for batch in scores], images, create_graph=True)
+    return [gradient.square().flatten(1).sum(1).mean() for gradient in gradients]
 
 
 def with_class_loss(loss: Tensor, logits: Tensor | None, labels: Tensor) -> Tensor:
@@ -111,7 +155,12 @@ def with_class_loss(loss: Tensor, logits: Tensor | None, labels: Tensor) -> Tens
     return loss if logits is None else loss + F.cross_entropy(logits, labels)
 
 
-def choose(training: TrainingConfig) -> Objective:
+def penalises(training: TrainingConfig) -> bool:
+    """Returns whether the critic's loss has a penalty."""
+    return (training.gradient_penalty, training.r1_penalty, training.r2_penalty) != (None, None, None)
+
+
+def choose(training: TrainingConfig) -> AnyObjective:
     """Returns the objective that the configuration names.
 
     Raises:
@@ -123,14 +172,23 @@ def choose(training: TrainingConfig) -> Objective:
         raise UserError(
             f"training.objective is {name!r}: choose one of {', '.join(OBJECTIVES)}, or give module:NAME of your own"
         )
-    if not isinstance(objective, Objective):
-        raise UserError(f"training.objective is {name!r}: that is a {type(objective).__name__}, not an Objective")
+    if not isinstance(objective, AnyObjective):
+        raise UserError(
+            f"training.objective is {name!r}: that is a {type(objective).__name__}, not an Objective or PairedObjective"
+        )
     for wanted, key in ((objective.clips, "clip_value"), (objective.penalises, "gradient_penalty")):
         value = getattr(training, key)
         if wanted and value is None and not (key == "clip_value" and training.spectral_norm):
             raise UserError(f"training.{key} is null: the objective {name} needs a number")
         if not wanted and value is not None:
             raise UserError(f"training.{key} is {value}: the objective {name} does not use it, set it to null")
-    if (objective.penalises or training.r1_penalty is not None) and training.critic_updates == "separate":
-        raise UserError("training.critic_updates is separate: a gradient penalty needs joint updates")
+    if training.critic_updates == "separate" and (objective.paired or penalises(training)):
+        reason = (
+            f"the objective {name} compares real with fake scores, which" if objective.paired else "a gradient penalty"
+        )
+        raise UserError(f"training.critic_updates is separate: {reason} needs joint updates")
+    if training.penalty_annealing is not None and not penalises(training):
+        raise UserError(
+            f"training.penalty_annealing is {training.penalty_annealing}: there is no penalty, set it to null"
+        )
     return objective

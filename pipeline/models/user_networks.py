@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pipeline.config import Config, NetworkConfig, import_object
 from pipeline.errors import UserError, describe_error
 from pipeline.models.networks import AnyGenerator, ImageShape, build_critic, build_generator, dtype_of
+from pipeline.models.objectives import penalises
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 """The batch norms that `distributed/batch_norm.py` can replace by ones over all ranks."""
@@ -112,9 +113,8 @@ def _check_generator(config: Config, generator: AnyGenerator) -> None:
 
 
 def _check_critic(config: Config, critic: nn.Module, images: Tensor, num_classes: int) -> None:
-    key, training = "network.critic", config.training
-    penalised = training.gradient_penalty is not None or training.r1_penalty is not None
-    if _check_norms(key, critic) and (penalised or config.runtime.accumulation > 1):
+    key = "network.critic"
+    if _check_norms(key, critic) and (penalises(config.training) or config.runtime.accumulation > 1):
         raise UserError(
             f"{key} has batch norm: gradient penalties and runtime.accumulation need scores that depend on one image "
             "alone (Gulrajani et al. 2017, section 4); use another norm"

@@ -1,4 +1,5 @@
-"""A step captured as one CUDA graph: one launch instead of some hundreds, which a small network would wait for."""
+"""A step captured as one CUDA graph: one launch instead of some hundreds, which a small network would wait for; and an
+optimiser for it, which takes all that changes from one step to the next from the device's memory."""
 
 from __future__ import annotations
 
@@ -77,3 +78,30 @@ class CapturedStep:
     def _reset(self) -> None:
         for graph in self._graphs:
             graph.reset()
+
+
+class CapturableAdam(torch.optim.Adam):
+    """Adam (Kingma & Ba 2015, 1412.6980, Algorithm 1) whose second decay rate may be a tensor on the device. torch's
+    reads it on the host, so that a graph would repeat the value of its capture."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Takes a step of all parameters that have a gradient. They have taken as many steps before."""
+        [group] = self.param_groups
+        weights = [weight for weight in group["params"] if weight.grad is not None]
+        gradients, (beta1, beta2) = [weight.grad for weight in weights], group["betas"]
+        for weight in weights:
+            if not self.state[weight]:
+                moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[weight] = {"step": torch.zeros((), device=weight.device), **moments}
+        steps, means, squares = ([self.state[w][name] for w in weights] for name in ("step", "exp_avg", "exp_avg_sq"))
+        torch._foreach_add_(steps, 1)
+        torch._foreach_lerp_(means, gradients, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_add_(squares, torch._foreach_mul(torch._foreach_mul(gradients, gradients), 1 - beta2))
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_div_(roots, (1 - beta2 ** steps[0]).sqrt())
+        torch._foreach_add_(roots, group["eps"])
+        changes = torch._foreach_div(means, roots)
+        torch._foreach_mul_(changes, group["lr"] / (1 - beta1 ** steps[0]))
+        torch._foreach_sub_(weights, changes)

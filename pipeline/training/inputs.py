@@ -15,6 +15,7 @@ from pipeline.config import Config, OptimizerConfig, TrainingConfig
 from pipeline.data import Batch, Source
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import LocalError, UserError
+from pipeline.models.objectives import choose
 
 if TYPE_CHECKING:
     from pipeline.training.state import TrainingState
@@ -31,25 +32,32 @@ class Images(NamedTuple):
         return map(Images, self.pixels.chunk(count), self.labels.chunk(count))
 
 
+Values = Sequence[float] | Tensor
+"""Numbers that change from step to step: a tensor on the device where steps are captured."""
+
+
 class StepInputs(NamedTuple):
     """The inputs of one step for one rank, on the device.
 
     k is the number of critic iterations, b a rank's share of the batch. Floats have the type of the weights, labels are
-    int64. Rates are tensors where steps are captured.
+    int64.
     """
 
-    real: Tensor  # uint8 (k, b, C, H, W), mirrored
-    real_labels: Tensor  # (k, b)
+    real: Tensor  # uint8 (k, b, C, H, W), mirrored; k + 1 with a paired objective, whose generator has the last
+    real_labels: Tensor  # as many
     critic_latents: Tensor  # (k, b, latent_dim)
     critic_labels: Tensor  # (k, b), of the critic's generated images
     mix: Tensor | None  # (k, b) in [0, 1], where the gradient penalty is taken; None without one
     generator_latents: Tensor  # (b, latent_dim)
     generator_labels: Tensor  # (b,)
-    critic_rates: Sequence[float] | Tensor  # (k,), the critic's learning rates
-    generator_rates: Sequence[float] | Tensor  # (1,), the generator's
-    ema_weights: Sequence[float] | Tensor  # (1,), how far the moving average goes towards the generator
-    critic_augmentation: Tensor | None = None  # (k, 2, b, AUGMENTATION_DRAWS): real and fake, with DiffAugment
+    critic_rates: Values  # (k,), the critic's learning rates
+    generator_rates: Values  # (1,), the generator's
+    ema_weights: Values  # (1,), how far the moving average goes towards the generator
+    critic_augmentation: Tensor | None = None  # (len(real), 2, b, AUGMENTATION_DRAWS): real and fake, with DiffAugment
     generator_augmentation: Tensor | None = None  # (b, AUGMENTATION_DRAWS), with DiffAugment
+    penalty_factors: Values = (1.0,)  # (1,), of the weights of the critic's penalties
+    critic_beta2: Values | None = None  # (k,), Adam's second decay rate, where it changes
+    generator_beta2: Values | None = None  # (1,)
 
 
 StepFunction = Callable[[StepInputs], Tensor]
@@ -70,6 +78,7 @@ class InputStream:
 
     def __init__(self, config: Config, state: TrainingState, source: Source, ranks: Ranks, captured: bool) -> None:
         self._config, self._state, self._source, self._captured = config, state, source, captured
+        self._for_generator = int(choose(config.training).paired)  # batches of real images
         self._rows, self._weight = ranks.rows(config.training.batch_size), next(state.generator.parameters())
         self._buffers: dict[int, _Buffers] = {}  # by the number of critic iterations
         self._batches: Iterator[Batch] = iter(())
@@ -83,21 +92,25 @@ class InputStream:
         Raises:
             LocalError: real images could not be read.
         """
-        training, step, generator = self._config.training, self._state.step, self._state.generator
+        training, step = self._config.training, self._state.step
         first, count = training.critic_iterations(0, step), training.critic_iterations(step, step + 1)
-        drawn, updates = self._draw(step, count), range(first, first + count)
+        drawn = self._draw(step, count)
         rates: dict[str, Any] = {
-            "critic_rates": [learning_rate(training.critic_optimizer, update) for update in updates],
-            "generator_rates": [learning_rate(training.generator_optimizer, step)],
             "ema_weights": [ema_weight(training, step)],
+            "penalty_factors": [penalty_factor(training, step)],
         }
+        for role, updates in (("critic", range(first, first + count)), ("generator", [step])):
+            optimizer: OptimizerConfig = getattr(training, f"{role}_optimizer")
+            rates[f"{role}_rates"] = [learning_rate(optimizer, update) for update in updates]
+            if optimizer.final_beta2 is not None:
+                rates[f"{role}_beta2"] = [beta2(optimizer, update) for update in updates]
         if self._captured:  # in the precision of the weights: float32 would change a float64 rate
             drawn |= {name: torch.tensor(values, dtype=self._weight.dtype) for name, values in rates.items()}
         if count not in self._buffers:
-            real = count, self._rows.stop - self._rows.start, *generator.image_shape
+            real = count + self._for_generator, self._rows.stop - self._rows.start, *self._state.generator.image_shape
             self._buffers[count] = _Buffers(drawn, real, self._weight)
         buffers = self._buffers[count]
-        self._take_real(first, buffers)
+        self._take_real(first + step * self._for_generator, buffers)
         buffers.send(drawn)
         return StepInputs(**{"mix": None} | rates | buffers.tensors)
 
@@ -114,9 +127,9 @@ class InputStream:
         training, num_classes, rows = self._config.training, self._state.generator.num_classes, self._rows
         seed, size = training.seed, training.batch_size
 
-        def each(draw: Callable[..., Tensor], *arguments: Any) -> Tensor:
-            """Stacks the draws of the critic's iterations."""
-            return torch.stack([draw(seed, step, index, *arguments) for index in range(count)])
+        def each(draw: Callable[..., Tensor], *arguments: Any, more: int = 0) -> Tensor:
+            """Stacks the draws of the critic's iterations, and of `more`."""
+            return torch.stack([draw(seed, step, index, *arguments) for index in range(count + more)])
 
         latents = size, self._config.network.latent_dim, rows
         drawn = {
@@ -126,7 +139,7 @@ class InputStream:
         if training.gradient_penalty is not None:
             drawn["mix"] = each(rng.penalty_mix, size, rows)
         if training.diff_augment:
-            drawn["critic_augmentation"] = each(rng.critic_augmentation, size, rows)
+            drawn["critic_augmentation"] = each(rng.critic_augmentation, size, rows, more=self._for_generator)
             drawn["generator_augmentation"] = rng.generator_augmentation(seed, step, size, rows)
         if num_classes:
             drawn["critic_labels"] = each(rng.critic_labels, size, num_classes, rows)
@@ -156,14 +169,14 @@ class _Buffers:
 
     Args:
         drawn: numbers of such a step.
-        real: shape (k, b, C, H, W) of its real images.
+        real: shape (k or k + 1, b, C, H, W) of its real images.
         weight: of a network, whose device and type the numbers take. Labels stay int64.
     """
 
     def __init__(self, drawn: dict[str, Tensor], real: tuple[int, ...], weight: Tensor) -> None:
         device, labels = weight.device, torch.zeros(real[:2], dtype=torch.int64, device=weight.device)
         self.tensors = {"real": torch.empty(real, dtype=torch.uint8, device=device), "real_labels": labels}
-        self.tensors |= {"critic_labels": labels, "generator_labels": labels[0]}
+        self.tensors |= {"critic_labels": labels[: len(drawn["critic_latents"])], "generator_labels": labels[0]}
         self._packed: dict[torch.dtype, Tensor] = {}
         for dtype in dict.fromkeys(values.dtype for values in drawn.values()):
             group = {name: values for name, values in drawn.items() if values.dtype == dtype}
@@ -191,10 +204,29 @@ def learning_rate(config: OptimizerConfig, update: int) -> float:
     if update < config.warm_up:
         rate *= (update + 1) / config.warm_up
     if config.annealing is not None:
-        progress = min(1.0, update / config.annealing_updates)
-        height = 1 - progress if config.annealing == "linear" else (1 + math.cos(math.pi * progress)) / 2
-        rate *= config.annealing_floor + (1 - config.annealing_floor) * height
+        rate *= annealed(1.0, config.annealing_floor, update / config.annealing_updates, config.annealing)
     return rate
+
+
+def beta2(config: OptimizerConfig, update: int) -> float:
+    """Returns Adam's second decay rate in an optimiser's update, counted from 0."""
+    first, last = config.betas[1], config.final_beta2
+    return first if last is None else annealed(first, last, update / config.annealing_updates)
+
+
+def penalty_factor(training: TrainingConfig, step: int) -> float:
+    """Returns the factor of the weights of all penalties at a step: 1 unless they are annealed."""
+    if training.penalty_annealing is None:
+        return 1.0
+    return annealed(1.0, training.penalty_floor, step / training.penalty_annealing)
+
+
+def annealed(first: float, last: float, progress: float, shape: str = "cosine") -> float:
+    """Returns the value on the way from `first`, at progress 0, to `last`, at progress 1 and later: along half a cosine
+    (Loshchilov & Hutter 2017, 1608.03983, eq. 5) or a line."""
+    progress = min(1.0, progress)
+    height = 1 - progress if shape == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return last + (first - last) * height
 
 
 def ema_weight(training: TrainingConfig, step: int) -> float:

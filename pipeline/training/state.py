@@ -175,6 +175,10 @@ def build_optimizer(config: OptimizerConfig, network: nn.Module, capturable: boo
     trains differently at first, and its critic's weights grow 30 times more slowly in the first dozen steps.
     """
     common: dict[str, Any] = {"lr": config.learning_rate, "eps": config.epsilon, "capturable": capturable}
+    if config.algorithm == "adam" and capturable and config.final_beta2 is not None:
+        from pipeline.training.cuda_graph import CapturableAdam
+
+        return CapturableAdam(network.parameters(), betas=config.betas, **common)
     if config.algorithm == "adam":
         weight = next(network.parameters())
         fused = weight.is_cuda and weight.dtype == torch.float32  # its kernel takes a captured rate in float32 alone

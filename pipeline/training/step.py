@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,10 @@ from pipeline.config import Config, TrainingConfig
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.process import Runtime
 from pipeline.models.networks import Generator, StepGenerator
-from pipeline.models.objectives import Objective, ScoreLoss, gradient_penalty, r1_penalty, with_class_loss
+from pipeline.models.objectives import AnyObjective, Objective, gradient_penalty, squared_slopes, with_class_loss
 from pipeline.models.spectral_norm import follow_update
 from pipeline.training.augment import augment
-from pipeline.training.inputs import Images, StepFunction, StepInputs
+from pipeline.training.inputs import Images, StepFunction, StepInputs, Values
 from pipeline.training.state import TrainingState
 
 LossAndReport = tuple[Tensor, Tensor]
@@ -38,7 +39,7 @@ class Step:
     """
 
     training: TrainingConfig
-    objective: Objective
+    objective: AnyObjective
     state: TrainingState
     critic: nn.Module
     """The state's critic; wrapped by DDP, which averages gradients during the backward pass, where there are several
@@ -62,44 +63,52 @@ class Step:
             real_draws, fake_draws = inputs.critic_augmentation.unbind(1)
             policies = self.training.diff_augment
             real = augment(real, real_draws, policies)
-            fake = [*augment(torch.stack(fake), fake_draws, policies)]
-        for t in range(len(real)):  # line 2: n_critic iterations, or as many as a burn-in has
-            state.critic_optimizer.param_groups[0]["lr"] = inputs.critic_rates[t]
+            fake = [*augment(torch.stack(fake), fake_draws[: len(fake)], policies)]
+        for t in range(len(fake)):  # line 2: n_critic iterations, or as many as a burn-in has
+            set_rates(state.critic_optimizer, t, inputs.critic_rates, inputs.critic_beta2)
             mix = None if inputs.mix is None else inputs.mix[t]
             real_images, fake_images = Images(real[t], inputs.real_labels[t]), Images(fake[t], inputs.critic_labels[t])
-            losses.append(self.update_critic(real_images, fake_images, mix))  # lines 5 to 7
-        state.generator_optimizer.param_groups[0]["lr"] = inputs.generator_rates[0]
-        generator_loss = self.update_generator(images, inputs.generator_labels, inputs.generator_augmentation)
+            losses.append(self.update_critic(real_images, fake_images, mix, inputs.penalty_factors[0]))  # lines 5 to 7
+        set_rates(state.generator_optimizer, 0, inputs.generator_rates, inputs.generator_beta2)
+        others = real[-1] if self.objective.paired else None  # a batch that the critic has not seen
+        draws = inputs.generator_augmentation
+        generator_loss = self.update_generator(images, inputs.generator_labels, draws, others)
         state.update_ema(inputs.ema_weights[0])
         return torch.cat([torch.stack(losses).mean(0), generator_loss.view(1)])
 
-    def update_critic(self, real: Images, fake: Images, mix: Tensor | None) -> Tensor:
+    def update_critic(
+        self, real: Images, fake: Images, mix: Tensor | None, penalty_factor: float | Tensor = 1.0
+    ) -> Tensor:
         """Takes lines 5 to 7: one update on both losses together (the paper), or one on each in turn (the notebook).
 
         Args:
             mix: (b,) in [0, 1], where between fake and real images a gradient penalty is taken; None: nowhere.
+            penalty_factor: factor of the weights of all penalties.
 
         Returns:
             (2,), detached: the real and the fake loss, each before the update that it leads to.
         """
-        state, training, parts = self.state, self.training, self.micro_batches
+        state, training, objective, parts = self.state, self.training, self.objective, self.micro_batches
         optimizer = state.critic_optimizer
         if training.critic_updates == "joint":
             batches = zip(real.chunk(parts), fake.chunk(parts), self.chunk(mix), strict=True)
-            losses = self.update(optimizer, (self.critic_loss(*batch) for batch in batches))
+            losses = self.update(optimizer, (self.critic_loss(*batch, penalty_factor) for batch in batches))
         else:
-            real_losses = (self.side_loss(batch, self.objective.real_loss) for batch in real.chunk(parts))
+            assert isinstance(objective, Objective), "checks refuse separate updates of pairs"
+            real_losses = (self.side_loss(batch, objective.real_loss) for batch in real.chunk(parts))
             real_loss = self.update(optimizer, real_losses)
             if training.spectral_norm:
                 follow_update(state.critic)  # before the next forward pass, which divides by the new weights' norms
-            fake_losses = (self.side_loss(batch, self.objective.fake_loss) for batch in fake.chunk(parts))
+            fake_losses = (self.side_loss(batch, objective.fake_loss) for batch in fake.chunk(parts))
             losses = torch.stack([real_loss, self.update(optimizer, fake_losses)])
         clip_(state.critic, training.clip_value)  # line 7
         if training.spectral_norm:
             follow_update(state.critic)
         return losses
 
-    def update_generator(self, images: Iterable[Tensor], labels: Tensor, draws: Tensor | None = None) -> Tensor:
+    def update_generator(
+        self, images: Iterable[Tensor], labels: Tensor, draws: Tensor | None = None, others: Tensor | None = None
+    ) -> Tensor:
         """Takes lines 10 and 11: one update of the generator through the critic.
 
         The critic is frozen, which spares the gradients of its weights, half of its backward pass. So its bare module
@@ -108,13 +117,14 @@ class Step:
         Args:
             images: the micro-batches of the generator's images (b, C, H, W), with their graph.
             draws: (b, AUGMENTATION_DRAWS) of their augmentation; None: they are scored as they are.
+            others: (b, C, H, W), real images as the critic sees them, for a paired objective.
 
         Returns:
             (), the detached loss before the update.
         """
         # `images` comes first: zip asks it once more than there are micro-batches, and on that call an
         # AccumulatingGenerator ends its backward pass.
-        batches = zip(images, labels.chunk(self.micro_batches), self.chunk(draws), strict=True)
+        batches = zip(images, self.chunk(labels), self.chunk(draws), self.chunk(others), strict=True)
         self.state.critic.requires_grad_(False)
         loss = self.update(self.state.generator_optimizer, (self.generator_loss(*batch) for batch in batches))
         self.state.critic.requires_grad_(True)
@@ -143,47 +153,68 @@ class Step:
 
     # -- the losses of one micro-batch ---------------------------------------------------------------------------------
 
-    def critic_loss(self, real: Images, fake: Images, mix: Tensor | None) -> LossAndReport:
+    def critic_loss(
+        self, real: Images, fake: Images, mix: Tensor | None, penalty_factor: float | Tensor
+    ) -> LossAndReport:
         """Returns the critic's loss of a joint update, penalties included, and its real and fake part (2,).
 
         The paper ascends f(real) - f(fake); `real_loss` + `fake_loss` is its negative, which is descended.
         """
         training, objective = self.training, self.objective
-        batch = [real.pixels if training.r1_penalty is None else real.pixels.requires_grad_(), fake.pixels]
+        batch = [real.pixels, fake.pixels]
+        weights = {side: gamma for side, gamma in enumerate((training.r1_penalty, training.r2_penalty)) if gamma}
+        leaves = [batch[side].requires_grad_() for side in weights]
         if mix is not None:
             batch.append(torch.lerp(fake.pixels, real.pixels, mix.view(-1, 1, 1, 1)).requires_grad_())
         # One forward pass of two or three times the batch fills the matrix units better than one for each part, and
         # takes half the launches and all-reduces. A score depends on its image alone, so it is the same.
         scores, logits = self.critic(torch.cat(batch))
-        real_scores, fake_scores, *between_scores = scores.chunk(len(batch))
+        real_scores, fake_scores, *between_scores = by_side = scores.chunk(len(batch))
         real_logits, fake_logits = (None, None) if logits is None else logits.chunk(len(batch))[:2]
-        real_loss = with_class_loss(objective.real_loss(real_scores), real_logits, real.labels)
-        fake_loss = with_class_loss(objective.fake_loss(fake_scores), fake_logits, fake.labels)
+        real_loss, fake_loss = objective.critic_losses(real_scores, fake_scores)
+        real_loss = with_class_loss(real_loss, real_logits, real.labels)
+        fake_loss = with_class_loss(fake_loss, fake_logits, fake.labels)
         loss = real_loss + fake_loss
         if objective.joint_weight != 1:
             loss = objective.joint_weight * loss
         if training.gradient_penalty is not None:
-            loss = loss + training.gradient_penalty * gradient_penalty(between_scores[0], batch[2])
-        if training.r1_penalty is not None:
-            loss = loss + training.r1_penalty / 2 * r1_penalty(real_scores, batch[0])
+            loss = loss + penalty_factor * training.gradient_penalty * gradient_penalty(between_scores[0], batch[2])
+        if weights:
+            slopes = squared_slopes([by_side[side] for side in weights], leaves)
+            for gamma, slope in zip(weights.values(), slopes, strict=True):
+                loss = loss + penalty_factor * gamma / 2 * slope
         return loss, torch.stack([real_loss.detach(), fake_loss.detach()])
 
-    def side_loss(self, images: Images, loss_of: ScoreLoss) -> LossAndReport:
+    def side_loss(self, images: Images, loss_of: Callable[[Tensor], Tensor]) -> LossAndReport:
         """Returns the critic's loss on real or on fake images alone, for a separate update."""
         scores, logits = self.critic(images.pixels)
         loss = with_class_loss(loss_of(scores), logits, images.labels)
         return loss, loss.detach()
 
-    def generator_loss(self, images: Tensor, labels: Tensor, draws: Tensor | None) -> LossAndReport:
-        """Returns the generator's loss on a micro-batch of its images."""
+    def generator_loss(
+        self, images: Tensor, labels: Tensor, draws: Tensor | None, others: Tensor | None
+    ) -> LossAndReport:
+        """Returns the generator's loss on a micro-batch of its images, paired with `others` if there are any."""
         seen = images if draws is None else augment(images, draws, self.training.diff_augment)
         scores, logits = self.state.critic(seen)
-        loss = with_class_loss(self.objective.generator_loss(scores), logits, labels)
+        pairs = [scores]
+        if others is not None:
+            with torch.no_grad():  # nothing that the generator could change is in them
+                pairs.append(self.state.critic(others)[0])
+        loss = with_class_loss(self.objective.generator_loss(*pairs), logits, labels)
         return loss, loss.detach()
 
-    def chunk(self, values: Tensor | None) -> tuple[Tensor | None, ...]:
+    def chunk(self, values: Tensor | None) -> tuple[Any, ...]:
         """Cuts a batch of values, or None, into its micro-batches."""
         return (None,) * self.micro_batches if values is None else values.chunk(self.micro_batches)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, index: int, rates: Values, beta2: Values | None) -> None:
+    """Gives an optimiser the learning rate of an update and, where it changes, Adam's second decay rate."""
+    group = optimizer.param_groups[0]
+    group["lr"] = rates[index]
+    if beta2 is not None:
+        group["betas"] = group["betas"][0], beta2[index]
 
 
 @torch.no_grad()
@@ -208,7 +239,7 @@ def average_gradients(optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
             gradient.copy_(mean.view(gradient.shape))
 
 
-def build_step(config: Config, objective: Objective, state: TrainingState, runtime: Runtime) -> StepFunction:
+def build_step(config: Config, objective: AnyObjective, state: TrainingState, runtime: Runtime) -> StepFunction:
     """Builds the function that takes one step of `state`, for these settings, ranks and device."""
     training, ranks, parts = config.training, runtime.ranks, config.runtime.accumulation
     by_batch = training.critic_fakes == "batch"

@@ -150,6 +150,21 @@ TABLE = {
         {"training": {"r1_penalty": 10.0, "critic_updates": "separate"}},
         subject="training.objective",
     ),
+    "R2 in separate updates": Bad(
+        r"training.critic_updates is separate: a gradient penalty needs joint updates",
+        {"training": {"r2_penalty": 10.0, "critic_updates": "separate"}},
+        subject="training.objective",
+    ),
+    "pairs in separate updates": Bad(
+        r"training.critic_updates is separate: the objective rpgan compares real with fake scores, which needs .*",
+        {"training": {"objective": "rpgan", "critic_updates": "separate", **FREE}},
+        subject="training.objective",
+    ),
+    "a penalty that is none and falls": Bad(
+        r"training.penalty_annealing is 10: there is no penalty, set it to null",
+        {"training": {"penalty_annealing": 10}},
+        subject="training.objective",
+    ),
     "classes without labels": Bad(
         r"training.objective is acgan, but tiny has no labels",
         {"training": {"objective": "acgan", **FREE}},

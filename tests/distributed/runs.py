@@ -28,6 +28,16 @@ VARIANTS: dict[str, Settings] = {
     "lsgan": {"training": {"objective": "lsgan", "clip_value": None}},
     "gan": {"training": {"objective": "gan", "clip_value": None}},
     "r1": {"training": {"objective": "gan", "r1_penalty": 10.0, "clip_value": None}},
+    "rpgan": {
+        "training": {
+            "objective": "rpgan",
+            "r1_penalty": 1.0,
+            "r2_penalty": 2.0,
+            "penalty_annealing": 10,
+            "clip_value": None,
+            "critic_optimizer": OptimizerConfig(algorithm="adam", final_beta2=0.99, annealing_updates=30),
+        }
+    },
     "acgan": {"training": {"objective": "acgan", "clip_value": None}},
     "acwgan": {"training": {"objective": "acwgan"}},
     "separate": {"training": {"critic_updates": "separate", "critic_fakes": "moving"}},
@@ -54,6 +64,7 @@ ON_FOUR_RANKS = ("wgan", "augmented", *SOURCES)
 """Variants that four ranks train; test_ordinary_use.py has every shipped configuration there."""
 RECIPES: dict[str, Settings] = {
     "burn_in": VARIANTS["burn_in"] | SOURCES["streaming"],
+    "rpgan": VARIANTS["rpgan"] | SOURCES["streaming"],
     "spectral_norm": VARIANTS["spectral_norm"],
     "augmented": VARIANTS["augmented"],
 }

@@ -20,10 +20,10 @@ from tests.gpu.walks import Bench, Walk, state_of, take_steps, trainer_of, walk,
 from tests.jobs import ROOT
 
 pytestmark = [pytest.mark.gpu(seconds=30), pytest.mark.filterwarnings("default")]
-CONFIGS = ("wgan", "wgan_notebook", "wgan_gp", "lsgan", "gan", "acgan", "quickstart")
+CONFIGS = ("wgan", "wgan_notebook", "wgan_gp", "lsgan", "gan", "acgan", "rpgan", "quickstart")
 """Files of configs/; the last one is of the objective acwgan."""
 STEPS, STOPS = 4, 2
-EXACT = {name: 1e-6 if name == "wgan_gp" else 1e-9 for name in CONFIGS}
+EXACT = {name: 1e-6 if name in ("wgan_gp", "rpgan") else 1e-9 for name in CONFIGS}
 """Largest difference of losses and states in float64. Adam's captured step counter is float32: 1e-7 of its bias
 terms."""
 FIRST_LOSSES = 2e-7

@@ -163,6 +163,7 @@ def test_a_file_makes_nobody_import_what_it_names(tmp_path: Path, monkeypatch: p
             "network.critic has batch norm: gradient penalties and runtime.accumulation need",
         ),
         ({"training": {"r1_penalty": 10.0}}, "network.critic has batch norm"),
+        ({"training": {"r2_penalty": 10.0}}, "network.critic has batch norm"),
         ({"runtime": {"accumulation": 2}}, "network.critic has batch norm"),
     ],
 )

@@ -167,6 +167,13 @@ def test_the_critic_sees_augmented_images_alone(seed: int) -> None:
     assert len(watching.seen) == 3
     for seen, images in zip(watching.seen, expected, strict=True):
         torch.testing.assert_close(seen, images, rtol=0, atol=1e-12)
+    step, watching = a_step(TrainingConfig(**settings | {"objective": "rpgan", "diff_augment": policies}))
+    more = torch.cat([real, real[:1].flip(3)]), torch.cat([for_critic, for_critic[:1].flip(2)])
+    step(inputs._replace(real=more[0], critic_augmentation=more[1]))
+    others = augment(more[0][2] / 255.0, more[1][2, 0], policies)
+    assert len(watching.seen) == 4, "the generator's update has real images of its own"
+    for seen, images in zip(watching.seen, [*expected, others], strict=True):
+        torch.testing.assert_close(seen, images.to(seen.dtype), rtol=0, atol=1e-7)
     step, watching = a_step(augmented, micro_batches=2)
     step(inputs)
     in_order = [torch.cat(watching.seen[at : at + 2]) for at in (0, 2, 4)]

@@ -13,9 +13,9 @@ from pipeline import rng
 from pipeline.config import Config, OptimizerConfig, TrainingConfig
 from pipeline.data import Batch
 from pipeline.distributed.collectives import Ranks
-from pipeline.training.inputs import InputStream, StepInputs, ema_weight, learning_rate
+from pipeline.training.inputs import InputStream, StepInputs, beta2, ema_weight, learning_rate, penalty_factor
 from pipeline.training.state import TrainingState, build_state
-from tests.jobs import tiny_config
+from tests.jobs import changed, tiny_config
 
 SHAPE = (1, 8, 8)
 RATES = OptimizerConfig(learning_rate=0.25, decay=0.5)
@@ -102,6 +102,23 @@ def test_inputs_are_this_ranks_rows_of_the_draws(
         assert inputs.critic_rates == [learning_rate(RATES, 3 * step + index) for index in range(3)]
 
 
+@pytest.mark.parametrize("num_classes", [0, 10])
+def test_a_paired_step_takes_one_real_batch_more(num_classes: int) -> None:
+    """After the critic's, with the augmentation of one more iteration; fake batches and rates are as many as ever."""
+    config = changed(config_of(1), training={"objective": "rpgan", "gradient_penalty": None})
+    state, stream = stream_of(config, num_classes, Ranks(1, 2), captured=False)
+    for step in (0, 1, 7):
+        state.step = step
+        inputs = stream.take()
+        assert inputs.real[:, 0, 0, 0, 0].tolist() == [4 * step + index for index in range(4)]
+        assert inputs.real_labels[:, 0].tolist() == [4 * step + index if num_classes else 0 for index in range(4)]
+        assert inputs.critic_augmentation is not None
+        draws = [rng.critic_augmentation(1, step, index, 12, slice(6, 12)) for index in range(4)]
+        assert torch.equal(inputs.critic_augmentation, torch.stack(draws))
+        assert len(inputs.critic_latents) == len(inputs.critic_labels) == 3
+        assert inputs.critic_rates == [learning_rate(RATES, 3 * step + index) for index in range(3)]
+
+
 @pytest.mark.parametrize("captured", [False, True])
 def test_inputs_stay_where_they_are_in_memory(captured: bool) -> None:
     """Which is where a graph reads them; it reads rates there too."""
@@ -115,7 +132,7 @@ def test_inputs_stay_where_they_are_in_memory(captured: bool) -> None:
     state.step = 5
     inputs = stream.take()
     assert addresses(inputs) == first
-    assert len(set(first.values())) == len(first) == (12 if captured else 9)
+    assert len(set(first.values())) == len(first) == (13 if captured else 9)
     assert list(inputs.critic_rates) == pytest.approx([learning_rate(RATES, 15 + index) for index in range(3)])
     assert list(inputs.generator_rates) == pytest.approx([learning_rate(RATES, 5)])
     assert list(inputs.ema_weights) == pytest.approx([ema_weight(config.training, 5)])
@@ -149,6 +166,28 @@ def test_learning_rates_by_hand(settings: dict[str, object], rates: dict[int, fl
     config = OptimizerConfig(**({"learning_rate": 3e-3} | settings))  # type: ignore[arg-type]
     values = {update: learning_rate(config, update) for update in rates}
     assert values == pytest.approx({update: 3e-3 * factor for update, factor in rates.items()}, abs=1e-12)
+
+
+def test_the_penalties_weights_fall_by_hand() -> None:
+    """From 1 to 0.2 along half a cosine of 6 steps."""
+    training = TrainingConfig(penalty_annealing=6, penalty_floor=0.2)
+    factors = [penalty_factor(training, step) for step in (0, 2, 3, 4, 6, 100)]
+    assert factors == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.2])
+    assert penalty_factor(TrainingConfig(), 5) == 1.0
+
+
+def test_adams_second_decay_rate_rises_by_hand() -> None:
+    """From 0.9 to 0.98 along half a cosine of 6 updates; the learning rate stays."""
+    config = OptimizerConfig(algorithm="adam", final_beta2=0.98, annealing_updates=6)
+    values = [beta2(config, update) for update in (0, 2, 3, 4, 6, 100)]
+    assert values == pytest.approx([0.9, 0.92, 0.94, 0.96, 0.98, 0.98])
+    assert learning_rate(config, 5) == config.learning_rate
+    training = {"critic_optimizer": config, "generator_optimizer": config}
+    state, stream = stream_of(changed(config_of(0), training=training), 0, Ranks(), captured=False)
+    state.step = 1
+    inputs = stream.take()
+    assert inputs.critic_beta2 == [beta2(config, update) for update in (3, 4, 5)]
+    assert inputs.generator_beta2 == [beta2(config, 1)]
 
 
 def test_the_averages_decay_per_step_by_hand() -> None:

@@ -9,11 +9,12 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pipeline.config import NetworkConfig, OptimizerConfig, TrainingConfig
 from pipeline.errors import UserError
 from pipeline.models.networks import Critic, Generator, StepGenerator, initialise
-from pipeline.models.objectives import OBJECTIVES, choose, gradient_penalty
+from pipeline.models.objectives import OBJECTIVES, Objective, PairedObjective, choose, gradient_penalty
 from pipeline.rng import seeded
 from pipeline.training.inputs import Images, StepInputs
 from pipeline.training.state import TrainingState, build_optimizer
@@ -46,6 +47,7 @@ def softplus(value: float) -> float:
 )
 def test_losses_by_hand(name: str, real: float, fake: float, generator: float) -> None:
     objective = OBJECTIVES[name]
+    assert isinstance(objective, Objective)
     assert objective.real_loss(REAL).item() == pytest.approx(real)
     assert objective.fake_loss(FAKE).item() == pytest.approx(fake)
     assert objective.generator_loss(FAKE).item() == pytest.approx(generator)
@@ -54,11 +56,67 @@ def test_losses_by_hand(name: str, real: float, fake: float, generator: float) -
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_critic_pushes_scores_apart_and_the_generator_pulls_them_up(name: str) -> None:
     """At a score of 0.5 every objective wants real scores higher, fake ones lower, the generator's higher."""
-    for loss, sign in (("real_loss", -1), ("fake_loss", 1), ("generator_loss", -1)):
-        scores = torch.full((4,), 0.5, requires_grad=True)
-        getattr(OBJECTIVES[name], loss)(scores).backward()
+    objective = OBJECTIVES[name]
+    real, fake, own = (torch.full((4,), 0.5, requires_grad=True) for _ in range(3))
+    losses = [*objective.critic_losses(real, fake)]
+    losses.append(objective.generator_loss(*(own, torch.zeros(4))[: 1 + objective.paired]))
+    torch.autograd.backward(losses)
+    for scores, sign in ((real, -1), (fake, 1), (own, -1)):
         assert scores.grad is not None
-        assert (scores.grad.sign() == sign).all(), loss
+        assert (scores.grad.sign() == sign).all()
+
+
+def less(left: Tensor, right: Tensor) -> Tensor:
+    return F.softplus(left - right).mean()
+
+
+RAGAN = PairedObjective(
+    lambda real, fake: (less(fake.mean(), real) + less(fake, real.mean())) / 2,
+    lambda fake, real: (less(real.mean(), fake) + less(real, fake.mean())) / 2,
+)
+RALSGAN = PairedObjective(
+    lambda real, fake: (real - fake.mean() - 1).square().mean() + (fake - real.mean() + 1).square().mean(),
+    lambda fake, real: (fake - real.mean() - 1).square().mean() + (real - fake.mean() + 1).square().mean(),
+)
+RPHINGE = PairedObjective(
+    lambda real, fake: F.relu(1 - (real - fake)).mean(), lambda fake, real: F.relu(1 - (fake - real)).mean()
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "critic", "generator"),
+    [
+        ("rpgan", (softplus(-2) + softplus(-1)) / 2, (softplus(2) + softplus(1)) / 2),
+        # Of users: the relativistic average ones of Jolicoeur-Martineau 2018, and a hinge of pairs.
+        (
+            "tests.training.test_step:RAGAN",
+            (softplus(-0.5) + softplus(-2.5) + softplus(-3) + softplus(0)) / 4,
+            (softplus(0.5) + softplus(2.5) + softplus(3) + softplus(0)) / 4,
+        ),
+        ("tests.training.test_step:RALSGAN", (0.25 + 2.25 + 4 + 1) / 2, (16 + 1 + 2.25 + 12.25) / 2),
+        ("tests.training.test_step:RPHINGE", 0.0, (3 + 2) / 2),
+    ],
+)
+def test_paired_losses_by_hand(name: str, critic: float, generator: float) -> None:
+    """Of the pairs (1, -1) and (3, 2). Either side of the critic's loss is the loss, whose half either one adds."""
+    objective = choose(TrainingConfig(objective=name, clip_value=None))
+    sides = objective.critic_losses(REAL, FAKE)
+    assert [side.item() for side in sides] == pytest.approx([critic] * 2)
+    assert objective.joint_weight * (sides[0] + sides[1]).item() == pytest.approx(critic)
+    assert isinstance(objective, PairedObjective)
+    assert objective.generator_loss(FAKE, REAL).item() == pytest.approx(generator)
+
+
+def test_the_generator_of_pairs_has_no_gradient_through_real_images() -> None:
+    """L = softplus(f(x) - f(G)): f(G) has the slope -sigmoid(f(x) - f(G)), the critic and x have none."""
+    made, real = (torch.tensor(value).view(1, 1, 1, 1).requires_grad_() for value in (0.5, 2.0))
+    critic = Line(3.0, 7.0)
+    loss = step_of(critic, "rpgan").update_generator([made], torch.zeros(1, dtype=torch.int64), None, real)
+    assert loss.item() == pytest.approx(softplus(3 * 1.5))
+    assert made.grad is not None
+    assert made.grad.item() == pytest.approx(-3 / (1 + math.exp(-4.5)))
+    assert real.grad is None
+    assert critic.b.item() == 7.0
 
 
 def test_gradient_penalty_by_hand() -> None:
@@ -214,6 +272,21 @@ def test_the_r1_penalty_is_taken_at_the_real_images() -> None:
     assert critic.w.item() == pytest.approx(2.0 - slope, rel=1e-5)
 
 
+def test_both_penalties_of_pairs_by_hand() -> None:
+    """A pair (x, y) has the loss softplus(-w (x^2 - y^2) / 2); gamma / 2 times (w x)^2 and (w y)^2 are added, times the
+    factor of the step."""
+    critic = Square(2.0, 0.5)
+    optimizer = torch.optim.SGD(critic.parameters(), lr=1.0)
+    step = step_of(critic, "rpgan", optimizer=optimizer, r1_penalty=3.0, r2_penalty=5.0)
+    losses = step.update_critic(batch(0.8, 0.2), batch(0.4, 0.6), None, 0.25)
+    pairs = [(0.64, 0.16), (0.04, 0.36)]
+    assert losses.tolist() == pytest.approx([sum(softplus(y - x) for x, y in pairs) / 2] * 2)
+    slope = sum(-(x - y) / 2 / (1 + math.exp(x - y)) for x, y in pairs) / 2
+    slope += 0.25 * 2.0 * sum(3.0 * x + 5.0 * y for x, y in pairs) / 2
+    assert critic.w.item() == pytest.approx(2.0 - slope, rel=1e-5)
+    assert critic.b.item() == 0.5
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_generator_step_moves_the_generator_alone(name: str) -> None:
     num_classes = 3 if OBJECTIVES[name].classifies else 0
@@ -223,7 +296,7 @@ def test_the_generator_step_moves_the_generator_alone(name: str) -> None:
     labels = torch.tensor([0, 1, 2, 0])
     step = step_of(critic, name, generator=generator)
     _, images = step.generator(torch.rand(1, 4, 4), labels[None], torch.rand(4, 4), labels)
-    step.update_generator(images, labels)
+    step.update_generator(images, labels, None, torch.rand(4, 1, 8, 8) if OBJECTIVES[name].paired else None)
     changed = [
         any(not torch.equal(old, new) for old, new in zip(old_values, network.parameters(), strict=True))
         for old_values, network in zip(before, (generator, critic), strict=True)
@@ -281,6 +354,11 @@ def test_real_pixels_are_scaled_from_a_fixed_range() -> None:
             {"objective": "wgan_gp", "clip_value": None, "gradient_penalty": 10.0, "critic_updates": "separate"},
             "needs joint updates",
         ),
+        (
+            {"objective": "rpgan", "clip_value": None, "critic_updates": "separate"},
+            "training.critic_updates is separate: the objective rpgan compares real with fake scores, which needs",
+        ),
+        ({"clip_value": 0.1, "penalty_annealing": 9}, "training.penalty_annealing is 9: there is no penalty"),
     ],
 )
 def test_contradictions_are_refused(changes: dict[str, object], message: str) -> None:
@@ -298,7 +376,7 @@ def test_spectral_norm_may_take_the_place_of_the_clip() -> None:
         ("nonsense", "choose one of wgan, .*, or give module:NAME of your own"),
         ("math:nothing", "no attribute 'nothing'"),
         ("nothing_at_all:x", "No module named 'nothing_at_all'"),
-        ("math:pi", "that is a float, not an Objective"),
+        ("math:pi", "that is a float, not an Objective or PairedObjective"),
     ],
 )
 def test_an_objective_that_is_none_is_refused(name: str, reason: str) -> None:
