@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs with the development extras, then: formatter check, linter, type checker, and the quick tests, which need
+# Installs with the development extras, then: formatter check, linter, type checker beside the quick tests, which need
 # neither Slurm nor a browser nor more than about two seconds of a core each.
-#   --all       all tests, and the quick ones once more as on an older processor
+#   --all       all tests, and those of sums once more as on an older processor
 #   --seed N    files and tests in a random order
 # Further arguments go to pytest, which then runs once and takes of all tests those that they name.
 set -euo pipefail
@@ -26,10 +26,17 @@ tests() {
 }
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
-.venv/bin/mypy
-tests "${selection[@]}" "$@"
+types=$(mktemp) status=0
+trap 'rm -f "$types"' EXIT
+.venv/bin/mypy >"$types" 2>&1 &
+tests "${selection[@]}" "$@" || status=$?
+wait $! || status=$?
+cat "$types"
 if [ -n "$older_too" ]; then
   # Processors add in different orders, and no test may ask for the sums of one. What is left out computes none.
   ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=AVX2 tests "${quick[@]}" \
-    --ignore=tests/{data,reporting,storage,tuning,test_config.py,test_fuzz.py,test_house.py}
+    tests/{benchmarking,evaluation,export,models,training,test_api.py,test_compat.py,test_configs.py,test_rng.py} \
+    --ignore=tests/{benchmarking/test_measure,evaluation/test_targets,export/test_{generate,hub},training/test_trackers}.py \
+    || status=$?
 fi
+exit $status
