@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from pipeline.config import Config, configure
-    from pipeline.data.prepare import prepare_folder, prepare_mnist, prepare_npz
+    from pipeline.data.prepare import prepare_dataset, prepare_folder, prepare_mnist, prepare_npz
     from pipeline.export.generator_file import load_generator
     from pipeline.export.images import render_range
     from pipeline.reporting.read import Run, read_run
@@ -28,6 +28,7 @@ __all__ = [
     "configure",
     "evaluate",
     "load_generator",
+    "prepare_dataset",
     "prepare_folder",
     "prepare_mnist",
     "prepare_npz",
@@ -38,7 +39,7 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("Config", "configure"), "pipeline.config"),
-    **dict.fromkeys(("prepare_folder", "prepare_mnist", "prepare_npz"), "pipeline.data.prepare"),
+    **dict.fromkeys(("prepare_dataset", "prepare_folder", "prepare_mnist", "prepare_npz"), "pipeline.data.prepare"),
     "load_generator": "pipeline.export.generator_file",
     "render_range": "pipeline.export.images",
     **dict.fromkeys(("Run", "read_run"), "pipeline.reporting.read"),

@@ -24,7 +24,8 @@ import torch
 
 from pipeline.checks.settings import CHECKS, Plan
 from pipeline.config import Config
-from pipeline.data import Dataset, Shard, existing_dataset, locations
+from pipeline.data import Dataset, Shard, existing_dataset
+from pipeline.data.dataset import read_bytes, scheme
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.process import Runtime
 from pipeline.distributed.slurm import job_seconds_left
@@ -153,7 +154,7 @@ def check_shards(plan: Plan, ranks: Ranks, all_checksums: bool) -> str | list[Fi
     num_hashed, damaged = 0, []
     for shard in mine:
         location = dataset.locate(shard)
-        is_hashed = time.monotonic() < deadline and (all_checksums or not locations.scheme(location))
+        is_hashed = time.monotonic() < deadline and (all_checksums or not scheme(location))
         num_hashed += is_hashed
         if problem := _find_damage(shard, location, is_hashed):
             damaged.append(f"{problem}; copy that file again, or prepare the dataset again")
@@ -167,9 +168,9 @@ def check_shards(plan: Plan, ranks: Ranks, all_checksums: bool) -> str | list[Fi
 
 def _find_damage(shard: Shard, location: str, is_hashed: bool) -> str | None:
     try:
-        if not locations.scheme(location) and (num_bytes := Path(location).stat().st_size) != shard.num_bytes:
+        if not scheme(location) and (num_bytes := Path(location).stat().st_size) != shard.num_bytes:
             return f"{location} has {num_bytes} bytes, the manifest says {shard.num_bytes}"
-        if is_hashed and sha256(locations.read_bytes(location)).hexdigest() != shard.sha256:
+        if is_hashed and sha256(read_bytes(location)).hexdigest() != shard.sha256:
             return f"{location} is damaged, its SHA-256 is not the manifest's"
     except OSError as error:
         return f"{location} can't be read ({error.strerror or error})"

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from jsonargparse.typing import PositiveInt
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from pipeline.data.class_names import labels_of
 from pipeline.data.dataset import MAX_VALUES, DataError, Dataset, ImageShape, Remarks
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ BROKEN_IMAGE = (
 )
 """What Pillow raises for content that is not an image, or not all of one: its later frames raise nearly anything."""
 
-Pixels = Path | BinaryIO | npt.NDArray[np.uint8]
-"""One image: a file, or uint8 [C, H, W]."""
+Pixels = Path | BinaryIO | Image.Image | npt.NDArray[np.uint8]
+"""One image: a file, an image of Pillow's, or uint8 [C, H, W]."""
 
 
 class Resizing(NamedTuple):
@@ -53,6 +54,11 @@ class Resizing(NamedTuple):
     at the bottom."""
     size: int | None = None
     """Side in pixels that what is there is resized to, after it is cropped to its centre square."""
+
+    def shape_of(self, image_shape: ImageShape) -> ImageShape:
+        """Returns the shape that an image of this shape gets."""
+        side = self.size or self.crop
+        return (image_shape[0], side, side) if side else image_shape
 
 
 AS_STORED = Resizing()
@@ -82,7 +88,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--max_pixels", f"of an image in a file (default: {limit:,}); more than twice as many are refused", limit)
 
 
-def file_shape(file: Path | BinaryIO, name: str, remarks: Remarks, *, decode: bool = False) -> ImageShape:
+def file_shape(file: Path | BinaryIO | Image.Image, name: str, remarks: Remarks, *, decode: bool = False) -> ImageShape:
     """Returns the shape of an encoded image as it is seen, of which only the header is read unless `decode`.
 
     Counts in `remarks` what `decode_image` leaves out: further frames, a colour profile other than sRGB, the lower 8 of
@@ -113,7 +119,12 @@ def file_shape(file: Path | BinaryIO, name: str, remarks: Remarks, *, decode: bo
 
 
 @contextmanager
-def _opened(file: Path | BinaryIO) -> Iterator[Image.Image]:
+def _opened(file: Path | BinaryIO | Image.Image) -> Iterator[Image.Image]:
+    if isinstance(file, Image.Image):  # a copy, which may be turned
+        image = file.copy()
+        image.format = file.format
+        yield image
+        return
     # Not by its name: Pillow then maps an uncompressed TIFF into memory, and one that lies on its side comes out mixed.
     with file.open("rb") if isinstance(file, Path) else nullcontext(file) as stream, Image.open(stream) as image:
         yield image
@@ -188,25 +199,6 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def image_reader(
-    pixels_of: Callable[[int], tuple[str, Pixels]], image_shape: ImageShape, resizing: Resizing
-) -> Callable[[npt.NDArray[np.int64]], Images]:
-    """Returns a function that reads the images at indices int64 [n] as uint8 [n, C, H, W], and raises DataError naming
-    one that is damaged. `pixels_of` an index gives the image's name for that, and the image."""
-
-    def read(indices: npt.NDArray[np.int64]) -> Images:
-        images = np.empty((len(indices), *image_shape), np.uint8)
-        for row, index in enumerate(indices):
-            name, pixels = pixels_of(index)
-            try:
-                images[row] = decode_image(pixels, image_shape, resizing)
-            except BROKEN_IMAGE as error:
-                raise DataError(f"{name} is damaged: {error}") from None
-        return images
-
-    return read
-
-
 def common_shape(
     shapes: Iterable[tuple[str, ImageShape, bool]],
     remarks: Remarks,
@@ -224,12 +216,13 @@ def common_shape(
         raise DataError(f"--size is {size}: it must lie between 4 and {MAX_SIDE}")
     common: ImageShape | None = None
     kinds: dict[int, tuple[int, str]] = {}
-    for name, (depth, *sides), encoded in shapes:
+    for name, image_shape, encoded in shapes:
+        depth, *sides = image_shape
         if crop is not None and min(sides) < crop:
             raise DataError(
                 f"{name} is {sides[0]} x {sides[1]}, which --crop {crop} can't be cut out of: give a smaller one"
             )
-        height, width = (size, size) if size else (crop, crop) if crop else sides
+        _, height, width = resizing.shape_of(image_shape)
         before = common or (depth, height, width)
         if not encoded and depth != before[0]:
             raise DataError(f"{name} has images of {depth} channels, those before it have {before[0]}")
@@ -238,20 +231,19 @@ def common_shape(
                 f"{name} is {height} x {width}, those before it are {before[1]} x {before[2]}: "
                 "all images must have one size, and --size N makes it so"
             )
-        common = (max(depth, before[0]), height, width)
+        common = (channels or max(depth, before[0]), height, width)
+        if math.prod(common) > MAX_VALUES:
+            raise DataError(
+                f"images of {height} x {width} hold more than {MAX_VALUES:,} numbers, the most of a dataset's: "
+                "give --size N"
+            )
         count, first = kinds.get(depth, (0, name))
         kinds[depth] = count + 1, first
     assert common is not None
-    channels = channels or common[0]
-    if channels * math.prod(common[1:]) > MAX_VALUES:
-        raise DataError(
-            f"images of {common[1]} x {common[2]} hold more than {MAX_VALUES:,} numbers, the most of a dataset's: "
-            "give --size N"
-        )
-    if other := kinds.get({1: 3, 3: 1}.get(channels, 0)):
-        event, kind = ("read as grey", "colour image") if channels == 1 else ("read as RGB", "grey image")
+    if other := kinds.get({1: 3, 3: 1}.get(common[0], 0)):
+        event, kind = ("read as grey", "colour image") if common[0] == 1 else ("read as RGB", "grey image")
         remarks.add(event, kind, other[1], other[0])
-    return channels, *common[1:]
+    return common
 
 
 def open_images(
@@ -263,24 +255,26 @@ def open_images(
     dataset's classes, and an `.npz` file's labels are the classes that the images should show. `crop` and `size` are
     those of Resizing. Raises DataError naming the file.
     """
-    from pipeline.data.prepare.folder import folder_split, list_images, shapes_of
-    from pipeline.data.prepare.npz import load_npz, npz_split
+    from pipeline.data.prepare.folder import list_images
+    from pipeline.data.prepare.npz import load_npz
 
-    resizing = Resizing(crop, size)
-    if path.is_dir():
+    resizing, is_folder = Resizing(crop, size), path.is_dir()
+    images: Sequence[Pixels]
+    if is_folder:
         files, folders = list_images(path, remarks)
-        shape = common_shape(shapes_of(files, remarks), remarks, resizing, channels=dataset.image_shape[0])
-        split = folder_split(files, folders, dataset.class_names, shape, resizing)
+        names, images, labels = list(map(str, files)), files, labels_of(folders, dataset.class_names)
+        shapes = ((str(file), file_shape(file, str(file), remarks), True) for file in files)
+        shape = common_shape(shapes, remarks, resizing, channels=dataset.image_shape[0])
     else:
-        images, labels, _ = load_npz(path)
-        shape = common_shape([(str(path), images.shape[1:], False)], remarks, resizing)
+        array, labels, _ = load_npz(path)
+        files, names, images = [path], [f"image {index} of {path}" for index in range(len(array))], list(array)
+        shape = common_shape([(str(path), array.shape[1:], False)], remarks, resizing)
         if not dataset.num_classes:
             labels = None
         if labels is not None and not 0 <= labels.min() <= labels.max() < dataset.num_classes:
             raise DataError(
                 f"{path}: labels reach from {labels.min()} to {labels.max()}, not 0 to {dataset.num_classes - 1}"
             )
-        split = npz_split(path, images, labels, shape, resizing)
     if shape != dataset.image_shape:
         height, width = dataset.image_shape[1:]
         advice = f": give --size {width}" if shape[0] == dataset.image_shape[0] and height == width else ""
@@ -288,4 +282,16 @@ def open_images(
             f"{path} holds images of {' x '.join(map(str, shape))}, the dataset {dataset.name} has "
             f"{' x '.join(map(str, dataset.image_shape))}{advice}"
         )
-    return split
+
+    def read(indices: npt.NDArray[np.int64]) -> Images:
+        return np.stack([decode_named(names[index], images[index], shape, resizing) for index in indices])
+
+    return Split(len(images), labels, read, files)
+
+
+def decode_named(name: str, image: Pixels, image_shape: ImageShape, resizing: Resizing) -> npt.NDArray[np.uint8]:
+    """Returns what `decode_image` does, and raises DataError with the image's name for one that is damaged."""
+    try:
+        return decode_image(image, image_shape, resizing)
+    except BROKEN_IMAGE as error:
+        raise DataError(f"{name} is damaged: {error}") from None

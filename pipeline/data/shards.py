@@ -21,8 +21,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data import locations
-from pipeline.data.dataset import DEFAULT_READING, DataError, Dataset, ImageShape, Reading, Remarks, Shard
+from pipeline.data.dataset import DEFAULT_READING, DataError, Dataset, ImageShape, Reading, Remarks, Shard, read_bytes
 from pipeline.data.samples import BLOCK, IMAGE_FILE_SUFFIXES, NotRead, Sample, samples_in
 
 Images = npt.NDArray[np.uint8]
@@ -85,7 +84,7 @@ def read_shard(dataset: Dataset, shard: Shard, *, verify: bool = True) -> Sample
     """
     location = dataset.locate(shard)
     try:
-        content = locations.read_bytes(location)
+        content = read_bytes(location)
     except OSError as error:
         raise DataError(f"cannot read shard {location} of dataset {dataset.name}: {error}") from None
     if len(content) != shard.num_bytes:

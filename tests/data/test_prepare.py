@@ -859,10 +859,7 @@ def test_what_is_wrong_in_existing_shards_is_named(tmp_path: Path) -> None:
         assert not (tmp_path / "data" / "x").exists()
 
     png_shard(tmp_path / "good.tar", 0, 30)
-    fails(r"none\*\.tar names no shard", "none*.tar")
-    for bomb in ("{0..99999999999}.tar", "{0..999}{0..999}{0..999}.tar"):
-        with pytest.raises(UserError, match="names more than 1,000,000 shards"):
-            index_shards(tmp_path / "data", "x", {"train": [f"http://127.0.0.1:1/{bomb}"]})
+    fails(r"none\*\.tar names no file", "none*.tar")
     content = (tmp_path / "good.tar").read_bytes()
     for name, damaged in (
         ("cut", content[: 512 * 8]),
@@ -883,7 +880,7 @@ def test_what_is_wrong_in_existing_shards_is_named(tmp_path: Path) -> None:
 
 
 def test_a_dataset_behind_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.data.locations.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("pipeline.data.dataset.time.sleep", lambda seconds: None)
     local = numbered_dataset(tmp_path, [30, 20])
     for mirror in serving(tmp_path):
         remote = load_dataset(f"{mirror.url}numbers")

@@ -25,7 +25,7 @@ from PIL import Image
 from webdataset import TarWriter
 
 from pipeline.config import Config, DataConfig, TrainingConfig
-from pipeline.data import DataError, Dataset, check_source, load_dataset, locations, open_source, streaming
+from pipeline.data import DataError, Dataset, check_source, load_dataset, open_source, streaming
 from pipeline.data.dataset import Shard
 from pipeline.data.prepare import index_shards, prepare_npz
 from pipeline.data.shards import Samples, read_shard
@@ -304,8 +304,8 @@ class Once(dict[str, str]):
 def test_a_faulty_server_gives_the_same_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers of 503, bodies that end early and ones that never end are asked for again."""
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(locations, "TIMEOUT_SECONDS", 0.3)
-    monkeypatch.setattr("pipeline.data.locations.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("pipeline.data.dataset.TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr("pipeline.data.dataset.time.sleep", lambda seconds: None)
     local = numbered_dataset(tmp_path, COUNTS)
     expected = numbers(make_source(local), 0, TOTAL // 24)
     for mirror in serving(tmp_path):

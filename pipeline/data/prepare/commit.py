@@ -1,29 +1,43 @@
-"""How a dataset comes into being: cut into shards, then committed as a whole.
+"""How a dataset comes into being: its images are read once, cut into shards, then committed as a whole.
 
-It appears under its name only when it is complete and on disk: it is written into a temporary folder beside it, fsynced
-and renamed, under a lock that lets one process work while the others wait. An existing dataset is never overwritten.
+A source is an iterator of `Row`s, and `write_rows` does the rest. A dataset appears under its name only when it is
+complete and on disk: it is written into a temporary folder beside it, fsynced and renamed, under a lock that lets one
+process work while the others wait. An existing dataset is never overwritten.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryFile
+from typing import IO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from pipeline.data.dataset import FILE_NAME, KNOWN, DataError, Dataset, Remarks, Shard, load_dataset, to_json
-from pipeline.data.images import Split
-from pipeline.data.shards import Images, Labels, read_shard, write_shard
+from pipeline.data.class_names import classes_of, find_class, numbered_classes
+from pipeline.data.dataset import (
+    FILE_NAME,
+    KNOWN,
+    DataError,
+    Dataset,
+    ImageShape,
+    Remarks,
+    Shard,
+    load_dataset,
+    to_json,
+)
+from pipeline.data.images import Pixels, Resizing, Split, common_shape, decode_named, file_shape
+from pipeline.data.shards import Images, Labels, Samples, numbered, read_shard, write_shard
 from pipeline.distributed.progress import bar
 from pipeline.errors import UserError
 from pipeline.rng import seeded
@@ -58,11 +72,134 @@ def check_name(name: str) -> None:
         )
 
 
-def write_dataset(dataset: Dataset, splits: dict[str, Split], sizes: ShardSizes, remarks: Remarks) -> Dataset:
-    """Writes and commits `splits`, shuffled, as what `dataset` describes but for its shards. Returns it with them."""
-    with preparing(dataset.folder) as temporary:
-        shards = write_shards(temporary, splits, sizes, shuffle=True)
-        return commit(replace(dataset, splits=shards), temporary, remarks)
+class Row(NamedTuple):
+    """One image of a source."""
+
+    name: str
+    """What messages call it."""
+    image: Pixels
+    label: int | str | None = None
+    """The number or the name of its class; None when unlabelled."""
+
+
+class Rows(NamedTuple):
+    """A split as its source gives it: it is read once, from the first image to the last."""
+
+    rows: Iterable[Row]
+    total: int | None = None
+    """Number of images, for the progress bar, where that is known."""
+
+
+def write_rows(
+    folder: Path,
+    splits: Mapping[str, Rows],
+    sizes: ShardSizes,
+    resizing: Resizing,
+    kind: str,
+    remarks: Remarks,
+    class_names: Sequence[str] | None = None,
+    *,
+    shuffle: bool = True,
+) -> Dataset:
+    """Writes and commits the images of a source as the dataset `folder`. Its memory does not grow with their number.
+
+    They are decoded once and wait on disk, unpacked, for the last of them, which may be the only one with colours; then
+    they are written in their order or, by default, shuffled, always in the same way. Images become grey if all are,
+    otherwise RGB.
+
+    Args:
+        splits: The images of "train" and maybe "test".
+        kind: What they are, one of KINDS: feature spaces go by it.
+        class_names: The names of the classes whose numbers the labels are; () of an unlabelled dataset. By default the
+            labels tell, see `classes_of_labels`.
+
+    Raises:
+        DataError: an image does not decode, is too small to be cropped, has another size than those before it, or its
+            label does not fit to theirs; it names the image.
+        UserError: a file cannot be written.
+    """
+    with preparing(folder) as temporary, ExitStack() as files:
+        unpacked = {split: _Unpacked(files.enter_context(TemporaryFile(dir=temporary))) for split in splits}
+        shapes = (
+            shape
+            for split, (rows, total) in splits.items()
+            for shape in unpacked[split].add_all(
+                bar(iterable=rows, total=total, desc=f"reading {split}", unit="image"), resizing, remarks
+            )
+        )
+        shape = common_shape(shapes, remarks, resizing)
+        labels = [(split, f"the {split} split", images.labels()) for split, images in unpacked.items()]
+        if class_names is None:
+            class_names = classes_of_labels(labels, "splits")
+        written = {split: images.split(shape, class_names) for split, images in unpacked.items()}
+        shards = write_shards(temporary, written, sizes, shuffle=shuffle)
+        dataset = Dataset(folder, folder.name, shape, tuple(class_names), shards, kind=kind)
+        return commit(dataset, temporary, remarks)
+
+
+class _Unpacked:
+    """The decoded images of a split, in a file."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._starts, self._labels = file, array("q", [0]), array("q")
+        self._names: dict[str, int] = {}
+        self._kind: type = type(None)  # that of all labels: int, str or NoneType
+
+    def add_all(
+        self, rows: Iterable[Row], resizing: Resizing, remarks: Remarks
+    ) -> Iterator[tuple[str, ImageShape, bool]]:
+        """Yields the shape of each image for `common_shape`, which refuses it or asks for the next: only then is it
+        decoded."""
+        for name, image, label in rows:
+            shape: ImageShape = image.shape if isinstance(image, np.ndarray) else file_shape(image, name, remarks)
+            yield name, shape, not isinstance(image, np.ndarray)
+            self._file.write(decode_named(name, image, resizing.shape_of(shape), resizing).tobytes())
+            self._starts.append(self._file.tell())
+            if type(label) is not self._kind and len(self._starts) > 2:
+                raise DataError(f"the label of {name} is {label!r}, those before it are of type {self._kind.__name__}")
+            self._kind = type(label)
+            if isinstance(label, str):
+                label = self._names.setdefault(label, len(self._names))
+            if label is not None:
+                self._labels.append(label)
+
+    def labels(self) -> Samples:
+        """Returns the labels, and their names if they are names."""
+        return Samples([], np.frombuffer(self._labels, np.int64) if self._labels else None, tuple(self._names))
+
+    def split(self, image_shape: ImageShape, class_names: Sequence[str]) -> Split:
+        """Returns the images as they are written, and their labels as numbers of these classes."""
+        self._file.flush()
+
+        def read(indices: npt.NDArray[np.int64]) -> Images:
+            images = np.empty((len(indices), *image_shape), np.uint8)
+            for row, index in enumerate(indices):
+                start, stop = self._starts[index : index + 2]
+                content = os.pread(self._file.fileno(), stop - start, start)
+                images[row] = np.frombuffer(content, np.uint8).reshape(-1, *image_shape[1:])  # grey fills all of RGB
+            return images
+
+        return Split(len(self._starts) - 1, numbered(self.labels(), class_names), read)
+
+
+def classes_of_labels(labels: Sequence[tuple[str, str, Samples]], what: str) -> tuple[str, ...]:
+    """Returns the class names of labels, listed with their split and the name of their source: the names that they are,
+    of those that look the same one, or the numbers 0, 1, ... up to the highest.
+
+    Raises DataError naming the source when some are names and others are not, when a name is only in the test split, or
+    for what `numbered_classes` refuses.
+    """
+    if not any(samples.names for _, _, samples in labels):
+        return numbered_classes([(source, samples.labels) for _, source, samples in labels], what)
+    if other := next((source for _, source, samples in labels if not samples.names), None):
+        raise DataError(f"{other} has no names as labels, other {what} have: label all of them in one way")
+    names: dict[str, set[str]] = {"train": set(), "test": set()}
+    for split, _, samples in labels:
+        names[split] |= set(samples.names)
+    classes = tuple(classes_of(names["train"]))
+    if untrained := sorted(name for name in names["test"] if find_class(name, classes) is None):
+        raise DataError(f"the test {what} have images of {untrained[0]!r}, the training {what} have none")
+    return classes
 
 
 @contextmanager

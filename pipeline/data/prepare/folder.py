@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from pipeline.data.class_names import classes_of, labels_of, look
-from pipeline.data.dataset import FILE_NAME, DataError, Dataset, ImageShape, Remarks, load_dataset
-from pipeline.data.images import Resizing, Split, common_shape, file_shape, image_reader
-from pipeline.data.prepare.commit import DEFAULT_SIZES, ShardSizes, check_name, print_line, write_dataset
+from pipeline.data.dataset import FILE_NAME, DataError, Dataset, Remarks, load_dataset
+from pipeline.data.images import Resizing
+from pipeline.data.prepare.commit import (
+    DEFAULT_SIZES,
+    Row,
+    Rows,
+    ShardSizes,
+    check_name,
+    print_line,
+    write_rows,
+)
 from pipeline.data.samples import IMAGE_FILE_SUFFIXES
-from pipeline.distributed.progress import bar
 
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 
@@ -51,23 +58,14 @@ def prepare_folder(
         paths = inside
     listings = {split: list_images(Path(path), remarks) for split, path in paths.items()}
     class_names = _class_names({Path(paths[split]): folders for split, (_, folders) in listings.items()}, target)
-    files = bar(iterable=[file for files, _ in listings.values() for file in files], desc="checking", unit="image")
-    shape = common_shape(shapes_of(files, remarks), remarks, resizing)
-    splits = {split: folder_split(*listing, class_names, shape, resizing) for split, listing in listings.items()}
-    return write_dataset(Dataset(target, name, shape, class_names, {}, kind=kind), splits, sizes, remarks)
+    rows = {split: Rows(_rows(*listing, class_names), len(listing[0])) for split, listing in listings.items()}
+    return write_rows(target, rows, sizes, resizing, kind, remarks, class_names)
 
 
-def shapes_of(files: Iterable[Path], remarks: Remarks) -> Iterator[tuple[str, ImageShape, bool]]:
-    """Yields each file's name and shape for `common_shape`; see `file_shape`."""
-    return ((str(file), file_shape(file, str(file), remarks), True) for file in files)
-
-
-def folder_split(
-    files: Sequence[Path], folders: Sequence[str], class_names: Sequence[str], shape: ImageShape, resizing: Resizing
-) -> Split:
-    """Returns a listing of `list_images` as a split, unlabelled if one of its folders is no class."""
-    read = image_reader(lambda index: (str(files[index]), files[index]), shape, resizing)
-    return Split(len(files), labels_of(folders, class_names), read, files)
+def _rows(files: Sequence[Path], folders: Sequence[str], class_names: Sequence[str]) -> Iterator[Row]:
+    labels = labels_of(folders, class_names)
+    for index, file in enumerate(files):
+        yield Row(str(file), file, None if labels is None else int(labels[index]))
 
 
 def list_images(folder: Path, remarks: Remarks) -> tuple[list[Path], list[str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.data.class_names import numbered_classes
-from pipeline.data.dataset import DataError, Dataset, ImageShape, Remarks
-from pipeline.data.images import AS_STORED, Resizing, Split, common_shape, image_reader
-from pipeline.data.prepare.commit import DEFAULT_SIZES, ShardSizes, check_name, write_dataset
+from pipeline.data.dataset import DataError, Dataset, Remarks
+from pipeline.data.images import Resizing
+from pipeline.data.prepare.commit import DEFAULT_SIZES, Row, Rows, ShardSizes, check_name, write_rows
 from pipeline.data.shards import BROKEN_HEADER, Images, Labels
 
 NAMES = {
@@ -75,24 +75,21 @@ def prepare_npz(
     if "test" not in files and any(NAMES.get(array.lower(), ("",))[0] == "test" for array in _headers(files["train"])):
         files["test"] = files["train"]
     arrays = {split: load_npz(path, split) for split, path in files.items()}
-    remarks, resizing = Remarks(), Resizing(crop, size)
-    shapes = ((str(files[split]), images.shape[1:], False) for split, (images, _, _) in arrays.items())
-    shape = common_shape(shapes, remarks, resizing)
+    remarks = Remarks()
     class_names = numbered_classes([(str(files[split]), labels) for split, (_, labels, _) in arrays.items()], "files")
     for path in dict.fromkeys(files.values()):
         unread = [set(arrays[split].others) for split in files if files[split] == path]
         for array in sorted(set.intersection(*unread)):
             remarks.add("left out", "array", f"{array!r} in {path}")
-    splits = {
-        split: npz_split(files[split], images, labels, shape, resizing) for split, (images, labels, _) in arrays.items()
+    rows = {
+        split: Rows(_rows(files[split], images, labels), len(images)) for split, (images, labels, _) in arrays.items()
     }
-    return write_dataset(Dataset(Path(root) / name, name, shape, class_names, {}, kind=kind), splits, sizes, remarks)
+    return write_rows(Path(root) / name, rows, sizes, Resizing(crop, size), kind, remarks, class_names)
 
 
-def npz_split(path: Path, images: Images, labels: Labels | None, shape: ImageShape, resizing: Resizing) -> Split:
-    """Returns the arrays of a file as a split."""
-    resized = image_reader(lambda index: (f"image {index} of {path}", images[index]), shape, resizing)
-    return Split(len(images), labels, images.__getitem__ if resizing == AS_STORED else resized, (path,))
+def _rows(path: Path, images: Images, labels: Labels | None) -> Iterator[Row]:
+    for index, image in enumerate(images):
+        yield Row(f"image {index} of {path}", image, None if labels is None else int(labels[index]))
 
 
 def load_npz(path: Path, split: str = "") -> Arrays:
@@ -112,7 +109,7 @@ def load_npz(path: Path, split: str = "") -> Arrays:
     others = [other for other in headers if other not in (name, labels_name)]
     array = _read(path, name, headers[name])
     described = _described(array, f"{path}: {name}")
-    images = _levels(_channels_first(array, described), described)
+    images = _levels(channels_first(array, described), described)
     if labels_name is None:
         return Arrays(images, None, others)
     labels = _numbers(_read(path, labels_name, headers[labels_name]), len(images), f"{path}: {labels_name}")
@@ -166,7 +163,7 @@ def _described(array: npt.NDArray[Any], name: str) -> str:
     return f"{name} is {array.dtype} {array.shape}{extent}"
 
 
-def _channels_first(images: npt.NDArray[Any], described: str) -> npt.NDArray[Any]:
+def channels_first(images: npt.NDArray[Any], described: str) -> npt.NDArray[Any]:
     layouts = "[N, H, W], [N, H, W, C] or [N, C, H, W]"
     if images.ndim not in (3, 4) or images.size == 0:
         raise DataError(f"{described}: its axes are not {layouts}")
