@@ -119,6 +119,8 @@ def evaluate(
     target: str | Path,
     config: Config | str | Path | None = None,
     *,
+    real: str | Path | None = None,
+    kind: str = "own",
     steps: Sequence[int] | Literal["newest", "all"] = "newest",
     out: str | Path | None = None,
     crop: int | None = None,
@@ -131,6 +133,8 @@ def evaluate(
         target: a run's folder, an exported generator (.safetensors, .h5, .keras), a folder of images, an .npz file, or
             the word train or test for that split of the real images.
         config: a Config, or a configuration's name or path; by default that of the run, or else the defaults.
+        real: a folder of images or an .npz file to compare with, in the place of the configured dataset.
+        kind: what the images of `real` are; with "mnist" they may be scored by the features of digits.
         steps: steps of the run's checkpoints to score.
         out: path of the scores; by default they go into the run, or into evaluations/ under run.root.
         crop: side of the centre square that is cut out of images in files first.
@@ -142,22 +146,21 @@ def evaluate(
         Preempted: the evaluation was stopped.
     """
     from pipeline.config import Config, configure
-    from pipeline.data import open_dataset
     from pipeline.distributed.failures import closing
     from pipeline.distributed.process import Runtime, restoring_process
     from pipeline.evaluation.scorer import Scorer
-    from pipeline.evaluation.targets import score_target
-    from pipeline.storage.run_folder import RunFolder
+    from pipeline.evaluation.targets import real_dataset, score_target
+    from pipeline.storage.run_folder import RunFolder, scores_of
 
     run = RunFolder(Path(target))
     if not isinstance(config, Config):
         config = configure(config or (run.config if run.config.is_file() else None))
-    data = config.data
+    root, scores = Path(config.run.root), Path(out) if out else None
+    if real and not scores:
+        scores = scores_of(Path(f"{Path(target).name}-{Path(real).name}"), root)
     with restoring_process():
         runtime = Runtime(config.runtime)
-        with closing(runtime, config):
-            dataset = runtime.ranks.on_main(lambda: open_dataset(data))
+        with closing(runtime, config), real_dataset(real, config, runtime.ranks, kind, crop, size) as dataset:
             scorer = Scorer(config.evaluation, dataset, runtime, config.training.seed)
             wanted = [None] if steps == "newest" else None if steps == "all" else list(steps)
-            scores, root = Path(out) if out else None, Path(config.run.root)
             return score_target(run.path, scorer, wanted, scores, root, config.network.generator, crop, size)

@@ -7,6 +7,7 @@ from PIL import Image
 
 from pipeline import evaluate
 from pipeline.config import make_parser, parse
+from pipeline.data import KINDS
 from pipeline.data.images import add_options
 from pipeline.distributed.launcher import run_program
 from pipeline.errors import UserError
@@ -19,6 +20,8 @@ DOCUMENTED = ("evaluation", "data", "runtime", "run.root", "training.seed")
 def main() -> None:
     parser = make_parser("Score images. A run is evaluated with its own configuration, overrides apply.", DOCUMENTED)
     parser.add_argument("target", type=Path, help=TARGET)
+    parser.add_argument("real", type=Path | None, nargs="?", help="a folder or .npz file to compare with, no dataset")
+    parser.add_argument("--kind", choices=KINDS, default="own", help="what its images are (default: own)")
     parser.add_argument("--step", type=int | None, help="the checkpoint to score; the newest intact one by default")
     parser.add_argument("--all", action="store_true", help="score every checkpoint of the run")
     parser.add_argument("--out", type=Path | None, help="where the scores go (the run, or evaluations/ under run.root)")
@@ -31,8 +34,9 @@ def main() -> None:
         raise UserError("--all scores every checkpoint into the run: leave out --step and --out")
     Image.MAX_IMAGE_PIXELS = arguments.max_pixels
     which = [] if arguments.step is None else [arguments.step]
+    real = {"real": arguments.real, "kind": arguments.kind}
     scores = {"steps": "all" if arguments.all else which or "newest", "out": arguments.out}
-    evaluate(run.path, config, **scores, crop=arguments.crop, size=arguments.size)
+    evaluate(run.path, config, **real, **scores, crop=arguments.crop, size=arguments.size)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from hashlib import file_digest, sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.config import Config
+from pipeline.data import Dataset, open_dataset
 from pipeline.data.dataset import Remarks
 from pipeline.data.images import open_images
 from pipeline.data.resident import load_split
+from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
 from pipeline.evaluation import TARGET
 from pipeline.evaluation.extract import ImageSet
@@ -23,7 +29,33 @@ from pipeline.export.generator_file import EXPORT_SUFFIXES, HUB_WEIGHTS, critic_
 from pipeline.reporting.page import write_report
 from pipeline.reporting.read import number
 from pipeline.storage.checkpoint import CheckpointError, committed, find
+from pipeline.storage.files import make_folder
 from pipeline.storage.run_folder import RunFolder, scores_of, step_of
+
+
+@contextmanager
+def real_dataset(
+    images: str | Path | None, config: Config, ranks: Ranks, kind: str, crop: int | None, size: int | None
+) -> Iterator[Dataset]:
+    """Yields the dataset to compare with: the configured one, or without one `images`, a folder or an .npz file, which
+    is a dataset beside the runs until the block ends. Every rank must call it. Raises UserError."""
+    if images is None:
+        yield ranks.on_main(lambda: open_dataset(config.data))
+        return
+    if "own" in config.evaluation.features:
+        raise UserError(f"the 'own' features are those of a dataset: prepare one of {images}, and train its classifier")
+    from pipeline.data.prepare import prepare_folder, prepare_npz
+
+    with ExitStack() as until_scored:
+
+        def prepare() -> Dataset:
+            make_folder(root := Path(config.run.root))
+            folder = until_scored.enter_context(TemporaryDirectory(prefix=".real-", dir=root))
+            write = prepare_npz if Path(images).is_file() else prepare_folder
+            dataset = write(folder, "real", {"train": images}, crop=crop, size=size, kind=kind)
+            return replace(dataset, name=str(images))
+
+        yield ranks.on_main(prepare)
 
 
 def score_target(

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
-from torch_fidelity import feature_extractor_inceptionv3
+from torch_fidelity import calculate_metrics, feature_extractor_inceptionv3
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics import MetricCollection
 
+from pipeline import configure, evaluate
 from pipeline.benchmarking.fidelity import fidelity_scores
 from pipeline.data import Dataset
 from pipeline.data.resident import load_split
@@ -107,3 +109,36 @@ def test_inception_features(random_inception: Path, mnist_dataset: Dataset) -> N
     torch.testing.assert_close(features[0], extractor(fake[:1])[0][0], rtol=1e-4, atol=1e-4)
     assert logits.shape == (3, 1008)
     assert not torch.allclose(features[1], features[2], rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_two_folders(random_inception: Path, mnist_dataset: Dataset, tmp_path: Path) -> None:
+    """The same files by both, in colours, grey and JPEG; a real image's place among the others is of no account."""
+    images = load_split(mnist_dataset, "test")[0][:90].view(30, 3, 28, 28).permute(0, 2, 3, 1).numpy()
+    folders = tmp_path / "ours", tmp_path / "real"
+    for number, image in enumerate(images):
+        path = folders[number % 2] / f"{number}.{'jpg' if number % 5 else 'png'}"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image if number % 7 else image[..., 0]).save(path)
+    settings = {
+        "evaluation.features": ["inception"],
+        "evaluation.inception_weights": str(random_inception),
+        "run.root": str(tmp_path / "runs"),
+        "runtime.device": "cpu",
+    }
+    (scores,) = evaluate(folders[0], configure(None, settings), real=folders[1])
+    expected = calculate_metrics(
+        input1=str(folders[0]),
+        input2=str(folders[1]),
+        fid=True,
+        cuda=False,
+        verbose=False,
+        save_cpu_ram=True,  # no workers
+        cache=False,
+        feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=str(random_inception),
+    )
+    found = scores["features"]["inception"]
+    assert found["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
+    assert (found["fid_floor"], scores["dataset"], scores["num_images"]) == (None, str(folders[1]), 15)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["evaluations"]

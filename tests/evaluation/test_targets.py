@@ -18,7 +18,7 @@ from pipeline.config import EvaluationConfig, RuntimeConfig
 from pipeline.data import Dataset
 from pipeline.data.dataset import Remarks
 from pipeline.data.images import open_images
-from pipeline.data.prepare import prepare_npz
+from pipeline.data.prepare import prepare_folder, prepare_npz
 from pipeline.data.resident import load_split
 from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
@@ -308,3 +308,42 @@ def test_real_images_are_drawn_beside_the_scores(run: RunFolder, scorer: Scorer,
         first = np.asarray(grid)[4 : 4 + 56 : 2, 4 : 4 + 56 : 2, 0]
     training = load_split(scorer.dataset, "train")[0][:, 0].numpy()
     assert (training == first).all((1, 2)).any()
+
+
+def test_two_folders_are_scored_as_one_against_a_dataset_of_the_other(
+    digits: Dataset,
+    runtime: Runtime,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    images = load_split(digits, "test")[0][: 2 * NUM_IMAGES, 0].numpy()
+    for number, image in enumerate(images):
+        path = tmp_path / ("ours" if number < NUM_IMAGES else "real") / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(path)
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: str) -> None:
+        monkeypatch.setattr("sys.argv", ["evaluate.py", "ours", *arguments, "--runtime.device", "cpu"])
+        main()
+
+    command("real", "--kind", "mnist")
+    assert (
+        capsys.readouterr().err.splitlines()[-1].startswith(f"{tmp_path}/runs/evaluations/ours-real.json: mnist FID ")
+    )
+    scores = content(tmp_path / "runs" / "evaluations" / "ours-real.json")
+    assert (scores["dataset"], scores["target"], scores["num_images"]) == ("real", "ours", NUM_IMAGES)
+    prepared = prepare_folder("data", "other", {"train": "real"}, kind="mnist")
+    score(tmp_path / "ours", Scorer(EvaluationConfig(num_images=NUM_IMAGES), prepared, runtime, 0), tmp_path)
+    assert content(tmp_path / "runs" / "evaluations" / "ours.json")["features"] == scores["features"]
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"evaluations"}
+    for arguments, words in (
+        (("real",), "the 'mnist' features know MNIST's digits alone, and dataset real is of kind own"),
+        (("none", "--kind", "mnist"), "none is not a folder"),
+        (("real", "--evaluation.features", "[own]"), "prepare one of real, and train its classifier"),
+        (("data", "--kind", "mnist"), "data holds no image file"),
+    ):
+        with pytest.raises(UserError, match=words):
+            command(*arguments)
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"evaluations"}

@@ -104,7 +104,8 @@ def load_mnist(dataset: Dataset, device: torch.device) -> FeatureExtractor:
     if dataset.kind != "mnist":
         raise UserError(
             f"the 'mnist' features know MNIST's digits alone, and dataset {dataset.name} is of kind {dataset.kind}: "
-            f'{instead}; or, if it does hold these digits, write "kind": "mnist" into its dataset.json'
+            f"{instead}; or, if it does hold these digits, prepare it, or compare with it, with --kind mnist, or "
+            'write "kind": "mnist" into its dataset.json'
         )
     if dataset.image_shape != MNIST_SHAPE:
         raise UserError(
