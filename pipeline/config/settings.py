@@ -248,6 +248,9 @@ class EvaluationConfig:
     of Shmelkov et al. 2018, 1807.09499): five epochs on at most 10,000 of them."""
     inception_weights: str | None = setting(None, free=True)
     """Path of torch-fidelity's weight file of Inception v3; null: the file that torch-fidelity downloads."""
+    reference_statistics: str | None = setting(None, free=True)
+    """Path of published statistics of real images in inception's features, an .npz file with mu and sigma: images get
+    the score fid_published against them."""
     dinov2_weights: str | None = setting(None, free=True)
     """Path of the weight file of DINOv2's ViT-L/14; null: the file that its authors offer is downloaded."""
     weights: Literal["ema", "raw"] = setting("ema", free=True)

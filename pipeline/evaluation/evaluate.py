@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 from math import isnan
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -131,6 +133,8 @@ class _Space:
             self.states["logits"] = Sample(num_classes, KEEP, "logits")
         if dataset.class_names and dataset.class_names == extractor.class_names:
             self.states["classes"] = ClassSums(width, num_classes)
+        published = config.reference_statistics if extractor.name == "inception" else None
+        self.published = Moments.of_file(Path(published), width) if published else None
         self.shown = torch.empty(0, width)  # features of this rank's images among the first SHOWN_IMAGES
 
     def add(self, labels: Tensor | None, features: Tensor, logits: Tensor, indices: Tensor) -> None:
@@ -151,6 +155,8 @@ class _Space:
             "fid_interval": frechet_interval(rows, count, fid, reference, self.seed),
             "fid_infinite": frechet_extrapolated(rows, count, fid, reference, self.seed),
         }
+        if self.published:
+            scores["fid_published"] = frechet_distance(ours, self.published)
         images: Scores = {"fid": [count, target.num_images], "fid_floor": real.num_images if real else None}
         images["fid_infinite"] = [len(rows), target.num_images]
         for name, score in SAMPLE_SCORES.items():
@@ -168,7 +174,7 @@ class _Space:
             nearest, distances = nearest_neighbours(shown, rows, SHOWN_NEIGHBOURS)
             lists = {"indices": indices[nearest].tolist(), "distances": distances.tolist(), "among": len(rows)}
             scores["nearest_training_images"] = lists
-        scores["provenance"] = {
+        provenance: Scores = {
             "extractor": self.extractor.fingerprint,
             "dataset": self.dataset.fingerprint,
             "reference": self.config.reference,
@@ -177,6 +183,11 @@ class _Space:
             "neighbours": self.config.neighbours,
             **self.extractor.facts,
         }
+        if self.published:
+            path = Path(str(self.config.reference_statistics))
+            digest = sha256(path.read_bytes()).hexdigest()
+            provenance["reference_statistics"] = {"path": str(path), "sha256": digest}
+        scores["provenance"] = provenance
         return scores
 
     def _of_sample(self, name: str, fake: Sample) -> tuple[Scores, list[int]]:

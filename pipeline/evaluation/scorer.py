@@ -45,6 +45,16 @@ class Scorer:
             if weights := published_weights(name):
                 runtime.ranks.on_main(partial(weights.fetch, config))
         self.extractors = load_all(config, dataset, runtime.device)
+        if path := config.reference_statistics:
+            from pipeline.evaluation.metrics.frechet import Moments
+
+            widths = [extractor.num_features for extractor in self.extractors if extractor.name == "inception"]
+            if not widths:
+                raise UserError(
+                    f"evaluation.reference_statistics is {path}, which is of inception's features: evaluation.features "
+                    f"{config.features} must name inception, or leave the file out"
+                )
+            Moments.of_file(Path(path), widths[0])  # a file that cannot be used is refused now
         self._real_shares: dict[str, Tensor] = {}
 
     def with_seed(self, seed: int) -> Scorer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+from pipeline.errors import UserError
 from pipeline.evaluation.metrics import ClassScores, ManifoldScores, frechet, neighbours
 from pipeline.evaluation.metrics.frechet import (
     Moments,
@@ -55,6 +57,31 @@ def test_frechet_distance_by_hand() -> None:
     theirs = Moments(torch.tensor([4.0, 0.0]).double(), torch.tensor([9.0, 25.0]).double().diag(), 10)
     assert frechet_distance(ours, theirs) == pytest.approx(38.0, rel=1e-12)
     assert frechet_distance(ours, ours) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_published_moments_are_read_or_refused_by_what_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "published.npz"
+    mean, covariance = np.array([0.0, 3.0], np.float32), np.diag([1.0, 4.0])
+    np.savez(path, mu=mean, sigma=covariance)
+    found = Moments.of_file(path, 2)
+    assert (found.mean.tolist(), found.covariance.tolist()) == ([0.0, 3.0], [[1.0, 0.0], [0.0, 4.0]])
+    theirs = Moments(torch.tensor([4.0, 0.0]).double(), torch.tensor([9.0, 25.0]).double().diag(), 10)
+    assert frechet_distance(theirs, found) == pytest.approx(38.0, rel=1e-12)
+    for arrays, words in (
+        ({"mu": mean}, "'sigma"),
+        ({"mu": mean, "sigma": covariance[:1]}, r"mu is \(2,\) and sigma \(1, 2\), of 2 features"),
+        ({"mu": mean, "sigma": covariance + np.array([[0, 1], [0, 0]])}, "sigma is not symmetric"),
+        ({"mu": mean * np.nan, "sigma": covariance}, "a number is not finite"),
+        ({"mu": np.array([None, None]), "sigma": covariance}, "allow_pickle=False"),
+    ):
+        np.savez(path, **arrays)
+        with pytest.raises(
+            UserError, match=f"evaluation.reference_statistics .*published.npz cannot be used: .*{words}"
+        ):
+            Moments.of_file(path, 2)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(UserError, match=r"give an \.npz file with mu"):
+        Moments.of_file(path, 2)
 
 
 @pytest.mark.parametrize("seed", range(3))

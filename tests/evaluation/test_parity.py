@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -24,6 +26,7 @@ from pipeline.evaluation.metrics.scores import KID_SUBSET_SIZE
 
 CPU = torch.device("cpu")
 SEED = 5
+PUBLISHED = "evaluation.reference_statistics"
 NAMES = {
     "fid": "frechet_inception_distance",
     "kid_mean": "kernel_inception_distance_mean",
@@ -114,14 +117,20 @@ def test_inception_features(random_inception: Path, mnist_dataset: Dataset) -> N
 @pytest.mark.slow
 def test_two_folders(random_inception: Path, mnist_dataset: Dataset, tmp_path: Path) -> None:
     """The same files by both, in colours, grey and JPEG; a real image's place among the others is of no account."""
-    images = load_split(mnist_dataset, "test")[0][:90].view(30, 3, 28, 28).permute(0, 2, 3, 1).numpy()
+    images = load_split(mnist_dataset, "test")[0][:39].view(13, 3, 28, 28).permute(0, 2, 3, 1).numpy()
     folders = tmp_path / "ours", tmp_path / "real"
     for number, image in enumerate(images):
         path = folders[number % 2] / f"{number}.{'jpg' if number % 5 else 'png'}"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(image if number % 7 else image[..., 0]).save(path)
+        darker = image // (2 - number % 2)  # or FID would be small beside what it is the difference of
+        Image.fromarray(darker if number % 7 else darker[..., 0]).save(path)
+    extractor = InceptionFeatures(random_inception, CPU)
+    pixels = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folders[1].iterdir())]
+    features = extractor(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2))[0].double().numpy()
+    np.savez(tmp_path / "published.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))
     settings = {
         "evaluation.features": ["inception"],
+        PUBLISHED: str(tmp_path / "published.npz"),
         "evaluation.inception_weights": str(random_inception),
         "run.root": str(tmp_path / "runs"),
         "runtime.device": "cpu",
@@ -140,5 +149,8 @@ def test_two_folders(random_inception: Path, mnist_dataset: Dataset, tmp_path: P
     )
     found = scores["features"]["inception"]
     assert found["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
-    assert (found["fid_floor"], scores["dataset"], scores["num_images"]) == (None, str(folders[1]), 15)
+    assert found["fid_published"] == pytest.approx(found["fid"], rel=1e-6)
+    digest = sha256((tmp_path / "published.npz").read_bytes()).hexdigest()
+    assert found["provenance"]["reference_statistics"] == {"path": settings[PUBLISHED], "sha256": digest}
+    assert (found["fid_floor"], scores["dataset"], scores["num_images"]) == (None, str(folders[1]), 7)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["evaluations"]

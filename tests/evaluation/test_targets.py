@@ -310,6 +310,11 @@ def test_real_images_are_drawn_beside_the_scores(run: RunFolder, scorer: Scorer,
     assert (training == first).all((1, 2)).any()
 
 
+def test_published_statistics_are_for_inception(digits: Dataset, runtime: Runtime) -> None:
+    with pytest.raises(UserError, match=r"reference_statistics is a.npz, .* \['mnist'\] must name inception"):
+        Scorer(EvaluationConfig(reference_statistics="a.npz"), digits, runtime, 0)
+
+
 def test_two_folders_are_scored_as_one_against_a_dataset_of_the_other(
     digits: Dataset,
     runtime: Runtime,
@@ -336,7 +341,9 @@ def test_two_folders_are_scored_as_one_against_a_dataset_of_the_other(
     assert (scores["dataset"], scores["target"], scores["num_images"]) == ("real", "ours", NUM_IMAGES)
     prepared = prepare_folder("data", "other", {"train": "real"}, kind="mnist")
     score(tmp_path / "ours", Scorer(EvaluationConfig(num_images=NUM_IMAGES), prepared, runtime, 0), tmp_path)
-    assert content(tmp_path / "runs" / "evaluations" / "ours.json")["features"] == scores["features"]
+    expected = content(tmp_path / "runs" / "evaluations" / "ours.json")["features"]["mnist"]
+    for name in ("fid", "kid_mean", "precision", "coverage", "is_mean"):
+        assert scores["features"]["mnist"][name] == pytest.approx(expected[name], rel=1e-9), name
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"evaluations"}
     for arguments, words in (
         (("real",), "the 'mnist' features know MNIST's digits alone, and dataset real is of kind own"),

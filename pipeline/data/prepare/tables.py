@@ -247,7 +247,7 @@ def _pixels(image: Any, name: str) -> Pixels:
     array = array[None] if array.ndim == 2 and array.size else channels_first(array[None], described)[0]
     low, high, kind = array.min(), array.max(), array.dtype.kind
     if kind == "f" and low >= -TOLERANCE and high <= 1 + TOLERANCE:
-        return np.rint(array * 255).clip(0, 255).astype(np.uint8)
+        array, low, high, kind = np.rint(array * 255).clip(0, 255), 0, 255, "u"
     if kind in "iu" and low >= 0 and high <= 255:
         return array.astype(np.uint8)
     raise DataError(
