@@ -30,8 +30,8 @@ def main() -> None:
     run = RunFolder(arguments.target)
     if run.config.is_file():
         config, arguments = parse(parser, ["--config", str(run.config), *sys.argv[1:]])
-    if arguments.all and (arguments.out or arguments.step is not None):
-        raise UserError("--all scores every checkpoint into the run: leave out --step and --out")
+    if arguments.all and (arguments.out or arguments.real or arguments.step is not None):
+        raise UserError("--all scores every checkpoint into the run: leave out --step, --out and what to compare with")
     Image.MAX_IMAGE_PIXELS = arguments.max_pixels
     which = [] if arguments.step is None else [arguments.step]
     real = {"real": arguments.real, "kind": arguments.kind}

@@ -67,6 +67,11 @@ class Scorer:
         self, generator: AnyGenerator, path: Path, facts: dict[str, Any], critic: Critic | None = None
     ) -> dict[str, Any]:
         """Scores the evaluation images 0, ..., num_images - 1 of a generator in eval mode: see `score`."""
+        if (shape := tuple(generator.image_shape)) != self.dataset.image_shape:
+            raise UserError(
+                f"the generator makes images of {' x '.join(map(str, shape))}, the dataset {self.dataset.name} has "
+                f"{' x '.join(map(str, self.dataset.image_shape))}: they cannot be compared"
+            )
         count, facts = self.config.num_images, facts | {"images_fingerprint": fingerprint(generator)}
         labels = evaluation_labels(0, count, generator.num_classes) if generator.num_classes else None
         return self.score(ImageSet(count, partial(render_range, generator, self._seed), labels), path, facts, critic)

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.benchmarking.fidelity import fidelity_scores
 from pipeline.config import EvaluationConfig, RuntimeConfig
 from pipeline.data import Dataset
 from pipeline.data.dataset import Remarks
@@ -310,6 +312,12 @@ def test_real_images_are_drawn_beside_the_scores(run: RunFolder, scorer: Scorer,
     assert (training == first).all((1, 2)).any()
 
 
+def test_a_generator_of_other_images_is_refused(scorer: Scorer, tmp_path: Path) -> None:
+    scorer.dataset = replace(scorer.dataset, image_shape=(3, 20, 20))
+    with pytest.raises(UserError, match="makes images of 1 x 28 x 28, the dataset digits has 3 x 20 x 20"):
+        scorer.score_generator(random_generator(), tmp_path / "scores.json", {})
+
+
 def test_published_statistics_are_for_inception(digits: Dataset, runtime: Runtime) -> None:
     with pytest.raises(UserError, match=r"reference_statistics is a.npz, .* \['mnist'\] must name inception"):
         Scorer(EvaluationConfig(reference_statistics="a.npz"), digits, runtime, 0)
@@ -339,6 +347,14 @@ def test_two_folders_are_scored_as_one_against_a_dataset_of_the_other(
     )
     scores = content(tmp_path / "runs" / "evaluations" / "ours-real.json")
     assert (scores["dataset"], scores["target"], scores["num_images"]) == ("real", "ours", NUM_IMAGES)
+    files = [sorted((tmp_path / name).iterdir()) for name in ("ours", "real")]
+    ours, real = (
+        torch.stack([torch.from_numpy(np.array(Image.open(path)))[None] for path in paths]) for paths in files
+    )
+    theirs = fidelity_scores(
+        ours, real, feature_extractor="mnist", batch_size=NUM_IMAGES, cache=False, kid_subset_size=100
+    )
+    assert scores["features"]["mnist"]["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
     prepared = prepare_folder("data", "other", {"train": "real"}, kind="mnist")
     score(tmp_path / "ours", Scorer(EvaluationConfig(num_images=NUM_IMAGES), prepared, runtime, 0), tmp_path)
     expected = content(tmp_path / "runs" / "evaluations" / "ours.json")["features"]["mnist"]
