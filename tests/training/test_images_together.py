@@ -70,6 +70,8 @@ def test_images_and_gradients_are_those_of_one_batch_after_the_other(
     for name, buffer in generator.named_buffers():
         torch.testing.assert_close(other.get_buffer(name), buffer, msg=name, **EXACT)
     assert generator.get_buffer("norms.0.num_batches_tracked").item() == BATCHES + 1
+    for maker in (StepGenerator(generator, True), LayerwiseStepGenerator(other, True)):
+        assert maker(latents[:0], labels[:0], latents[-1], labels[-1])[0] == [], "a critic that takes no batch"
 
 
 @pytest.mark.parametrize("norm_type", [nn.BatchNorm2d, SyncBatchNorm])
