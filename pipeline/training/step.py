@@ -162,6 +162,7 @@ class Step:
         """
         training, objective = self.training, self.objective
         batch = [real.pixels, fake.pixels]
+        # By their places in the batch: R1 is taken at the real images, R2 at the fake ones.
         weights = {side: gamma for side, gamma in enumerate((training.r1_penalty, training.r2_penalty)) if gamma}
         leaves = [batch[side].requires_grad_() for side in weights]
         if mix is not None:
