@@ -17,7 +17,8 @@ set -- --config "$config" --run.root "runs/speedrun-$(date -u +%Y%m%dT%H%M%S)" "
 runs=()
 for seed in ${seeds//,/ }; do
   set_seed=(--run.name "seed-$seed" --training.seed "$seed")
-  "$bin/accelerate" launch --config_file "launch/accelerate/$device.yaml" pipeline/train.py "$@" "${set_seed[@]}"
-  runs+=("$("$bin/python" -m pipeline.config "$@" "${set_seed[@]}")")
+  "$bin/accelerate" launch --config_file "launch/accelerate/$device.yaml" --num_cpu_threads_per_process 1 \
+    pipeline/train.py "$@" "${set_seed[@]}"
+  runs+=("$("$bin/python" -m pipeline train --print_folder "$@" "${set_seed[@]}")")
 done
 "$bin/python" -m pipeline.reporting.record "$fid" "${runs[@]}"

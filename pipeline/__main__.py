@@ -6,8 +6,10 @@ On several ranks it is `accelerate launch -m pipeline COMMAND ...`.
 from __future__ import annotations
 
 import difflib
+import os
 import runpy
 import sys
+from argparse import ArgumentParser
 
 from pipeline import __version__
 
@@ -22,16 +24,21 @@ PROGRAMS = {
     "checkpoint": ("pipeline.checkpoint", "list, verify or consolidate a run's checkpoints"),
     "tune": ("pipeline.tune", "search settings for the best score"),
     "benchmark": ("pipeline.benchmark", "measure this machine"),
-    "train-classifier": (
-        "pipeline.evaluation.train_classifier",
-        "train the classifier behind a dataset's own features",
-    ),
+    "train-classifier": ("pipeline.evaluation.train_classifier", "train a classifier for a dataset's own features"),
 }
 """Command -> module that is run, and what it does."""
 
 
 def main() -> None:
     command, *arguments = sys.argv[1:] or ["--help"]
+    if "_ARGCOMPLETE" in os.environ:
+        from argcomplete import autocomplete  # it prints how the line goes on, and ends the process
+
+        words = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])].split(" ")
+        if len(words) < 3:
+            (parser := ArgumentParser()).add_argument("command", choices=PROGRAMS)
+            autocomplete(parser)
+        command, os.environ["_ARGCOMPLETE"] = words[1], "2"  # two words name the program, whose parser does the same
     if command in ("-h", "--help"):
         lines = [f"  {name:<18}{purpose}" for name, (_, purpose) in PROGRAMS.items()]
         usage = "usage: gan-pipeline COMMAND [ARGUMENTS], gan-pipeline COMMAND --help, gan-pipeline --version"

@@ -1,9 +1,11 @@
 """Inspects a run's checkpoints: `python -m pipeline.checkpoint list|verify|consolidate RUN ...`."""
 
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import auto_cli
 
+from pipeline.config import Parser
 from pipeline.distributed.launcher import run_program
 from pipeline.errors import EXIT_USER_ERROR, UserError
 from pipeline.storage.checkpoint import CheckpointError, committed, find, read_checkpoint
@@ -51,4 +53,5 @@ def _print_checkpoints(run: Path, *, every_byte: bool) -> bool:
 
 
 if __name__ == "__main__":
-    run_program(lambda: auto_cli({"list": show, "verify": verify, "consolidate": consolidate}, as_positional=True))
+    commands: dict[str, Any] = {"list": show, "verify": verify, "consolidate": consolidate}
+    run_program(lambda: auto_cli(commands, prog="gan-pipeline checkpoint", parser_class=Parser))

@@ -7,13 +7,12 @@ seconds, unless all checksums of a large dataset are asked for.
 """
 
 import dataclasses
-from argparse import SUPPRESS
 from itertools import chain
 from typing import Literal
 
 from pipeline.config import make_parser, parse
 from pipeline.distributed.launcher import run_program
-from pipeline.errors import EXIT_USER_ERROR, LocalError, UserError
+from pipeline.errors import EXIT_USER_ERROR, LocalError
 
 PATIENCE_SECONDS = 60
 """Longest wait for another rank, which reads data for a few seconds at most between two collectives."""
@@ -23,10 +22,7 @@ def main() -> int:
     parser = make_parser("Check a run before it starts: ranks, data, features, folder, disk, time limit.")
     help_text = "verify a few seconds' worth, or all"
     parser.add_argument("--checksums", type=Literal["sampled", "all"], default="sampled", help=help_text)
-    parser.add_argument("--thorough", action="store_true", help=SUPPRESS)
     config, arguments = parse(parser)
-    if arguments.thorough:
-        raise UserError("--thorough is no more: launch/gpu_check.sh on each node finds a GPU that computes wrong")
 
     # Imported here, so that `--help` and mistakes need no torch.
     from pipeline.checks.machine import Finding, check_ranks, examine, run_check_on_all_ranks

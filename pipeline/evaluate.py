@@ -14,17 +14,20 @@ from pipeline.errors import UserError
 from pipeline.evaluation import TARGET
 from pipeline.storage.run_folder import RunFolder
 
-DOCUMENTED = ("evaluation", "data", "runtime", "run.root", "training.seed")
+FIRST = ("data.dataset", "evaluation.num_images", "evaluation.features", "evaluation.weights", "runtime.device")
+"""The settings that matter most here."""
 
 
 def main() -> None:
-    parser = make_parser("Score images. A run is evaluated with its own configuration, overrides apply.", DOCUMENTED)
+    parser = make_parser("Score images: a run's with its own settings, changed by those given here.", FIRST)
     parser.add_argument("target", type=Path, help=TARGET)
-    parser.add_argument("real", type=Path | None, nargs="?", help="a folder or .npz file to compare with, no dataset")
-    parser.add_argument("--kind", choices=KINDS, default="own", help="what its images are (default: own)")
+    parser.add_argument(
+        "real", type=Path | None, nargs="?", help="a folder or .npz file to compare with, not a dataset"
+    )
+    parser.add_argument("--kind", choices=KINDS, default="own", help="what the real images are")
     parser.add_argument("--step", type=int | None, help="the checkpoint to score; the newest intact one by default")
     parser.add_argument("--all", action="store_true", help="score every checkpoint of the run")
-    parser.add_argument("--out", type=Path | None, help="where the scores go (the run, or evaluations/ under run.root)")
+    parser.add_argument("--out", type=Path | None, help="file of the scores (by default in the run, or under run.root)")
     add_options(parser)
     config, arguments = parse(parser)
     run = RunFolder(arguments.target)

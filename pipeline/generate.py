@@ -4,14 +4,13 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import ArgumentParser
-
+from pipeline.config import Parser
 from pipeline.distributed.launcher import run_program
 from pipeline.errors import UserError
 
 
 def main() -> int:
-    parser = ArgumentParser(description="Draw images from a trained generator.")
+    parser = Parser(description="Draw images from a trained generator.")
     source = "an export (also a Hugging Face folder), a Keras notebook's .h5 or .keras, a checkpoint or a run's folder"
     parser.add_argument("-g", "--generator", type=Path, required=True, help=source)
     parser.add_argument("--out", type=Path | None, help="grid or strip: a PNG file; with --count: a new folder of PNGs")

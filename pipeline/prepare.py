@@ -1,11 +1,11 @@
 """Prepares a dataset: a known one, image files, arrays, tables, the Hugging Face Hub's, or WebDataset shards."""
 
-from argparse import ArgumentParser
 from pathlib import Path
 
 from jsonargparse.typing import PositiveInt
 from PIL import Image
 
+from pipeline.config.messages import PlainParser
 from pipeline.data import KINDS, KNOWN, prepare
 from pipeline.data.dataset import LABELS, Reading
 from pipeline.data.images import Resizing, add_options
@@ -13,10 +13,10 @@ from pipeline.distributed.launcher import run_program
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__)
+    parser = PlainParser(description=__doc__)
     commands = parser.add_subparsers(dest="source", required=True)
     for name in KNOWN:
-        known = commands.add_parser(name, help="fetched and verified")
+        known = commands.add_parser(name, help="a known dataset, fetched and verified")
         known.add_argument("--from", dest="origin", type=Path, metavar="FOLDER", help="folder with its original files")
     for name, (_, what) in prepare.SOURCES.items():
         add = commands.add_parser(name, help=what).add_argument

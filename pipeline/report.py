@@ -1,17 +1,17 @@
 """Reports on a run, `python pipeline/report.py RUN`, or compares several on one page: `... 'runs/*' [--out FILE]`."""
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.config import Parser
 from pipeline.distributed.launcher import run_program
 from pipeline.errors import UserError
 from pipeline.storage.run_folder import comparison
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Report on a run, or compare several on one page.")
+    parser = Parser(description="Report on a run, or compare several on one page.")
     runs_help = "a run's folder, such as runs/wgan, a pattern such as 'runs/*', or a folder of runs"
     parser.add_argument("runs", nargs="+", metavar="RUN", help=runs_help)
     out_help = "page that compares the runs (comparison.html in the folder of all); its numbers go beside it"

@@ -7,7 +7,12 @@ from pipeline.storage.run_folder import RunFolder
 
 
 def main() -> None:
-    config, _ = parse(make_parser("Train a GAN. The same command again goes on from the newest checkpoint."))
+    parser = make_parser("Train a GAN. The same command again goes on from the newest checkpoint.")
+    parser.add_argument("--print_folder", action="store_true", help="Print the run's folder and exit.")
+    config, arguments = parse(parser)
+    if arguments.print_folder:
+        print(config.folder)
+        return
     training = config.training
     announce(f"{training.objective} on {config.data.dataset}, {training.steps:,} steps, in {config.folder}")
     # Imported here, so that `--help` and mistakes need no torch.

@@ -9,11 +9,8 @@ from pipeline.distributed.launcher import run_program
 
 
 def main() -> None:
-    parser = make_parser(
-        "Search settings for the best score. Any number of these, on machines that share run.root, work on one study; "
-        "the same command again goes on with it."
-    )
-    parser.add_argument("study", type=Path, help="YAML file of score, seeds, trials and space: see configs/studies/")
+    parser = make_parser("Search settings for the best score; several of these work on one study.")
+    parser.add_argument("study", type=Path, help="YAML file like those in configs/studies/")
     config, arguments = parse(parser)
 
     def configure(settings: Mapping[str, str]) -> Config:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import yaml
 
 from pipeline.config import (
     Config,
+    DataConfig,
+    RunConfig,
     RuntimeConfig,
     configure,
     flatten,
@@ -16,7 +19,6 @@ from pipeline.config import (
     parse,
     to_yaml,
 )
-from pipeline.config.command_line import describe_type
 from pipeline.distributed.process import captures_steps
 from pipeline.errors import UserError
 from tests.jobs import ROOT, changed, launch
@@ -138,15 +140,25 @@ def test_values_out_of_range_are_refused_by_name(section: str, changes: dict[str
         (["--n_critic=3"], r"^n_critic is no setting: did you mean training.n_critic\?$"),
         (["--training.step", "5"], r"^training.step is no setting: did you mean training.steps\?$"),
         (["--training.critic_optimizer.learning_rat=5"], "did you mean training.critic_optimizer.learning_rate"),
-        (["--zzz"], "^zzz is no setting: --help lists them$"),
+        (["--zzz"], "^zzz is no setting: --help-all lists them$"),
         (["--training.n_critic", "many"], "^training.n_critic is many: it must be a whole number; look at --help$"),
         (["--training.clip_value", "many"], "^training.clip_value is many: it must be a number or null; look at"),
         (["--training.critic_updates", "both"], "^training.critic_updates is both: it must be one of joint, separate;"),
-        (["--training.diff_augment", "[colour]"], "is colour: it must be a list of color, translation, cutout;"),
+        (["--training.diff_augment", "[colour]"], "is colour: it must be one of color, translation, cutout;"),
         (["--runtime.cuda_graph", "maybe"], "^runtime.cuda_graph is maybe: it must be true or false or null;"),
         (["--runtime.timeout_seconds", "nan"], "^runtime.timeout_seconds is nan: it must be a whole number;"),
         (["--training.steps", "null"], "^training.steps is null: it must be a whole number;"),
-        (["--run.tracker_options", "[1]"], "it must be a mapping;"),
+        (["--run.tracker_options", "[1]"], "it must be a mapping, like {KEY: VALUE};"),
+        (["--training.steps="], "^training.steps is empty: it must be a whole number;"),
+        (
+            ["--training", "7"],
+            "^training is 7, but it is a section: give --training.objective or others: steps, seed,",
+        ),
+        (["--training.critic_optimizer", "7"], "give --training.critic_optimizer.algorithm or others: learning_rate,"),
+        (["quickstart"], r"^quickstart is not understood: did you mean --config quickstart\?$"),
+        (["training.steps=7"], r"^training.steps=7 is not understood: did you mean --training.steps=7\?$"),
+        (["-training.steps", "7"], r"did you mean --training.steps\?$"),
+        (["extra"], "^extra is not understood; look at --help$"),
         (["--training.critic_optimizer.betas", "7"], "it must be a list of two numbers;"),
     ],
 )
@@ -201,25 +213,54 @@ def test_keys_within_a_mapping_and_at_the_end_of_a_list_are_taken() -> None:
     assert config.run.trackers == ["tensorboard", "wandb"]
 
 
-def test_every_setting_has_a_type_in_words() -> None:
-    assert all(describe_type(key) for key in flatten(Config()))
+def test_a_run_is_named_after_what_it_trains(tmp_path: Path) -> None:
+    def name(*arguments: str) -> str:
+        return from_arguments("--run.root", str(tmp_path), *arguments).run.name
+
+    assert (name(), Config().run.name, name("--training.objective", "lsgan")) == ("wgan", "wgan", "lsgan")
+    assert name("--data.dataset", "cifar10") == "wgan-cifar10"
+    assert name("--data.dataset", str(tmp_path / "my photos"), "--training.objective", "my.losses:Hinge") == (
+        "Hinge-my-photos"
+    )
+    assert name("--data.dataset", str(tmp_path / "mnist")) == "wgan"
+    assert name("--config", "lsgan", "--data.dataset", "cifar10") == "lsgan", "shipped files have names"
+    assert Config(data=DataConfig(dataset="cifar10")).run.name == "wgan-cifar10"
+    assert configure(None, {"data.dataset": "cifar10"}).folder == Path("runs/wgan-cifar10")
 
 
-def test_help_documents_every_key() -> None:
+def test_a_run_that_an_earlier_version_called_wgan_goes_on(tmp_path: Path) -> None:
+    config = Config(run=RunConfig(name="wgan", root=str(tmp_path)), data=DataConfig(dataset="cifar10"))
+    config.folder.mkdir()
+    (config.folder / "config.yaml").write_text(to_yaml(config))
+    root = ("--run.root", str(tmp_path))
+    assert from_arguments(*root, "--data.dataset", "cifar10").folder == config.folder
+    assert from_arguments(*root, "--data.dataset", "fashion_mnist").run.name == "wgan-fashion_mnist"
+
+
+def test_the_whole_help_documents_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["train", "--help-all"])
     text = " ".join(make_parser("test").format_help().split())
     for key in flatten(Config()):
         entry = text.split(f"--{key} ", 2)[-1]
-        assert "(type:" in entry[:600], key
-        assert not entry.lstrip().startswith("(type:"), f"{key} has no docstring"
+        assert re.match(r"\S+(, \S+ \S+)? \w.*?\((type:|default:)", entry), f"{key} has no docstring"
 
 
-def test_help_fits_a_hundred_columns_and_leaves_out_what_is_of_no_concern(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
-    texts = [make_parser("test", *concerned).format_help() for concerned in ((), (("evaluation", "run.root"),))]
-    assert all(len(line) <= 100 for text in texts for line in text.splitlines())
-    every, some = (set(re.findall(r"^  --(\w+\.[\w.]+)", text, re.MULTILINE)) for text in texts)
-    assert every >= set(flatten(Config()))
-    assert some == {"run.root", *(key for key in every if key.startswith("evaluation."))}
+@pytest.mark.parametrize("program", ["train", "evaluate", "tune", "benchmark", "doctor"])
+def test_help_shows_on_a_page_what_people_change_first(
+    program: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.argv", [f"gan-pipeline {program}", "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"pipeline.{program}").main()
+    text = capsys.readouterr().out
+    shown = re.findall(r"^  --(\w+\.[\w.]+)", text, re.MULTILINE)
+    assert len(text.splitlines()) <= 60
+    assert all(len(line) <= 80 for line in text.splitlines() if line.startswith(" "))
+    assert len(shown) == (5 if program == "evaluate" else 10)
+    assert set(shown) <= set(flatten(Config()))
+    assert "<class" not in text
+    assert "--help-all lists all" in text
 
 
 def test_the_key_that_may_change_between_launches_are_those_off_the_trajectory() -> None:

@@ -11,9 +11,11 @@ import subprocess
 import sys
 import tarfile
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from pipeline import __version__
 from pipeline.__main__ import PROGRAMS
@@ -81,12 +83,43 @@ def test_commands_are_the_programs() -> None:
     assert (wrong.returncode, wrong.stderr) == (2, "error: trian is no command: did you mean train?\n")
 
 
+def test_bash_completes_commands_and_settings() -> None:
+    """In a real bash, whose function for the command gets what it does when somebody presses Tab."""
+    pytest.importorskip("argcomplete")
+    script = """
+        eval "$(register-python-argcomplete gan-pipeline)"
+        complete_line() {
+            COMP_LINE=$1 COMP_POINT=${#1} COMP_TYPE=9
+            read -ra COMP_WORDS <<< "$1"
+            COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+            _python_argcomplete gan-pipeline "${COMP_WORDS[-1]}" "${COMP_WORDS[-2]}"
+            echo "${COMPREPLY[@]}"
+        }
+        complete_line "gan-pipeline tr"
+        complete_line "gan-pipeline train --config quickstart --training.n_cr"
+        complete_line "gan-pipeline export --we"
+    """
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    shown = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
+    assert shown.stdout.splitlines() == ["train train-classifier", "--training.n_critic ", "--weights "], shown.stderr
+
+
 def test_the_exports_help_is_whole_sentences() -> None:
     for start in (["pipeline", "export"], ["pipeline.export"]):
         shown = subprocess.run([sys.executable, "-m", *start, "--help"], cwd=ROOT, capture_output=True, text=True)
         text = " ".join(shown.stdout.split())
         assert text.startswith("usage: gan-pipeline export ")
         assert re.search(r"or into a folder for the Hugging Face Hub\.? positional arguments:", text)
+
+
+def test_constraints_are_of_what_is_needed_and_allowed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [text for name, texts in project["optional-dependencies"].items() if name != "dev" for text in texts]
+    lines = (ROOT / "launch/constraints.txt").read_text().splitlines()
+    tested = {name: version for name, _, version in (line.partition("==") for line in lines if line[0] != "#")}
+    needed = [Requirement(text) for text in [*project["dependencies"], *extras]]
+    assert {requirement.name for requirement in needed} == tested.keys()
+    assert all(requirement.specifier.contains(tested[requirement.name]) for requirement in needed)
 
 
 def test_containers_copy_what_is_there() -> None:

@@ -11,7 +11,7 @@ options=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do options+=("$1"); shift; done
 if [ $# -gt 0 ]; then shift; fi
 read -ra container <<<"$CONTAINER"
-run=$("${container[@]}" "$PYTHON_BIN/python" -m pipeline.config "$@")
+run=$("${container[@]}" "$PYTHON_BIN/python" -m pipeline train --print_folder "$@")
 after() { echo --dependency="afterok:$1"; }
 train=$(submit TRAIN "${options[@]}" launch/slurm/train.sbatch "$@")
 evaluate=$(submit EVALUATE --kill-on-invalid-dep=yes "$(after "$train")" "${options[@]}" \

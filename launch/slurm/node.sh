@@ -18,7 +18,7 @@ if [ "$total" -gt 1 ]; then
 elif [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
   settings=(--config_file launch/accelerate/gpu.yaml)
 else
-  settings=(--config_file launch/accelerate/cpu.yaml)
+  settings=(--config_file launch/accelerate/cpu.yaml --num_cpu_threads_per_process 1)
 fi
 read -ra container <<<"$CONTAINER"
 # exec: a signal for this task is then one for the launcher.

@@ -1,5 +1,6 @@
 """Every setting of a run, where settings come from, and the user's objects that they name."""
 
+from pipeline.config.command_line import Parser as Parser
 from pipeline.config.command_line import configure as configure
 from pipeline.config.command_line import import_object as import_object
 from pipeline.config.command_line import make_parser as make_parser

@@ -3,68 +3,72 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import json
-import re
 import sys
-from argparse import SUPPRESS
-from collections.abc import Iterable, Mapping, Sequence
+from argparse import HelpFormatter
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 from pipeline.compat import arguments_of
-from pipeline.config.settings import Config, flatten, leaves
+from pipeline.config.settings import Config, flatten
 from pipeline.errors import UserError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
-CONFIG = "YAML file that lists differences from the defaults, or the name of one of the package's, like quickstart"
+CONFIG = "YAML file of settings, or a name such as quickstart"
 MAX_YAML_BYTES = 2**20
 SHIPPED = Path(__file__).parents[1] / "configs"
-TYPES = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "text",
-    "list": "a list",
-    "tuple": "a list of two numbers",
-    "dict": "a mapping",
-    "None": "null",
-}
-"""What a type of Python is called in a message."""
 
 
-def make_parser(description: str, documented: tuple[str, ...] = ("",)) -> ArgumentParser:
-    """Makes a parser that takes every key; programs add arguments of theirs to it. `--help` lists the keys that begin
-    with one of `documented`."""
-    usage = "%(prog)s [--config FILE] [--KEY VALUE ...]"
-    epilog = None if documented == ("",) else "The other keys of a run are taken too: see train.py --help."
-    parser = ArgumentParser(description=description, usage=usage, epilog=epilog, allow_abbrev=False)
+class Parser(ArgumentParser):
+    """A parser whose help and errors are those of `messages`."""
+
+    first: tuple[str, ...] = ()
+    """The settings that people change first here, of those that `make_parser` adds; the rest is in `--help-all`."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises UserError."""
+        from pipeline.config.messages import shorten
+
+        raise UserError(shorten(message, _keys(self)))
+
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        from pipeline.config.messages import page
+
+        return page(self, lambda: super(Parser, self).format_help(formatter))
+
+
+def make_parser(description: str, first: tuple[str, ...] = ()) -> Parser:
+    """Makes a parser that takes every setting; programs add arguments of theirs to it. `first`: see Parser."""
+    parser = Parser(
+        description=description,
+        usage="%(prog)s [--config FILE] [--KEY VALUE ...]",
+        epilog="--help-all lists all settings.",
+        allow_abbrev=False,
+    )
+    parser.first = first
+    parser.add_argument("--help-all", action="help", help="show every setting and exit")
     parser.add_argument("--config", action=ActionConfigFile, help=CONFIG)
+    arguments_of(parser)[-1].help = "Print the settings as YAML and exit."
     parser.add_class_arguments(Config, instantiate=True)
-    sections = [item.name for item in dataclasses.fields(Config)]
-    for action in arguments_of(parser):
-        section, _, key = action.dest.partition(".")
-        if section in sections and not (key and action.dest.startswith(documented)):
-            action.help = SUPPRESS
     return parser
 
 
-def parse(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> tuple[Config, Namespace]:
+def parse(parser: Parser, arguments: Sequence[str] | None = None) -> tuple[Config, Namespace]:
     """Returns the configuration that the arguments (by default the process's) give, and the parsed namespace with the
     program's other arguments. Raises UserError naming the key, the value and the fix."""
     ordered = _files_first(parser, sys.argv[1:] if arguments is None else arguments)
-    parser.exit_on_error = False  # it would print its usage above the error
     try:
         namespace = parser.instantiate(parser.parse_args(ordered))
-    except ArgumentError as error:
-        files = "".join(f" and {value}" for name, value in pairwise(ordered) if name == "--config")
-        raise UserError(f"{_shorten(str(error))}; look at --help{files}") from None
+    except UserError as error:
+        files = [f" and {value}" for name, value in pairwise(ordered) if name == "--config"]
+        raise UserError(f"{error}{''.join(files) if str(error).endswith('--help') else ''}") from None
     return Config(**{item.name: namespace[item.name] for item in dataclasses.fields(Config)}), namespace
 
 
@@ -80,10 +84,14 @@ def configure(file: str | Path | None = None, settings: Mapping[str, object] = M
     return parse(make_parser("configure"), [*files, *(f"--{key}={text}" for key, text in texts.items())])[0]
 
 
-def _files_first(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]:
+def _keys(parser: Parser) -> list[str]:
+    return [option[2:] for argument in arguments_of(parser) for option in argument.option_strings if option[:2] == "--"]
+
+
+def _files_first(parser: Parser, arguments: Sequence[str]) -> list[str]:
     """Moves `--config FILE` before all other arguments, because jsonargparse lets a file replace what stands before it;
     and checks each file and the names of all arguments."""
-    keys = [option[2:] for action in arguments_of(parser) for option in action.option_strings if option[:2] == "--"]
+    keys = _keys(parser)
     mappings = tuple(f"{key}." for key, value in flatten(Config()).items() if isinstance(value, dict))
     files, others, remaining = [], list[str](), iter(arguments)
     for argument in remaining:
@@ -94,37 +102,16 @@ def _files_first(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]:
             _check_keys(path, read_yaml(path), Config(), keys)
             files += ["--config", str(path)]
         elif name[:2] == "--" and key and key not in keys and not key.startswith(mappings):
-            raise UserError(_unknown(key, keys))
+            _refuse(key, keys)
         else:
             others.append(argument)
     return files + others
 
 
-def _unknown(key: str, keys: Iterable[str]) -> str:
-    """Returns the message that there is no such key, with the one that was perhaps meant."""
-    ends_so = [known for known in keys if known.endswith(f".{key}")]
-    similar = ends_so or difflib.get_close_matches(key, keys)
-    return f"{key} is no setting: " + (f"did you mean {similar[0]}?" if similar else "--help lists them")
+def _refuse(key: str, keys: Sequence[str], where: str = "") -> NoReturn:
+    from pipeline.config.messages import unknown
 
-
-def _shorten(message: str) -> str:
-    """Returns jsonargparse's message in one line, and that of a wrong type without the types that it has tried."""
-    line = " ".join(message.split())
-    if (wrong := re.search(r'key "([\w.]+)": .*(?:Got|Given) value: (.*)', line)) is None:
-        return line
-    key, value = wrong.groups()
-    return f"{key} is {'null' if value == 'None' else value}: it must be {describe_type(key) or 'of another type'}"
-
-
-def describe_type(key: str) -> str | None:
-    """Returns in words what a setting takes; None if there is no such setting."""
-    annotation = next((str(item.type) for name, _, item in leaves(Config()) if name == key), None)
-    if annotation is None:
-        return None
-    if choices := re.search(r"Literal\[(.*?)\]", annotation):
-        several, values = annotation.startswith("list"), choices[1].replace("'", "")
-        return f"{'a list of' if several else 'one of'} {values}{' or null' if annotation.endswith('None') else ''}"
-    return " or ".join(TYPES[kind.partition("[")[0]] for kind in annotation.split(" | "))
+    raise UserError(f"{where}{unknown(key, keys)}")
 
 
 def _find_file(name: str) -> Path:
@@ -144,7 +131,7 @@ def _check_keys(path: Path, content: dict[Any, Any], section: Any, keys: Sequenc
     """Raises UserError if a file has an unknown key, or gives a single value, or nothing, where a section belongs."""
     for name in content:
         if (key := f"{prefix}{name}") not in keys:
-            raise UserError(f"{path}: {_unknown(key, keys)}")
+            _refuse(key, keys, f"{path}: ")
     for name, inner in vars(section).items():
         if dataclasses.is_dataclass(inner) and name in content:
             if not isinstance(content[name], dict):

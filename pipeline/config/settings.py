@@ -36,8 +36,9 @@ def setting(
 class RunConfig:
     """Where a run lives and how often it writes."""
 
-    name: str = setting("wgan", free=True)
-    """Name of the run's folder under run.root."""
+    name: str = setting("", free=True)
+    """Name of the run's folder under run.root; by default the objective's, and the dataset's if it is not mnist:
+    wgan-cifar10."""
     root: str = setting("runs", free=True)
     """Folder that holds the runs."""
     log_every: int = setting(50, low=1, free=True)
@@ -62,10 +63,9 @@ class RunConfig:
     project: str = setting("gan-pipeline", free=True)
     """Project (experiment) in trackers that have projects; the run is called run.name there."""
     tracker_options: dict[str, dict[str, Any]] = setting({}, free=True)
-    """More arguments of a tracker's start, accelerate's init_kwargs: {wandb: {entity: NAME, group: NAME}}."""
+    """Arguments of trackers' starts, accelerate's init_kwargs: {wandb: {entity: NAME, group: NAME}}."""
     profile: str | None = setting(None, free=True)
-    """FROM:TO, the first and the last step that torch's profiler traces, each rank into a file of the run's folder
-    profile/; null: none."""
+    """FROM:TO, the first and the last step that torch's profiler traces into the run's profile/; null: none."""
 
     @property
     def profiled_steps(self) -> tuple[int, int] | None:
@@ -81,18 +81,17 @@ class DataConfig:
     """The real images."""
 
     dataset: str = setting("mnist")
-    """A known dataset (mnist, fashion_mnist, cifar10), which is prepared on first use, the name of another one under
-    data.root, or the path of a folder that holds a dataset.json."""
+    """mnist, fashion_mnist or cifar10 (fetched when missing), a name under data.root, or the path of a folder that
+    `gan-pipeline prepare` made."""
     root: str = setting("data", free=True)
-    """Folder that holds known datasets, and others that are given by name."""
+    """Folder that holds the datasets that are given by name."""
     source: Literal["auto", "resident", "streaming"] = setting("auto")
-    """resident: images are decoded once into device memory. streaming: they are read through webdataset. auto: resident
-    if they fit."""
+    """resident: images are decoded once into device memory. streaming: they are read all along. auto: as they fit."""
     resident_limit_mib: int = setting(4096, low=1)
     """Size in MiB of the largest decoded split that auto keeps resident."""
     lanes: int = setting(8, low=1)
     """Number of independent streams that make up a streamed batch. It divides the batch size, and world size x
-    max(workers, 1) divides it. Part of the trajectory."""
+    max(workers, 1) divides it."""
     workers: int = setting(1, low=0, high=256, free=True)
     """Number of processes per rank that read ahead for the streaming source; 0: the rank reads by itself."""
     horizontal_flip: bool = setting(False)
@@ -128,11 +127,10 @@ class OptimizerConfig:
     decay: float = setting(0.0, low=0.0)
     """Inverse-time decay: update u takes learning_rate / (1 + decay * u)."""
     warm_up: int = setting(0, low=0)
-    """Number w of updates over which the rate rises by a factor of min(1, (u + 1) / w) (Goyal et al. 2017, 1706.02677,
-    section 2.2)."""
+    """Number w of updates over which the rate is multiplied by min(1, (u + 1) / w) (Goyal et al. 2017, 1706.02677)."""
     annealing: Literal["linear", "cosine"] | None = setting(None)
-    """Shape of a factor that falls from 1 to annealing_floor over annealing_updates and stays there: a straight line,
-    or half a cosine (Loshchilov & Hutter 2017, 1608.03983, eq. 5); null: no such factor."""
+    """Shape of a factor that falls from 1 to annealing_floor over annealing_updates: a straight line, or half a cosine
+    (Loshchilov & Hutter 2017, 1608.03983, eq. 5); null: none."""
     annealing_updates: int = setting(40_000, low=1)
     """Number of updates of this optimiser that annealing takes: the critic makes n_critic a step, more in a burn-in."""
     annealing_floor: float = setting(0.0, low=0.0, high=1.0)
@@ -146,8 +144,7 @@ class OptimizerConfig:
     Huang et al. 2024, 2501.05441); null: it stays."""
     epsilon: float = setting(1e-7, above=0.0)
     """Term added to the denominator (Keras's 1e-7; torch's default is 1e-8). RMSprop divides by sqrt(v) + epsilon, as
-    torch and Keras up to 2.3.1 do, with which the notebook ran. Keras divides by sqrt(v + epsilon) since 2.11, whose
-    steps are much smaller while gradients are below sqrt(epsilon), 3e-4."""
+    torch and Keras up to 2.3.1 do; since 2.11 Keras divides by sqrt(v + epsilon), which makes much smaller steps."""
 
 
 @dataclass(frozen=True)
@@ -155,19 +152,18 @@ class TrainingConfig:
     """The algorithm. A step is one generator update after n_critic critic iterations, or a burn-in's."""
 
     objective: str = setting("wgan")
-    """wgan, wgan_gp, lsgan, gan, acgan, acwgan (wgan with acgan's classes), rpgan (pairs of real and fake images), or
-    module:NAME of an Objective or PairedObjective of your own (pipeline/models/objectives.py)."""
+    """wgan, wgan_gp, lsgan, gan, rpgan (images in pairs), acgan and acwgan (with classes), module:NAME of your own."""
     steps: int = setting(40_000, low=1, free=True)
-    """Number of generator updates to train for."""
+    """Number of generator updates."""
     seed: int = setting(0, low=0)
-    """Every random number of the run is a function of this seed, its purpose and the step."""
+    """Seed of all random numbers of the run."""
     batch_size: int = setting(64, low=1, high=2**20)
-    """Number of real images in a critic batch, over all ranks together; the world size divides it."""
+    """Number of real images in a critic batch, shared evenly among all processes."""
     n_critic: int = setting(5, low=1, high=10_000)
-    """Number of critic iterations a step."""
+    """Critic iterations a step."""
     burn_in_n_critic: int | None = setting(None, low=1, high=10_000)
-    """Number of critic iterations of a burn-in's steps, in place of n_critic; null: no burn-in. The code of Arjovsky et
-    al. 2017 (WassersteinGAN, main.py: Diters) takes 100."""
+    """Critic iterations of a burn-in's steps, in place of n_critic (100 in the code of Arjovsky et al. 2017); null: no
+    burn-in."""
     burn_in_steps: int = setting(25, low=0)
     """Number of steps at the beginning of a run that are burn-in (25 in that code)."""
     burn_in_every: int | None = setting(500, low=1)
@@ -175,14 +171,13 @@ class TrainingConfig:
     clip_value: float | None = setting(0.01, above=0.0)
     """Every critic parameter is clipped to [-clip_value, clip_value] after its update; null: no clipping."""
     spectral_norm: bool = setting(False)
-    """Whether each weight of the critic is divided by its spectral norm (Miyato et al. 2018, 1802.05957, Algorithm 1).
-    It goes with any objective. It bounds the critic's slope as clipping does, so wgan may then have clip_value null.
-    With both, weights are clipped before the division, which undoes their scale, and so are biases."""
+    """Whether each weight of the critic is divided by its spectral norm, after any clipping (Miyato et al. 2018,
+    1802.05957, Algorithm 1). It goes with any objective; wgan may then have clip_value null."""
     gradient_penalty: float | None = setting(None, above=0.0)
     """Weight of the gradient penalty (WGAN-GP's 10); null: none."""
     r1_penalty: float | None = setting(None, above=0.0)
-    """Twice the weight of the critic's squared slope at real images (gamma of Mescheder et al. 2018, 1801.04406, eq. 9,
-    which is 10 there). It goes with any objective; null: none."""
+    """Twice the weight of the critic's squared slope at real images (gamma of Mescheder et al. 2018, 1801.04406, eq. 9:
+    10 there). It goes with any objective; null: none."""
     r2_penalty: float | None = setting(None, above=0.0)
     """The same at fake images (R2 there; with R1 in Huang et al. 2024, 2501.05441)."""
     penalty_annealing: int | None = setting(None, low=1)
@@ -191,11 +186,10 @@ class TrainingConfig:
     penalty_floor: float = setting(0.1, low=0.0, high=1.0)
     """Last share of the penalties' weights with penalty_annealing (0.1 in that code)."""
     critic_updates: Literal["joint", "separate"] = setting("joint")
-    """joint: one update on the sum of the real and fake losses (Algorithm 1). separate: one update on each in turn (the
-    notebook)."""
+    """joint: one update on the sum of both losses (Algorithm 1). separate: one on each in turn (the notebook)."""
     critic_fakes: Literal["batch", "moving"] = setting("batch")
-    """Batch-norm statistics of the generator while it makes images for the critic: batch takes those of the batch,
-    moving the moving averages (inference mode, as in the notebook)."""
+    """Batch-norm statistics with which the generator makes images for the critic: the batch's, or the moving averages
+    (inference mode, as in the notebook)."""
     diff_augment: list[Literal["color", "translation", "cutout"]] = setting([])
     """Changes of real and fake images before the critic sees them, in both updates, for small datasets (DiffAugment,
     Zhao et al. 2020, 2006.10738, section 3); []: none."""
@@ -229,23 +223,21 @@ class EvaluationConfig:
     """Scores of generated images."""
 
     every: int | None = setting(5000, low=1, free=True)
-    """Number of steps between two evaluations of a training; the last step is always evaluated. null: no evaluation."""
+    """Number of steps between two evaluations; the last step has one too. null: no evaluation."""
     num_images: int = setting(10_000, low=2, free=True)
     """Number of generated images to score."""
     batch_size: int = setting(200, low=1, free=True)
     """Number of images per forward pass; it does not change a score."""
     features: list[str] = setting(["mnist"], free=True)
-    """Feature spaces to score in: mnist (digits alone); own (a classifier of the dataset's classes, which python -m
-    pipeline.evaluation.train_classifier makes); inception; dinov2 (needs timm); module:NAME of your own
-    (pipeline/evaluation/features/__init__.py)."""
+    """Feature spaces: mnist (digits), own (made by `gan-pipeline train-classifier`), inception, dinov2 (needs timm),
+    module:NAME of your own."""
     reference: Literal["train", "test"] = setting("train", free=True)
     """Real split that images are compared with; the other split gives the floor."""
     neighbours: int = setting(5, low=1, high=100, free=True)
-    """The k of precision and recall, density and coverage: 5 as in Naeem et al. 2020 (2002.09797); Kynkaanniemi et al.
-    2019 (1904.06991) and many papers since take 3."""
+    """The k of precision, recall, density and coverage: 5 in Naeem et al. 2020 (2002.09797), 3 in many other papers."""
     gan_train: bool = setting(False, free=True)
-    """Whether a classifier is also trained on the images of a generator with classes and tested on real ones (GAN-train
-    of Shmelkov et al. 2018, 1807.09499): five epochs on at most 10,000 of them."""
+    """Whether a classifier is also trained on at most 10,000 generated images and tested on real ones (GAN-train of
+    Shmelkov et al. 2018, 1807.09499); for generators with classes."""
     inception_weights: str | None = setting(None, free=True)
     """Path of torch-fidelity's weight file of Inception v3; null: the file that torch-fidelity downloads."""
     reference_statistics: str | None = setting(None, free=True)
@@ -267,11 +259,10 @@ class RuntimeConfig:
     """Arithmetic of convolutions and matrix products, over float32 weights: tf32 (on CUDA; elsewhere float32), bf16,
     fp16 (on CUDA, with loss scaling). float64: weights and all arithmetic, for tests of exactness."""
     accumulation: int = setting(1, low=1, free=True)
-    """Number of micro-batches into which a rank divides its slice of a batch, so that memory holds one at a time; the
-    trajectory is the same to rounding. The generator's update then takes about three times as long."""
+    """Number of micro-batches into which a rank divides its share of a batch to save memory; the trajectory is the same
+    to rounding, the generator's update about three times as long."""
     cuda_graph: bool | None = setting(None, free=True)
-    """Whether a step is captured once as a CUDA graph and replayed; CUDA only, not with fp16. null: wherever that is
-    possible."""
+    """Whether a step is captured once as a CUDA graph and replayed (not with fp16); null: wherever that is possible."""
     compress_gradients: bool = setting(False)
     """Has no effect: older configuration files hold false, and true is refused."""
     threads: int | None = setting(None, low=1, high=1024, free=True)
@@ -300,6 +291,8 @@ class Config:
         for key, value, item in leaves(self):
             _check_range(key, value, item)
         training, network = self.training, self.network
+        if not self.run.name:
+            object.__setattr__(self, "run", dataclasses.replace(self.run, name=self._default_name()))
         if self.runtime.compress_gradients:
             raise UserError("runtime.compress_gradients is true: gradients are sent as they are now, set it to false")
         if not re.fullmatch(r"[\w][\w.-]*", self.run.name):
@@ -335,6 +328,17 @@ class Config:
                 f"data.lanes {self.data.lanes} does not divide training.batch_size {training.batch_size}: choose a "
                 "divisor of the batch size"
             )
+
+    def _default_name(self) -> str:
+        """Returns the name of a run that was given none. All were called wgan up to version 0.2: such a run of the same
+        objective and dataset goes on."""
+        objective, dataset = self.training.objective, self.data.dataset
+        first = Path(self.run.root, "wgan", "config.yaml")
+        saved = first.read_text(errors="replace") if first.is_file() else ""
+        if f"  objective: {objective}\n" in saved and f"  dataset: {dataset}\n" in saved:
+            return "wgan"
+        names = objective.rpartition(":")[2], Path(dataset).absolute().name.removeprefix("mnist")
+        return re.sub(r"[^\w.-]+", "-", "-".join(filter(None, names))) or "gan"
 
     @property
     def folder(self) -> Path:

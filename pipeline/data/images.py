@@ -85,7 +85,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--crop", "cut the centre square of N x N out of images in files first")
     add("--size", "crop images in files to their centre square and resize it to N x N")
     limit = Image.MAX_IMAGE_PIXELS
-    add("--max_pixels", f"of an image in a file (default: {limit:,}); more than twice as many are refused", limit)
+    add("--max_pixels", "largest image in a file, in pixels", limit)
 
 
 def file_shape(file: Path | BinaryIO | Image.Image, name: str, remarks: Remarks, *, decode: bool = False) -> ImageShape:

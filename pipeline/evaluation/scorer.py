@@ -106,7 +106,7 @@ class Scorer:
         facts = facts | {"num_images": images.num_images, "reference": config.reference, "seed": self._seed}
         facts |= {"dataset": dataset.name, "dataset_fingerprint": dataset.fingerprint}
         content = ranks.on_main(lambda: _scores_in(path, facts, self.extractors, config.neighbours))
-        if (warning := few_images(images.num_images)) and not self._warned:
+        if (warning := few_images(images.num_images, dataset.num_images(config.reference))) and not self._warned:
             self.runtime.print(warning)
             self._warned = True
         scores = evaluate_images(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from hashlib import file_digest, sha256
@@ -91,6 +92,7 @@ def score_target(
     path = out or scores_of(target, root)
     if is_export:
         generator = load_generator(target, scorer.config.weights, code).to(runtime.device)
+        path = out or _beside_others(path, scorer)
         result = scorer.score_generator(generator, path, facts)
     elif target.exists():
         remarks = Remarks()
@@ -136,12 +138,29 @@ def _score_run(
             continue
         generator = generator_of(checkpoint, weights, code).to(runtime.device)
         critic = critic_of(checkpoint) if is_trained_on_dataset else None
-        path, facts = out or run.scores(checkpoint.step), {"step": checkpoint.step, "weights": weights}
+        path = out or _beside_others(run.scores(checkpoint.step), scorer)
+        facts = {"step": checkpoint.step, "weights": weights}
         results.append(scorer.score_generator(generator, path, facts, critic and critic.to(runtime.device)))
         runtime.print(f"step {checkpoint.step}: {_summary(results[-1])}")
     if out is None:
         runtime.print(f"report: {runtime.ranks.on_main(lambda: write_report(run.path))}")
     return results
+
+
+def _beside_others(path: Path, scorer: Scorer) -> Path:
+    """Returns `path`, or, if that holds scores of another number of images, a file in a folder for this number."""
+    count, before = scorer.config.num_images, scorer.runtime.ranks.on_main(lambda: _num_images_in(path))
+    if before in (None, count):
+        return path
+    other = path.parent / f"{count}-images" / path.name
+    scorer.runtime.print(f"{path} has the scores of {before:,} images: those of {count:,} go to {other}")
+    return other
+
+
+def _num_images_in(path: Path) -> int | None:
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        return int(json.loads(path.read_text())["num_images"])
+    return None
 
 
 def _fingerprint(target: Path, files: Sequence[Path], crop: int | None, size: int | None) -> str:

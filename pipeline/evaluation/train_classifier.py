@@ -17,7 +17,7 @@ from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
-from pipeline.config import DataConfig, RuntimeConfig
+from pipeline.config import DataConfig, Parser, RuntimeConfig
 from pipeline.data import Dataset, open_dataset
 from pipeline.data.resident import load_split
 from pipeline.data.shards import decode, read_shard
@@ -178,4 +178,4 @@ def write_classifier(
 
 
 if __name__ == "__main__":
-    run_program(lambda: auto_cli(write_classifier))
+    run_program(lambda: auto_cli(write_classifier, prog="gan-pipeline train-classifier", parser_class=Parser))

@@ -8,14 +8,20 @@ from typing import Literal
 
 from jsonargparse import auto_cli
 
+from pipeline.config import Parser
 from pipeline.distributed.launcher import run_program
 from pipeline.errors import UserError
 
 
 @dataclass(frozen=True)
 class NetworkCode:
+    """A network of the user's own.
+
+    Args:
+        generator: module:NAME of the generator's code, if it is not one of the package's.
+    """
+
     generator: str | None = None
-    """module:NAME of the generator's code, if it is not one of the package's networks."""
 
 
 def convert(
@@ -79,4 +85,4 @@ def convert(
 
 
 if __name__ == "__main__":
-    run_program(lambda: auto_cli(convert, as_positional=True, prog="gan-pipeline export"))
+    run_program(lambda: auto_cli(convert, prog="gan-pipeline export", parser_class=Parser))

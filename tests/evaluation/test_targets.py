@@ -198,10 +198,6 @@ def test_pictures_of_another_size_and_colour_are_scored_as_the_dataset_is(
     [
         (lambda scorer: setattr(scorer, "_seed", 1), "seed is 0 there and 1 here"),
         (
-            lambda scorer: setattr(scorer, "config", EvaluationConfig(num_images=60)),
-            "num_images is 120 there and 60 here",
-        ),
-        (
             lambda scorer: setattr(scorer, "config", EvaluationConfig(num_images=NUM_IMAGES, reference="test")),
             "reference is train there and test here",
         ),
@@ -218,7 +214,7 @@ def test_pictures_of_another_size_and_colour_are_scored_as_the_dataset_is(
             r"mnist is .{12}\.\.\. there and 000000000000\.\.\. here",
         ),
     ],
-    ids=["seed", "number", "reference", "weights", "neighbours", "extractor"],
+    ids=["seed", "reference", "weights", "neighbours", "extractor"],
 )
 def test_scores_measured_in_another_way_are_refused_and_the_difference_named(
     change: Callable[[Scorer], None], difference: str, run: RunFolder, scorer: Scorer, tmp_path: Path
@@ -231,6 +227,21 @@ def test_scores_measured_in_another_way_are_refused_and_the_difference_named(
     ):
         score(run.path, changed, tmp_path)
     assert files(run.path) == before
+
+
+def test_scores_of_another_number_of_images_go_beside_the_first(
+    run: RunFolder, scorer: Scorer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    score(run.path, scorer, tmp_path)
+    first, more = run.scores(20), copy.copy(scorer)
+    before, more.config = first.read_bytes(), EvaluationConfig(num_images=130)
+    score(run.path, more, tmp_path)
+    other = run.evaluation / "130-images" / first.name
+    assert f"{first} has the scores of 120 images: those of 130 go to {other}" in capfd.readouterr().err
+    assert content(other)["num_images"] == 130
+    assert (first.read_bytes(), run.all_scores()) == (before, [first])
+    with pytest.raises(UserError, match="num_images is 120 there and 130 here"):
+        score(run.path, more, tmp_path, out=first)
 
 
 def test_scores_that_do_not_tell_their_neighbours_are_of_five(run: RunFolder, scorer: Scorer, tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def test_the_tasks_of_an_array_work_on_one_study_and_go_on_after_a_requeue(proje
     values = [float(row.split("|")[3]) for row in table.splitlines()[4:] if "| complete |" in row]
     assert values == sorted(values) != []
     best = project.cluster.run(
-        sys.executable, "-m", "pipeline.config", "--config", str(folder / "best.yaml"), folder=ROOT
+        sys.executable, "-m", "pipeline", "train", "--print_folder", "--config", str(folder / "best.yaml"), folder=ROOT
     )
     assert best == str(project.folder / "runs/search-best")
 
