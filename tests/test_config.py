@@ -237,6 +237,14 @@ def test_a_run_that_an_earlier_version_called_wgan_goes_on(tmp_path: Path) -> No
     assert from_arguments(*root, "--data.dataset", "fashion_mnist").run.name == "wgan-fashion_mnist"
 
 
+def test_the_folder_of_a_run_is_printed_for_scripts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train", "--config", "lsgan", "--print_folder"])
+    importlib.import_module("pipeline.train").main()
+    assert capsys.readouterr().out == "runs/lsgan\n"
+
+
 def test_the_whole_help_documents_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["train", "--help-all"])
     text = " ".join(make_parser("test").format_help().split())

@@ -99,7 +99,7 @@ def _files_first(parser: Parser, arguments: Sequence[str]) -> list[str]:
         key = name.removeprefix("--").removesuffix("+")  # KEY+ appends to a list
         if name == "--config" and (value := value or next(remaining, "")):
             path = _find_file(value)
-            _check_keys(path, read_yaml(path), Config(), keys)
+            _check_keys(path, read_yaml(path), keys)
             files += ["--config", str(path)]
         elif name[:2] == "--" and key and key not in keys and not key.startswith(mappings):
             _refuse(key, keys)
@@ -127,17 +127,15 @@ def _find_file(name: str) -> Path:
     raise UserError(f"--config is {name}: no such file, and none of the package's: {known}")
 
 
-def _check_keys(path: Path, content: dict[Any, Any], section: Any, keys: Sequence[str], prefix: str = "") -> None:
+def _check_keys(path: Path, content: dict[Any, Any], keys: Sequence[str], prefix: str = "") -> None:
     """Raises UserError if a file has an unknown key, or gives a single value, or nothing, where a section belongs."""
-    for name in content:
+    for name, value in content.items():
         if (key := f"{prefix}{name}") not in keys:
             _refuse(key, keys, f"{path}: ")
-    for name, inner in vars(section).items():
-        if dataclasses.is_dataclass(inner) and name in content:
-            if not isinstance(content[name], dict):
-                key = prefix + name
-                raise UserError(f"{path}: {key} is {content[name]!r}: write its keys below it, or leave it out")
-            _check_keys(path, content[name], inner, keys, f"{prefix}{name}.")
+        if any(known.startswith(f"{key}.") for known in keys):
+            if not isinstance(value, dict):
+                raise UserError(f"{path}: {key} is {value!r}: write its keys below it, or leave it out")
+            _check_keys(path, value, keys, f"{key}.")
 
 
 class _StrictLoader(yaml.SafeLoader):
