@@ -38,7 +38,6 @@ from pipeline.distributed.process import Runtime
 from pipeline.export.images import render_range
 from pipeline.models.cpu_kernels import faster_form
 from pipeline.storage.files import write_text
-from pipeline.storage.run_folder import device_name
 from pipeline.training.trainer import Trainer
 
 DATA_ROUNDS, EVALUATION_ROUNDS = 7, 3
@@ -172,9 +171,7 @@ def _speeds(config: Config, runtime: Runtime, seconds: Seconds, gflop: float) ->
     ceiling = world_size * 2 * MATMUL_SIZE**3 / 1e9 / median(seconds["matmul"])
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of this process, in KiB on Linux
     figures = {
-        "device": device_name(runtime.device, len(runtime.cores)),
-        "world_size": world_size,
-        "threads_per_rank": torch.get_num_threads(),
+        **runtime.hardware,
         "precision": config.runtime.precision,
         "gflop_per_step": gflop,
         "ceiling_gflops": ceiling,

@@ -32,7 +32,7 @@ from pipeline.distributed.slurm import job_seconds_left
 from pipeline.errors import UserError
 from pipeline.evaluation.features import load_features, published_weights
 from pipeline.storage.checkpoint import committed
-from pipeline.storage.run_folder import RunFolder, device_name
+from pipeline.storage.run_folder import RunFolder
 
 CHECKSUM_SECONDS = 3.0
 """A rank begins no further checksum of the sample after this time."""
@@ -117,7 +117,7 @@ def examine(config: Config, ranks: Ranks, all_checksums: bool) -> Iterator[list[
 def check_ranks(runtime: Runtime) -> str:
     """Checks that the ranks sum 4 MiB on the device correctly, and a flag on the host, as checkpoints do. Raises
     RuntimeError if they can't reach each other."""
-    ranks, world_size, device = runtime.ranks, runtime.ranks.world_size, device_name(runtime.device, len(runtime.cores))
+    ranks, world_size, device = runtime.ranks, runtime.ranks.world_size, runtime.hardware["device"]
     if world_size == 1:
         return f"1, on {device}"
     seconds = []

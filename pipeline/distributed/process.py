@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -105,6 +106,19 @@ class Runtime:
         single = copy.copy(self)
         single.ranks = Ranks()
         return single
+
+    @property
+    def hardware(self) -> dict[str, Any]:
+        """The number of ranks, a rank's threads, the GPU's name (or the processor's, after the number of this machine's
+        cores), and how many GPUs or cores all ranks compute on."""
+        ranks, threads = self.ranks.world_size, torch.get_num_threads()
+        if self.device.type == "cuda":
+            name, devices = torch.cuda.get_device_name(self.device), {"GPU": ranks}
+        else:
+            path = Path("/proc/cpuinfo")
+            models = re.findall(r"(?m)^model name\s*: (.*)$", path.read_text() if path.exists() else "")
+            name, devices = f"{len(self.cores)} x {models[0] if models else 'CPU'}", {"core": ranks * threads}
+        return {"world_size": ranks, "threads_per_rank": threads, "device": name, "devices": devices}
 
     def __str__(self) -> str:
         """Names the number of ranks and the device."""

@@ -8,18 +8,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.storage.files import fsync, write_text
-
-if TYPE_CHECKING:
-    import torch
 
 PACKAGES = ("torch", "accelerate", "webdataset", "torchmetrics", "torch-fidelity", "numpy")
 """Packages whose versions a run records."""
@@ -44,7 +43,7 @@ class RunFolder:
     config = _Place("config.yaml")
     """All settings, as YAML. A folder with this file is a run."""
     environment = _Place("environment.json")
-    """What `environment_of` returns and the dataset's fingerprint, as JSON."""
+    """What `environment_of` returns, the numbers of weights and the dataset's fingerprint, as JSON."""
     metrics = _Place("metrics.jsonl")
     """The log: a JSON object on each line, with its `step`."""
     lock = _Place(".lock")
@@ -195,36 +194,18 @@ def is_beside_runs(path: Path) -> bool:
 # -- what a run was made with ------------------------------------------------------------------------------------------
 
 
-def environment_of(world_size: int, device: torch.device, cores: int, slurm_job_id: str | None) -> dict[str, Any]:
-    """Returns the commit, versions and hardware of this process, for environment.json.
-
-    Args:
-        cores: The cores of this machine that all ranks use together.
-    """
-    import torch  # here: paths are needed where torch is not
-
+def environment_of(hardware: dict[str, Any], slurm_job_id: str | None) -> dict[str, Any]:
+    """Returns date, command, commit, versions and `Runtime.hardware` of this launch, for environment.json."""
     return {
+        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "command": f"{sys.argv[0]} {shlex.join(sys.argv[1:])}",
         "git_commit": _git_commit(),
         "python": sys.version.split()[0],
         "packages": {name: metadata.version(name) for name in PACKAGES},
-        "world_size": world_size,
-        "device": device_name(device, cores),
-        "threads_per_rank": torch.get_num_threads(),
+        **hardware,
         "hostname": os.uname().nodename,
         "slurm_job_id": slurm_job_id,
     }
-
-
-def device_name(device: torch.device, cores: int) -> str:
-    """Returns the name of the GPU, or of the processor after its number of cores."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name(device)
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{cores} x {names[0] if names else 'CPU'}"
 
 
 def _git_commit() -> str | None:

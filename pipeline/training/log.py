@@ -54,8 +54,7 @@ class MetricsLog:
     def introduce(self, dataset: Dataset) -> None:
         """Prints a line about what trains: ranks, device, images, networks."""
         shape, count = "x".join(map(str, dataset.image_shape)), dataset.num_images("train")
-        networks = {"generator": self._state.generator, "critic": self._state.critic}
-        sizes = (f"{name} {sum(w.numel() for w in network.parameters()):,}" for name, network in networks.items())
+        sizes = (f"{name} {count:,}" for name, count in self._state.num_weights.items())
         self._runtime.print(f"{self._runtime}; {count:,} images of {shape}; parameters: {', '.join(sizes)}")
 
     def begin(self) -> None:

@@ -40,6 +40,12 @@ class TrainingState:
     """These build the networks as they were at step 0."""
     step: int = 0
 
+    @property
+    def num_weights(self) -> dict[str, int]:
+        """Number of weights that are trained, of each network."""
+        networks = {"generator": self.generator, "critic": self.critic}
+        return {name: sum(each.numel() for each in network.parameters()) for name, network in networks.items()}
+
     def copied_generator(self, weights: str) -> AnyGenerator:
         """Returns a copy, for reading only, of the generator's moving average ("ema") or of the generator ("raw")."""
         copied = _copied(self.ema if weights == "ema" else self.generator, self.new_generator)

@@ -130,7 +130,7 @@ class Trainer:
         from pipeline.export.images import row_names
 
         self._lock, runtime, dataset = lock_run(self.folder), self.runtime, self.dataset
-        environment = environment_of(runtime.ranks.world_size, runtime.device, len(runtime.cores), job_id())
+        environment = environment_of(runtime.hardware, job_id()) | {"weights": self.state.num_weights}
         environment |= {"dataset": dataset.name, "dataset_fingerprint": dataset.fingerprint}
         if names := row_names(self.state.generator):
             environment["sample_rows"] = list(names)
