@@ -32,8 +32,7 @@ def line_chart(
 
     Args:
         curves: Label -> curve. The place of a curve gives its colour, also if curves before it are empty.
-        floor: A dashed level. It is at its place if the curves keep half of the height, else at the bottom, where its
-            label says so.
+        floor: A dashed level, left out where it would press the curves together on less than half of the height.
         smooth: Draw running means over the values, which become faint.
         mark_ends: Write the first word of each label at the end of its curve.
     """
@@ -54,8 +53,9 @@ def line_chart(
         else:
             axes.yaxis.set_major_locator(MaxNLocator(5))
             axes.ticklabel_format(axis="y", scilimits=(-6, 9), useOffset=False)  # else up to 300 zeroes
-        if floor:
-            _draw_floor(axes, floor, low, high)
+        place, bottom, top = axes.transScale.transform([(1, value) for value in (floor or low, low, high)])[:, 1]
+        if floor and (bottom - place <= top - bottom or top == bottom):
+            axes.axhline(floor, color=INK, linewidth=1, linestyle="--")
         axes.xaxis.set(major_locator=MaxNLocator(6, integer=True), major_formatter=EngFormatter(sep=""))
         axes.set_xlabel("step (vertical axis: log)" if log else "step", color=INK, fontsize=9)
         ends = [
@@ -119,28 +119,6 @@ def _draw(axes: Axes, curve: Curve, index: int, smooth: bool, mark: str) -> None
         axes.fill_between(steps, *np.array(curve.band).T, color=colour, alpha=0.2, linewidth=0)
     end = (steps[-1], values[-1])
     axes.annotate(mark, end, (4, -3), textcoords="offset points", color=colour, fontsize=9, weight="bold")
-
-
-def _draw_floor(axes: Axes, floor: float, low: float, high: float) -> None:
-    """Draws a dashed level under values from `low` to `high`. If it is so far below them that they would be pressed
-    together, it is drawn below the end of the axis instead."""
-    measure = axes.transScale.transform
-    place, bottom, top = (measure((1, value))[1] for value in (floor, low, high))
-    label = f"floor {number(floor)}"
-    if bottom - place > top - bottom > 0:
-        bottom, top = axes.get_ylim()
-        ticks = [tick for tick in axes.get_yticks() if bottom <= tick <= top]
-        start, end = measure((1, bottom))[1], measure((1, top))[1]
-        lowest, level = (
-            axes.transScale.inverted().transform((1, start - share * (end - start)))[1] for share in (0.25, 0.15)
-        )
-        axes.set_ylim(lowest, top)
-        axes.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
-        floor, label = level, f"{label}, not to scale"
-    axes.axhline(floor, color=INK, linewidth=1, linestyle="--")
-    axes.annotate(
-        label, (1, floor), (0, 2), axes.get_yaxis_transform(), "offset points", ha="right", color=INK, fontsize=8
-    )
 
 
 def _svg(figure: Figure, description: str) -> Markup:

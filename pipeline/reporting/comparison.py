@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import os
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,24 +17,24 @@ from typing import NamedTuple
 
 from pipeline.config import Config, flatten
 from pipeline.errors import UserError
-from pipeline.reporting.read import MISSING, Evaluation, Run, is_run, setting
+from pipeline.reporting.read import MISSING, OF_NEIGHBOURS, Evaluation, Run, duration, is_run, number, setting
 from pipeline.storage.run_folder import is_beside_runs
 
 SEED = "training.seed"
 CONFIGURATION = {*flatten(Config(), free=False), "training.steps"} - {SEED}
 """The settings that two seeds of one configuration share."""
-SCORES = ("fid", "is_mean", "kid_mean")
+SCORES = {"fid": "FID", "is_mean": "IS", "kid_mean": "KID", "precision": "Precision", "recall": "Recall"}
+COLUMNS = {**SCORES, "step": "Step", "images_per_second": "Images/s", "total_seconds": "Time", "device_seconds": "Cost"}
+"""Key of a value -> title of its column. Columns in which no run has a value are left out."""
+MOST_COLUMNS = 8
+"""The columns of a table of settings; for more, each becomes a row."""
 
 
 class Seeds(NamedTuple):
-    """Runs of one configuration whose scores compare."""
+    """Runs of one configuration whose scores compare, the best first."""
 
     name: str
     letters: list[str]
-    median: dict[str, float | None]
-    """Score -> median of the runs; None if none of them has it."""
-    spread: dict[str, tuple[float | None, float | None]]
-    """Score -> least and greatest value."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,27 @@ class Comparison:
         """The letter of the run that the unlike ones are compared with."""
         return next((letter for letter, run in self.runs.items() if run.newest(self.features)), "")
 
-    def score(self, letter: str, key: str) -> float | None:
-        newest = self.runs[letter].newest(self.features)
-        return newest.score(self.features, key) if newest else None
+    @cached_property
+    def values(self) -> dict[str, dict[str, float | None]]:
+        """Letter -> key of COLUMNS -> value. The scores are the newest ones."""
+        return {letter: self._values(run) for letter, run in self.runs.items()}
+
+    def _values(self, run: Run) -> dict[str, float | None]:
+        newest, usual = (each.newest(self.features) for each in (run, self.runs.get(self.standard, run)))
+        scores = {key: newest.score(self.features, key) if newest else None for key in SCORES}
+        if newest and usual and newest.neighbours(self.features) != usual.neighbours(self.features):
+            scores |= dict.fromkeys(OF_NEIGHBOURS)  # of another k: they do not compare
+        return scores | {"step": newest.step if newest else None} | run.timing
+
+    def known(self, letters: Iterable[str], key: str) -> list[float]:
+        """Returns the values under a key that these runs have."""
+        return [value for letter in letters if (value := self.values[letter].get(key)) is not None]
 
     @property
-    def best_fid(self) -> float | None:
-        """The lowest FID of those that compare; None if there are less than two."""
-        letters = [letter for letter in self.runs if letter not in self.unlike]
-        alike = [fid for letter in letters if (fid := self.score(letter, "fid")) is not None]
-        return min(alike) if len(alike) > 1 else None
+    def best(self) -> int | None:
+        """The place of the run with the lowest FID among those that compare; None if there are less than two."""
+        alike = [letter for letter in self.runs if letter not in self.unlike]
+        return 0 if len(self.known(alike, "fid")) > 1 else None
 
     @cached_property
     def settings(self) -> dict[str, list[str]]:
@@ -72,36 +84,90 @@ class Comparison:
 
     @cached_property
     def configurations(self) -> list[Seeds]:
-        """Groups of runs that differ in the seed alone, the best median first; empty if none has two seeds."""
+        """Groups of runs that differ in the seed alone, the best median first."""
         groups: dict[str, list[str]] = {}
         for letter, run in self.runs.items():
             shared = {key: value for key, value in run.config.items() if key in CONFIGURATION}
-            if shared and letter not in self.unlike and self.score(letter, "fid") is not None:
+            if shared and letter not in self.unlike and self.known([letter], "fid"):
                 groups.setdefault(json.dumps(shared, sort_keys=True, default=str), []).append(letter)
-        seeds = [{str(self.runs[letter].config.get(SEED)) for letter in letters} for letters in groups.values()]
-        if max(map(len, seeds), default=0) < 2:
-            return []
-        return sorted(map(self._seeds, groups.values()), key=lambda group: group.median["fid"] or 0.0)
+        ordered = sorted(groups.values(), key=lambda letters: statistics.median(self.known(letters, "fid")))
+        return [Seeds(self._shared_name(letters), letters) for letters in ordered]
 
-    def _seeds(self, letters: list[str]) -> Seeds:
+    @property
+    def has_seeds(self) -> bool:
+        """Whether any configuration has runs of two seeds."""
+        seeds = ({str(self.runs[letter].config.get(SEED)) for letter in each.letters} for each in self.configurations)
+        return max(map(len, seeds), default=0) > 1
+
+    def _shared_name(self, letters: Sequence[str]) -> str:
         names = [self.runs[letter].name for letter in letters]
         shared = os.path.commonprefix(names)  # noqa: RUF071 (letters are meant)
-        name = re.sub(r"[-_.]?(seed)?[-_.]?$", "", shared) if len(names) > 1 else shared
-        scores = {key: [self.score(letter, key) for letter in letters] for key in SCORES}
-        known = {key: [value for value in values if value is not None] for key, values in scores.items()}
-        median = {key: statistics.median(values) if values else None for key, values in known.items()}
-        spread = {key: (min(values, default=None), max(values, default=None)) for key, values in known.items()}
-        return Seeds(name or names[0], letters, median, spread)
+        return (re.sub(r"[-_.]?(seed)?[-_.]?$", "", shared) if len(names) > 1 else shared) or names[0]
+
+    # -- tables: rows, each of them title -> text ----------------------------------------------------------------------
+
+    @property
+    def scores_table(self) -> list[dict[str, str]]:
+        """Each run's scores, their step, what they cost, and how far it is."""
+        rows = []
+        for letter, run in self.runs.items():
+            best = run.best.get(self.features, {})
+            state = [run.status, *["not compared"] * (letter in self.unlike)]
+            if best and best["step"] != self.values[letter]["step"]:
+                state.append(f"best FID {number(best['fid'])} at step {number(best['step'])}")
+            rows.append({"Run": f"{letter} {run.name}"} | self._texts(letter) | {"State": "; ".join(state)})
+        return rows
+
+    @property
+    def seeds_table(self) -> list[dict[str, str]]:
+        """Each configuration's medians, and the least and the greatest score."""
+        return [
+            {"Configuration": name, "Runs": " ".join(letters)} | self._texts(*letters)
+            for name, letters in self.configurations
+        ]
+
+    def _texts(self, *letters: str) -> dict[str, str]:
+        texts = {}
+        for key, title in COLUMNS.items():
+            if known := self.known(letters, key):
+                value = statistics.median(known)
+                text = duration(value) if key == "total_seconds" else number(value)
+                if key == "device_seconds":
+                    text += f"\u00a0{self.runs[letters[0]].devices[0]}\u00a0s"
+                if key in SCORES and len(known) > 1:
+                    text += f" ({number(min(known))}\u00a0to\u00a0{number(max(known))})"
+                texts[title] = text
+            elif self.known(self.runs, key):
+                texts[title] = MISSING
+        return texts
+
+    @property
+    def settings_table(self) -> list[dict[str, str]]:
+        """The settings that differ. Runs that differ in the seed alone are one column, or one row if there are many."""
+        keys = [key for key in self.settings if key != SEED or not self.has_seeds]
+        alike: dict[tuple[str, ...], str] = {}
+        for place, letter in enumerate(self.runs):
+            values = tuple(self.settings[key][place] for key in keys)
+            alike[values] = f"{alike.get(values, '')} {letter}".strip()
+        if len(alike) > MOST_COLUMNS:
+            return [{"Runs": letters} | dict(zip(keys, values, strict=True)) for values, letters in alike.items()]
+        return [{"Setting": key} | {name: row[place] for row, name in alike.items()} for place, key in enumerate(keys)]
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def to_markdown(self) -> str:
+        """Returns the configurations, or the runs where none has two seeds, as a Markdown table."""
+        rows = self.seeds_table if self.has_seeds else self.scores_table
+        lines = [rows[0].keys(), ["---"] + ["---:"] * (len(rows[0]) - 1), *(row.values() for row in rows)]
+        cells = ([html.escape(cell).replace("|", "&#124;") for cell in line] for line in lines)
+        return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
     def to_json(self) -> str:
         """Returns the page's numbers for machines."""
         groups = [
-            {
-                "configuration": seeds.name,
-                "runs": [self.runs[letter].name for letter in seeds.letters],
-                **{key: {"median": seeds.median[key], "spread": seeds.spread[key]} for key in SCORES},
-            }
-            for seeds in self.configurations
+            {"configuration": name, "runs": [self.runs[letter].name for letter in letters]}
+            | {key: _spread(known) for key in SCORES if (known := self.known(letters, key))}
+            for name, letters in (self.configurations if self.has_seeds else [])
         ]
         unlike = {self.runs[letter].name: reasons for letter, reasons in self.unlike.items()}
         content = {"features": self.features, "runs": self._rows, "configurations": groups, "not_compared": unlike}
@@ -120,16 +186,17 @@ class Comparison:
         rows: list[dict[str, object]] = []
         for place, (letter, run) in enumerate(self.runs.items()):
             newest = run.newest(self.features)
-            row: dict[str, object] = {"run": run.name}
-            row |= {key: self.score(letter, key) for key in (*SCORES, "fid_floor")}
-            row |= (
-                {"step": newest.step, "num_images": newest.settings.get("num_images")}
-                if newest
-                else {"step": None, "num_images": None}
-            )
+            row: dict[str, object] = {"run": run.name} | {key: self.values[letter][key] for key in COLUMNS}
+            row["fid_floor"] = newest.score(self.features, "fid_floor") if newest else None
+            row["num_images"] = newest.settings.get("num_images") if newest else None
             row |= {"compares": letter not in self.unlike and newest is not None, "status": run.status}
+            row["devices"] = run.devices[0]
             rows.append(row | {key: values[place] for key, values in self.settings.items()})
         return rows
+
+
+def _spread(values: list[float]) -> dict[str, object]:
+    return {"median": statistics.median(values), "spread": (min(values), max(values))}
 
 
 def rank_runs(runs: Sequence[Run]) -> Comparison:

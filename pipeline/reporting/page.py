@@ -14,16 +14,17 @@ from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
 
 from pipeline.errors import UserError
 from pipeline.reporting import read
 from pipeline.reporting.charts import bar_chart, line_chart
-from pipeline.reporting.comparison import rank_runs
+from pipeline.reporting.comparison import Comparison, rank_runs
 from pipeline.reporting.read import Evaluation, Run, few_images, finite, number, percent, read_run
 from pipeline.storage.files import replacing
 
-MAX_GRIDS = 40
+MAX_GRIDS = 11
+"""The grids that show the training: the first, one for each tenth of it, the last."""
 IMAGE_BYTES = 1_500_000
 """The size of all images of a page before base64 adds a third: it keeps a page under 3 MB."""
 
@@ -38,7 +39,9 @@ def write_report(run: Path) -> Path:
     folder, grids, notes = content.folder, content.grids, content.notes
     num_shown = min(len(grids), MAX_GRIDS)
     shown = [grids[round(i * (len(grids) - 1) / max(1, num_shown - 1))] for i in range(num_shown)]
-    share = IMAGE_BYTES // (num_shown + 11)  # five each for the neighbours and the interpolation, one for real images
+    share = IMAGE_BYTES // (
+        num_shown + 12
+    )  # five each for neighbours and interpolation, the last grid twice, real ones
     page = _render(
         "html",
         run=content,
@@ -55,8 +58,9 @@ def write_report(run: Path) -> Path:
 
 
 def compare(runs: Sequence[Path], out: Path) -> Path:
-    """Writes one page with runs side by side to `out` and returns it: settings that differ, scores (seeds of one
-    configuration by median and spread), newest grids. Its numbers are beside it, as .csv and .json.
+    """Writes one page with runs side by side to `out` and returns it: scores and costs (seeds of one configuration by
+    median and spread), newest grids, settings that differ. Beside it are its numbers (.csv, .json), a Markdown table
+    (.md) and a picture of one grid of each configuration (.png).
 
     A best run is named among at least two that were scored in the same way; for the others the page says what differs.
 
@@ -73,7 +77,22 @@ def compare(runs: Sequence[Path], out: Path) -> Path:
     _write(out, _render("html", runs=comparison.runs, comparison=comparison, newest=newest))
     _write(out.with_suffix(".csv"), comparison.to_csv())
     _write(out.with_suffix(".json"), comparison.to_json())
+    _write(out.with_suffix(".md"), comparison.to_markdown())
+    _write_picture(out.with_suffix(".png"), comparison)
     return out
+
+
+def _write_picture(path: Path, comparison: Comparison) -> None:
+    """Writes the newest grid of a run of each configuration, the one with the median FID, four in a row."""
+    runs = {name: comparison.runs[letters[len(letters) // 2]] for name, letters in comparison.configurations}
+    grids = {name: grid for name, run in runs.items() for _, file in run.grids[-1:] if (grid := _load(file, []))}
+    sheet = Image.new("RGB", (min(4, len(grids)) * 312 + 8, -(-len(grids) // 4) * 336 + 8), "white")
+    for index, (name, grid) in enumerate(grids.items()):
+        left, top = index % 4 * 312 + 8, index // 4 * 336 + 8
+        ImageDraw.Draw(sheet).text((left, top), name, "black", font_size=18)
+        sheet.paste(ImageOps.contain(grid, (304, 304)), (left, top + 24))
+    if grids:
+        _write(path, sheet)
 
 
 def data_uri(path: Path | None, max_bytes: int, notes: list[str]) -> tuple[str, bool] | None:
@@ -82,13 +101,8 @@ def data_uri(path: Path | None, max_bytes: int, notes: list[str]) -> tuple[str, 
     The image takes at most `max_bytes` before base64: it is lossless if it fits, else WebP, halved until it fits (but
     not below 16 pixels). The result is None if there is no image, or a damaged one, which is noted.
     """
-    if path is None:
-        return None
-    try:
-        with Image.open(path) as source:
-            image = source.convert("L" if source.mode in ("1", "L") else "RGB")
-    except (OSError, ValueError, SyntaxError):  # Pillow raises any of them for a damaged file
-        notes.append(f"{path.name} is damaged")
+    image = _load(path, notes)
+    if image is None:
         return None
     is_small, kind, buffer = image.width <= 400, "png", io.BytesIO()
     image.save(buffer, kind, optimize=True)
@@ -97,6 +111,18 @@ def data_uri(path: Path | None, max_bytes: int, notes: list[str]) -> tuple[str, 
         kind, buffer = "webp", io.BytesIO()
         image.save(buffer, kind, quality=80)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", is_small
+
+
+def _load(path: Path | None, notes: list[str]) -> Image.Image | None:
+    """Returns the image in a file; None if there is none, or a damaged one, which is noted."""
+    if path is None:
+        return None
+    try:
+        with Image.open(path) as source:
+            return source.convert("L" if source.mode in ("1", "L") else "RGB")
+    except (OSError, ValueError, SyntaxError):  # Pillow raises any of them for a damaged file
+        notes.append(f"{path.name} is damaged")
+        return None
 
 
 def _nearest(run: Run) -> tuple[int, object]:
@@ -144,10 +170,13 @@ def _render(kind: str, **context: object) -> str:
     return _templates().get_template(f"page.{kind}.jinja").render(context)
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: str | Image.Image) -> None:
     try:
         with replacing(path) as temporary:
-            temporary.write_bytes(text.encode("utf-8", "replace"))
+            if isinstance(content, str):
+                temporary.write_bytes(content.encode("utf-8", "replace"))
+            else:
+                content.save(temporary, "png")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 

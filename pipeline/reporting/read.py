@@ -48,8 +48,8 @@ def duration(seconds: float | None) -> str:
     if seconds is None:
         return MISSING
     if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+        return f"{seconds:.0f}\u00a0s"
+    return f"{seconds / 60:.0f}\u00a0min" if seconds < 5400 else f"{seconds / 3600:.1f}\u00a0h"
 
 
 def percent(share: object) -> str:
@@ -199,13 +199,21 @@ class Run:
         return [str(name) for name in names] if isinstance(names, list) else []
 
     @property
+    def devices(self) -> tuple[str, float | None]:
+        """What the newest launch computed on, GPU or core, and how many, if that is known."""
+        known = _mapping(self.environment.get("devices")) or {"core": None}
+        return next((str(kind), finite(count)) for kind, count in known.items())
+
+    @property
     def timing(self) -> dict[str, float | None]:
-        """Times since the run began. Waiting for data is a part of training; evaluation is not."""
+        """Times since the run began. Waiting for data is a part of training; evaluation is not. `device_seconds` is the
+        whole time on as many cores or GPUs as the newest launch had."""
         training, evaluation = (self.logged(f"{name}_seconds").values[-1:] for name in ("elapsed", "evaluation"))
         waits, speeds = self.logged("data_wait_seconds").values, self.logged("images_per_second").values
         total = sum(training + evaluation)
         return {
             "total_seconds": total if training else None,
+            "device_seconds": total * (self.devices[1] or 0.0) or None,
             "evaluation_share": sum(evaluation) / total if evaluation and total else None,
             "data_wait_share": min(1.0, sum(waits) / total) if waits and total else None,
             "images_per_second": statistics.median(speeds) if speeds else None,
@@ -274,9 +282,7 @@ class Run:
             newest, best = self.newest(features), self.best.get(features)
             if newest is not None and best is not None:
                 fid, floor = (number(newest.score(features, key)) for key in ("fid", "fid_floor"))
-                other = (
-                    "" if best["step"] == newest.step else f", best {number(best['fid'])} at step {best['step']:.0f}"
-                )
+                other = f", best {number(best['fid'])} at step {best['step']:.0f}" * (best["step"] != newest.step)
                 lines.append(f"{features} FID {fid} (floor {floor}) at step {newest.step}{other}")
         return lines
 

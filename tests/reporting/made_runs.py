@@ -69,7 +69,11 @@ def make_run(
     (folder / "samples").mkdir(parents=True)
     (folder / "evaluation").mkdir()
     (folder / "config.yaml").write_text(to_yaml(dataclasses.replace(config, run=run, training=training)))
-    environment = {"git_commit": "3f7c2a9", "packages": {"torch": "2.15.0"}, "dataset_fingerprint": dataset}
+    environment = {
+        **{"date": "2026-11-30 19:02 UTC", "command": "gan-pipeline train --config wgan", "git_commit": "3f7c2a9"},
+        **{"packages": {"torch": "2.15.0"}, "world_size": 2, "device": "4 x Xeon", "devices": {"core": 4}},
+        **{"threads_per_rank": 2, "weights": {"generator": 34184, "critic": 66056}, "dataset_fingerprint": dataset},
+    }
     (folder / "environment.json").write_text(json.dumps(environment))
     random = np.random.default_rng(0)
     with (folder / "metrics.jsonl").open("w") as file:

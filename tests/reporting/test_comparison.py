@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.report import main
@@ -45,7 +46,7 @@ def test_runs_come_in_the_order_of_their_scores(tmp_path: Path) -> None:
             "unscored",
         ]
         assert found.unlike == {"F": ["num_images is 5,000, not 10,000"]}
-        assert (found.best_fid, found.standard) == (9.5, "A")
+        assert (found.best, found.standard) == (0, "A")
 
 
 def test_seeds_of_one_configuration_are_a_median_and_a_spread(tmp_path: Path) -> None:
@@ -55,22 +56,32 @@ def test_seeds_of_one_configuration_are_a_median_and_a_spread(tmp_path: Path) ->
             seeded(tmp_path / f"c{n_critic}-seed-{seed}", fid, seed, n_critic, name=f"c{n_critic}-{seed}")
     make_run(tmp_path / "alone", 35.5, 7)
     page = Page(compare(find_runs([str(tmp_path)]), tmp_path / "comparison.html"))
-    assert page.texts_of("h2")[:3] == ["Settings that differ", "Seeds together", "Scores"]
+    assert page.texts_of("h2")[:3] == ["Scores", "Seeds together", "Newest samples"]
     text = page.text.partition("Seeds together")[2]
-    assert "c2 A C F 34 30 to 50" in text
-    assert text.index("c2 A C F") < text.index("alone D 35.5") < text.index("c5 B E 36 31 to 41")
+    assert "c2 A C F 34 (30 to 50)" in text
+    assert text.index("c2 A C F") < text.index("alone D 35.5") < text.index("c5 B E 36 (31 to 41)")
     content = json.loads((tmp_path / "comparison.json").read_text())
     groups = {group["configuration"]: group for group in content["configurations"]}
     assert list(groups) == ["c2", "alone", "c5"]
     for n_critic, values in fids.items():
         seen = groups[f"c{n_critic}"]["fid"]
         assert seen == {"median": statistics.median(values), "spread": [min(values), max(values)]}
+    table = (tmp_path / "comparison.md").read_text().replace("\u00a0", " ").splitlines()
+    assert table[0] == "| Configuration | Runs | FID | IS | KID | Precision | Recall | Step | Images/s | Time | Cost |"
+    assert table[4].startswith("| c5 | B E | 36 (31 to 41) | 9.30 (9.30 to 9.30) |")
+    assert table[4].endswith("| 3,000 | 425 | 18 min | 4,200 core s |")
+
+
+def test_there_may_be_more_runs_than_letters(run: Path) -> None:
+    found = rank_runs([read_run(run)] * 28)
+    assert found.configurations[0].letters[-3:] == ["Z", "A1", "B1"]
+    assert found.scores_table[-1]["Run"] == "B1 made"
 
 
 def test_runs_of_one_seed_are_not_taken_together(tmp_path: Path) -> None:
     runs = [seeded(tmp_path / "one", 30, 0), seeded(tmp_path / "same", 31, 0), seeded(tmp_path / "other", 32, 1, 5)]
     found = rank_runs([read_run(path) for path in runs])
-    assert found.configurations == []
+    assert not found.has_seeds
     assert "Seeds together" not in Page(compare(runs, tmp_path / "out.html")).text
 
 
@@ -86,6 +97,9 @@ def test_the_numbers_are_beside_the_page(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "out.json").read_text(), parse_constant=pytest.fail)
     assert [run["fid"] for run in content["runs"]] == [30.5, 45.25]
     assert content["features"] == "mnist"
+    assert [(run["device_seconds"], run["devices"]) for run in content["runs"]] == [(4200, "core")] * 2
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.size == (2 * 312 + 8, 336 + 8)
 
 
 def test_runs_are_found_by_path_pattern_and_folder(

@@ -1,4 +1,4 @@
-"""The seconds until a run was good enough, and the script that measures them."""
+"""The seconds until a run was good enough, and the scripts that measure them and make the table of results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_median_and_worst_are_a_line_of_the_table(tmp_path: Path, capsys: pytest
     assert main(["60", *runs]) == 0
     *each, line = capsys.readouterr().out.splitlines()
     assert each == [f"{runs[0]}: 600.0 s", f"{runs[1]}: 900.0 s", f"{runs[2]}: 900.0 s"]
-    assert line.endswith("| 3f7c2a9 | None | 900.0 s | 900.0 s | 3 |  |")
+    assert line.endswith("| 3f7c2a9 | 4 x Xeon | 900.0 s | 900.0 s | 3 |  |")
     assert main(["45.5", *runs]) == 3, "one never got there"
     assert capsys.readouterr().out.splitlines()[-1].endswith("| 900.0 s | never | 3 |  |")
 
@@ -63,3 +63,26 @@ def test_the_script_trains_each_seed_and_measures_it(scored_digits: Dataset, tmp
     assert each == [f"{log.parent}: {line['elapsed_seconds']:.1f} s" for log, line in zip(logs, first, strict=True)]
     assert line.count("|") == 8
     assert [read_run(log.parent).config["training.seed"] for log in logs] == [3, 5]
+
+
+@pytest.mark.slow
+def test_the_script_of_results_trains_what_is_not_done_and_makes_a_table(
+    mnist_dataset: Dataset, tmp_path: Path
+) -> None:
+    small = {"run.trackers": "[]", "data.root": mnist_dataset.folder.parent, "evaluation.num_images": 50}
+    script = [ROOT / "launch/results.sh", "0.001", "3", "acgan,wgan_gp", "--"]
+    script += [text for key, value in small.items() for text in (f"--{key}", str(value))]
+    environment = {"PYTHON_BIN": str(Path(sys.executable).parent), "PYTHONPATH": str(ROOT), "RUNS": str(tmp_path)}
+    for again in (False, True):
+        result = subprocess.run(script, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert ("going on from" in result.stderr, "steps, in" in result.stderr) == (False, not again)
+    path, *table = result.stdout.splitlines()
+    assert path == f"{tmp_path}/results-0.001/comparison.html"
+    assert sorted(line.split(" | ")[0][4:] for line in table[2:]) == ["acgan-seed-3", "wgan_gp-seed-3"]
+    assert Path(path).with_suffix(".png").exists()
+    runs = [read_run(tmp_path / f"results-0.001/{name}-seed-3") for name in ("acgan", "wgan_gp")]
+    assert [(run.step, run.config["training.objective"], run.config["network.width"]) for run in runs] == [
+        (2, "acgan", 0.25),
+        (1, "wgan_gp", 0.25),
+    ]
