@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# README's table and picture of results: every objective on the quickstart's networks with its published optimiser, as
+# many steps as 150 s on two cores take, three seeds. An hour and a quarter in all; given again it goes on.
+#   launch/results.sh [SCALE [SEED,SEED,... [NAME,NAME,...]]] [-- --KEY VALUE ...]
+# SCALE (1) multiplies the steps. The runs are in runs/results-SCALE, and beside them comparison.md, the table,
+# comparison.png, a grid of each objective's run with the median FID, and comparison.html with all of it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+given=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do given+=("$1"); shift; done
+if [ $# -gt 0 ]; then shift; fi
+# Counted once: 2,600 steps of the quickstart, the others by the processor's seconds that a step of each takes beside it.
+declare -A steps=([quickstart]=2600 [lsgan]=2530 [gan]=2510 [acgan]=2440 [wgan]=1030 [wgan_notebook]=960 [wgan_gp]=520)
+scale=${given[0]:-1} seeds=${given[1]:-0,1,2} names=${given[2]:-$(IFS=,; echo "${!steps[*]}")}
+bin=${PYTHON_BIN:-.venv/bin} root=${RUNS:-runs}/results-$scale
+for seed in ${seeds//,/ }; do
+  for name in ${names//,/ }; do
+    run=$name-seed-$seed
+    [ ! -e "$root/$run/export" ] || continue
+    count=$(awk "BEGIN { print 1 + int(${steps[$name]:?$name is none of ${!steps[*]}} * $scale - .5) }")
+    options=(--network.latent_dim 32 --network.width 0.25 --training.seed "$seed" --training.steps "$count")
+    options+=(--evaluation.every "$count" --run.sample_every $((count / 10 + 1)) --run.checkpoint_every 250)
+    # 3: it diverged, which the table shows as well
+    "$bin/python" pipeline/train.py --config "configs/$name.yaml" --run.root "$root" --run.name "$run" "${options[@]}" "$@" ||
+      [ $? -eq 3 ]
+  done
+done
+"$bin/python" pipeline/report.py "$root"
+cat "$root/comparison.md"
