@@ -57,7 +57,7 @@ def line_chart(
         if floor and (bottom - place <= top - bottom or top == bottom):
             axes.axhline(floor, color=INK, linewidth=1, linestyle="--")
         axes.xaxis.set(major_locator=MaxNLocator(6, integer=True), major_formatter=EngFormatter(sep=""))
-        axes.set_xlabel("step (vertical axis: log)" if log else "step", color=INK, fontsize=9)
+        axes.set_xlabel("step (vertical axis: log)" if log else "step", color=INK, fontsize=11)
         ends = [
             f"{label} from {number(curve.values[0])} at step {number(curve.steps[0])} "
             f"to {number(curve.values[-1])} at step {number(curve.steps[-1])}"
@@ -81,7 +81,7 @@ def bar_chart(title: str, values: object, levels: object = None) -> Markup | Non
         labels = ["".join(letter if letter.isprintable() else "?" for letter in str(name))[:12] for name in heights]
         if len(labels) <= 30:
             axes.set_xticks(range(len(labels)), labels, rotation=0 if max(map(len, labels)) <= 3 else 90)
-        axes.set_xlabel("class", color=INK, fontsize=9)
+        axes.set_xlabel("class", color=INK, fontsize=11)
         return _svg(figure, f"{title}: {', '.join(f'{name} {number(value)}' for name, value in heights.items())}")
 
 
@@ -100,7 +100,7 @@ def _chart(title: str) -> Iterator[tuple[Figure, Axes]]:
         axes.set_axisbelow(True)
         axes.spines[["top", "left", "right"]].set_visible(False)
         axes.spines["bottom"].set_color(RULE)
-        axes.tick_params(colors=INK, labelsize=9, length=0)
+        axes.tick_params(colors=INK, labelsize=11, length=0)
         yield figure, axes
 
 
@@ -118,7 +118,7 @@ def _draw(axes: Axes, curve: Curve, index: int, smooth: bool, mark: str) -> None
     if curve.band:
         axes.fill_between(steps, *np.array(curve.band).T, color=colour, alpha=0.2, linewidth=0)
     end = (steps[-1], values[-1])
-    axes.annotate(mark, end, (4, -3), textcoords="offset points", color=colour, fontsize=9, weight="bold")
+    axes.annotate(mark, end, (4, -3), textcoords="offset points", color=colour, fontsize=11, weight="bold")
 
 
 def _svg(figure: Figure, description: str) -> Markup:

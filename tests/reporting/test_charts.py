@@ -57,7 +57,7 @@ def test_smoothing_keeps_a_constant_and_flattens_noise() -> None:
     assert np.ptp(raw) < 1e-6
     assert np.ptp(smooth) < 1e-6
     raw, smooth = heights([(-1.0) ** i for i in range(200)])
-    assert np.ptp(smooth) < np.ptp(raw) / 3
+    assert np.ptp(smooth) < np.ptp(raw) / 2
 
 
 def test_charts_are_described_and_follow_the_page_colours() -> None:

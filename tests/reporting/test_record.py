@@ -70,7 +70,7 @@ def test_the_script_of_results_trains_what_is_not_done_and_makes_a_table(
     mnist_dataset: Dataset, tmp_path: Path
 ) -> None:
     small = {"run.trackers": "[]", "data.root": mnist_dataset.folder.parent, "evaluation.num_images": 50}
-    script = [ROOT / "launch/results.sh", "0.001", "3", "acgan,wgan_gp", "--"]
+    script = [str(ROOT / "launch/results.sh"), "0.001", "3", "acgan,wgan_gp", "--"]
     script += [text for key, value in small.items() for text in (f"--{key}", str(value))]
     environment = {"PYTHON_BIN": str(Path(sys.executable).parent), "PYTHONPATH": str(ROOT), "RUNS": str(tmp_path)}
     for again in (False, True):
