@@ -10,7 +10,9 @@ given=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do given+=("$1"); shift; done
 if [ $# -gt 0 ]; then shift; fi
 # Counted once: 2,600 steps of the quickstart, the others by the processor's seconds that a step of each takes beside it.
-declare -A steps=([quickstart]=2600 [lsgan]=2530 [gan]=2510 [acgan]=2440 [wgan]=1030 [wgan_notebook]=960 [wgan_gp]=520)
+declare -A steps=(
+  [quickstart]=2600 [lsgan]=2530 [gan]=2510 [acgan]=2440 [rpgan]=2100 [wgan]=1030 [wgan_notebook]=960 [wgan_gp]=520
+)
 scale=${given[0]:-1} seeds=${given[1]:-0,1,2} names=${given[2]:-$(IFS=,; echo "${!steps[*]}")}
 bin=${PYTHON_BIN:-.venv/bin} root=${RUNS:-runs}/results-$scale
 for seed in ${seeds//,/ }; do
@@ -20,6 +22,9 @@ for seed in ${seeds//,/ }; do
     count=$(awk "BEGIN { print 1 + int(${steps[$name]:?$name is none of ${!steps[*]}} * $scale - .5) }")
     options=(--network.latent_dim 32 --network.width 0.25 --training.seed "$seed" --training.steps "$count")
     options+=(--evaluation.every "$count" --run.sample_every $((count / 10 + 1)) --run.checkpoint_every 250)
+    if [ "$name" = rpgan ]; then  # what it changes over its steps, over all of them
+      options+=(--training.{penalty_annealing,{critic,generator}_optimizer.annealing_updates}="$count")
+    fi
     # 3: it diverged, which the table shows as well
     "$bin/python" pipeline/train.py --config "configs/$name.yaml" --run.root "$root" --run.name "$run" "${options[@]}" "$@" ||
       [ $? -eq 3 ]

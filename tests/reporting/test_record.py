@@ -70,7 +70,7 @@ def test_the_script_of_results_trains_what_is_not_done_and_makes_a_table(
     mnist_dataset: Dataset, tmp_path: Path
 ) -> None:
     small = {"run.trackers": "[]", "data.root": mnist_dataset.folder.parent, "evaluation.num_images": 50}
-    script = [str(ROOT / "launch/results.sh"), "0.001", "3", "acgan,wgan_gp", "--"]
+    script = [str(ROOT / "launch/results.sh"), "0.001", "3", "rpgan,wgan_gp", "--"]
     script += [text for key, value in small.items() for text in (f"--{key}", str(value))]
     environment = {"PYTHON_BIN": str(Path(sys.executable).parent), "PYTHONPATH": str(ROOT), "RUNS": str(tmp_path)}
     for again in (False, True):
@@ -79,10 +79,13 @@ def test_the_script_of_results_trains_what_is_not_done_and_makes_a_table(
         assert ("going on from" in result.stderr, "steps, in" in result.stderr) == (False, not again)
     path, *table = result.stdout.splitlines()
     assert path == f"{tmp_path}/results-0.001/comparison.html"
-    assert sorted(line.split(" | ")[0][4:] for line in table[2:]) == ["acgan-seed-3", "wgan_gp-seed-3"]
+    assert sorted(line.split(" | ")[0][4:] for line in table[2:]) == ["rpgan-seed-3", "wgan_gp-seed-3"]
     assert Path(path).with_suffix(".png").exists()
-    runs = [read_run(tmp_path / f"results-0.001/{name}-seed-3") for name in ("acgan", "wgan_gp")]
+    runs = [read_run(tmp_path / f"results-0.001/{name}-seed-3") for name in ("rpgan", "wgan_gp")]
     assert [(run.step, run.config["training.objective"], run.config["network.width"]) for run in runs] == [
-        (2, "acgan", 0.25),
+        (2, "rpgan", 0.25),
         (1, "wgan_gp", 0.25),
     ]
+    assert [
+        runs[0].config[f"training.{key}"] for key in ("penalty_annealing", "critic_optimizer.annealing_updates")
+    ] == [2, 2]
