@@ -198,7 +198,7 @@ def load_dataset(folder_or_url: str | Path, *, allow_shell_urls: bool = False) -
         dataset = _parse(manifest, Path(base), base if scheme(base) else "")
     except FileNotFoundError:
         raise DataError(
-            f"{location} does not exist: prepare the dataset (gan-pipeline prepare), or give the folder that holds it"
+            f"{location} does not exist: prepare it (gan-pipeline prepare), or give {', '.join(KNOWN)} or its folder"
         ) from None
     except OSError as error:
         raise DataError(f"cannot read {location}: {error}") from None

@@ -160,7 +160,9 @@ def test_a_dataset_under_the_root_goes_by_its_name(tiny_dataset: Path) -> None:
 
 
 def test_a_missing_dataset_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere/dataset.json does not exist: prepare"):
+    with pytest.raises(
+        DataError, match=r"nowhere/dataset.json does not exist: prepare it .* or give mnist, fashion_mnist, cifar10 or"
+    ):
         open_dataset(DataConfig(dataset=str(tmp_path / "nowhere")))
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"file/dataset.json"):
