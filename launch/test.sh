@@ -2,7 +2,7 @@
 # Installs with the development extras, then: formatter check, linter, type checker beside the quick tests, which need
 # neither Slurm nor a browser nor more than about two seconds of a core each.
 #   --all       all tests, and those of sums once more as on an older processor
-#   --seed N    files and tests in a random order
+#   --seed N    files and tests in a random order, but for the longest files, which come first
 # Further arguments go to pytest, which then runs once and takes of all tests those that they name.
 set -euo pipefail
 cd "$(dirname "$0")/.."

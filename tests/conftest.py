@@ -13,20 +13,15 @@ from pipeline.data.resident import load_split
 
 REPOSITORY = Path(__file__).parent.parent
 LONGEST_FIRST = (
-    *("slurm/test_slurm.py", "distributed/test_trajectory.py", "distributed/test_interruptions.py"),
-    "distributed/test_ordinary_use.py",
-    *("distributed/test_chaos.py", "distributed/test_pipeline.py", "distributed/test_two_launchers.py"),
-    "distributed/test_network.py",
-    *(
-        "benchmarking/test_measure.py",
-        "test_configs.py",
-        "evaluation/test_controls.py",
-        "evaluation/test_evaluation.py",
-    ),
+    *("slurm/test_slurm.py", "distributed/test_trajectory.py", "distributed/test_ordinary_use.py"),
+    *("distributed/test_interruptions.py", "test_configs.py", "distributed/test_chaos.py"),
+    *("distributed/test_pipeline.py", "evaluation/test_controls.py", "distributed/test_network.py"),
+    *("benchmarking/test_measure.py", "evaluation/test_evaluation.py", "reporting/test_record.py"),
 )
 """A test process takes a whole file, the first that is left: the long ones must not be among the last."""
 
 
+@pytest.hookimpl(trylast=True)  # in a random order, too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {REPOSITORY / "tests" / name: place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
