@@ -25,7 +25,7 @@ from pipeline.evaluation.metrics import (
     SlicedWasserstein,
 )
 
-NUM_FAKES, NUM_REALS, WIDTH, CLASSES = 10_001, 12_345, 12, 4
+NUM_FAKES, NUM_REALS, WIDTH, CLASSES = 2_501, 3_087, 12, 4
 CUTS = {1: (0.0, 1.0), 2: (0.0, 0.3, 1.0), 4: (0.0, 0.4, 0.4, 0.9, 1.0)}
 """Where the images are cut among so many ranks; of four one has none."""
 
@@ -46,10 +46,10 @@ def main(output: str, *batch_sizes: str) -> None:
             {
                 "fid": FrechetDistance(WIDTH),
                 "inception_score": InceptionScore(CLASSES),
-                "kid": KernelDistance(WIDTH, keep=4000),
-                "manifold": ManifoldScores(WIDTH, keep=1000),
-                "sliced_wasserstein": SlicedWasserstein(WIDTH, keep=1000),
-                "authenticity": Authenticity(WIDTH, scored=500, keep=4000),
+                "kid": KernelDistance(WIDTH, keep=1000),
+                "manifold": ManifoldScores(WIDTH, keep=300),
+                "sliced_wasserstein": SlicedWasserstein(WIDTH, keep=300),
+                "authenticity": Authenticity(WIDTH, scored=150, keep=1000),
                 "classes": ClassScores(WIDTH, CLASSES),
             }
         )

@@ -70,7 +70,7 @@ def close(ours: Any, theirs: Any) -> bool:
 
 @pytest.mark.slow
 def test_scores_depend_neither_on_the_ranks_nor_on_the_batches(tmp_path: Path) -> None:
-    """10,001 generated images and 12,345 real ones, dealt to 1, 2 and 4 ranks, of which one gets none."""
+    """2,501 generated images and 3,087 real ones, dealt to 1, 2 and 4 ranks, of which one gets none."""
     found = []
     for world_size in (1, 2, 4):
         output = tmp_path / f"world{world_size}"

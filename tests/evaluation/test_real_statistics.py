@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import random
-import subprocess
-import sys
 import weakref
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,8 @@ from pipeline.evaluation.evaluate import evaluate_images
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.features import FeatureExtractor
 from pipeline.evaluation.real_statistics import RealStatistics, real_scores, real_statistics
-from tests.jobs import ROOT, TIMEOUT_SECONDS, environment
+from tests.jobs import TIMEOUT_SECONDS
+from tests.ranks import Job
 from tests.trap import Trap
 
 
@@ -225,35 +225,31 @@ def test_a_second_evaluation_computes_no_score_of_real_images(
             evaluate_images(again, digits, [counting], other, seed=seed)
 
 
-@pytest.mark.slow
-def test_concurrent_runs_leave_one_whole_file(digits: Dataset, counting: Counting) -> None:
-    script = """
-import sys, torch
+WRITING = """
+import sys, safetensors, torch
 from pipeline.data import load_dataset
 from pipeline.evaluation.features.classifier import MnistFeatures
 from pipeline.evaluation.real_statistics import real_statistics, _read, _write
 dataset = load_dataset(sys.argv[1])
-extractor = MnistFeatures(torch.device("cpu"))
-print("ready", flush=True)
-input()
-real_statistics(dataset, "test", extractor)
+real_statistics(dataset, "test", MnistFeatures(torch.device("cpu")))
 path = next(path for path in (dataset.folder / "features").iterdir() if path.suffix == ".safetensors")
-import safetensors
 key = safetensors.safe_open(path, "pt").metadata()["key"]
 tensors = _read(path, key)
 for _ in range(10):
     _write(path, key, tensors)
     assert _read(path, key) is not None
 """
-    command = [sys.executable, "-c", script, str(digits.folder)]
-    environ = environment() | {"PYTHONPATH": str(ROOT)}
-    runs = [subprocess.Popen(command, env=environ, text=True, stdin=-1, stdout=-1, stderr=-1) for _ in range(3)]
-    for run in runs:
-        assert run.stdout is not None
-        assert run.stdout.readline() == "ready\n"
-    results = [run.communicate("\n", timeout=TIMEOUT_SECONDS) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0, 0], results
-    assert not any("damaged" in errors or "going on without" in errors for _, errors in results)
+
+
+@pytest.mark.slow
+def test_concurrent_runs_leave_one_whole_file(digits: Dataset, counting: Counting, tmp_path: Path) -> None:
+    """Three that begin within a tenth of a second."""
+    script, log = tmp_path / "writing.py", tmp_path / "log"
+    script.write_text(WRITING)
+    with ExitStack() as running:
+        jobs = [running.enter_context(Job(script, [str(digits.folder)], 1, stdout=log, stderr=log)) for _ in range(3)]
+        codes = [job.wait(TIMEOUT_SECONDS) for job in jobs]
+    assert (codes, log.read_text()) == ([0, 0, 0], "")
     only_file(digits)
     get(digits, counting)
     assert counting.count == 0
