@@ -356,18 +356,15 @@ def _read_log(path: Path, notes: list[str]) -> list[dict[str, object]]:
     return [log[step] for step in sorted(log)]
 
 
-def _read_json(path: Path) -> object:
-    return _parse_json(path.read_text(encoding="utf-8"))
-
-
 def _parse_json(text: str) -> Any:
     return json.loads(text, parse_constant=lambda _: None)  # NaN and infinities are missing values
 
 
-def _read_mapping(path: Path, notes: list[str], parse: Callable[[Path], object] = _read_json) -> dict[str, Any]:
-    """Returns the mapping in a file; if there is no file it is empty, and if the file is damaged that is noted too."""
+def _read_mapping(path: Path, notes: list[str], read: Callable[[Path], object] | None = None) -> dict[str, Any]:
+    """Returns the mapping in a file, JSON unless `read` is given; it is empty without a file, or if that is damaged,
+    which is noted."""
     try:
-        content = parse(path) if path.exists() else {}
+        content = (read(path) if read else _parse_json(path.read_text("utf-8"))) if path.exists() else {}
     except (OSError, ValueError, RecursionError, UserError):
         content = None
     if not isinstance(content, dict):
