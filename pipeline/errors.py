@@ -10,7 +10,14 @@ from __future__ import annotations
 EXIT_RANK_LOST, EXIT_USER_ERROR, EXIT_FAILED, EXIT_PREEMPTED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 3, 75, 130, 143
 
 
-class UserError(Exception):
+class _Explained(Exception):
+    """An error whose message is all that a person needs: IPython, which asks for this method, shows no traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]
+
+
+class UserError(_Explained):
     """A mistake in the input: the message names the key or file, the value and the fix."""
 
 
@@ -18,7 +25,7 @@ class LocalError(UserError):
     """An error that perhaps only this rank has met, like a damaged shard: each rank that raises it prints it."""
 
 
-class TrainingFailed(Exception):
+class TrainingFailed(_Explained):
     """The run cannot go on: it diverged, or its state cannot be saved. The last good checkpoint is kept."""
 
 
@@ -26,7 +33,7 @@ class RankLost(Exception):
     """Another rank did not come to a collective, or its connection is lost. The line about it is printed already."""
 
 
-class Preempted(Exception):
+class Preempted(_Explained):
     """The run was asked to stop, and every rank knows that."""
 
 

@@ -24,7 +24,8 @@ from pipeline.evaluation.interruption import check_interrupted, interruptible
 from pipeline.export.generator_file import fingerprint
 from pipeline.export.images import render_range, save_grid
 from pipeline.models.networks import AnyGenerator, Critic
-from pipeline.reporting.read import USUAL_NEIGHBOURS, few_images
+from pipeline.reporting import few_images
+from pipeline.reporting.read import USUAL_NEIGHBOURS
 from pipeline.rng import evaluation_labels, seeded
 from pipeline.storage.files import write_text
 from pipeline.storage.run_folder import neighbours, real_images

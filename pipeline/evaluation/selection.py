@@ -16,8 +16,8 @@ from pipeline.evaluation.scorer import Scorer
 from pipeline.export.generator_file import critic_of, generator_of, save_export
 from pipeline.reporting.read import Evaluation, read_evaluations
 from pipeline.rng import fresh_seed
-from pipeline.storage.checkpoint import Checkpoint, CheckpointError, committed, find
-from pipeline.storage.run_folder import RunFolder, step_of
+from pipeline.storage.checkpoint import Checkpoint, CheckpointError, find
+from pipeline.storage.run_folder import RunFolder
 
 LOWER_IS_BETTER = {
     **dict.fromkeys(("fid", "fid_infinite", "kid_mean", "sliced_wasserstein"), True),
@@ -111,8 +111,7 @@ class Selection:
         """Returns the best checkpoint with its evaluation and the number of evaluations, and messages about better ones
         that are damaged."""
         damaged: list[str] = []
-        steps = [step for path in committed(self._folder) if (step := step_of(path)) is not None and step <= last_step]
-        for item in self.ranked(steps):
+        for item in self.ranked([step for step in self._folder.saved_steps() if step <= last_step]):
             try:
                 return (find(self._folder, item.step), item, len(self.evaluations(last_step))), damaged
             except CheckpointError as error:

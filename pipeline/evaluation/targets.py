@@ -27,11 +27,11 @@ from pipeline.evaluation import TARGET
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.scorer import Scorer
 from pipeline.export.generator_file import EXPORT_SUFFIXES, HUB_WEIGHTS, critic_of, generator_of, load_generator
+from pipeline.reporting import number
 from pipeline.reporting.page import write_report
-from pipeline.reporting.read import number
-from pipeline.storage.checkpoint import CheckpointError, committed, find
+from pipeline.storage.checkpoint import CheckpointError, find
 from pipeline.storage.files import make_folder
-from pipeline.storage.run_folder import RunFolder, scores_of, step_of
+from pipeline.storage.run_folder import RunFolder, scores_of
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def _score_run(
         raise UserError(
             f"{run.path}: was not trained on this dataset ({dataset.folder}): name a file for the scores with --out"
         )
-    saved: list[int | None] = [step_of(folder) for folder in runtime.ranks.on_main(lambda: committed(run))]
+    saved: list[int | None] = [*runtime.ranks.on_main(run.saved_steps)]
     for step in steps or saved or [None]:
         try:
             checkpoint = runtime.ranks.on_main(partial(find, run, step))

@@ -18,7 +18,8 @@ from pipeline.errors import UserError
 from pipeline.export.generator_file import CLASS_NAMES, FORMAT, HUB_WEIGHTS, fingerprint, save_export
 from pipeline.export.images import row_names, sample_grid, save_grid
 from pipeline.models.networks import AnyGenerator
-from pipeline.reporting.read import Evaluation, Run, code, number, read_run
+from pipeline.reporting import code, number
+from pipeline.reporting.read import Evaluation, Run, read_run
 from pipeline.storage.files import write_text
 from pipeline.storage.run_folder import RunFolder
 

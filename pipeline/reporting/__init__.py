@@ -1,0 +1,59 @@
+"""Numbers and settings as text."""
+
+import json
+import re
+
+MISSING = "—"
+FEW_IMAGES = 2_000
+
+
+def finite(value: object) -> float | None:
+    """Returns the number, or None for what is not one or could not be drawn, as NaN and infinity."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e100:
+        return None
+    return float(value)
+
+
+def number(value: object, digits: int = 3) -> str:
+    """Returns a number with at least `digits` significant digits and commas between thousands."""
+    known = finite(value)
+    if known is None:
+        return MISSING
+    if known.is_integer() or abs(known) >= 10 ** (digits - 1):
+        return f"{known:,.0f}"
+    return f"{known:#.{digits}g}"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return MISSING
+    if seconds < 90:
+        return f"{seconds:.0f}\u00a0s"
+    return f"{seconds / 60:.0f}\u00a0min" if seconds < 5400 else f"{seconds / 3600:.1f}\u00a0h"
+
+
+def percent(share: object) -> str:
+    known = finite(share)
+    return MISSING if known is None else f"{known:.1%}"
+
+
+def setting(value: object) -> str:
+    """Returns a setting on one line, as YAML would hold it."""
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def code(text: str) -> str:
+    """Returns Markdown that shows any text as it is."""
+    return "`" + re.sub(r"[`\s]+", " ", text) + "`"
+
+
+def few_images(num_images: object, num_real: int = FEW_IMAGES) -> str | None:
+    """Returns a warning if so few images were scored, or compared with, that the scores mean little."""
+    count = finite(num_images)
+    if num_real < FEW_IMAGES and (count is None or count >= FEW_IMAGES):
+        return (
+            f"only {num_real:,} real images to compare with raise FID and its floor: compare it with FIDs of them alone"
+        )
+    if count is None or count >= FEW_IMAGES:
+        return None
+    return f"only {count:,.0f} images are scored: below {FEW_IMAGES:,} a FID tells more of their number than of them"

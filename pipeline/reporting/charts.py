@@ -1,5 +1,7 @@
 """Charts as inline SVG in the colours and fonts of the page that holds them."""
 
+import base64
+import html
 import io
 import re
 import warnings
@@ -13,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
-from pipeline.reporting.read import Curve, finite, number
+from pipeline.reporting import finite, number
+from pipeline.reporting.read import Curve, Run
 
 MAX_POINTS = 400
 """The points of a curve that are drawn. More can't be seen at the width of a chart."""
@@ -22,6 +25,11 @@ SIZE = (4.7, 2.5)
 # Only CSS variables follow dark mode, and matplotlib has none. It draws in colours that nothing else has, and each is
 # then replaced by its variable.
 INK, RULE, LINES = "#010101", "#020202", [f"#03000{i}" for i in range(6)]
+NOTEBOOK_COLOURS = (
+    "--ink-soft: currentColor; --rule: #8886; --line-0: #3d7bea; --line-1: #d9722e; --line-2: #2c9d66; "
+    "--line-3: #a163d6; --line-4: #d9527a; --line-5: #1f93a6"
+)
+"""Values of the variables that can be read on white and on black: a notebook does not say which of them it is."""
 VARIABLES = {INK: "--ink-soft", RULE: "--rule"} | {colour: f"--line-{i}" for i, colour in enumerate(LINES)}
 
 
@@ -83,6 +91,46 @@ def bar_chart(title: str, values: object, levels: object = None) -> Markup | Non
             axes.set_xticks(range(len(labels)), labels, rotation=0 if max(map(len, labels)) <= 3 else 90)
         axes.set_xlabel("class", color=INK, fontsize=11)
         return _svg(figure, f"{title}: {', '.join(f'{name} {number(value)}' for name, value in heights.items())}")
+
+
+def plot(charts: Mapping[str, Mapping[str, Curve]]) -> Figure:
+    """Draws charts, title -> label -> curve, beside each other in matplotlib's own style."""
+    shown = {title: curves for title, curves in charts.items() if any(curve.values for curve in curves.values())}
+    figure = _ShownFigure(figsize=(SIZE[0] * max(1, len(shown)), 1.3 * SIZE[1]), layout="constrained")
+    for place, (title, curves) in enumerate(shown.items(), 1):
+        axes = figure.add_subplot(1, len(shown), place, title=title, xlabel="step")
+        for label, curve in curves.items():
+            axes.plot(curve.steps, curve.values, label=label, marker="o" if len(curve.steps) < 30 else "")
+            if curve.band:
+                axes.fill_between(curve.steps, *np.array(curve.band).T, alpha=0.2)
+        values = [value for curve in curves.values() for value in curve.values]
+        axes.set_yscale("log" if 0 < 20 * min(values) < max(values) else "linear")
+        axes.legend()
+    return figure
+
+
+class _ShownFigure(Figure):
+    """A figure that a notebook shows although pyplot does not know it."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+
+def notebook_html(run: Run) -> str:
+    """Returns a run's newest samples, its curves and a line about it, in HTML that needs no page around it."""
+    parts = []
+    if run.grids and run.grids[-1][1].is_file():
+        source = f"data:image/png;base64,{base64.b64encode(run.grids[-1][1].read_bytes()).decode()}"
+        parts.append(f'<img src="{source}" alt="samples" style="width: 100%; image-rendering: pixelated">')
+    for title, curves in run.curves.items():
+        if chart := line_chart(title, curves):
+            keys = (f'<b style="color: var(--line-{i % 6})">{html.escape(name)}</b>' for i, name in enumerate(curves))
+            parts.append(f"{title}: {', '.join(keys)}{chart}")
+    cards = "".join(f'<div style="flex: 1 1 15em; max-width: 24em">{part}</div>' for part in parts)
+    row = f'<div style="display: flex; flex-wrap: wrap; gap: 1em; {NOTEBOOK_COLOURS}">{cards}</div>'
+    return f"{row}<code>{html.escape(repr(run)[1:-1])}</code>"
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from pipeline.config import Config, flatten
 from pipeline.errors import UserError
-from pipeline.reporting.read import MISSING, OF_NEIGHBOURS, Evaluation, Run, duration, is_run, number, setting
+from pipeline.reporting import MISSING, duration, number, setting
+from pipeline.reporting.read import OF_NEIGHBOURS, Evaluation, Run, is_run
 from pipeline.storage.run_folder import is_beside_runs
 
 SEED = "training.seed"

@@ -17,10 +17,10 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from PIL import Image, ImageDraw, ImageOps
 
 from pipeline.errors import UserError
-from pipeline.reporting import read
+from pipeline.reporting import code, duration, few_images, finite, number, percent, setting
 from pipeline.reporting.charts import bar_chart, line_chart
 from pipeline.reporting.comparison import Comparison, rank_runs
-from pipeline.reporting.read import Evaluation, Run, few_images, finite, number, percent, read_run
+from pipeline.reporting.read import Evaluation, Run, read_run
 from pipeline.storage.files import replacing
 
 MAX_GRIDS = 11
@@ -159,7 +159,7 @@ def _summary(run: Run) -> dict[str, object]:
 def _templates() -> Environment:
     loader, escaped = FileSystemLoader(Path(__file__).parent), select_autoescape(["html.jinja"])
     jinja = Environment(loader=loader, autoescape=escaped, trim_blocks=True, lstrip_blocks=True)
-    filters = (number, percent, read.duration, read.setting, read.code)
+    filters = (number, percent, duration, setting, code)
     functions = (line_chart, bar_chart, few_images, verdict, count_caption, copies_caption, critic_caption)
     jinja.filters |= {function.__name__: function for function in filters}
     jinja.globals |= {function.__name__: function for function in functions}

@@ -1,83 +1,30 @@
-"""A run's folder as numbers, `read_run`, and numbers as text.
+"""A run's folder as numbers: `read_run`.
 
 Nothing is computed again here, and no damaged file raises: what can't be read becomes a note of the run.
 """
 
-import base64
-import html
+from __future__ import annotations
+
 import json
-import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, flatten, read_yaml
 from pipeline.errors import UserError
+from pipeline.reporting import finite, number
 from pipeline.storage.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
 
 OF_NEIGHBOURS = ("precision", "recall", "density", "coverage")
 """The scores that depend on a number k of nearest neighbours."""
 USUAL_NEIGHBOURS = 5
 """The k of files of scores that do not name it."""
-MISSING = "—"
-FEW_IMAGES = 2_000
-
-# -- numbers as text ---------------------------------------------------------------------------------------------------
-
-
-def finite(value: object) -> float | None:
-    """Returns the number, or None for what is not one or could not be drawn, as NaN and infinity."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e100:
-        return None
-    return float(value)
-
-
-def number(value: object, digits: int = 3) -> str:
-    """Returns a number with at least `digits` significant digits and commas between thousands."""
-    known = finite(value)
-    if known is None:
-        return MISSING
-    if known.is_integer() or abs(known) >= 10 ** (digits - 1):
-        return f"{known:,.0f}"
-    return f"{known:#.{digits}g}"
-
-
-def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return MISSING
-    if seconds < 90:
-        return f"{seconds:.0f}\u00a0s"
-    return f"{seconds / 60:.0f}\u00a0min" if seconds < 5400 else f"{seconds / 3600:.1f}\u00a0h"
-
-
-def percent(share: object) -> str:
-    known = finite(share)
-    return MISSING if known is None else f"{known:.1%}"
-
-
-def setting(value: object) -> str:
-    """Returns a setting on one line, as YAML would hold it."""
-    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-
-
-def code(text: str) -> str:
-    """Returns Markdown that shows any text as it is."""
-    return "`" + re.sub(r"[`\s]+", " ", text) + "`"
-
-
-def few_images(num_images: object, num_real: int = FEW_IMAGES) -> str | None:
-    """Returns a warning if so few images were scored, or compared with, that the scores mean little."""
-    count = finite(num_images)
-    if num_real < FEW_IMAGES and (count is None or count >= FEW_IMAGES):
-        return (
-            f"only {num_real:,} real images to compare with raise FID and its floor: compare it with FIDs of them alone"
-        )
-    if count is None or count >= FEW_IMAGES:
-        return None
-    return f"only {count:,.0f} images are scored: below {FEW_IMAGES:,} a FID tells more of their number than of them"
-
 
 # -- what a folder holds -----------------------------------------------------------------------------------------------
 
@@ -91,7 +38,7 @@ class Curve:
     band: list[tuple[float, float]] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """A file of scores: how the images were scored, and feature space -> score -> value."""
 
@@ -99,8 +46,18 @@ class Evaluation:
     settings: dict[str, object]
     features: dict[str, dict[str, object]]
 
+    def __repr__(self) -> str:
+        fids = (f"{features} FID {number(self.score(features, 'fid'))}" for features in self.features)
+        return f"<Evaluation of step {self.step}: {', '.join(fids)}>"
+
     def score(self, features: str, key: str) -> float | None:
         return finite(self.features.get(features, {}).get(key))
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The scores that are numbers, as SPACE/SCORE."""
+        pairs = ((f"{name}/{key}", item[key]) for name, item in self.features.items() for key in item)
+        return {name: known for name, value in pairs if (known := finite(value)) is not None}
 
     def about(self, key: str) -> dict[str, object]:
         """Returns the values of "critic" or "gan_train", which need no feature space; empty if there are none."""
@@ -137,17 +94,19 @@ class Evaluation:
 
 @dataclass(frozen=True, repr=False)
 class Run:
-    """What a run's folder holds. Whatever has a step is in the order of steps. A notebook shows its newest samples."""
+    """What a run's folder holds, in the order of steps. A notebook shows its newest samples and its curves."""
 
     folder: RunFolder
     config: dict[str, object]
     """The settings, by dotted keys."""
-    environment: dict[str, Any]
+    environment: dict[str, object]
     log: list[dict[str, object]]
     """The lines of the log of metrics."""
     evaluations: list[Evaluation]
     grids: list[tuple[int, Path]]
-    chosen: dict[str, Any]
+    checkpoints: list[int]
+    """The steps that are saved."""
+    chosen: dict[str, object]
     """The scores, on images that did not choose it, of the best generator by run.keep_best; empty if there is none."""
     notes: list[str]
     """Messages about what could not be read."""
@@ -156,12 +115,40 @@ class Run:
         return f"<Run {self.folder.path}: {'; '.join([self.status, *self.in_brief])}>"
 
     def _repr_html_(self) -> str:
-        """Returns the newest grid of samples and a line about the run, for a notebook's output."""
-        picture = ""
-        if self.grids and self.grids[-1][1].is_file():
-            image = base64.b64encode(self.grids[-1][1].read_bytes()).decode()
-            picture = f'<img src="data:image/png;base64,{image}" alt="samples"><br>'
-        return f"{picture}<code>{html.escape(repr(self)[1:-1])}</code>"
+        """Returns the newest samples, curves and a line about the run, for a notebook's output."""
+        from pipeline.reporting.charts import notebook_html
+
+        return notebook_html(self)
+
+    def plot(self) -> Figure:
+        """Draws the losses, and the FIDs of each feature space, over the steps."""
+        from pipeline.reporting.charts import plot
+
+        return plot(self.curves)
+
+    def dataframe(self) -> pandas.DataFrame:
+        """Returns the log's columns, and scores as `SPACE/SCORE`, by step; NaN where a step has none.
+
+        Raises:
+            UserError: pandas is missing.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise UserError("a run's dataframe() needs pandas: pip install 'gan-pipeline[notebook]'") from None
+        rows: dict[int, dict[str, float | None]] = {}
+        scores: list[dict[str, object]] = [{"step": item.step, **item.scores} for item in self.evaluations]
+        for line in self.log + scores:
+            if (step := finite(line["step"])) is not None:
+                row = rows.setdefault(int(step), {})
+                row |= {key: finite(value) for key, value in line.items() if key != "step"}
+        return pandas.DataFrame(list(rows.values()), pandas.Index(rows, dtype=int, name="step")).sort_index()
+
+    @property
+    def curves(self) -> dict[str, dict[str, Curve]]:
+        """Title -> label -> curve of what a notebook draws."""
+        losses = {name: self.logged(f"{name}_loss") for name in ("critic", "generator")}
+        return {"Losses": losses, "FID": {name: self.scored(name, "fid", "fid_interval") for name in self.features}}
 
     @property
     def name(self) -> str:
@@ -169,9 +156,9 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The newest step of anything in the folder."""
-        logged = [int(step) for step in self.logged("step").values[-1:]]
-        return max([*logged, *(item.step for item in self.evaluations), *(step for step, _ in self.grids)], default=0)
+        """The newest step of anything in the folder: after an interrupt the saved one."""
+        scored, drawn = (item.step for item in self.evaluations), (step for step, _ in self.grids)
+        return max([*map(int, self.logged("step").values), *scored, *drawn, *self.checkpoints], default=0)
 
     @property
     def status(self) -> str:
@@ -278,12 +265,11 @@ class Run:
     def in_brief(self) -> list[str]:
         """For each feature space the newest FID, its floor, and the best FID if that is another."""
         lines = []
-        for features in self.features:
-            newest, best = self.newest(features), self.best.get(features)
-            if newest is not None and best is not None:
-                fid, floor = (number(newest.score(features, key)) for key in ("fid", "fid_floor"))
-                other = f", best {number(best['fid'])} at step {best['step']:.0f}" * (best["step"] != newest.step)
-                lines.append(f"{features} FID {fid} (floor {floor}) at step {newest.step}{other}")
+        for name, best in self.best.items():
+            [*_, newest] = (item for item in self.evaluations if name in item.features)
+            fid, floor = (number(newest.score(name, key)) for key in ("fid", "fid_floor"))
+            other = "" if best["step"] == newest.step else f", best {number(best['fid'])} at step {best['step']:.0f}"
+            lines.append(f"{name} FID {fid} (floor {floor}) at step {newest.step}{other}")
         return lines
 
 
@@ -325,6 +311,7 @@ def read_run(path: str | Path) -> Run:
         log=log,
         evaluations=read_evaluations(folder, notes),
         grids=folder.grids(),
+        checkpoints=folder.saved_steps(),
         chosen=_read_mapping(folder.best_scores, notes),
         notes=notes,
     )
@@ -332,13 +319,17 @@ def read_run(path: str | Path) -> Run:
 
 def read_evaluations(folder: RunFolder, notes: list[str]) -> list[Evaluation]:
     """Returns the evaluations that can be read, in the order of their steps, and adds a note for each other one."""
-    evaluations = []
-    for path in folder.all_scores():
-        match _read_mapping(path, notes):
-            case {"step": int() as step, "features": dict() as features, **settings} if finite(step) is not None:
-                scores = {str(name): item for name, item in features.items() if isinstance(item, dict)}
-                evaluations.append(Evaluation(step, settings, scores))
-    return sorted(evaluations, key=lambda item: item.step)
+    items = (read_evaluation(path, notes) for path in folder.all_scores())
+    return sorted((item for item in items if item), key=lambda item: item.step)
+
+
+def read_evaluation(path: Path, notes: list[str]) -> Evaluation | None:
+    """Returns the evaluation in a file; None, and a note, if it can't be read."""
+    match _read_mapping(path, notes):
+        case {"step": int() as step, "features": dict() as features, **settings} if finite(step) is not None:
+            scores = {str(name): item for name, item in features.items() if isinstance(item, dict)}
+            return Evaluation(step, settings, scores)
+    return None
 
 
 def _read_log(path: Path, notes: list[str]) -> list[dict[str, object]]:

@@ -46,7 +46,7 @@ from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
 from pipeline.models.spectral_norm import SINGULAR_VECTORS
 from pipeline.storage.files import fsync
-from pipeline.storage.run_folder import RunFolder, step_of
+from pipeline.storage.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -126,9 +126,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 def committed(run: RunFolder) -> list[Path]:
     """Returns the folders of the run's committed checkpoints, oldest first."""
-    paths = run.checkpoints.iterdir() if run.checkpoints.is_dir() else []
-    steps = [step for path in paths if not path.suffix and (step := step_of(path)) is not None]
-    return [run.checkpoint(step) for step in sorted(steps)]
+    return [run.checkpoint(step) for step in run.saved_steps()]
 
 
 def newest_intact(run: RunFolder) -> tuple[Checkpoint | None, list[str]]:
@@ -149,7 +147,7 @@ def find(run: RunFolder, step: int | None = None) -> Checkpoint:
     Raises:
         CheckpointError: It does not exist (the message lists those that do), or the one asked for is damaged.
     """
-    steps = [step_of(folder) for folder in committed(run)]
+    steps = run.saved_steps()
     if not steps:
         raise CheckpointError(f"{run.path}: holds no checkpoint, one would be in {run.checkpoints}: train it first")
     if step is None:
@@ -316,7 +314,7 @@ class CheckpointWriter:
         temporary.rename(final)  # 6
         fsync(final.parent)
         # Those of later steps are damaged as well. Counted among the last, they would take the place of good ones.
-        steps = [step for step in map(step_of, committed(self._run)) if step is not None and step <= checkpoint.step]
+        steps = [step for step in self._run.saved_steps() if step <= checkpoint.step]
         best = self._best_of(steps)
         for step in steps[: -self._keep_last]:
             if step != best and (self._keep_every is None or step % self._keep_every):

@@ -106,6 +106,11 @@ class RunFolder:
         """Returns step and path of each grid of samples, oldest first."""
         return sorted((int(path.stem), path) for path in self.samples.glob("*.png") if path.stem.isdecimal())
 
+    def saved_steps(self) -> list[int]:
+        """Returns the steps of the committed checkpoints, oldest first."""
+        paths = self.checkpoints.iterdir() if self.checkpoints.is_dir() else []
+        return sorted(step for path in paths if not path.suffix and (step := step_of(path)) is not None)
+
     def all_scores(self) -> list[Path]:
         return sorted(self.evaluation.glob("step-*.json"))
 

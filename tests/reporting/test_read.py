@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import sys
 from base64 import b64encode
 from pathlib import Path
 
+import numpy as np
+import pytest
+
+from pipeline.errors import UserError
 from pipeline.reporting.page import write_report
 from pipeline.reporting.read import Curve, read_run
 from tests.reporting.made_runs import Page
@@ -73,5 +79,49 @@ def test_a_notebook_shows_the_newest_samples_and_a_line(run: Path) -> None:
     assert repr(shown).startswith(f"<Run {run}: finished, 3,000 steps; mnist FID ")
     assert b64encode(shown.grids[-1][1].read_bytes()).decode() in shown._repr_html_()
     assert "mnist FID" in shown._repr_html_()
-    bare = dataclasses.replace(shown, grids=[])
-    assert "<img" not in bare._repr_html_()
+    assert shown._repr_html_().count("<svg") == 2  # losses and FIDs
+    assert "<style" not in shown._repr_html_()
+    bare = dataclasses.replace(shown, grids=[], log=[], evaluations=[])
+    assert bare._repr_html_().endswith(f"<code>{repr(bare)[1:-1]}</code>")
+    assert not {"<img", "<svg"} & set(bare._repr_html_().split())
+    assert repr(shown.latest) == "<Evaluation of step 3000: mnist FID 45.2>"
+
+
+def test_a_stop_between_two_lines_of_the_log_leaves_the_saved_step(run: Path) -> None:
+    for name in ("step-00003095", "step-00003100.tmp", "step-00003000"):
+        (run / "checkpoints" / name).mkdir(parents=True)
+    stopped = read_run(run)
+    assert stopped.checkpoints == [3000, 3095]
+    assert stopped.step == 3095
+
+
+def test_a_plot_has_the_losses_and_each_spaces_fid(run: Path) -> None:
+    losses, scores = read_run(run).plot().axes
+    assert [line.get_label() for line in losses.lines] == ["critic", "generator"]
+    points = np.asarray(scores.lines[0].get_xydata()).tolist()
+    assert points == [[1000, pytest.approx(135.6)], [2000, pytest.approx(67.8)], [3000, pytest.approx(45.2)]]
+    assert len(scores.collections) == 1  # the interval
+    assert read_run(run).plot()._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]
+    (run / "metrics.jsonl").write_text("")
+    assert [axes.get_title() for axes in read_run(run).plot().axes] == ["FID"]
+
+
+def test_a_table_has_the_log_and_the_scores_by_step(run: Path) -> None:
+    pytest.importorskip("pandas")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 10, "critic_loss": NaN}\n{"step": "4e1", "critic_loss": 7}\n')
+    table = read_run(run).dataframe()
+    assert table.index.name == "step"
+    assert list(table.index) == [10, *range(50, 3001, 50)]
+    assert table.loc[3000, "critic_loss"] == pytest.approx(-0.2 / 3000)
+    assert table.loc[3000, "mnist/fid"] == pytest.approx(45.2)
+    assert math.isnan(table.loc[2950, "mnist/fid"])
+    assert math.isnan(table.loc[10, "critic_loss"])
+    assert "mnist/class_histogram" not in table.columns
+    assert len(dataclasses.replace(read_run(run), log=[], evaluations=[]).dataframe()) == 0
+
+
+def test_a_table_without_pandas_says_what_to_install(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(UserError, match=r"needs pandas: pip install 'gan-pipeline\[notebook\]'"):
+        read_run(run).dataframe()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from pipeline.reporting import few_images, number
 from pipeline.reporting.page import verdict
-from pipeline.reporting.read import Evaluation, few_images, number
+from pipeline.reporting.read import Evaluation
 
 
 @pytest.mark.parametrize(
