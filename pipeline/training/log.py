@@ -3,7 +3,6 @@ experiment trackers get beside the lines."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import time
@@ -127,7 +126,8 @@ class MetricsLog:
             with self._runtime.tolerating(f"step {step}: metrics"):
                 self._folder.append_metrics(line)
         with self._runtime.tolerating(f"step {step}: trackers"):
-            self._runtime.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=step)
+            values = {_tracked(key): value for key, value in line.items() if key != "step"}
+            self._runtime.accelerator.log(values, step=step)
         self._warn_of_growth()
         self.begin()
         return {"critic": f"{line['critic_loss']:.4f}", "generator": f"{generator_loss:.4f}"}
@@ -193,7 +193,7 @@ class Forecast:
         left, seconds = self._training.steps - step, time.monotonic() - self._started
         seconds *= self._updates(step, self._training.steps) / self._updates(self._first, step)
         if left and seconds >= LONG_SECONDS:
-            from pipeline.reporting.read import duration, number
+            from pipeline.reporting import duration, number
 
             self._runtime.print(
                 f"{left:,} steps at {number(seconds / left, 2)} s: about {duration(seconds)}, and evaluations; "
@@ -224,8 +224,6 @@ def profiled(
 
     def take_traced_step() -> None:
         step = state.step + 1
-        if not first <= step <= last:
-            return take_step()
         if step == first:
             profiler.start()
         with record_function(f"step {step}"):
@@ -238,21 +236,16 @@ def profiled(
                     profiler.export_chrome_trace(trace.name)  # compressed because of the name's end
                     shutil.copyfile(trace.name, temporary)
                 runtime.print(f"profile: {path} opens in ui.perfetto.dev or chrome://tracing")
-        return None
 
     return take_traced_step
 
 
 class Trackers:
-    """The trackers of run.trackers. All ranks may call its methods; only the main rank tracks.
-
-    accelerate opens the trackers and gives them their numbers. This class adds what accelerate leaves out: settings,
-    scores, images, and each tracker's way to continue a run.
-    """
+    """The trackers of run.trackers. To accelerate's numbers it adds settings, scores, images, and each tracker's way to
+    continue a run. All ranks may call its methods; only the main rank tracks."""
 
     def __init__(self, config: Config, runtime: Runtime, folder: RunFolder) -> None:
         self._config, self._runtime, self._folder = config, runtime, folder
-        self._first_step = 0
 
     def begin(self, step: int) -> None:
         """Opens the trackers of a run that goes on after `step`; at 0 they get its settings.
@@ -267,22 +260,18 @@ class Trackers:
             self._runtime.ranks.on_main(lambda: self._open(step))
 
     def log_scores(self, step: int, *, is_new: bool) -> None:
-        """Logs the scores of an evaluation, as `SPACE/SCORE`, from its file in the run's folder.
+        """Logs the scores of an evaluation, as `score/SPACE/SCORE`, from its file in the run's folder.
 
         Args:
             is_new: False if the file is older than this launch. Then the trackers have its scores, unless they are of a
                 step that they were made to drop.
         """
+        from pipeline.reporting.read import read_evaluation
+
         path = self._folder.scores(step)
-        if self._wants(path, step, is_new):
+        if self._wants(path, step, is_new) and (evaluation := read_evaluation(path, [])):
             with self._runtime.tolerating(f"step {step}: trackers"):
-                spaces = json.loads(path.read_text())["features"].items()
-                scores = {
-                    f"{space.replace(':', '-')}/{key}": value
-                    for space, values in spaces
-                    for key, value in values.items()
-                    if isinstance(value, int | float)
-                }
+                scores = {_tracked(name): value for name, value in evaluation.scores.items()}
                 self._runtime.accelerator.log(scores, step=step)
 
     def log_grid(self, step: int, *, is_new: bool) -> None:
@@ -294,8 +283,7 @@ class Trackers:
                     _log_image(tracker, path, step)
 
     def _wants(self, path: Path, step: int, is_new: bool) -> bool:
-        known = not is_new and step < self._first_step
-        return bool(self._runtime.accelerator.trackers) and not known and path.exists()
+        return bool(self._runtime.accelerator.trackers) and (is_new or step >= self._first_step) and path.exists()
 
     def _open(self, step: int) -> None:
         run, folder, identities = self._config.run, self._folder, self._read_identities()
@@ -319,10 +307,11 @@ class Trackers:
 
     def _read_identities(self) -> dict[str, str]:
         """Returns the trackers' names of this run, which it got at its first launch."""
-        with contextlib.suppress(OSError, ValueError):
+        try:
             identities = json.loads(self._folder.tracker_runs.read_text())
-            return identities if isinstance(identities, dict) else {}
-        return {}
+        except (OSError, ValueError):
+            return {}
+        return identities if isinstance(identities, dict) else {}
 
     def _identify(self, name: str, identities: dict[str, str], step: int) -> dict[str, Any]:
         """Returns the arguments with which a tracker continues the run that it has of this one."""
@@ -341,19 +330,33 @@ class Trackers:
         return {}
 
 
+def _tracked(key: str) -> str:
+    """Returns the name in trackers, which show a group together, of a number of the log or a score SPACE/SCORE:
+    loss/critic, grad_norm/critic, speed/images_per_second, critic/wasserstein_estimate, score/SPACE/SCORE."""
+    if "/" in key:
+        return f"score/{key.replace(':', '-')}"  # some trackers take no colon
+    for group in ("loss", "grad_norm"):
+        if (name := key.removesuffix(f"_{group}")) != key:
+            return f"{group}/{name}"
+    return f"speed/{key}" if "second" in key else f"critic/{key}"
+
+
 def _log_settings(tracker: Any, config: Config) -> None:
-    plain = {
-        key: value if isinstance(value, int | float | str) else str(value) for key, value in flatten(config).items()
+    """Gives a tracker all settings, and TensorBoard's table, which has a column for each, those worth one."""
+    settings = {
+        key: item if isinstance(item, int | float | str) else str(item) for key, item in flatten(config).items()
     }
     if tracker.name != "tensorboard":
-        tracker.store_init_configuration(plain)
+        tracker.store_init_configuration(settings)
         return
     # accelerate would write them as a series of their own, named after the time. In the run's series TensorBoard shows
     # them beside its scores.
     from torch.utils.tensorboard.summary import hparams
 
-    scores = {f"{space.replace(':', '-')}/fid": 0.0 for space in config.evaluation.features}
-    for summary in hparams(plain, scores):  # type: ignore[no-untyped-call]
+    usual = flatten(Config()) | {"training.objective": None, "training.seed": None}
+    columns = {key: settings[key] for key, value in flatten(config, free=False).items() if value != usual[key]}
+    scores = {_tracked(f"{space}/{key}"): 0.0 for space in config.evaluation.features for key in ("fid", "is_mean")}
+    for summary in hparams(columns, scores):  # type: ignore[no-untyped-call]
         tracker.tracker.file_writer.add_summary(summary)
 
 

@@ -25,6 +25,14 @@ from tests.ranks import Job
 TRAIN = ROOT / "pipeline/train.py"
 STEPS = 14
 BLOCK = 1 << 15
+NAMES = {
+    **{"loss/critic": "critic_loss", "loss/generator": "generator_loss"},
+    **{"grad_norm/critic": "critic_grad_norm", "grad_norm/generator": "generator_grad_norm"},
+    **{f"critic/{key}": key for key in ("wasserstein_estimate", "clipped_fraction")},
+    **{f"speed/{key}_seconds": f"{key}_seconds" for key in ("data_wait", "elapsed", "evaluation")},
+    "speed/images_per_second": "images_per_second",
+}
+"""The names in trackers of the numbers of the log."""
 OFFLINE = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
 
 
@@ -103,14 +111,15 @@ def test_a_run_that_was_killed_is_one_series_and_one_run_with_each_step_once(dig
     events = EventAccumulator(str(run.trackers), size_guidance={IMAGES: 0}).Reload()
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    for key in lines[0].keys() - {"step"}:
-        assert [event.step for event in events.Scalars(key)] == list(range(1, STEPS + 1)), key
+    assert lines[0].keys() == {"step", *NAMES.values()}
+    for name, key in NAMES.items():
+        assert [event.step for event in events.Scalars(name)] == list(range(1, STEPS + 1)), key
         expected = [np.float32(line[key]) for line in lines]
-        assert [event.value for event in events.Scalars(key)] == expected, key
+        assert [event.value for event in events.Scalars(name)] == expected, key
     evaluated = [4, 8, 10, 12, STEPS]  # 10 was the last step of the second launch
     for key in ("fid", "is_mean", "kid_mean", "fid_floor", "precision"):
         scores = [json.loads(run.scores(step).read_text())["features"]["mnist"][key] for step in evaluated]
-        events_of_key = events.Scalars(f"mnist/{key}")
+        events_of_key = events.Scalars(f"score/mnist/{key}")
         assert [event.step for event in events_of_key] == evaluated
         assert [event.value for event in events_of_key] == [np.float32(score) for score in scores]
     grids = events.Images("samples")
@@ -121,6 +130,10 @@ def test_a_run_that_was_killed_is_one_series_and_one_run_with_each_step_once(dig
     settings = metadata.parse_session_start_info_plugin_data(start).hparams
     assert settings["training.batch_size"].number_value == 16
     assert settings["training.objective"].string_value == "wgan"
+    assert not {"training.clip_value", "run.name", "training.steps"} & set(settings)  # the default, or free
+    experiment = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    columns = [column.name.tag for column in metadata.parse_experiment_plugin_data(experiment).metric_infos]
+    assert columns == ["score/mnist/fid", "score/mnist/is_mean"]
 
     key = json.loads(run.tracker_runs.read_text())["wandb"]
     assert [path.name[-len(key) - 1 :] for path in (run.path / "wandb").glob("offline-run-*")] == [f"-{key}"] * 4
@@ -129,9 +142,9 @@ def test_a_run_that_was_killed_is_one_series_and_one_run_with_each_step_once(dig
     assert [launched[:2] for launched in launches] == [(key, "tracked")] * 2
     last = launches[-1][2]
     assert last["_step"] == STEPS
-    assert math.isclose(last["mnist/fid"], json.loads(run.scores(STEPS).read_text())["features"]["mnist"]["fid"])
+    assert math.isclose(last["score/mnist/fid"], json.loads(run.scores(STEPS).read_text())["features"]["mnist"]["fid"])
     assert last["samples/_type"] == "images/separated"
-    assert last["critic_loss"] == lines[-1]["critic_loss"]
+    assert last["loss/critic"] == lines[-1]["critic_loss"]
 
 
 def test_a_tracker_that_does_not_open_is_one_line(digits: Dataset, tmp_path: Path) -> None:
