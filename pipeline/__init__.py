@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 from types import MappingProxyType, ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 if TYPE_CHECKING:
     from pipeline.config import Config, configure
     from pipeline.data.prepare import prepare_dataset, prepare_folder, prepare_mnist, prepare_npz
+    from pipeline.evaluation import Scores
     from pipeline.export.generator_file import load_generator
     from pipeline.export.images import render_range
     from pipeline.reporting.read import Run, read_run
@@ -46,7 +47,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _HOMES:
         return resolve_name(f"{_HOMES[name]}:{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -125,7 +126,7 @@ def evaluate(
     out: str | Path | None = None,
     crop: int | None = None,
     size: int | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Scores]:
     """Scores images and returns what was written: a dict for each checkpoint, with the scores in
     ["features"][FEATURE SPACE][SCORE].
 
@@ -163,4 +164,5 @@ def evaluate(
         with closing(runtime, config), real_dataset(real, config, runtime.ranks, kind, crop, size) as dataset:
             scorer = Scorer(config.evaluation, dataset, runtime, config.training.seed)
             wanted = [None] if steps == "newest" else None if steps == "all" else list(steps)
-            return score_target(run.path, scorer, wanted, scores, root, config.network.generator, crop, size)
+            code = config.network.generator
+            return cast("list[Scores]", score_target(run.path, scorer, wanted, scores, root, code, crop, size))

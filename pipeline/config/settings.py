@@ -62,7 +62,7 @@ class RunConfig:
     """Accelerate trackers to log to, by name: tensorboard, wandb, trackio, mlflow, ..."""
     project: str = setting("gan-pipeline", free=True)
     """Project (experiment) in trackers that have projects; the run is called run.name there."""
-    tracker_options: dict[str, dict[str, Any]] = setting({}, free=True)
+    tracker_options: dict[str, dict[str, object]] = setting({}, free=True)
     """Arguments of trackers' starts, accelerate's init_kwargs: {wandb: {entity: NAME, group: NAME}}."""
     profile: str | None = setting(None, free=True)
     """FROM:TO, the first and the last step that torch's profiler traces into the run's profile/; null: none."""

@@ -147,7 +147,7 @@ def test_two_folders(random_inception: Path, mnist_dataset: Dataset, tmp_path: P
         feature_extractor="inception-v3-compat",
         feature_extractor_weights_path=str(random_inception),
     )
-    found = scores["features"]["inception"]
+    found: dict[str, Any] = scores["features"]["inception"]
     assert found["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
     assert found["fid_published"] == pytest.approx(found["fid"], rel=1e-6)
     digest = sha256((tmp_path / "published.npz").read_bytes()).hexdigest()

@@ -32,7 +32,7 @@ MISSING = "{} is not installed: pip install 'gan-pipeline[datasets]'"
 
 
 def prepare_dataset(
-    dataset: Any,
+    dataset: object,
     name: str,
     root: str | Path = "data",
     sizes: ShardSizes = DEFAULT_SIZES,
