@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import random
@@ -21,15 +22,17 @@ from accelerate.state import AcceleratorState, PartialState
 
 import pipeline
 from pipeline import Config, configure, evaluate, load_generator, prepare_npz, read_run, train
-from pipeline.config import to_yaml
+from pipeline.config import OptimizerConfig, flatten, to_yaml
 from pipeline.data import Dataset
 from pipeline.distributed.stopping import STOP_SIGNALS
 from pipeline.errors import UserError
-from pipeline.reporting.read import Run
+from pipeline.evaluation import Scores
+from pipeline.reporting.read import Curve, Evaluation, Run
 from tests.jobs import ROOT, changed, restoring_process, tiny_config
 
 README = (ROOT / "README.md").read_text()
 LINES = README.split("## Python and notebooks")[1].split("```python\n")[1].split("```")[0]
+NOTEBOOK = ROOT / "launch/quickstart.ipynb"
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
@@ -181,31 +184,52 @@ def test_every_name_is_there_and_stays() -> None:
         pipeline.trian  # noqa: B018
 
 
+def test_no_public_name_takes_or_returns_any() -> None:
+    """A type checker sees what users pass and get: neither functions nor the fields of what they return are Any, but
+    for the settings of a network of one's own, which are what its writer says."""
+    config = Config()
+    classes = [Run, Evaluation, Curve, Config, *(type(section) for section in vars(config).values()), OptimizerConfig]
+    public = [getattr(pipeline, name) for name in pipeline.__all__]
+    public += [vars(kind)[name] for kind in classes for name in vars(kind) if not name.startswith("_")]
+    annotations = [annotation for kind in (*classes, Scores) for annotation in kind.__annotations__.items()]
+    for member in public:
+        function = member.fget if isinstance(member, property) else member
+        if inspect.isfunction(function):
+            annotations += [(f"{function.__qualname__} {key}", kind) for key, kind in function.__annotations__.items()]
+    assert len(annotations) > 150
+    unknown = [f"{name}: {kind}" for name, kind in annotations if re.search(r"\bAny\b", str(kind))]
+    assert unknown == ["options: dict[str, Any]"]
+
+
 INTERRUPTED = """
 import os, signal, threading, time
 from pathlib import Path
-from pipeline.errors import Preempted
+from pipeline import configure, train
 
-def interrupt(times, path):
+def interrupt(times, path, lines=3):
     def watch():
-        while not path.exists() or path.read_text().count(chr(10)) < 3:
+        while not path.exists() or path.read_text().count(chr(10)) < lines:
             time.sleep(0.01)
+        time.sleep(0.2)  # so that, most likely, the step is none of the log's
         for _ in range(times):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.05)
     threading.Thread(target=watch).start()
 
-def endless(name):
-    return configure("FILE", {"run.name": name, "training.steps": 10**6, "evaluation.every": None})
+def endless(name, log_every=1):
+    settings = {"run.name": name, "run.log_every": log_every}
+    return configure("FILE", settings | {"training.steps": 10**6, "evaluation.every": None})
 
 handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
 """
 STOPPED = """
-interrupt(1, Path("ROOT/once/metrics.jsonl"))
-try:
-    train(endless("once"))
-except Preempted as stop:
-    print("said:", stop)
+interrupt(1, Path("ROOT/once/metrics.jsonl"), lines=1)
+train(endless("once", log_every=50))
+"""
+READ = """
+from pipeline import read_run
+stopped = read_run("ROOT/once")
+print("logged", stopped.log[-1]["step"], "is at", stopped.step)
 """
 TWICE = """
 from pipeline.training.saving import Saver
@@ -226,24 +250,45 @@ except KeyboardInterrupt:
 """
 
 
+def test_the_notebook_is_kept_without_outputs() -> None:
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell for cell in code if cell["outputs"] or cell["execution_count"] is not None] == []
+    text = "".join(line for cell in cells for line in cell["source"])
+    keys = set(re.findall(r'["`]((?:run|training|network|evaluation)\.[\w.]+)["`]', text)) - {"run.log", "run.grids"}
+    assert len(keys) > 10
+    assert keys <= set(flatten(Config()))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-def test_a_notebook(scored_digits: Dataset, tmp_path: Path) -> None:
-    """On a real kernel: README's lines with a bar that is a widget, an interrupt that saves, a second that stops at
-    once, and the kernel goes on after either."""
+def test_a_notebook(mnist_dataset: Dataset, scored_digits: Dataset, tmp_path: Path) -> None:
+    """On a real kernel: the notebook as it is, whose bar is a widget; then an interrupt that saves, a second that stops
+    at once, and the kernel goes on after either."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    lines = tiny_lines(tmp_path, scored_digits.folder)
-    texts = [lines, INTERRUPTED, STOPPED, TWICE, AFTERWARDS]
+    pytest.importorskip("pandas")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    (tmp_path / "data").symlink_to(mnist_dataset.folder.parent)
+    tiny_lines(tmp_path, scored_digits.folder)
+    texts = [INTERRUPTED, STOPPED, READ, TWICE, AFTERWARDS]
     names = {"FILE": str(tmp_path / "tiny.yaml"), "ROOT": str(tmp_path)}
     for name, value in names.items():
         texts = [text.replace(f'"{name}', f'"{value}') for text in texts]
     cells = [nbformat.v4.new_code_cell(text) for text in texts]
-    notebook = nbformat.v4.new_notebook(cells=cells)
-    nbclient.NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
-    ).execute()
-    outputs = [json.dumps(cell.outputs) for cell in notebook.cells]
-    assert "application/vnd.jupyter.widget-view+json" in outputs[0]
-    assert re.search(r"said: stopped after step \d+, which is saved", outputs[2])
+    cells[1].metadata["tags"] = ["raises-exception"]
+    shipped, notebook.cells = notebook.cells, notebook.cells + cells
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    kinds = {kind for cell in shipped for output in cell.get("outputs", []) for kind in output.get("data", {})}
+    assert {"application/vnd.jupyter.widget-view+json", "text/html", "image/png"} <= kinds
+    fids = read_run(tmp_path / "runs/notebook").scored("mnist", "fid")
+    assert fids.steps == [250, 500]
+    assert fids.values[1] < fids.values[0] < 400  # noise has 1,960
+    assert (tmp_path / "wgan_mnist.h5").is_file()
+    outputs = [json.dumps(cell.outputs) for cell in cells]
+    [error] = [output for output in cells[1].outputs if output.output_type == "error"]
+    message = r"Preempted: stopped after step (\d+), which is saved: the same command goes on from there"
+    assert (said := re.fullmatch(message, "\n".join(error.traceback)))
+    assert f"is at {said[1]}" in outputs[2]
     assert "interrupted at once" in outputs[3]
     assert "the kernel's own interrupt" in outputs[4]
