@@ -195,8 +195,9 @@ class Forecast:
         if left and seconds >= LONG_SECONDS:
             from pipeline.reporting import duration, number
 
+            about = duration(seconds).replace("\u00a0", " ")  # a terminal may not have a page's space
             self._runtime.print(
-                f"{left:,} steps at {number(seconds / left, 2)} s: about {duration(seconds)}, and evaluations; "
+                f"{left:,} steps at {number(seconds / left, 2)} s: about {about}, and evaluations; "
                 "Ctrl-C saves, the same command goes on"
             )
 
