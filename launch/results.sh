@@ -25,7 +25,7 @@ for seed in ${seeds//,/ }; do
     if [ "$name" = rpgan ]; then  # what it changes over its steps, over all of them
       options+=(--training.{penalty_annealing,{critic,generator}_optimizer.annealing_updates}="$count")
     fi
-    # 3: it diverged, which the table shows as well
+    # 3: it diverged, which the page shows
     "$bin/python" pipeline/train.py --config "configs/$name.yaml" --run.root "$root" --run.name "$run" "${options[@]}" "$@" ||
       [ $? -eq 3 ]
   done
