@@ -19,7 +19,8 @@ from pathlib import Path
 
 import psutil
 
-NODES = ("node1", "node2")
+NODES = tuple(f"node{number}-of-{os.getpid()}" for number in (1, 2))
+"""Names of this process's own: slurmd's control groups have them, and would be shared with another cluster here."""
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "unshare")
 FREEZER = Path("/sys/fs/cgroup/freezer")
 START_SECONDS = 60
@@ -50,7 +51,7 @@ def until(condition: Callable[[], bool], what: str, seconds: float, seen: Callab
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s: {what}\n{seen()}"
-        time.sleep(0.1)
+        time.sleep(0.5)  # to ask Slurm takes 20 ms of a core
 
 
 class Cluster:

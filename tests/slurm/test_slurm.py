@@ -1,4 +1,4 @@
-"""The project's own batch scripts, unchanged, on a real Slurm of two nodes with two ranks each."""
+"""The project's own batch scripts, unchanged, on a real Slurm of two nodes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.data.prepare import ShardSizes, prepare_npz
 from pipeline.storage.checkpoint import newest_intact
 from pipeline.storage.run_folder import RunFolder
 from tests.jobs import ROOT, TINY, final_state, launch
-from tests.slurm.cluster import Cluster, until, why_impossible
+from tests.slurm.cluster import NODES, Cluster, until, why_impossible
 
 pytestmark = pytest.mark.slurm
 STEPS = 40
@@ -56,7 +56,7 @@ class Project:
 
     def submit(self, *command: str, **environment: str) -> list[str]:
         """Runs a script that prints the numbers of the jobs it submitted."""
-        own = {"PYTHON_BIN": str(Path(sys.executable).parent), "OMP_NUM_THREADS": "1", "RANKS_PER_NODE": "2"}
+        own = {"PYTHON_BIN": str(Path(sys.executable).parent), "OMP_NUM_THREADS": "1"}
         return self.cluster.run(*command, folder=self.folder, environment=own | environment).split()
 
     def job(self, number: str) -> dict[str, str]:
@@ -108,16 +108,12 @@ def training(project: Project, name: str) -> list[str]:
     ]
 
 
-@pytest.fixture(scope="module")
-def reference(project: Project) -> Path:
-    """The same training without Slurm and without an interruption."""
-    result = launch(ROOT / "pipeline/train.py", training(project, "reference"), 4)
+def assert_same_end(project: Project, run: Path, num_processes: int) -> None:
+    """As the same training without Slurm and without an interruption."""
+    name = f"reference-{num_processes}"
+    result = launch(ROOT / "pipeline/train.py", training(project, name), num_processes)
     assert result.returncode == 0, result.stderr
-    return project.folder / "runs/reference"
-
-
-def assert_same_end(run: Path, reference: Path) -> None:
-    left, right = final_state(run, STEPS), final_state(reference, STEPS)
+    left, right = final_state(run, STEPS), final_state(project.folder / "runs" / name, STEPS)
     assert left.keys() == right.keys()
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [
@@ -137,7 +133,7 @@ class Chain:
 def chain(project: Project) -> Chain:
     """Training that gets USR1 in its middle, evaluation, report."""
     run = project.folder / "runs/chained"
-    options = ["--nodes=2", "--gpus-per-node=2", "--time=30"]
+    options = ["--nodes=2", "--gpus-per-node=1", "--time=30"]
     train, evaluate, report = project.submit("launch/slurm/chain.sh", *options, "--", *training(project, run.name))
     project.wait_for_step(run, 3, train)
     project.cluster.run("scancel", "--batch", "--signal=USR1", train)
@@ -154,12 +150,12 @@ def test_usr1_before_the_limit_saves_requeues_and_goes_on(project: Project, chai
     stopped = re.search(r"stopped after step (\d+), which is saved", log)
     assert stopped is not None, log
     assert 3 <= int(stopped[1]) < STEPS
-    assert re.search(rf"going on from \S+step-{int(stopped[1]):08d}, written by 4 process\(es\)", log), log
+    assert re.search(rf"going on from \S+step-{int(stopped[1]):08d}, written by 2 process\(es\)", log), log
     assert project.job(chain.train)["Restarts"] == "1"
 
 
-def test_a_requeued_run_ends_as_an_uninterrupted_one(chain: Chain, reference: Path) -> None:
-    assert_same_end(chain.run, reference)
+def test_a_requeued_run_ends_as_an_uninterrupted_one(project: Project, chain: Chain) -> None:
+    assert_same_end(project, chain.run, 2)
 
 
 def test_the_evaluation_starts_after_training_and_leaves_its_report(project: Project, chain: Chain) -> None:
@@ -174,22 +170,20 @@ def test_the_job_comment_tells_the_step(project: Project, chain: Chain) -> None:
     assert project.job(chain.train)["Comment"] == f"step {STEPS} of {STEPS}"
 
 
-def test_each_rank_but_the_first_has_a_log_of_its_own(project: Project, chain: Chain) -> None:
-    logs = {path.name for path in (project.folder / f"slurm-train-{chain.train}").iterdir()}
-    assert logs == {"rank-1.log", "rank-2.log", "rank-3.log"}
+def test_the_doctor_looks_before_the_training(project: Project, chain: Chain) -> None:
     log = (project.folder / f"slurm-train-{chain.train}.log").read_text()
-    assert re.search(r"ok +ranks: 4, on .*; gloo sums 4 MiB correctly", log), log
+    assert re.search(r"ok +ranks: 2, on .*; gloo sums 4 MiB correctly", log), log
     assert re.search(r"ok +time limit: \d+ s to train", log), log
 
 
-def test_a_run_whose_node_died_is_intact_and_a_requeue_finishes_it(
-    project: Project, cluster: Cluster, reference: Path
-) -> None:
+def test_a_run_whose_node_died_is_intact_and_a_requeue_finishes_it(project: Project, cluster: Cluster) -> None:
+    """With two ranks a node, of which each but the first has a log of its own."""
     run, arguments = project.folder / "runs/widowed", training(project, "widowed")
-    [number] = project.submit("sbatch", "--parsable", "--nodes=2", "launch/slurm/train.sbatch", *arguments, DOCTOR="0")
-    project.wait_for_step(run, 10, number)
+    options = ["--parsable", "--nodes=2", "--gpus-per-node=2"]
+    [number] = project.submit("sbatch", *options, "launch/slurm/train.sbatch", *arguments, DOCTOR="0")
+    project.wait_for_step(run, 4, number)
     killed = time.monotonic()
-    cluster.kill_node("node2")
+    cluster.kill_node(NODES[1])
     until(lambda: project.job(number)["Restarts"] == "1", "the requeue", JOB_SECONDS, lambda: project.log(number))
     checkpoint, damaged = newest_intact(RunFolder(run))
     assert checkpoint is not None
@@ -198,23 +192,24 @@ def test_a_run_whose_node_died_is_intact_and_a_requeue_finishes_it(
     # The order to end this step that the dead node did not take is sent again after a minute, and the job's second life
     # has a step of the same name: it begins once that is over.
     project.cluster.run("scontrol", "hold", number)
-    cluster.start_node("node2")
+    cluster.start_node(NODES[1])
     time.sleep(max(0.0, killed + RESEND_SECONDS - time.monotonic()))
     project.cluster.run("scontrol", "release", number)
     assert project.wait_for_end(number) == ["COMPLETED"], project.log(number)
-    assert_same_end(run, reference)
+    assert_same_end(project, run, 4)
+    logs = {path.name for path in (project.folder / f"slurm-train-{number}").iterdir()}
+    assert logs == {"rank-1.log", "rank-2.log", "rank-3.log"}
 
 
 def test_a_sweep_ends_with_a_comparison(project: Project) -> None:
     few = ["--training.steps", "2", "--evaluation.every", "2", "--training.n_critic", "1"]
     array, report = project.submit(
-        *("launch/slurm/sweep.sh", "config=configs/wgan.yaml,configs/lsgan.yaml", "training.seed=0,1"),
+        *("launch/slurm/sweep.sh", "config=configs/wgan.yaml,configs/lsgan.yaml", "training.seed=1"),
         *("--nodes=1", "--", *project.settings, *few),
-        RANKS_PER_NODE="1",
         DOCTOR="0",
     )
     assert project.wait_for_end(report) == ["COMPLETED"], project.log(array) + project.log(report)
-    names = {f"{config}-seed-{seed}" for config in ("wgan", "lsgan") for seed in (0, 1)}
+    names = {"wgan-seed-1", "lsgan-seed-1"}
     page = (project.folder / "runs/comparison.html").read_text()
     for name in names:
         assert name in page
@@ -223,7 +218,7 @@ def test_a_sweep_ends_with_a_comparison(project: Project) -> None:
         assert f"{config['training']['objective']}-seed-{config['training']['seed']}" == name
         assert (run / "evaluation/step-00000002.json").exists()
     tasks = comments_of(project, array)
-    assert len(tasks) == 4
+    assert len(tasks) == 2
     assert all(
         re.fullmatch(r"step 2 of 2, mnist FID [\d,.]+ \(floor [\d,.]+\) at step 2", comment) for comment in tasks
     ), tasks
@@ -236,13 +231,12 @@ def test_the_help_of_a_sweep_needs_no_cluster(project: Project) -> None:
 
 def test_the_tasks_of_an_array_work_on_one_study_and_go_on_after_a_requeue(project: Project) -> None:
     space = {"training.critic_optimizer.learning_rate": {"log": [1e-5, 1e-3]}, "training.n_critic": {"int": [1, 2]}}
-    study = {"score": "fid", "seeds": [0, 1], "trials": 4, "space": space}
+    study = {"score": "fid", "seeds": [0, 1], "trials": 3, "space": space}
     (project.folder / "search.yaml").write_text(yaml.safe_dump(study))
     settings = [*project.settings, "--training.steps", "6", "--evaluation.every", "2", "--run.checkpoint_every", "1"]
     [array] = project.submit(
         *("sbatch", "--parsable", "--array=0-1", "--nodes=1", "--time=30", "launch/slurm/tune.sbatch"),
         *("search.yaml", *settings),
-        RANKS_PER_NODE="1",
     )
     folder = project.folder / "runs/search"
     first = RunFolder(folder / "trial-0000/seed-0")
@@ -253,9 +247,9 @@ def test_the_tasks_of_an_array_work_on_one_study_and_go_on_after_a_requeue(proje
     assert project.wait_for_end(*tasks) == ["COMPLETED"] * 2, project.log(array)
     journal = (folder / "study.journal").read_text()
     # The one that was put back is created again, and two workers may begin the last one at once.
-    assert journal.count('"op_code":4') in (5, 6), "trials created"
+    assert journal.count('"op_code":4') in (4, 5), "trials created"
     table = (folder / "study.md").read_text()
-    assert re.match(r"# search: \d of [45] complete\n", table)
+    assert re.match(r"# search: \d of [34] complete\n", table)
     assert "running" not in table
     values = [float(row.split("|")[3]) for row in table.splitlines()[4:] if "| complete |" in row]
     assert values == sorted(values) != []
@@ -273,11 +267,9 @@ def comments_of(project: Project, array: str) -> list[str]:
 def test_a_mistake_is_not_queued_again(project: Project) -> None:
     """Neither one that the doctor finds, nor one that meets the signal before the limit."""
     sbatch = ["sbatch", "--parsable", "--nodes=1"]
-    [hasty] = project.submit(
-        *sbatch, "--time=1", "launch/slurm/train.sbatch", *training(project, "hasty"), RANKS_PER_NODE="1"
-    )
+    [hasty] = project.submit(*sbatch, "--time=1", "launch/slurm/train.sbatch", *training(project, "hasty"))
     odd = [*training(project, "odd"), "--training.batch_size", "63"]
-    [odd_job] = project.submit(*sbatch, "--time=30", "launch/slurm/train.sbatch", *odd, DOCTOR="0")
+    [odd_job] = project.submit(*sbatch, "--time=30", "launch/slurm/train.sbatch", *odd, RANKS_PER_NODE="2", DOCTOR="0")
     until((project.folder / f"slurm-train-{odd_job}").exists, "the job to start", JOB_SECONDS)
     time.sleep(1)  # the trap is set by now, and the ranks need longer to start
     project.cluster.run("scancel", "--batch", "--signal=USR1", odd_job)
