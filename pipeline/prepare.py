@@ -16,8 +16,7 @@ def main() -> None:
     parser = PlainParser(description=__doc__)
     commands = parser.add_subparsers(dest="source", required=True)
     for name in KNOWN:
-        known = commands.add_parser(name, help="a known dataset, fetched and verified")
-        known.add_argument("--from", dest="origin", type=Path, metavar="FOLDER", help="folder with its original files")
+        prepare.known.add_options(commands.add_parser(name, help="a known dataset, fetched and verified"), name)
     for name, (_, what) in prepare.SOURCES.items():
         add = commands.add_parser(name, help=what).add_argument
         metavar, several = ("PATTERN", "+") if name in ("parquet", "shards") else ("PATH or SPLIT", None)
@@ -43,7 +42,7 @@ def main() -> None:
     source, root = options.pop("source"), options.pop("root")
     sizes = prepare.ShardSizes(options.pop("images_per_block"), options.pop("images_per_shard"))
     if source in KNOWN:
-        print(prepare.prepare_known(source, root, options["origin"], sizes).folder)
+        print(prepare.prepare_known(source, root, options.pop("origin"), sizes, **options).folder)
         return
     Image.MAX_IMAGE_PIXELS = options.pop("max_pixels")
     splits = {split: value for split in ("train", "test") if (value := options.pop(split))}

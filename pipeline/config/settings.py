@@ -81,8 +81,8 @@ class DataConfig:
     """The real images."""
 
     dataset: str = setting("mnist")
-    """mnist, fashion_mnist or cifar10 (fetched when missing), a name under data.root, or the path of a folder that
-    `gan-pipeline prepare` made."""
+    """mnist, fashion_mnist, cifar10 or stacked_mnist (fetched when missing), a name under data.root, or the path of a
+    folder that `gan-pipeline prepare` made."""
     root: str = setting("data", free=True)
     """Folder that holds the datasets that are given by name."""
     source: Literal["auto", "resident", "streaming"] = setting("auto")
@@ -229,8 +229,8 @@ class EvaluationConfig:
     batch_size: int = setting(200, low=1, free=True)
     """Number of images per forward pass; it does not change a score."""
     features: list[str] = setting(["mnist"], free=True)
-    """Feature spaces: mnist (digits), own (made by `gan-pipeline train-classifier`), inception, dinov2 (needs timm),
-    module:NAME of your own."""
+    """Feature spaces: mnist (digits, stacked too), own (made by `gan-pipeline train-classifier`), inception, dinov2
+    (needs timm), module:NAME of your own."""
     reference: Literal["train", "test"] = setting("train", free=True)
     """Real split that images are compared with; the other split gives the floor."""
     neighbours: int = setting(5, low=1, high=100, free=True)

@@ -29,7 +29,7 @@ FILE_NAME = "dataset.json"
 VERSION = 1
 MAX_VALUES = 2**26
 """The most values that one image may have: a manifest that claims more is damaged."""
-KNOWN = ("mnist", "fashion_mnist", "cifar10")
+KNOWN = ("mnist", "fashion_mnist", "cifar10", "stacked_mnist")
 """Names of the datasets that are prepared on first use (prepare/known.py)."""
 KINDS = (*KNOWN, "own")
 """What a dataset's images may be. Feature spaces that are meant for certain images alone go by it."""

@@ -27,7 +27,7 @@ from pipeline.evaluation.features import FORWARD_SIZE, FeatureExtractor
 from pipeline.evaluation.interruption import check_interrupted, interruptible, never
 from pipeline.evaluation.metrics.frechet import Moments, frechet_distance, frechet_extrapolated, frechet_interval
 from pipeline.evaluation.metrics.neighbours import nearest_neighbours, squared_radii
-from pipeline.evaluation.metrics.scores import KEEP, SAMPLE_SCORES, Options, class_scores, fid_per_class
+from pipeline.evaluation.metrics.scores import KEEP, SAMPLE_SCORES, ClassScore, Options, class_floors, class_scores
 from pipeline.evaluation.metrics.states import Batch, ClassSums, Sample, States, Sums, add, gather
 from pipeline.evaluation.real_statistics import RealStatistics, real_scores, real_statistics
 from pipeline.models.networks import Critic
@@ -166,7 +166,7 @@ class _Space:
                 scores |= values
         if "classes" in states:
             scores |= self._plain(class_scores(states["classes"].tensors, target.classes))
-        facts = {"controls": count, "reference": self.config.reference, "seed": self.seed}
+        facts = {"floors": count, "reference": self.config.reference, "seed": self.seed}
         controls: dict[str, Scores] = real_scores(self.dataset, self.extractor, facts, lambda: self._controls(count))
         scores |= controls["scores"] | {"images": images | controls["images"]}
         if self.training:
@@ -209,8 +209,9 @@ class _Space:
                 values, numbers = self._of_sample(name, split.sample.part(count))
                 scores[key], images[key] = values[name], numbers[0]
         if self.target and self.floor and "classes" in self.states:
-            distances = {"fid_per_class_floor": fid_per_class(self.floor.classes, self.target.classes)}
-            scores, images["fid_per_class_floor"] = scores | self._plain(distances), self.floor.num_images
+            floors = class_floors(self.floor.classes, self.target.classes, count, self.seed)
+            images |= {"fid_per_class_floor": self.floor.num_images, "modes_floor": min(count, self.floor.num_images)}
+            scores |= self._plain(floors)
         return {"scores": scores, "images": images}
 
     def _radii(self, real: Tensor) -> Tensor:
@@ -220,10 +221,12 @@ class _Space:
         radii = real_scores(self.dataset, self.extractor, facts, lambda: {"squares": compute().tolist()})
         return torch.tensor(radii["squares"], dtype=torch.float64)
 
-    def _plain(self, scores: Mapping[str, float | Tensor]) -> Scores:
-        """Returns scores as JSON has them: numbers, or a number for each class, and null instead of NaN."""
+    def _plain(self, scores: Mapping[str, ClassScore]) -> Scores:
+        """Returns scores as JSON has them: numbers, a number for each class, or intervals, and null instead of NaN."""
 
-        def plain(score: float | Tensor) -> object:
+        def plain(score: ClassScore) -> object:
+            if isinstance(score, tuple):
+                return None if any(map(isnan, score)) else score
             if isinstance(score, Tensor) and score.ndim:
                 return dict(zip(self.dataset.class_names, map(plain, score), strict=True))
             return None if isnan(score) else float(score)

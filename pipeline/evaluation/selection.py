@@ -14,15 +14,13 @@ from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.evaluation.scorer import Scorer
 from pipeline.export.generator_file import critic_of, generator_of, save_export
+from pipeline.reporting import SCORES
 from pipeline.reporting.read import Evaluation, read_evaluations
 from pipeline.rng import fresh_seed
 from pipeline.storage.checkpoint import Checkpoint, CheckpointError, find
 from pipeline.storage.run_folder import RunFolder
 
-LOWER_IS_BETTER = {
-    **dict.fromkeys(("fid", "fid_infinite", "kid_mean", "sliced_wasserstein"), True),
-    **dict.fromkeys(("is_mean", "precision", "recall", "density", "coverage"), False),
-}
+LOWER_IS_BETTER = {key: score.lower_is_better for key, score in SCORES.items() if score.lower_is_better is not None}
 """The scores by which a checkpoint can be chosen, as the files of scores name them."""
 
 

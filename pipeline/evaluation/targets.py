@@ -175,5 +175,6 @@ def _fingerprint(target: Path, files: Sequence[Path], crop: int | None, size: in
 def _summary(result: dict[str, Any]) -> str:
     return "; ".join(
         f"{name} FID {scores['fid']:.2f} (floor {number(scores['fid_floor'])}), IS {number(scores['is_mean'])}"
+        + (f", {modes:,.0f} modes, KL {number(scores['mode_kl'])}" if (modes := scores.get("modes")) else "")
         for name, scores in result["features"].items()
     )

@@ -1,7 +1,8 @@
-"""Numbers and settings as text."""
+"""Numbers and settings as text, and the scores that are one number."""
 
 import json
 import re
+from typing import NamedTuple
 
 MISSING = "—"
 FEW_IMAGES = 2_000
@@ -57,3 +58,30 @@ def few_images(num_images: object, num_real: int = FEW_IMAGES) -> str | None:
     if count is None or count >= FEW_IMAGES:
         return None
     return f"only {count:,.0f} images are scored: below {FEW_IMAGES:,} a FID tells more of their number than of them"
+
+
+class Score(NamedTuple):
+    """A score that is one number."""
+
+    title: str
+    lower_is_better: bool | None = None
+    """None: no checkpoint is chosen by it."""
+
+
+SCORES = {
+    "fid": Score("FID", lower_is_better=True),
+    "fid_floor": Score("Floor"),
+    "fid_infinite": Score("FID, N → ∞", lower_is_better=True),
+    "is_mean": Score("IS", lower_is_better=False),
+    "kid_mean": Score("KID", lower_is_better=True),
+    "precision": Score("Precision", lower_is_better=False),
+    "recall": Score("Recall", lower_is_better=False),
+    "density": Score("Density", lower_is_better=False),
+    "coverage": Score("Coverage", lower_is_better=False),
+    "sliced_wasserstein": Score("Sliced W2", lower_is_better=True),
+    "authenticity": Score("Authentic"),
+    "modes": Score("Modes", lower_is_better=False),
+    "mode_kl": Score("KL of modes", lower_is_better=True),
+}
+"""The columns of a report's table of evaluations, by the names in files of scores. Checkpoints (`run.keep_best`) and
+settings (`tune.py`) are chosen by those with a direction."""

@@ -83,9 +83,10 @@ def bar_chart(title: str, values: object, levels: object = None) -> Markup | Non
         return None
     with _chart(title) as (figure, axes):
         axes.bar(range(len(heights)), list(heights.values()), color=LINES[0], width=0.72)
-        for x, name in enumerate(heights):
-            if (level := finite(levels.get(name) if isinstance(levels, dict) else None)) is not None:
-                axes.plot((x - 0.44, x + 0.44), (level, level), color=INK, linewidth=1.6)
+        known = levels if isinstance(levels, dict) else {}
+        marks = {x: mark for x, name in enumerate(heights) if (mark := finite(known.get(name))) is not None}
+        left, right = ([x + half for x in marks] for half in (-0.44, 0.44))
+        axes.hlines(list(marks.values()), left, right, color=INK, linewidth=1.6)
         labels = ["".join(letter if letter.isprintable() else "?" for letter in str(name))[:12] for name in heights]
         if len(labels) <= 30:
             axes.set_xticks(range(len(labels)), labels, rotation=0 if max(map(len, labels)) <= 3 else 90)

@@ -18,13 +18,14 @@ from typing import NamedTuple
 from pipeline.config import Config, flatten
 from pipeline.errors import UserError
 from pipeline.reporting import MISSING, duration, number, setting
+from pipeline.reporting import SCORES as ALL
 from pipeline.reporting.read import OF_NEIGHBOURS, Evaluation, Run, is_run
 from pipeline.storage.run_folder import is_beside_runs
 
 SEED = "training.seed"
 CONFIGURATION = {*flatten(Config(), free=False), "training.steps"} - {SEED}
 """The settings that two seeds of one configuration share."""
-SCORES = {"fid": "FID", "is_mean": "IS", "kid_mean": "KID", "precision": "Precision", "recall": "Recall"}
+SCORES = {key: ALL[key].title for key in ("fid", "is_mean", "kid_mean", "precision", "recall", "modes", "mode_kl")}
 COLUMNS = {**SCORES, "step": "Step", "images_per_second": "Images/s", "total_seconds": "Time", "device_seconds": "Cost"}
 """Key of a value -> title of its column. Columns in which no run has a value are left out."""
 MOST_COLUMNS = 8

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from PIL import Image, ImageDraw, ImageOps
 
 from pipeline.errors import UserError
-from pipeline.reporting import code, duration, few_images, finite, number, percent, setting
+from pipeline.reporting import SCORES, code, duration, few_images, finite, number, percent, setting
 from pipeline.reporting.charts import bar_chart, line_chart
 from pipeline.reporting.comparison import Comparison, rank_runs
 from pipeline.reporting.read import Evaluation, Run, read_run
@@ -162,7 +162,7 @@ def _templates() -> Environment:
     filters = (number, percent, duration, setting, code)
     functions = (line_chart, bar_chart, few_images, verdict, count_caption, copies_caption, critic_caption)
     jinja.filters |= {function.__name__: function for function in filters}
-    jinja.globals |= {function.__name__: function for function in functions}
+    jinja.globals |= {function.__name__: function for function in functions} | {"SCORES": SCORES}
     return jinja
 
 

@@ -223,7 +223,7 @@ TABLE = {
         subject="run.keep_best",
     ),
     "the best by no such score": Bad(
-        r"mnist.fids is no score to choose by: name one of fid, fid_infinite, kid_mean, .*",
+        r"mnist.fids is no score to choose by: name one of fid, fid_infinite, is_mean, .*",
         {"run": {"keep_best": "mnist.fids"}, "evaluation": {"every": 5}},
         subject="run.keep_best",
     ),

@@ -101,7 +101,7 @@ def change_shard(key: str, value: object) -> Callable[[dict[str, Any]], None]:
         (change("image_shape", [1, 2**20, 2**20]), r"image_shape is \[1, 1048576, 1048576\]"),
         (change("image_shape", "1x2x2"), "image_shape is '1x2x2'"),
         (change("class_names", [1, 2]), r"class_names is \[1, 2\]"),
-        (change("kind", "letters"), "kind is 'letters', not one of mnist, fashion_mnist, cifar10, own"),
+        (change("kind", "letters"), "kind is 'letters', not one of mnist, fashion_mnist, cifar10, stacked_mnist, own"),
         (change("kind", 7), "kind is 7"),
         (change("reading", {"image_key": "png", "labels": "mine"}), "reading.labels is 'mine', not one of members, f"),
         (change("reading", {"image_key": 7, "labels": "none"}), "reading.image_key is 7"),
@@ -161,7 +161,8 @@ def test_a_dataset_under_the_root_goes_by_its_name(tiny_dataset: Path) -> None:
 
 def test_a_missing_dataset_is_named(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"nowhere/dataset.json does not exist: prepare it .* or give mnist, fashion_mnist, cifar10 or"
+        DataError,
+        match=r"nowhere/dataset.json does not exist: prepare it .* or give mnist, fashion_mnist, cifar10, .* or",
     ):
         open_dataset(DataConfig(dataset=str(tmp_path / "nowhere")))
     (tmp_path / "file").touch()

@@ -1,4 +1,4 @@
-"""Fashion-MNIST and CIFAR-10, with files of their formats that are made here. MNIST's are in test_prepare.py."""
+"""Fashion-MNIST, CIFAR-10 and Stacked MNIST, with files that are made here. MNIST's are in test_prepare.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torchvision.datasets import FashionMNIST
 
 from pipeline.checks.machine import find_dataset
 from pipeline.config import Config, DataConfig
-from pipeline.data import KINDS, KNOWN, DataError, load_dataset, open_dataset
+from pipeline.data import KINDS, KNOWN, DataError, Dataset, load_dataset, open_dataset
 from pipeline.data.prepare import index_shards, known, prepare_folder, prepare_known, prepare_npz
 from pipeline.data.resident import load_split
 from pipeline.errors import UserError
@@ -151,6 +151,81 @@ def test_other_clothes_are_refused(clothes: Path, tmp_path: Path) -> None:
     (clothes / name).unlink()
     with pytest.raises(DataError, match=r"published has neither t10k-labels-idx1-ubyte nor"):
         prepare_known("fashion_mnist", tmp_path / "data", clothes)
+
+
+# -------------------------------------------------------------------------------------------------------- Stacked MNIST
+
+
+@pytest.fixture
+def digits(clothes: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of `clothes`, which counts as MNIST's: the pixels of a digit tell which one it is."""
+    checksums = known.DATASETS["fashion_mnist"].checksums
+    monkeypatch.setitem(known.DATASETS, "mnist", replace(known.MNIST, checksums=checksums, num_images=COUNTS))
+    return clothes
+
+
+def stacks(dataset: Dataset, split: str) -> torch.Tensor:
+    """The digits of each image, int64 [n, 3], and that pixels and labels are theirs."""
+    images, labels = load_split(dataset, split)
+    pixels = images[:, :, 0, 0].long()
+    assert images.shape == (len(labels), 3, 28, 28)
+    assert (images == pixels[..., None, None]).all()
+    places = (pixels[..., None] == 31 * torch.arange(COUNTS[split]) % 256).int().argmax(2)
+    assert (31 * places % 256 == pixels).all()
+    assert labels.tolist() == [100 * (a % 10) + 10 * (b % 10) + c % 10 for a, b, c in places.tolist()]
+    return places
+
+
+def test_stacked_mnist_is_made_from_mnist(digits: Path, tmp_path: Path) -> None:
+    arguments = ("stacked_mnist", "--from", digits, "--root", tmp_path / "data", "--images_per_shard", 150)
+    result = run(*arguments, "--num_images", 400, 30)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{tmp_path / 'data' / 'stacked_mnist'}\n"
+    assert load_dataset(tmp_path / "data" / "mnist").num_images("train") == 40
+    dataset = load_dataset(tmp_path / "data" / "stacked_mnist")
+    assert (dataset.kind, dataset.image_shape) == ("stacked_mnist", (3, 28, 28))
+    assert dataset.class_names == tuple(str(number) for number in range(1000))
+    assert [shard.num_images for shard in dataset.shards("train")] == [150, 150, 100]
+    train, test = stacks(dataset, "train"), stacks(dataset, "test")
+    assert len(test) == 30
+    assert [len({*channel}) for channel in train.T.tolist()] == [40] * 3, "400 draws miss a digit at odds of 4e-5"
+    assert all((train[:, one] != train[:, other]).any() for one, other in ((0, 1), (0, 2), (1, 2)))
+    before = snapshot(dataset.folder)
+    assert "is there already" in run(*arguments, "--num_images", 400, 30).stderr
+    (line,) = run(*arguments, "--num_images", 400, 31).stderr.splitlines()
+    assert line.endswith("stacked_mnist holds something else than Stacked MNIST: move it away, or choose another root")
+    assert snapshot(dataset.folder) == before
+    for wrong in ((0, 30), (400, 0), (400,)):
+        assert run(*arguments, "--num_images", *wrong).returncode == 2
+
+
+def test_a_stack_depends_on_the_seed_and_its_place_alone(digits: Path, tmp_path: Path) -> None:
+    def made(root: str, seed: int, *num_images: int) -> Dataset:
+        return prepare_known("stacked_mnist", tmp_path / root, digits, num_images=num_images, seed=seed)
+
+    dataset, fewer, same, other = made("a", 0, 90, 60), made("b", 0, 31, 70), made("c", 0, 90, 60), made("a", 1, 90, 60)
+    assert dataset.fingerprint == same.fingerprint
+    assert torch.equal(stacks(fewer, "train"), stacks(dataset, "train")[:31])
+    assert torch.equal(stacks(fewer, "test")[:60], stacks(dataset, "test"))
+    assert not torch.equal(stacks(dataset, "train")[:60] % 20, stacks(dataset, "test"))
+    assert other.folder == tmp_path / "a" / "stacked_mnist-1"
+    assert (stacks(other, "train") != stacks(dataset, "train")).float().mean() > 0.9
+    assert open_dataset(DataConfig(dataset="stacked_mnist-1", root=str(tmp_path / "a"))) == other
+
+
+def test_stacked_mnist_is_made_when_it_is_first_used(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = DataConfig(dataset="stacked_mnist", root=str(tmp_path / "data"))
+    assert known.STACKED_MNIST.num_images == {"train": 128_000, "test": 26_000}
+    few = replace(known.STACKED_MNIST, num_images={"train": 8, "test": 4})
+    monkeypatch.setitem(known.DATASETS, "stacked_mnist", few)
+    monkeypatch.setattr(known.IdxDataset, "origins", lambda self: {})
+    with pytest.raises(DataError, match=r"MNIST could not be .*prepare.py mnist --from FOLDER"):
+        open_dataset(config)
+    assert not (tmp_path / "data" / "stacked_mnist").exists()
+    prepare_known("mnist", tmp_path / "data", digits)
+    assert open_dataset(config).num_images("train") == 8
 
 
 # ------------------------------------------------------------------------------------------------------------- CIFAR-10

@@ -367,6 +367,23 @@ def test_a_kill_while_writing_leaves_nothing_half_done(
 
 
 @pytest.mark.slow
+def test_a_kill_while_stacking_leaves_nothing_half_done(idx_folder: Path, tmp_path: Path) -> None:
+    """Neither of the digits that it writes first nor of the stacks."""
+    arguments = [*("stacked_mnist", "--from", idx_folder, "--root", tmp_path), *("--num_images", 20_000, 10)]
+    arguments += ["--images_per_shard", 200]
+    for temporary in (".mnist.tmp", ".stacked_mnist.tmp"):
+        with subprocess.Popen(command(*arguments), stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and not (tmp_path / temporary / "train-00001.tar").exists():
+                time.sleep(0.001)
+            process.send_signal(signal.SIGKILL)
+        assert not (tmp_path / "stacked_mnist").exists()
+    assert run(*arguments).returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"mnist", "stacked_mnist"}
+    images, labels = load_split(load_dataset(tmp_path / "stacked_mnist"), "test")
+    assert len(images) == len(labels) == 10
+
+
+@pytest.mark.slow
 def test_of_several_processes_one_prepares(idx_folder: Path, mnist_dataset: Dataset, tmp_path: Path) -> None:
     processes = [
         subprocess.Popen(command("mnist", "--from", idx_folder, "--root", tmp_path), stderr=subprocess.PIPE, text=True)

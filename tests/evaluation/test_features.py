@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,24 @@ def test_forward_passes_hold_the_same_images_whatever_the_call(
         assert torch.equal(whole[index], torch.cat([part[index] for part in parts]))
 
 
+def test_stacked_digits_are_seen_channel_by_channel(mnist_dataset: Dataset, extractor: FeatureExtractor) -> None:
+    digits, labels = load_split(mnist_dataset, "test")
+    chosen = torch.randint(len(digits), (230, 3), generator=torch.Generator().manual_seed(0))
+    stacked = replace(described((3, 28, 28)), kind="stacked_mnist", class_names=tuple(map(str, range(1000))))
+    space = load_features("mnist", stacked, CPU, EvaluationConfig())
+    features, logits = space(digits[chosen, 0])
+    assert (space.num_features, space.num_classes, space.class_names) == (384, 1000, stacked.class_names)
+    parts = [extractor(digits[channel]) for channel in chosen.T]
+    torch.testing.assert_close(features, torch.cat([part for part, _ in parts], dim=1), rtol=1e-5, atol=1e-5)
+    first, second, third = (part.double().softmax(1) for _, part in parts)
+    products = torch.einsum("na,nb,nc->nabc", first, second, third).flatten(1)
+    torch.testing.assert_close(logits.double().softmax(1), products, rtol=1e-3, atol=1e-9)
+    numbers = labels[chosen] @ torch.tensor([100, 10, 1])
+    assert (logits.argmax(1) == numbers).double().mean() > 0.97
+    with pytest.raises(UserError, match=r"of shape \(3, 28, 28\), not \(1, 28, 28\)"):
+        load_features("mnist", replace(stacked, image_shape=(1, 28, 28)), CPU, EvaluationConfig())
+
+
 @pytest.mark.parametrize("shape", [(3, 28, 28), (1, 32, 32), (1, 28, 29)])
 def test_mnist_features_refuse_other_shapes(shape: tuple[int, int, int]) -> None:
     with pytest.raises(UserError, match=r"\[inception\] or \[dinov2\]") as refused:
@@ -153,7 +172,7 @@ def test_an_unknown_feature_space_is_refused() -> None:
 
 def test_every_space_is_listed_by_the_help() -> None:
     text = " ".join(make_parser("test").format_help().split())  # on a terminal of any width
-    after = text.split("Feature spaces to score in:")[1]
+    after = text.split("Feature spaces:")[1]
     for name in (*SPACES, "module:NAME"):
         assert re.search(rf"\b{name}\b", after.split("--evaluation.reference")[0]), name
 

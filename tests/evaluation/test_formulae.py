@@ -26,8 +26,10 @@ from pipeline.evaluation.metrics.scores import (
     SAMPLE_SCORES,
     Options,
     authenticity,
+    class_floors,
     inception_score,
     kernel_distance,
+    mode_scores,
     sliced_wasserstein,
 )
 from pipeline.evaluation.metrics.states import Batch, Sample
@@ -397,6 +399,8 @@ def test_class_scores_by_hand() -> None:
     assert math.isnan(found["class_accuracy"].item()), "no class was asked for"
     metric.update(features[:2], logits=sure.expand(2, -1), real=False, labels=torch.tensor([0, 3]))
     assert metric.compute()["class_accuracy"].item() == 0.5
+    assert (found["modes"].item(), found["mode_kl"].item()) == (2, pytest.approx(math.log(2), rel=1e-12))
+    assert found["mode_kl_interval"].shape == (2,)
 
 
 def test_class_frechet_distances_need_a_full_covariance(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,6 +420,72 @@ def test_class_frechet_distances_need_a_full_covariance(monkeypatch: pytest.Monk
     assert distances() == pytest.approx([expected, math.nan, math.nan], rel=1e-9, nan_ok=True)
     monkeypatch.setattr("pipeline.evaluation.metrics.states.MOST_SUMS", 3 * 4 * 4 - 1)
     assert all(map(math.isnan, distances()))
+
+
+def test_mode_scores_by_hand() -> None:
+    """The divergence of shares p from equal ones is sum p log(K p)."""
+    for counts, modes, divergence in (
+        ([5, 5, 5, 5], 4, 0.0),
+        ([6, 0, 0, 0], 1, math.log(4)),
+        ([3, 3, 0, 0], 2, math.log(2)),
+        ([1, 0, 2, 1], 3, 0.25 * math.log(1) * 2 + 0.5 * math.log(2)),
+    ):
+        scores = mode_scores(torch.tensor(counts))
+        assert scores.modes == modes
+        assert scores.mode_kl == pytest.approx(divergence, rel=1e-12, abs=1e-12)
+        assert all(map(math.isnan, scores.mode_kl_interval))
+    # 10 images: log p has the variance 0.24 log(1.5)^2, less 1 / 10 but not below 0; pairs of images add 1 / 20.
+    low, high = mode_scores(torch.tensor([12, 8])).mode_kl_interval
+    divergence, variance = 0.6 * math.log(1.2) + 0.4 * math.log(0.8), 0.24 * math.log(1.5) ** 2
+    assert variance < 1 / 20
+    assert (low + high) / 2 == pytest.approx(divergence, rel=1e-12)
+    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(1 / 2) / 20, rel=1e-12)
+    # 1,000 images: 0.16 log(4)^2 - 1 / 1,000, and 1 / 2,000 of pairs.
+    low, high = mode_scores(torch.tensor([800, 200])).mode_kl_interval
+    assert high - low == pytest.approx(2 * 1.96 * math.sqrt((0.16 * math.log(4) ** 2 - 0.0005) / 1000), rel=1e-12)
+
+
+def zipf(num_classes: int) -> Tensor:
+    return 1 / torch.arange(1, num_classes + 1)
+
+
+@pytest.mark.parametrize(
+    ("weights", "num_images", "bias"),
+    [
+        (torch.ones(1000), 26_000, 999 / 52_000),  # as Stacked MNIST is scored
+        (torch.ones(10), 10_000, 9 / 20_000),
+        (torch.cat([torch.ones(855), torch.zeros(145)]), 26_000, 854 / 52_000),
+        (zipf(1000), 26_000, 999 / 52_000),
+        (0.5 + torch.arange(1000) / 1000, 26_000, 999 / 52_000),
+    ],
+)
+def test_the_divergence_of_modes_in_repeated_draws(weights: Tensor, num_images: int, bias: float) -> None:
+    """Its mean is above that of the true shares by (K - 1) / (2 N), and the interval holds the mean 95 times in 100."""
+    generator, shares = seeded(0, "draws"), weights.double() / weights.sum()
+    truth = torch.special.xlogy(shares, shares * len(shares)).sum().item()
+    draws = torch.multinomial(shares, num_images * 256, replacement=True, generator=generator).view(256, -1)
+    scores = [mode_scores(draw.bincount(minlength=len(shares))) for draw in draws]
+    divergences = np.array([score.mode_kl for score in scores])
+    low, high = np.array([score.mode_kl_interval for score in scores]).T
+    error = divergences.std() / 16
+    assert divergences.mean() - truth == pytest.approx(bias, abs=4 * error + 0.05 * bias)
+    assert np.mean((low < divergences.mean()) & (divergences.mean() < high)) > 0.91
+    width = np.mean(high - low) / (2 * 1.96)
+    assert width == pytest.approx(divergences.std(), rel=0.25)
+
+
+def test_the_floor_of_modes_is_of_as_many_real_images() -> None:
+    """Drawn from the counts without replacement, so that all of them are the split itself."""
+    real = {"count": torch.tensor([30, 0, 10, 60]), "sum": torch.zeros(0, 2)}
+    every = mode_scores(real["count"])
+    for count in (100, 1000):
+        floors = class_floors(real, real, count, seed=0)
+        assert (floors["modes_floor"], floors["mode_kl_floor"]) == (3, every.mode_kl)
+    few = [float(class_floors(real, real, 10, seed)["mode_kl_floor"]) for seed in range(200)]  # type: ignore[arg-type]
+    assert few[0] == class_floors(real, real, 10, 0)["mode_kl_floor"]
+    assert len(set(few)) > 3
+    # Of draws with replacement about 2 / 20 more; without it nine tenths of that.
+    assert np.mean(few) - every.mode_kl == pytest.approx(0.09, abs=0.03)
 
 
 def test_no_score_touches_the_global_random_state() -> None:

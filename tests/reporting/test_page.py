@@ -43,12 +43,14 @@ def test_report_says_everything_verdict_first(run: Path) -> None:
         "Configuration",
         "Provenance",
     ]
-    titles = "FID,Inception score,KID,Fidelity and variety,Losses,Wasserstein estimate,Critic on unseen images,"
+    titles = (
+        "FID,Inception score,KID,KL of modes,Fidelity and variety,Losses,Wasserstein estimate,Critic on unseen images,"
+    )
     titles += "Clipped weights,"
     titles += "Critic gradient norm,Classes of the samples,FID of each class,Nearest training images,Interpolation,"
     titles += "Throughput,Where 18 min went"
     assert page.texts_of("h3") == ["Generated", "Real", *titles.split(",")]
-    assert len(page.all("svg")) == 12
+    assert len(page.all("svg")) == 13
     # The verdict: 45.2 / 0.904 = 50; the interval is 45.2 * 2950 / 3000 to 45.2 * 3050 / 3000.
     for words in (
         "finished, 3,000 steps",
@@ -74,6 +76,8 @@ def test_report_says_everything_verdict_first(run: Path) -> None:
         "generated images are further from the nearest training image than that is from its own nearest one, and 47.9% "
         "of 990 other real images: far fewer with a good FID would mean copies.",
         "Precision 0.800 k = 3",
+        "Modes 10 KL from uniform 0.0721, floor 0.00188",
+        "95% interval for the mean KL of modes of as many images. Floor, real against real: 0.00188",
         "GAN-test 91.5% asked class seen",
         "GAN-train 87.6% of 10,000 images",
         "In the last evaluation 15.0% of the distance lies between seen and unseen images (standard error 2.1%). "
@@ -96,14 +100,21 @@ def test_scores_of_earlier_versions_are_reported(run: Path) -> None:
     for path in (run / "evaluation").glob("step-*.json"):
         content = json.loads(path.read_text())
         del content["critic"], content["gan_train"], content["features"]["mnist"]["provenance"]["neighbours"]
-        for key in ("fid_infinite", "sliced_wasserstein", "sliced_wasserstein_floor", "authenticity"):
+        for key in (
+            "fid_infinite",
+            "sliced_wasserstein",
+            "sliced_wasserstein_floor",
+            "authenticity",
+            "modes",
+            "mode_kl",
+        ):
             del content["features"]["mnist"][key]
         del content["features"]["mnist"]["authenticity_real"], content["features"]["mnist"]["images"]["authenticity"]
         path.write_text(json.dumps(content))
     page = Page(write_report(run))
     assert "floor 0.904 That is" in page.text
     assert "Precision 0.800 k = 5" in page.text
-    for word in ("infinitely", "Critic on unseen", "GAN-train", "further from"):
+    for word in ("infinitely", "Critic on unseen", "GAN-train", "further from", "KL from uniform"):
         assert word not in page.text
     assert len(page.all("svg")) == 11
     assert "infinitely" not in (run / "report.md").read_text()
@@ -333,7 +344,7 @@ def test_compare_sets_runs_side_by_side_the_best_first(tmp_path: Path) -> None:
     assert page.texts_of("h2") == ["Scores", "Newest samples", "Scores over training", "Settings that differ"]
     assert "Settings that differ Setting A B C training. n_critic 5 2" in page.text
     costs = "3,000 425 18 min 4,200 core s finished, 3,000 steps"
-    assert f"A second 30.1 9.30 0.0300 0.800 0.600 {costs} B first 45.2" in page.text
+    assert f"A second 30.1 9.30 0.0300 0.800 0.600 10 0.0721 {costs} B first 45.2" in page.text
     assert marked_best(page) == ["A second"]
     fid_chart = re.findall(r"<svg.*?</svg>", page.source, flags=re.DOTALL)[0]
     assert [letter for letter in "ABC" if f">{letter}</text>" in fid_chart] == ["A", "B", "C"]
@@ -448,7 +459,7 @@ def test_scores_that_cannot_be_drawn_are_left_out(run: Path) -> None:
     content["features"]["mnist"] |= {"fid_interval": [1, 10**400], "class_histogram_real": {"0": "much", "1": 10**400}}
     path.write_text(json.dumps(content))
     page = Page(write_report(run))
-    assert len(page.all("svg")) == 12
+    assert len(page.all("svg")) == 13
 
 
 VALUES = st.recursive(

@@ -1,4 +1,5 @@
-"""MNIST, Fashion-MNIST and CIFAR-10 in the format of their authors: fetched, verified and written as datasets."""
+"""MNIST, Fashion-MNIST and CIFAR-10 in the format of their authors: fetched, verified and written as datasets. Stacked
+MNIST is made from MNIST."""
 
 from __future__ import annotations
 
@@ -10,13 +11,16 @@ import socket
 import subprocess
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+import torch
+from jsonargparse.typing import PositiveInt
 
 from pipeline.data.dataset import DataError, Dataset, ImageShape, Remarks
 from pipeline.data.images import Split
@@ -29,6 +33,8 @@ from pipeline.data.prepare.commit import (
     print_line,
     write_shards,
 )
+from pipeline.data.resident import load_split
+from pipeline.rng import seeded
 
 SILENCE_SECONDS = 10.0
 """A server that sends nothing for so long is given up."""
@@ -53,6 +59,16 @@ class KnownDataset:
     """By split."""
     checksums: Mapping[str, str]
     """SHA-256 of its files by their names."""
+
+    @property
+    def folder_name(self) -> str:
+        """The name of its folder, and of the dataset there."""
+        return self.name
+
+    def splits(self, root: Path, source: Path | None) -> dict[str, Split]:
+        """Returns the splits, read from files in the folder `source` or, without it, from files that are fetched into a
+        hidden folder in `root`. Raises DataError when they cannot be had."""
+        return self.read(source) if source else _fetch(self, root / f".{self.name}.download")
 
     def origins(self) -> dict[str, Download]:
         """Returns where the files can be had, by the name that a message gives it."""
@@ -152,13 +168,57 @@ class Cifar10(KnownDataset):
         return Split(len(labels), labels, records[:, 1:].reshape(-1, *self.image_shape).__getitem__)
 
 
-def prepare_known(name: str, root: Path, source: Path | None = None, sizes: ShardSizes = DEFAULT_SIZES) -> Dataset:
+@dataclass(frozen=True)
+class StackedMnist(KnownDataset):
+    """Stacked MNIST: a digit of MNIST in each channel, whose numbers form the class, the red digit its hundreds.
+
+    It shows how many of 1,000 modes a generator has (Metz et al. 2017, 1611.02163; with 128,000 training images
+    Srivastava et al. 2017, 1705.07761, and Lin et al. 2018, 1712.04086). Training images are of training digits, test
+    images of test digits. Those of image i are drawn by (seed, split, i), whatever the number of images, each digit of
+    the split as likely as another.
+    """
+
+    seed: int = 0
+
+    @property
+    def folder_name(self) -> str:
+        return f"{self.name}-{self.seed}" if self.seed else self.name
+
+    def splits(self, root: Path, source: Path | None) -> dict[str, Split]:
+        digits = prepare_known("mnist", root, source)
+        return {split: self._stacks(split, *load_split(digits, split)) for split in self.num_images}
+
+    def _stacks(self, split: str, images: torch.Tensor, labels: torch.Tensor) -> Split:
+        # One generator, whose draws come one after the other: those of the first images do not depend on further ones.
+        random = seeded(self.seed, f"stacked {split} digits")
+        draws = torch.randint(len(images), (self.num_images[split], 3), generator=random)
+        classes = (labels[draws] * torch.tensor([100, 10, 1])).sum(1)
+        return Split(len(draws), classes.numpy(), lambda rows: images[draws[rows], 0].numpy())
+
+
+def prepare_known(
+    name: str,
+    root: Path,
+    source: Path | None = None,
+    sizes: ShardSizes = DEFAULT_SIZES,
+    num_images: Sequence[int] = (),
+    seed: int = 0,
+) -> Dataset:
     """Writes one of KNOWN as `root`/`name`, its images in the order of the original files.
 
-    These come from the folder `source` or, without it, from the network. Raises DataError when they cannot be had, and
-    when what is there already is damaged or another dataset.
+    These come from the folder `source` or, without it, from the network; Stacked MNIST is made from `root`/mnist, which
+    is prepared first. Raises DataError when they cannot be had, and when what is there already is damaged or another
+    dataset.
+
+    Args:
+        num_images, seed: of Stacked MNIST alone: how many training and test images (by default 128,000 and 26,000), and
+            the seed of their digits; with one other than 0 the folder is `root`/stacked_mnist-SEED.
     """
-    known, folder, downloads = DATASETS[name], root / name, root / f".{name}.download"
+    known = DATASETS[name]
+    if isinstance(known, StackedMnist):
+        counts = dict(zip(known.num_images, num_images, strict=True)) if num_images else known.num_images
+        known = replace(known, num_images=counts, seed=seed)
+    folder = root / known.folder_name
 
     def is_same(dataset: Dataset) -> bool:
         num_images = {split: dataset.num_images(split) for split in dataset.splits}
@@ -169,12 +229,20 @@ def prepare_known(name: str, root: Path, source: Path | None = None, sizes: Shar
         if folder.exists():
             otherwise = f"something else than {known.title}: move it away, or choose another root"
             return keep_existing(folder, is_same, otherwise)
-        splits = known.read(source) if source else _fetch(known, downloads)
-        shards = write_shards(temporary, splits, sizes, shuffle=False)
-        dataset = Dataset(folder, name, known.image_shape, known.class_names, shards, kind=name)
+        shards = write_shards(temporary, known.splits(root, source), sizes, shuffle=False)
+        dataset = Dataset(folder, folder.name, known.image_shape, known.class_names, shards, kind=known.name)
         commit(dataset, temporary, Remarks())
-        shutil.rmtree(downloads, ignore_errors=True)
+        shutil.rmtree(root / f".{known.name}.download", ignore_errors=True)
         return dataset
+
+
+def add_options(parser: ArgumentParser, name: str) -> None:
+    """Adds the options of the command that prepares one of KNOWN."""
+    parser.add_argument("--from", dest="origin", type=Path, metavar="FOLDER", help="folder with its original files")
+    if isinstance(DATASETS[name], StackedMnist):
+        counts = "how many training and test images (default: 128000 26000)"
+        parser.add_argument("--num_images", nargs=2, type=PositiveInt, default=(), metavar="N", help=counts)
+        parser.add_argument("--seed", type=int, default=0, help="seed of the choice of digits (default: 0)")
 
 
 def prepare_mnist(root: str | Path, source: str | Path | None = None, sizes: ShardSizes = DEFAULT_SIZES) -> Dataset:
@@ -283,4 +351,12 @@ CIFAR10 = Cifar10(  # Krizhevsky 2009
     {"train": 50_000, "test": 10_000},
     {ARCHIVE: "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
 )
-DATASETS: dict[str, KnownDataset] = {known.name: known for known in (MNIST, FASHION_MNIST, CIFAR10)}
+STACKED_MNIST = StackedMnist(
+    "stacked_mnist",
+    "Stacked MNIST",
+    (3, 28, 28),
+    tuple(map(str, range(1000))),
+    {"train": 128_000, "test": 26_000},
+    MNIST.checksums,
+)
+DATASETS: dict[str, KnownDataset] = {known.name: known for known in (MNIST, FASHION_MNIST, CIFAR10, STACKED_MNIST)}

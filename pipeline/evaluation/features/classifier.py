@@ -21,6 +21,8 @@ from pipeline.storage.files import read_tensors
 LARGEST_BASE = 8  # pixels of the longer side of the convolutions' output
 MNIST_WEIGHTS = Path(__file__).with_name("mnist_classifier.safetensors")
 MNIST_SHAPE = (1, 28, 28)
+CHANNELS = {"mnist": 1, "stacked_mnist": 3}
+"""How many channels images of the kinds of datasets with a digit in each channel have."""
 
 
 class Classifier(nn.Module):
@@ -90,28 +92,41 @@ class ClassifierFeatures(FeatureExtractor):
 
 
 class MnistFeatures(ClassifierFeatures):
-    """The classifier of digits that ships with the package."""
+    """The classifier of digits that ships with the package, on each of the `channels` of an image.
 
-    def __init__(self, device: torch.device) -> None:
+    Features are those of all channels side by side. A class is the number that the digits form, the first its highest.
+    Its logit is the sum of theirs, and softmax makes of it the product of their probabilities.
+    """
+
+    def __init__(self, device: torch.device, channels: int = 1) -> None:
         content, digits = MNIST_WEIGHTS.read_bytes(), tuple("0123456789")
         super().__init__("mnist", *read_tensors(MNIST_WEIGHTS), MNIST_SHAPE, digits, content, device)
+        self.num_features, self.num_classes = channels * self.num_features, 10**channels
+        self.class_names = tuple(map(str, range(self.num_classes)))
+
+    def _forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features, logits = super()._forward(images.flatten(0, 1).unsqueeze(1))
+        logits, *others = logits.view(*images.shape[:2], -1).unbind(1)
+        for digits in others:
+            logits = (logits.unsqueeze(2) + digits.unsqueeze(1)).flatten(1)
+        return features.view(len(images), -1), logits
 
 
 def load_mnist(dataset: Dataset, device: torch.device) -> FeatureExtractor:
-    """Returns the features of digits. Raises UserError for every dataset but MNIST: they see a digit in anything."""
+    """Returns the features of digits. Raises UserError for every dataset but MNIST and Stacked MNIST: they see a digit
+    in anything."""
     own = f"[own] (made by {training_command(dataset)}), " if dataset.num_classes > 1 else ""
     instead = f"use evaluation.features {own}[inception] or [dinov2]"
-    if dataset.kind != "mnist":
+    if dataset.kind not in CHANNELS:
         raise UserError(
             f"the 'mnist' features know MNIST's digits alone, and dataset {dataset.name} is of kind {dataset.kind}: "
             f"{instead}; or, if it does hold these digits, prepare it, or compare with it, with --kind mnist, or "
             'write "kind": "mnist" into its dataset.json'
         )
-    if dataset.image_shape != MNIST_SHAPE:
-        raise UserError(
-            f"the 'mnist' features score images of shape {MNIST_SHAPE}, not {dataset.image_shape}: {instead}"
-        )
-    return MnistFeatures(device)
+    shape = (CHANNELS[dataset.kind], *MNIST_SHAPE[1:])
+    if dataset.image_shape != shape:
+        raise UserError(f"the 'mnist' features score images of shape {shape}, not {dataset.image_shape}: {instead}")
+    return MnistFeatures(device, shape[0])
 
 
 def training_command(dataset: Dataset) -> str:

@@ -18,7 +18,7 @@ from torchmetrics import Metric
 from pipeline.distributed.collectives import Ranks
 from pipeline.evaluation.metrics.frechet import Moments, frechet_distance
 from pipeline.evaluation.metrics.neighbours import NEIGHBOURS
-from pipeline.evaluation.metrics.scores import KEEP, SAMPLE_SCORES, Options, class_scores
+from pipeline.evaluation.metrics.scores import KEEP, SAMPLE_SCORES, ClassScore, Options, class_scores
 from pipeline.evaluation.metrics.states import Batch, ClassSums, Sample, States, Sums, add, gather
 
 __all__ = [
@@ -186,5 +186,5 @@ class ClassScores(FeatureMetric):
     def __init__(self, num_features: int, num_classes: int, **options: Any) -> None:
         super().__init__({"classes": ClassSums(num_features, num_classes)}, **options)
 
-    def score(self, fake: States, real: States) -> dict[str, Tensor]:
+    def score(self, fake: States, real: States) -> dict[str, ClassScore]:
         return class_scores(fake["classes"].tensors, real["classes"].tensors)

@@ -13,7 +13,7 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, i
 from torchmetrics.image.kid import maximum_mean_discrepancy
 
 from pipeline.evaluation.interruption import check_interrupted
-from pipeline.evaluation.metrics.frechet import Moments, frechet_distance
+from pipeline.evaluation.metrics.frechet import NORMAL_95, Moments, frechet_distance
 from pipeline.evaluation.metrics.neighbours import NEIGHBOURS, manifold_scores, nearest_neighbours
 from pipeline.evaluation.metrics.states import Sample, Tensors
 from pipeline.rng import seeded
@@ -21,6 +21,7 @@ from pipeline.rng import seeded
 KEEP = 50_000  # most images of a side in a sample
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 PROJECTIONS = 128
+IMAGES_PER_MODE = 10  # at least, for an interval around a divergence of modes
 AT_ONCE = 16  # projections sorted together: 1.3 MB of either side with 10,000 images
 
 
@@ -138,15 +139,19 @@ SAMPLE_SCORES = {
 }
 
 
-def class_scores(fake: Tensors, real: Tensors) -> dict[str, Tensor]:
+ClassScore = float | Tensor | tuple[float, float]
+"""A number, a number for each class, or an interval."""
+
+
+def class_scores(fake: Tensors, real: Tensors) -> dict[str, ClassScore]:
     """Compares the classes of both sides, given as the tensors of `states.ClassSums`. The same classifier assigns both,
     so that its mistakes do not count against the images. NaN where a side has no images.
 
     Returns "class_histogram" and "class_histogram_real", shares [num_classes]; "class_total_variation", half the L1
     distance of the two; "confidence_mean", the mean probability of the generated images' likeliest class;
     "class_accuracy", how often that is the class that they should show, or GAN-test (Shmelkov et al. 2018, arXiv
-    1807.09499); and "fid_per_class" [num_classes], NaN for a class that has on either side too few images for a
-    covariance of full rank.
+    1807.09499); "fid_per_class" [num_classes], NaN for a class that has on either side too few images for a covariance
+    of full rank; and `mode_scores`.
     """
     shares, real_shares = (side["count"].double() / side["count"].sum() for side in (fake, real))
     return {
@@ -156,7 +161,56 @@ def class_scores(fake: Tensors, real: Tensors) -> dict[str, Tensor]:
         "confidence_mean": fake["confidence"] / fake["count"].sum(),
         "class_accuracy": fake["recognised"] / fake["labelled"],
         "fid_per_class": fid_per_class(fake, real),
+        **mode_scores(fake["count"])._asdict(),
     }
+
+
+def class_floors(floor: Tensors, real: Tensors, num_images: int, seed: int) -> dict[str, ClassScore]:
+    """Returns the "fid_per_class_floor" of all images of another real split in the place of the generated ones, and the
+    `mode_scores` of at most `num_images` of them, drawn without replacement, as "modes_floor" and "mode_kl_floor"."""
+    classes = torch.arange(len(floor["count"])).repeat_interleave(floor["count"])
+    drawn = classes[torch.randperm(len(classes), generator=seeded(seed, "modes of real images"))[:num_images]]
+    modes, divergence, _ = mode_scores(drawn.bincount(minlength=len(floor["count"])))
+    return {
+        "fid_per_class_floor": fid_per_class(floor, real),
+        **{"modes_floor": modes, "mode_kl_floor": divergence},
+    }
+
+
+class ModeScores(NamedTuple):
+    """The result of `mode_scores`."""
+
+    modes: float
+    mode_kl: float
+    mode_kl_interval: tuple[float, float]
+
+
+def mode_scores(counts: Tensor) -> ModeScores:
+    """Compares the classes of generated images with the uniform distribution over all K classes, of the numbers of
+    images in each, int64 [K].
+
+    Returns "modes", how many classes have an image, and "mode_kl", the KL divergence sum_k p_k log(K p_k) of their
+    shares p from the uniform distribution, as Stacked MNIST is scored with 26,000 images (Srivastava et al. 2017, arXiv
+    1705.07761; Lin et al. 2018, 1712.04086; Huang et al. 2024, 2501.05441). N draws of K equally likely classes have
+    (K - 1) / (2 N) in the mean, 0.019 there (Miller 1955, Note on the bias of information estimates).
+
+    "mode_kl_interval" is a 95 % interval for the mean divergence of as many images of this generator, with that bias in
+    both ends; NaN for fewer than IMAGES_PER_MODE images a mode. The divergence's variance is that of log p_k over the
+    images, divided by N, and (M - 1) / (2 N^2) of pairs of images, for M modes. The former comes out too large by
+    (M - 1) / N^2, as p is of the same images, which is subtracted. In simulations (10 and 1,000 classes, uniform to
+    Zipf's law) it held the mean 87 to 100 times in 100, with 26 images a class 94 to 95.
+    """
+    present, count = counts[counts > 0].double(), int(counts.sum())
+    if not count:
+        return ModeScores(torch.nan, torch.nan, (torch.nan, torch.nan))
+    shares, num_modes = present / count, len(present)
+    information = (shares * len(counts)).log()
+    divergence = (shares * information).sum().item()
+    of_images = (shares * (information - divergence).square()).sum().item() / count
+    of_pairs = (num_modes - 1) / count**2
+    margin = NORMAL_95 * (max(of_images - of_pairs, 0) + of_pairs / 2) ** 0.5
+    margin = margin if count >= IMAGES_PER_MODE * num_modes else torch.nan
+    return ModeScores(num_modes, divergence, (divergence - margin, divergence + margin))
 
 
 def fid_per_class(fake: Tensors, real: Tensors) -> Tensor:
