@@ -24,7 +24,9 @@ from pipeline.storage.files import write_text
 from pipeline.storage.run_folder import RunFolder
 
 TASK = "unconditional-image-generation"
-DATA_LICENCES = {"mnist": "Creative Commons Attribution-Share Alike 3.0; © Yann LeCun and Corinna Cortes"}
+DATA_LICENCES = dict.fromkeys(
+    ("mnist", "stacked_mnist"), "Creative Commons Attribution-Share Alike 3.0; © Yann LeCun and Corinna Cortes"
+)
 """The licences of datasets that a run can name without a folder."""
 SCORES = {"fid": "FID", "is_mean": "Inception Score", "kid_mean": "KID", "precision": "precision", "recall": "recall"}
 """The scores in the card's metadata, with their titles there."""
