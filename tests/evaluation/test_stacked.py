@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from pipeline.evaluation.evaluate import evaluate_images
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.features.classifier import MnistFeatures
 from pipeline.reporting.read import read_run
-from tests.jobs import ROOT, flags, launch, tiny_config
+from tests.jobs import ROOT, environment, flags, launch, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +77,24 @@ def test_real_stacks_score_at_the_floor(stacked: Dataset) -> None:
     few = score(torch.isin(labels, torch.tensor(shown[:17])).nonzero()[:, 0])
     assert few["modes"] == pytest.approx(17, abs=1)
     assert few["mode_kl"] > few["mode_kl_floor"] > 3
+
+
+@pytest.mark.slow
+def test_the_script_compares_four_losses(stacked: Dataset, tmp_path: Path) -> None:
+    settings = [flag for flag in flags(tiny(stacked, tmp_path)) if "run.name" not in flag]
+    result = subprocess.run(
+        [ROOT / "launch/stacked_mnist.sh", *settings, "--evaluation.num_images=60"],
+        env=environment() | {"PYTHON_BIN": str(Path(sys.executable).parent), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    names = ["rpgan R1 R2", "gan R1 R2", "rpgan R1", "gan R1"]
+    rows = [line.strip("|").split("|") for line in result.stdout.splitlines()[-4:]]
+    assert [row[0].strip() for row in rows] == names
+    for name, row in zip(names, rows, strict=True):
+        run = read_run(tmp_path / name.lower().replace(" ", "-"))
+        assert [cell.strip() for cell in row[1:3]] == ["2", f"{run.scored('mnist', 'modes').values[-1]:.0f}"]
+        assert run.config["training.objective"] == name.split()[0]
+        assert (run.config["training.r2_penalty"] is None) == (not name.endswith("R2"))
