@@ -58,7 +58,7 @@ SMALL = {
     "lsgan": Small(100, 10, 10),
     "quickstart": Small(80, 0.5, 1),
     "rpgan": Small(80, 1, 1),
-    "stacked_mnist": Small(80, 2, 2),
+    "stacked_mnist": Small(80, 1, 1),
     "wgan": Small(50, 20, 20),
     "wgan_gp": Small(40, 40, 40),
     "wgan_notebook": Small(80, 10, 40),
