@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch_fidelity import calculate_metrics, feature_extractor_inceptionv3
+from torch_fidelity import feature_extractor_inceptionv3
+from torch_fidelity.datasets import ImagesPathDataset
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics import MetricCollection
 
@@ -26,7 +28,6 @@ from pipeline.evaluation.metrics.scores import KID_SUBSET_SIZE
 
 CPU = torch.device("cpu")
 SEED = 5
-PUBLISHED = "evaluation.reference_statistics"
 NAMES = {
     "fid": "frechet_inception_distance",
     "kid_mean": "kernel_inception_distance_mean",
@@ -36,20 +37,22 @@ NAMES = {
 }
 
 
-def theirs(fake: Tensor, real: Tensor, subset: int, batch_size: int, **arguments: Any) -> dict[str, float]:
+def theirs(fake: Any, real: Any, subset: int, batch_size: int, **arguments: Any) -> dict[str, float]:
     settings = {"kid_subset_size": subset, "rng_seed": SEED, "batch_size": batch_size, "cache": False}
     found = fidelity_scores(fake, real, **settings, **arguments)
     return {ours: found[name] for ours, name in NAMES.items()}
 
 
-def ours(fake: Tensor, real: Tensor, extractor: FeatureExtractor) -> dict[str, float]:
+def ours(
+    fake: Tensor, real: Tensor, extractor: FeatureExtractor, names: Sequence[str] = ("fid", "kid", "is")
+) -> dict[str, float]:
     width = extractor.num_features
     metrics: dict[str, Any] = {
         "fid": FrechetDistance(width),
         "kid": KernelDistance(width, seed=SEED),
         "is": InceptionScore(extractor.num_classes, seed=SEED),
     }
-    collection = MetricCollection(metrics)
+    collection = MetricCollection({name: metrics[name] for name in names})
     for images, is_real in ((fake, False), (real, True)):
         for batch in torch.split(images, 200):
             features, logits = extractor(batch)
@@ -96,61 +99,43 @@ def random_inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_inception_features(random_inception: Path, mnist_dataset: Dataset) -> None:
+def test_inception_features_of_two_folders(random_inception: Path, mnist_dataset: Dataset, tmp_path: Path) -> None:
+    """By the metrics, by evaluating one folder against the other, and by torch-fidelity on the same files."""
     images, _ = load_split(mnist_dataset, "test")
     fake, real = images[:12] // 2, images[20:34]
+    files: dict[str, list[str]] = {"fake": [], "real": []}
+    for (name, paths), digits in zip(files.items(), (fake, real), strict=True):
+        (tmp_path / name).mkdir()
+        for number, digit in enumerate(digits):
+            paths.append(str(tmp_path / name / f"{number:02d}.png"))
+            Image.fromarray(digit[0].numpy()).save(paths[-1])
     extractor = InceptionFeatures(random_inception, CPU)
-    found = ours(fake, real, extractor)
+    found = ours(fake, real, extractor, ("kid", "is"))  # FID of 2,048 features takes seconds: once, below
     named = {"feature_extractor": "inception-v3-compat", "feature_extractor_weights_path": str(random_inception)}
-    rgb = (fake.expand(-1, 3, -1, -1), real.expand(-1, 3, -1, -1))
     features = extractor(real)[0].double()
     kernel = (features @ features.T / features.shape[1] + 1).pow(3).mean().item()
-    compare(found, theirs(rgb[0], rgb[1], 12, 14, **named), kernel)
-    # Colour images go in as they are: channel order matters, a grey image equals its copy in three channels.
-    coloured = images[:3].view(1, 3, 28, 28)
-    features, logits = extractor(torch.cat([rgb[0][:1], coloured, coloured.flip(1)]))
-    torch.testing.assert_close(features[0], extractor(fake[:1])[0][0], rtol=1e-4, atol=1e-4)
-    assert logits.shape == (3, 1008)
-    assert not torch.allclose(features[1], features[2], rtol=1e-3)
-
-
-@pytest.mark.slow
-def test_two_folders(random_inception: Path, mnist_dataset: Dataset, tmp_path: Path) -> None:
-    """The same files by both, in colours, grey and JPEG; a real image's place among the others is of no account."""
-    images = load_split(mnist_dataset, "test")[0][:39].view(13, 3, 28, 28).permute(0, 2, 3, 1).numpy()
-    folders = tmp_path / "ours", tmp_path / "real"
-    for number, image in enumerate(images):
-        path = folders[number % 2] / f"{number}.{'jpg' if number % 5 else 'png'}"
-        path.parent.mkdir(exist_ok=True)
-        darker = image // (2 - number % 2)  # or FID would be small beside what it is the difference of
-        Image.fromarray(darker if number % 7 else darker[..., 0]).save(path)
-    extractor = InceptionFeatures(random_inception, CPU)
-    pixels = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folders[1].iterdir())]
-    features = extractor(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2))[0].double().numpy()
-    np.savez(tmp_path / "published.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))
+    expected = theirs(ImagesPathDataset(files["fake"]), ImagesPathDataset(files["real"]), 12, 14, **named)
+    compare(found, expected, kernel)
+    np.savez(tmp_path / "published.npz", mu=features.mean(0).numpy(), sigma=features.T.cov().numpy())
     settings = {
         "evaluation.features": ["inception"],
-        PUBLISHED: str(tmp_path / "published.npz"),
         "evaluation.inception_weights": str(random_inception),
+        "evaluation.reference_statistics": str(tmp_path / "published.npz"),
         "run.root": str(tmp_path / "runs"),
         "runtime.device": "cpu",
     }
-    (scores,) = evaluate(folders[0], configure(None, settings), real=folders[1])
-    expected = calculate_metrics(
-        input1=str(folders[0]),
-        input2=str(folders[1]),
-        fid=True,
-        cuda=False,
-        verbose=False,
-        save_cpu_ram=True,  # no workers
-        cache=False,
-        feature_extractor="inception-v3-compat",
-        feature_extractor_weights_path=str(random_inception),
-    )
-    found: dict[str, Any] = scores["features"]["inception"]
-    assert found["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
-    assert found["fid_published"] == pytest.approx(found["fid"], rel=1e-6)
+    (result,) = evaluate(tmp_path / "fake", configure(None, settings), real=tmp_path / "real")
+    scores: dict[str, Any] = result["features"]["inception"]
+    assert [scores["fid"], scores["fid_published"]] == pytest.approx([expected["fid"]] * 2, rel=1e-6)
     digest = sha256((tmp_path / "published.npz").read_bytes()).hexdigest()
-    assert found["provenance"]["reference_statistics"] == {"path": settings[PUBLISHED], "sha256": digest}
-    assert (found["fid_floor"], scores["dataset"], scores["num_images"]) == (None, str(folders[1]), 7)
+    published = {"path": str(tmp_path / "published.npz"), "sha256": digest}
+    assert scores["provenance"]["reference_statistics"] == published
+    assert (scores["fid_floor"], result["dataset"], result["num_images"]) == (None, str(tmp_path / "real"), 12)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["evaluations"]
+    rgb = fake.expand(-1, 3, -1, -1)
+    # Colour images go in as they are: channel order matters, a grey image equals its copy in three channels.
+    coloured = images[:3].view(1, 3, 28, 28)
+    features, logits = extractor(torch.cat([rgb[:1], coloured, coloured.flip(1)]))
+    torch.testing.assert_close(features[0], extractor(fake[:1])[0][0], rtol=1e-4, atol=1e-4)
+    assert logits.shape == (3, 1008)
+    assert not torch.allclose(features[1], features[2], rtol=1e-3)
