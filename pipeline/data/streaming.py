@@ -16,6 +16,7 @@ have too little of, and where 4 MiB cost the training thread 4 ms instead of 1.
 
 from __future__ import annotations
 
+import atexit
 import os
 import pickle
 import signal
@@ -205,6 +206,8 @@ def read_in_workers(shares: Sequence[_Lanes]) -> Iterator[list[Chunk]]:
     Raises UserError: the one that a worker raised, or that one has ended or could not be started.
     """
     with ExitStack() as ending:
+        atexit.register(ending.close)  # of a generator that is left to the interpreter's end: modules are gone by then
+        ending.callback(atexit.unregister, ending.close)
         workers = []
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)  # the processes inherit it
         try:

@@ -116,7 +116,8 @@ def test_the_benchmark_measures_what_it_says(world_size: int, scored_digits: Dat
     assert "failed" not in result.stderr
     found = json.loads(figures.read_text())
     assert found == json.loads(result.stdout), "what is printed"
-    kernels = found.pop("kernels")
+    kernels, devices = found.pop("kernels"), found.pop("devices")
+    assert devices == {"core": world_size * found["threads_per_rank"]}
     zero = {"all_reduce_share"} if world_size == 1 else set()
     numbers = {name: value for name, value in found.items() if not isinstance(value, str) and name not in zero}
     assert all(math.isfinite(value) and value > 0 for value in numbers.values()), found

@@ -191,15 +191,21 @@ def test_a_folder_of_pictures_and_an_npz_file_score_alike(
         assert picture.size == (6 * 60 + 4, 8 * 60 + 4)
 
 
-def test_scores_of_other_images_are_never_overwritten(run: Path, evaluate: Evaluate) -> None:
+def test_scores_of_other_images_are_never_overwritten(run: Path, evaluate: Evaluate, tmp_path: Path) -> None:
     before = (run / "evaluation/step-00000020.json").read_text()
     result = evaluate.run(run, "--step", "20", "--evaluation.num_images", "100")
+    assert result.returncode == 0, result.stderr
+    assert (run / "evaluation/step-00000020.json").read_text() == before
+    other = run / "evaluation/100-images/step-00000020.json"
+    assert json.loads(other.read_text())["num_images"] == 100
+    (tmp_path / "scores.json").write_text(before)
+    result = evaluate.run(run, "--step", "20", "--evaluation.num_images", "100", "--out", str(tmp_path / "scores.json"))
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == (
-        f"error: {run}/evaluation/step-00000020.json: holds other scores (num_images is 501 there and 100 here): "
+        f"error: {tmp_path}/scores.json: holds other scores (num_images is 501 there and 100 here): "
         "name another file with --out"
     )
-    assert (run / "evaluation/step-00000020.json").read_text() == before
+    assert (tmp_path / "scores.json").read_text() == before
 
 
 @pytest.mark.parametrize("target", ["nothing", "empty", "large.npz"])

@@ -216,7 +216,7 @@ def test_a_second_evaluation_computes_no_score_of_real_images(
     def refuse(*_: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("pipeline.evaluation.evaluate.fid_per_class", refuse)
+    monkeypatch.setattr("pipeline.evaluation.evaluate.class_floors", refuse)
     monkeypatch.setattr("pipeline.evaluation.evaluate.squared_radii", refuse)
     assert evaluate_images(images, digits, [counting], config) == first
     for number, seed, neighbours in ((300, 1, 5), (300, 0, 4), (200, 0, 5)):

@@ -76,7 +76,7 @@ def test_report_says_everything_verdict_first(run: Path) -> None:
         "generated images are further from the nearest training image than that is from its own nearest one, and 47.9% "
         "of 990 other real images: far fewer with a good FID would mean copies.",
         "Precision 0.800 k = 3",
-        "Modes 10 KL from uniform 0.0721, floor 0.00188",
+        "Modes 10 KL of modes 0.0721 floor 0.00188",
         "95% interval for the mean KL of modes of as many images. Floor, real against real: 0.00188",
         "GAN-test 91.5% asked class seen",
         "GAN-train 87.6% of 10,000 images",
@@ -114,7 +114,7 @@ def test_scores_of_earlier_versions_are_reported(run: Path) -> None:
     page = Page(write_report(run))
     assert "floor 0.904 That is" in page.text
     assert "Precision 0.800 k = 5" in page.text
-    for word in ("infinitely", "Critic on unseen", "GAN-train", "further from", "KL from uniform"):
+    for word in ("infinitely", "Critic on unseen", "GAN-train", "further from", "KL of modes 0"):
         assert word not in page.text
     assert len(page.all("svg")) == 11
     assert "infinitely" not in (run / "report.md").read_text()
