@@ -164,7 +164,8 @@ def _differences(saved: dict[str, Any], config: Config) -> list[str]:
         for part in key.split("."):
             before = before.get(part, defaults[key]) if isinstance(before, dict) else before
         if before != value:
-            differences.append(f"{key} is {before} there and {value} here")
+            shown, here = ("null" if item is None else item for item in (before, value))
+            differences.append(f"{key} is {shown} there and {here} here")
     return differences
 
 

@@ -52,9 +52,7 @@ def few_images(num_images: object, num_real: int = FEW_IMAGES) -> str | None:
     """Returns a warning if so few images were scored, or compared with, that the scores mean little."""
     count = finite(num_images)
     if num_real < FEW_IMAGES and (count is None or count >= FEW_IMAGES):
-        return (
-            f"only {num_real:,} real images to compare with raise FID and its floor: compare it with FIDs of them alone"
-        )
+        return f"only {num_real:,} real images: FID is higher than with more, compare it only with others against them"
     if count is None or count >= FEW_IMAGES:
         return None
     return f"only {count:,.0f} images are scored: below {FEW_IMAGES:,} a FID tells more of their number than of them"

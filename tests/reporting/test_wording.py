@@ -42,7 +42,7 @@ def test_few_images_are_those_below_2000() -> None:
     assert few_images(2000) is None
     assert few_images("?") is None
     assert few_images(2000, 1999) == (
-        "only 1,999 real images to compare with raise FID and its floor: compare it with FIDs of them alone"
+        "only 1,999 real images: FID is higher than with more, compare it only with others against them"
     )
     assert few_images(20) == "only 20 images are scored: below 2,000 a FID tells more of their number than of them"
 
