@@ -109,11 +109,9 @@ def train(config: Config | str | Path, settings: Mapping[str, object] = MappingP
     elif settings:
         raise UserError(f"settings {dict(settings)} go with a configuration's name or path: put them into the Config")
     folder = RunFolder(config.folder)
-    with restoring_process():
-        runtime = Runtime(config.runtime)
-        with closing(runtime, config):
-            Trainer(config, runtime).run()
-            return runtime.ranks.on_main(lambda: read_run(folder.path))
+    with restoring_process(), closing(Runtime(config.runtime), config) as runtime:
+        Trainer(config, runtime).run()
+        return runtime.ranks.on_main(lambda: read_run(folder.path))
 
 
 def evaluate(
@@ -159,10 +157,12 @@ def evaluate(
     root, scores = Path(config.run.root), Path(out) if out else None
     if real and not scores:
         scores = scores_of(Path(f"{Path(target).name}-{Path(real).name}"), root)
-    with restoring_process():
-        runtime = Runtime(config.runtime)
-        with closing(runtime, config), real_dataset(real, config, runtime.ranks, kind, crop, size) as dataset:
-            scorer = Scorer(config.evaluation, dataset, runtime, config.training.seed)
-            wanted = [None] if steps == "newest" else None if steps == "all" else list(steps)
-            code = config.network.generator
-            return cast("list[Scores]", score_target(run.path, scorer, wanted, scores, root, code, crop, size))
+    with (
+        restoring_process(),
+        closing(Runtime(config.runtime), config) as runtime,
+        real_dataset(real, config, runtime.ranks, kind, crop, size) as dataset,
+    ):
+        scorer = Scorer(config.evaluation, dataset, runtime, config.training.seed)
+        wanted = [None] if steps == "newest" else None if steps == "all" else list(steps)
+        code = config.network.generator
+        return cast("list[Scores]", score_target(run.path, scorer, wanted, scores, root, code, crop, size))

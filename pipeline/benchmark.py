@@ -28,8 +28,7 @@ def main() -> None:
     from pipeline.distributed.process import Runtime
     from pipeline.storage.files import write_text
 
-    runtime = Runtime(config.runtime)
-    with closing(runtime, config):
+    with closing(Runtime(config.runtime), config) as runtime:
         dataset = runtime.ranks.on_main(lambda: open_dataset(config.data))
         # One rank measures the sources: their figures are per core.
         figures = runtime.ranks.on_main(lambda: measure_data(config, runtime, dataset))

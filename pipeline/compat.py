@@ -14,22 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
-    from torch.distributed.distributed_c10d import Store
 
 
 def run_exit_functions() -> None:
     """Runs the functions that were registered with `atexit`, for a process that ends by `os._exit`. Python has no
     public call."""
     atexit._run_exitfuncs()
-
-
-def job_store() -> Store:
-    """Returns the key-value store of the default process group. torch's public functions create a store, but none
-    returns the one at which the ranks have met."""
-    import torch.distributed as dist
-
-    store: Store = dist.distributed_c10d._get_default_store()
-    return store
 
 
 def leave_buffers_alone(network: nn.Module) -> None:

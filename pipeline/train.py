@@ -2,7 +2,7 @@
 
 from pipeline import train
 from pipeline.config import make_parser, parse
-from pipeline.distributed.launcher import announce, run_program
+from pipeline.distributed.launcher import run_program
 from pipeline.storage.run_folder import RunFolder
 
 
@@ -13,8 +13,6 @@ def main() -> None:
     if arguments.print_folder:
         print(config.folder)
         return
-    training = config.training
-    announce(f"{training.objective} on {config.data.dataset}, {training.steps:,} steps, in {config.folder}")
     # Imported here, so that `--help` and mistakes need no torch.
     from pipeline.distributed.failures import record_collectives
 

@@ -22,8 +22,7 @@ def main() -> None:
     from pipeline.tuning.tuner import Tuner, read_study
 
     study = read_study(arguments.study)
-    runtime = Runtime(config.runtime)
-    with closing(runtime, config):
+    with closing(Runtime(config.runtime), config) as runtime:
         Tuner(study, configure, runtime).run()
 
 

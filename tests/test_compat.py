@@ -44,11 +44,6 @@ def test_run_exit_functions() -> None:
     assert result.stdout == "the end\n"
 
 
-def test_job_store(wrapped: nn.parallel.DistributedDataParallel) -> None:
-    compat.job_store().set("key", "value")
-    assert compat.job_store().get("key") == b"value"
-
-
 def test_leave_buffers_alone(wrapped: nn.parallel.DistributedDataParallel) -> None:
     assert {"1.running_mean", "1.running_var", "1.num_batches_tracked"} <= wrapped.parameters_to_ignore
 

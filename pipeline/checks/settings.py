@@ -17,7 +17,7 @@ from torch import nn
 
 from pipeline.config import Config, flatten, import_object, read_yaml
 from pipeline.data import Dataset, check_source, source_kind
-from pipeline.distributed.process import check_device
+from pipeline.distributed.process import check_trackers, choose_device
 from pipeline.errors import UserError
 from pipeline.models.networks import build_for_sizes
 from pipeline.models.objectives import choose
@@ -56,14 +56,8 @@ def refuse(plan: Plan) -> None:
 
 def check_runtime(plan: Plan) -> str:
     runtime = plan.config.runtime
-    check_device(runtime, plan.has_cuda)
+    choose_device(runtime, plan.has_cuda)
     return f"device {runtime.device}, precision {runtime.precision}"
-
-
-def check_tracker_names(plan: Plan) -> str:
-    from pipeline.distributed.process import check_trackers
-
-    return check_trackers(plan.config.run.trackers, plan.config.run.tracker_options)
 
 
 def check_objective(plan: Plan) -> str:
@@ -171,7 +165,7 @@ def _differences(saved: dict[str, Any], config: Config) -> list[str]:
 
 CHECKS: dict[str, Callable[[Plan], str]] = {
     "runtime": check_runtime,
-    "run.trackers": check_tracker_names,
+    "run.trackers": lambda plan: check_trackers(plan.config.run),
     "training.objective": check_objective,
     "training": check_shares,
     "network": check_networks,

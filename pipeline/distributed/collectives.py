@@ -6,7 +6,7 @@ objects and flags over a gloo group beside it, so that these never wait for a GP
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
@@ -14,10 +14,17 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from pipeline.errors import UserError
 
 T = TypeVar("T")
+
+
+def name_ranks(ranks: Iterable[int]) -> str:
+    """Returns the ranks as a message names them: "rank 1", or "ranks 1, 2"."""
+    numbers = [str(rank) for rank in ranks]
+    return f"rank{'s' * (len(numbers) > 1)} {', '.join(numbers)}"
 
 
 @dataclass(frozen=True)
@@ -28,17 +35,14 @@ class Ranks:
     world_size: int = 1
     host_group: dist.ProcessGroup | None = None
     """A gloo group of all ranks; None in a process alone."""
+    store: Store | None = None
+    """The key-value store at which the ranks have met; None in a process alone."""
     timeout: timedelta | None = None
     """The limit of the host group's collectives; None: torch's half hour."""
 
     @classmethod
-    def of_job(cls, timeout: timedelta | None = None) -> Ranks:
-        """Returns the ranks of the default process group, with a host group; a process alone where there is none."""
-        return replace(cls.without_group(), timeout=timeout).with_own_group()
-
-    @classmethod
     def without_group(cls) -> Ranks:
-        """Returns the same ranks without a host group, for code that only needs to know its share."""
+        """Returns the ranks of the default process group, without a host group; a process alone where there is none."""
         return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
 
     def with_own_group(self) -> Ranks:
@@ -109,30 +113,26 @@ class Ranks:
 
         An OSError, as of a file that cannot be read, becomes a UserError with the same text.
         """
-        result: T | None = None
-        error: UserError | None = None
+        outcome: T | UserError | None = None
         if self.is_main:
             try:
-                result = work()
-            except UserError as mistake:
-                error = mistake
-            except OSError as failure:
-                error = UserError(str(failure))
-        result, error = self.broadcast((result, error))
-        if error is not None:
-            raise error
-        return result  # type: ignore[return-value]
+                outcome = work()
+            except (UserError, OSError) as error:
+                outcome = error if isinstance(error, UserError) else UserError(str(error))
+        outcome = self.broadcast(outcome)
+        if isinstance(outcome, UserError):
+            raise outcome
+        return outcome  # type: ignore[return-value]
 
     def on_every_rank(self, work: Callable[[], T], expected: tuple[type[Exception], ...]) -> list[T]:
         """Runs `work` on each rank and returns all results; an expected error of any rank is raised on every rank."""
-        result: T | None = None
-        error: Exception | None = None
+        outcome: T | Exception
         try:
-            result = work()
-        except expected as failure:
-            error = failure
-        outcomes = self.gather((result, error))
-        for rank, (_, error) in enumerate(outcomes):
-            if error is not None:
-                raise type(error)(f"rank {rank}: {error}")
-        return [result for result, _ in outcomes]  # type: ignore[misc]
+            outcome = work()
+        except expected as error:
+            outcome = error
+        outcomes = self.gather(outcome)
+        for rank, other in enumerate(outcomes):
+            if isinstance(other, Exception):
+                raise type(other)(f"rank {rank}: {other}")
+        return outcomes  # type: ignore[return-value]

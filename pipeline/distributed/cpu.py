@@ -15,15 +15,15 @@ import torch
 from pipeline.distributed.launcher import read_number
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-"""Options of glibc's mallopt."""
+"""Options of glibc's mallopt: how many bytes at the heap's end are returned to the system, and from which size on a
+block is mapped by itself and so returned when it is freed."""
 LARGEST_MMAP_THRESHOLD = 32 * 2**20
-PERIOD_SECONDS = 0.5
-"""The time between two looks at how long threads wait for a core."""
 CROWDED = 0.1
 """Seconds of waiting per second, summed over the process's threads, above which others must want the cores. It is 0.01
 in a process alone, 0.7 beside one busy process."""
-QUIET_PERIODS = 4
-"""Periods in a row below CROWDED after which the cores are taken to be free again."""
+PERIOD_SECONDS, QUIET_SECONDS = 0.5, 1.5
+"""The times over which threads must wait that much until others are taken to want the cores, and must not until these
+are taken to be free again."""
 
 
 # -- cores, arithmetic, memory -----------------------------------------------------------------------------------------
@@ -46,7 +46,8 @@ def use_cpu(cores: Sequence[int], threads: int | None) -> None:
     bind_to_share(cores)
     # glibc returns large freed blocks to the system, and the next tensor faults their pages in again: a sixth of a step
     # of small networks.
-    _set_thresholds(trim=2**31 - 1, mmap=LARGEST_MMAP_THRESHOLD)
+    _call_glibc("mallopt", MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
+    _call_glibc("mallopt", TRIM_THRESHOLD, 2**31 - 1)
 
 
 def bind_to_share(cores: Sequence[int]) -> None:
@@ -77,9 +78,8 @@ def restoring_cpu() -> Iterator[None]:
 def release_freed_memory() -> None:
     """Returns freed memory to the system, now and later, as a process does that has freed a block of 32 MiB: glibc
     adapts its thresholds to the blocks that are freed until they are set for the first time."""
-    _set_thresholds(trim=2 * LARGEST_MMAP_THRESHOLD)
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    _call_glibc("mallopt", TRIM_THRESHOLD, 2 * LARGEST_MMAP_THRESHOLD)
+    _call_glibc("malloc_trim", 0)
 
 
 def _bind(cores: Sequence[int]) -> None:
@@ -87,14 +87,9 @@ def _bind(cores: Sequence[int]) -> None:
         os.sched_setaffinity(0, cores)
 
 
-def _set_thresholds(trim: int, mmap: int | None = None) -> None:
-    """Sets how many bytes at the heap's end are returned to the system, and from which size on a block is mapped by
-    itself and so returned when it is freed."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        if mmap is not None:
-            mallopt(MMAP_THRESHOLD, mmap)
-        mallopt(TRIM_THRESHOLD, trim)
+def _call_glibc(function: str, *arguments: int) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        getattr(ctypes.CDLL("libc.so.6"), function)(*arguments)
 
 
 # -- how threads wait for each other -----------------------------------------------------------------------------------
@@ -110,31 +105,25 @@ def _set_thresholds(trim: int, mmap: int | None = None) -> None:
 def sharing_the_cores() -> Iterator[None]:
     """Watches, within the block, how long threads wait for a core, and has them spin or sleep accordingly. Does nothing
     without GNU's OpenMP or Linux's account of waiting threads."""
-    try:
-        at_first = seconds_waited_for_cores()
-    except OSError:
-        at_first = None
-    if at_first is None or not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+    if not Path("/proc/self/schedstat").exists() or not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
         yield
         return
     over = threading.Event()
 
-    def watch(waited: float) -> None:
-        moment, quiet_periods = time.monotonic(), QUIET_PERIODS
-        with contextlib.ExitStack() as team:
-            while not over.wait(PERIOD_SECONDS):
-                before, waited = waited, seconds_waited_for_cores()
-                then, moment = moment, time.monotonic()
-                if waited - before > CROWDED * (moment - then):
-                    if quiet_periods >= QUIET_PERIODS:
-                        team.enter_context(sleeping_team())
-                    quiet_periods = 0
-                else:
-                    quiet_periods += 1
-                    if quiet_periods == QUIET_PERIODS:
-                        team.close()
+    def is_crowded(seconds: float) -> bool:
+        """Returns, after so many seconds, whether threads queued for a core in them; False at the block's end."""
+        waited, started = seconds_waited_for_cores(), time.monotonic()
+        is_over = over.wait(seconds)
+        return not is_over and seconds_waited_for_cores() - waited > CROWDED * (time.monotonic() - started)
 
-    watcher = threading.Thread(target=watch, args=(at_first,), name="spinning", daemon=True)
+    def watch() -> None:
+        while not over.is_set():
+            if is_crowded(PERIOD_SECONDS):
+                with sleeping_team():
+                    while is_crowded(QUIET_SECONDS):
+                        pass
+
+    watcher = threading.Thread(target=watch, name="spinning", daemon=True)
     watcher.start()
     try:
         yield

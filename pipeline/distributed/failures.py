@@ -14,9 +14,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from pipeline.compat import job_store
 from pipeline.config import Config
-from pipeline.distributed.collectives import Ranks
+from pipeline.distributed.collectives import name_ranks
 from pipeline.distributed.process import Runtime
 from pipeline.errors import LocalError, RankLost
 
@@ -30,8 +29,8 @@ OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memo
 
 
 @contextlib.contextmanager
-def closing(runtime: Runtime, config: Config) -> Iterator[None]:
-    """Closes the runtime at the end of the block, however that comes.
+def closing(runtime: Runtime, config: Config) -> Iterator[Runtime]:
+    """Yields the runtime and closes it at the end of the block, however that comes.
 
     Raises:
         LocalError: memory ran out; the message names the settings to change.
@@ -41,7 +40,7 @@ def closing(runtime: Runtime, config: Config) -> Iterator[None]:
     with contextlib.ExitStack() as end:
         end.callback(runtime.close)
         try:
-            yield
+            yield runtime
         except (MemoryError, RuntimeError) as error:
             if runtime.ranks.world_size > 1 and (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
                 end.pop_all()
@@ -64,30 +63,25 @@ def record_collectives(prefix: Path) -> None:
 
 
 def _print_lost_rank(error: Exception, runtime: Runtime) -> None:
-    ranks, place = runtime.ranks, _place(error)
-    line = f"[rank {ranks.rank}] error: {place}: the connection to another rank is lost; the launcher names who ended"
-    if timed_out := "timed out" in str(error).lower():
-        gave_up = _roll_call(ranks)
-        absent = ", ".join(str(rank) for rank in range(ranks.world_size) if rank not in gave_up)
-        who = f"rank(s) {absent} did not come" if absent else "ranks wait in different collectives, for each other,"
-        line = f"error: {place}: {who} within {ranks.timeout} (runtime.timeout_seconds)"
-        line = line if ranks.rank == gave_up[0] else ""
-    if line:
+    ranks, rank, place = runtime.ranks, runtime.ranks.rank, _place(error)
+    if "timed out" not in str(error).lower():
+        line = f"[rank {rank}] error: {place}: the connection to another rank is lost; the launcher names who ended"
         print(line, file=sys.stderr, flush=True)
-    if timed_out and runtime.device.type == "cuda":
-        time.sleep(DUMP_SECONDS)
-
-
-def _roll_call(ranks: Ranks) -> list[int]:
-    """Returns the ranks that have given up waiting at about the same time, this one among them, in order."""
-    gave_up = [ranks.rank]
+        return
+    store, gave_up = ranks.store, [rank]
+    assert store is not None
     with contextlib.suppress(dist.DistError):  # the process that serves the store may be the one that is gone
-        store = job_store()
         store.set_timeout(timedelta(seconds=ROLL_CALL_SECONDS))
-        store.set(f"gave up {ranks.rank}", "")
+        store.set(f"gave up {rank}", "")
         time.sleep(ROLL_CALL_SECONDS)
-        gave_up = [rank for rank in range(ranks.world_size) if store.check([f"gave up {rank}"])]
-    return gave_up
+        gave_up = [other for other in range(ranks.world_size) if store.check([f"gave up {other}"])]
+    if rank == gave_up[0]:
+        absent = [other for other in range(ranks.world_size) if other not in gave_up]
+        who = f"{name_ranks(absent)} did not come" if absent else "ranks wait in different collectives, for each other,"
+        line = f"error: {place}: {who} within {ranks.timeout} (runtime.timeout_seconds)"
+        print(line, file=sys.stderr, flush=True)
+    if runtime.device.type == "cuda":
+        time.sleep(DUMP_SECONDS)
 
 
 def _out_of_memory(error: Exception, config: Config, world_size: int) -> str:

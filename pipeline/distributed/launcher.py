@@ -65,12 +65,6 @@ def stop_file() -> Path | None:
     return Path(path) if path else None
 
 
-def announce(line: str) -> None:
-    """Prints a line on the first rank, to be read while the libraries that the program needs are loaded."""
-    if read_number("RANK", 0) == 0:
-        print(line, file=sys.stderr, flush=True)
-
-
 def launch_arguments() -> list[str] | None:
     """Returns the arguments of the `accelerate launch` that started this process; None if something else did."""
     command = parent_command()
@@ -88,8 +82,7 @@ def parent_command() -> list[str]:
     import psutil  # here: it takes a while, and `--help` does without
 
     try:
-        parent = psutil.Process().parent()
-        return parent.cmdline() if parent else []
+        return psutil.Process(os.getppid()).cmdline()
     except (psutil.Error, OSError):
         return []
 
@@ -104,7 +97,7 @@ def refuse_unfit_launch() -> None:
     """Raises UserError if the launcher asks for a divided network, or started another number of ranks than it was asked
     for."""
     for variable, name in UNFIT.items():
-        if _is_set(variable):
+        if is_set(variable):
             raise UserError(
                 f"accelerate's configuration asks for {name} ({variable}), but each rank needs a whole network: {FIX}"
             )
@@ -123,14 +116,9 @@ def ignored_settings(config: RuntimeConfig) -> list[str]:
         lines.append(f"mixed_precision {precision}: not used here, set runtime.precision (it is {config.precision})")
     if backend.lower() != "no":
         lines.append(f"dynamo_backend {backend}: not used here, networks are not compiled")
-    if config.device == "cuda" and asks_for_cpu():
+    if config.device == "cuda" and is_set("ACCELERATE_USE_CPU"):
         lines.append("use_cpu: not used here, runtime.device is cuda")
     return [f"accelerate's configuration asks for {line}" for line in lines]
-
-
-def asks_for_cpu() -> bool:
-    """Returns whether accelerate's configuration asks for a CPU."""
-    return _is_set("ACCELERATE_USE_CPU")
 
 
 @contextlib.contextmanager
@@ -146,7 +134,8 @@ def environment_without_accelerate(*, keep_ranks: bool) -> Iterator[None]:
         os.environ.update(values)
 
 
-def _is_set(variable: str) -> bool:
+def is_set(variable: str) -> bool:
+    """Returns whether a variable of the environment holds a yes, as accelerate reads it."""
     return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on", "y", "t")
 
 

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import partial
@@ -21,11 +21,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from pipeline.compat import fresh_accelerate, leave_buffers_alone, settle_buckets, stop_timing
-from pipeline.config import RuntimeConfig
+from pipeline.config import RunConfig, RuntimeConfig
 from pipeline.distributed import launcher
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.cpu import available_cores, release_freed_memory, restoring_cpu, sharing_the_cores, use_cpu
@@ -46,23 +46,28 @@ class Runtime:
         self.cores = available_cores()
         """The machine's cores, which its ranks share where they compute on a CPU."""
         self.stop = StopRequest()
-        has_cuda = torch.cuda.is_available() and not (config.device == "auto" and launcher.asks_for_cpu())
-        check_device(config, has_cuda)
-        on_cpu = config.device == "cpu" or not has_cuda
+        has_cuda = torch.cuda.is_available() and not (config.device == "auto" and launcher.is_set("ACCELERATE_USE_CPU"))
+        on_cuda, self.captures = choose_device(config, has_cuda)
         launcher.refuse_unfit_launch()
         world_size = launcher.read_number("WORLD_SIZE", 1)
         self.before_close = contextlib.ExitStack()
         """Callbacks for what has to end before the process group does: graphs that hold its collectives."""
-        if on_cpu:
+        if not on_cuda:
             use_cpu(self.cores, config.threads)
         timeout = timedelta(seconds=config.timeout_seconds)
         self.ranks = Ranks()
         if several := world_size > 1:
             from pipeline.distributed.rendezvous import join_process_group  # here: most processes are alone
 
-            self.ranks = self.stop.ranks = join_process_group("gloo" if on_cpu else "nccl", timeout)
+            self.ranks = self.stop.ranks = join_process_group("nccl" if on_cuda else "gloo", timeout)
         with launcher.environment_without_accelerate(keep_ranks=several):
-            self.accelerator = _build_accelerator(config, on_cpu, world_size)
+            self.accelerator = Accelerator(
+                cpu=not on_cuda,
+                mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
+                # All gradients of a network in one collective. At the default of 25 MiB torch makes a first one of 1.
+                kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=26)],
+            )
+        assert self.accelerator.num_processes == world_size
         self.device = torch.empty(0, device=self.accelerator.device).device
         """The device under the name that its tensors have: accelerate's `cpu:0` is not equal to `cpu`, so `.to` would
         copy tensors that are already there."""
@@ -72,14 +77,13 @@ class Runtime:
         # A resumed run equals an uninterrupted one bit for bit only if the same kernels are chosen every time.
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
-        self.captures = captures_steps(config, has_cuda)
         self.capture_stream = torch.cuda.Stream() if self.captures else None  # type: ignore[no-untyped-call]
         """The stream on which DDP is built, warmed up and captured, where steps are captured as CUDA graphs."""
-        self._comment = JobComment()
+        self.comment = JobComment().set
         for line in launcher.ignored_settings(config):
             self.print(line)
         self._watch = contextlib.ExitStack()
-        if on_cpu and torch.get_num_threads() > 1:  # last: if a line above raised, nothing would end its thread
+        if not on_cuda and torch.get_num_threads() > 1:  # last: if a line above raised, nothing would end its thread
             self._watch.enter_context(sharing_the_cores())
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -97,7 +101,9 @@ class Runtime:
             settle_buckets(wrapped)
             for weight in network.parameters():
                 if weight.is_contiguous():  # with one channel, channels-last or not is the same memory, other strides
-                    weight.register_hook(partial(_with_strides, weight.stride()))  # type: ignore[no-untyped-call]
+                    # DDP copies a gradient of other strides than the parameter's into its bucket, and warns.
+                    strided = partial(torch.as_strided, size=weight.shape, stride=weight.stride())
+                    weight.register_hook(strided)  # type: ignore[no-untyped-call]
             stop_timing(wrapped)
         return wrapped
 
@@ -133,11 +139,6 @@ class Runtime:
             tqdm.write(line, file=sys.stderr)
             sys.stderr.flush()
 
-    def comment(self, text: str, *, last: bool = False) -> None:
-        """Makes `text` the comment of the Slurm job, if there is one (`JobComment`)."""
-        if self.ranks.is_main:
-            self._comment.set(text, last=last)
-
     @contextlib.contextmanager
     def tolerating(self, subject: str) -> Iterator[None]:
         """Prints an OSError of the block, as from a full disk, and goes on: only checkpoints end a run that cannot be
@@ -157,34 +158,6 @@ class Runtime:
             dist.destroy_process_group()
         if self.device.type == "cpu":
             release_freed_memory()
-
-
-def _build_accelerator(config: RuntimeConfig, on_cpu: bool, world_size: int) -> Accelerator:
-    """Builds accelerate's object for this process.
-
-    Raises:
-        UserError: accelerate sees another number of ranks than the launcher started.
-    """
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
-        kwargs_handlers=[
-            # All gradients of a network in one collective. At the default of 25 MiB torch makes a first one of 1 MiB.
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=26)
-        ],
-    )
-    if accelerator.num_processes != world_size:
-        raise UserError(
-            f"WORLD_SIZE is {world_size} but accelerate runs {accelerator.num_processes} process(es): "
-            "start with a file of launch/accelerate/"
-        )
-    return accelerator
-
-
-def _with_strides(strides: tuple[int, ...], gradient: Tensor) -> Tensor:
-    """Returns the gradient under the parameter's strides: DDP copies it into its bucket, and warns, where they
-    differ."""
-    return gradient.as_strided(gradient.shape, strides)
 
 
 @contextlib.contextmanager
@@ -218,29 +191,27 @@ def restoring_process() -> Iterator[None]:
 # -- experiment trackers -----------------------------------------------------------------------------------------------
 
 
-def check_trackers(names: Sequence[str], options: Mapping[str, Any]) -> str:
+def check_trackers(run: RunConfig) -> str:
     """Returns the trackers' names as text.
 
     Raises:
-        UserError: accelerate does not know a tracker, its package is missing, or `options` are of one that is not named
+        UserError: accelerate does not know a tracker, its package is missing, or options are of one that is not named
             or are no mapping.
     """
     available = {str(kind.value) for kind in get_available_trackers()}
-    for name in names:
+    for name in run.trackers:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise UserError(f"run.trackers holds {name!r}: choose from {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
         if name not in available:
             raise UserError(f"run.trackers holds {name!r}, whose package is missing: pip install {name}")
-    for name, arguments in options.items():
-        if name not in names:
-            raise UserError(
-                f"run.tracker_options names {name}, which run.trackers {list(names)} does not: add it there"
-            )
-        if not isinstance(arguments, dict):
-            raise UserError(
-                f"run.tracker_options.{name} is {arguments!r}: write its arguments below it, e.g. entity: NAME"
-            )
-    return ", ".join(names) or "none"
+    for name, options in run.tracker_options.items():
+        if name not in run.trackers:
+            known = list(run.trackers)
+            raise UserError(f"run.tracker_options names {name}, which run.trackers {known} does not: add it there")
+        if not isinstance(options, dict):
+            place = f"run.tracker_options.{name}"
+            raise UserError(f"{place} is {options!r}: write its arguments below it, e.g. entity: NAME")
+    return ", ".join(run.trackers) or "none"
 
 
 def open_tracker(name: str, project: str, folder: Path, arguments: Mapping[str, Any]) -> Any:
@@ -258,19 +229,19 @@ def open_tracker(name: str, project: str, folder: Path, arguments: Mapping[str, 
     return tracker
 
 
-def check_device(config: RuntimeConfig, has_cuda: bool) -> None:
-    """Raises UserError if the settings need a CUDA device that is missing, or that can't do what they ask of it."""
+def choose_device(config: RuntimeConfig, has_cuda: bool) -> tuple[bool, bool]:
+    """Returns whether to compute on a CUDA device, and whether to capture a step as a CUDA graph there: not with fp16,
+    whose loss scaling reads gradients on the host.
+
+    Raises:
+        UserError: the settings need a CUDA device that is missing, or that can't do what they ask of it.
+    """
+    on_cuda = has_cuda and config.device != "cpu"
+    can_capture = on_cuda and config.precision != "fp16"
     if config.device == "cuda" and not has_cuda:
         raise UserError("runtime.device is cuda, but torch sees no CUDA device: use cpu or auto")
-    on_cpu = config.device == "cpu" or not has_cuda
-    if config.precision == "fp16" and on_cpu:
+    if config.precision == "fp16" and not on_cuda:
         raise UserError("runtime.precision is fp16, which takes a CUDA device: use bf16 or float32")
-    if config.cuda_graph and (on_cpu or config.precision == "fp16"):
+    if config.cuda_graph and not can_capture:
         raise UserError("runtime.cuda_graph is true, which takes a CUDA device and another precision than fp16")
-
-
-def captures_steps(config: RuntimeConfig, has_cuda: bool) -> bool:
-    """Returns whether a step is captured as a CUDA graph. Not with fp16, whose loss scaling reads gradients on the
-    host."""
-    on_cpu = config.device == "cpu" or not has_cuda
-    return not on_cpu and config.precision != "fp16" and config.cuda_graph is not False
+    return on_cuda, can_capture and config.cuda_graph is not False

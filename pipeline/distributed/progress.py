@@ -7,7 +7,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -23,15 +23,9 @@ BAR_COLUMNS, NAME_COLUMNS = 8, 14
 class _Lines:
     """A file for tqdm that writes whole lines: no carriage return, no movement of a cursor, no empty line."""
 
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-
     def write(self, text: str) -> None:
         if line := text.replace("\x1b[A", "").strip():
-            self._file.write(f"{line}\n")
-
-    def flush(self) -> None:
-        self._file.flush()
+            sys.stderr.write(f"{line}\n")
 
 
 def _in_notebook() -> bool:
@@ -45,7 +39,7 @@ def _options() -> dict[str, Any]:
     """Returns tqdm's arguments for standard error: a bar, or a line a minute where that is a log."""
     if sys.stderr.isatty() or _in_notebook():
         return {"mininterval": 0.5, "dynamic_ncols": True}
-    return {"mininterval": LOG_SECONDS, "delay": LOG_SECONDS, "miniters": 1, "ncols": 79, "file": _Lines(sys.stderr)}
+    return {"mininterval": LOG_SECONDS, "delay": LOG_SECONDS, "miniters": 1, "ncols": 79, "file": _Lines()}
 
 
 def bar(**options: Any) -> tqdm[Any]:
@@ -129,11 +123,11 @@ def messages_above_bars() -> Iterator[None]:
     def show(message: Warning | str, category: type[Warning], name: str, line: int, *rest: Any) -> None:
         tqdm.write(warnings.formatwarning(message, category, name, line).rstrip(), file=sys.stderr)
 
-    named = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
     loggers = [
         logger
-        for logger in (logging.root, *named)
-        if any(getattr(handler, "stream", None) in (sys.stderr, sys.stdout) for handler in logger.handlers)
+        for logger in (logging.root, *logging.root.manager.loggerDict.values())
+        if isinstance(logger, logging.Logger)
+        and any(getattr(handler, "stream", None) in (sys.stderr, sys.stdout) for handler in logger.handlers)
     ]
     last_resort, logging.lastResort = logging.lastResort, _AboveBars(logging.WARNING)
     try:

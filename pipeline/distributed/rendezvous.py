@@ -16,7 +16,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from pipeline.distributed.collectives import Ranks
+from pipeline.distributed.collectives import Ranks, name_ranks
 from pipeline.distributed.launcher import read_number
 from pipeline.errors import LocalError
 
@@ -60,7 +60,7 @@ def join_process_group(backend: str, timeout: timedelta) -> Ranks:
     fix = "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME must name the network interface that the machines share"
     with _in_one_line("the ranks have met but do not reach each other", timeout, fix), _without_log_of_cpp():
         dist.init_process_group(backend, timeout=timeout, store=attempt, rank=rank, world_size=world_size)
-        return Ranks.of_job(timeout)
+        return Ranks(rank, world_size, store=attempt, timeout=timeout).with_own_group()
 
 
 @contextlib.contextmanager
@@ -112,6 +112,6 @@ def _call_roll(store: Store, rank: int, world_size: int, deadline: float) -> Non
     store.set(keys[rank], "")
     while not store.check(keys):  # `store.wait` would log its time-out
         if time.monotonic() > deadline:
-            absent = [str(number) for number, key in enumerate(keys) if not store.check([key])]
-            raise TimeoutError(f"rank(s) {', '.join(absent)} of {world_size} did not come")
+            absent = name_ranks(number for number, key in enumerate(keys) if not store.check([key]))
+            raise TimeoutError(f"{absent} of {world_size} did not come")
         time.sleep(PAUSE_SECONDS)

@@ -25,8 +25,8 @@ def job_restarts() -> int:
 class JobComment:
     """The comment of the job, which `scontrol show job` shows; outside of Slurm it does nothing."""
 
-    def __init__(self) -> None:
-        self._last: tuple[float, subprocess.Popen[bytes]] | None = None
+    _process: subprocess.Popen[bytes] | None = None
+    _started = 0.0
 
     def set(self, text: str, *, last: bool = False) -> None:
         """Starts an update of the comment, without waiting for it or noticing its failure: a site may forbid it.
@@ -34,30 +34,24 @@ class JobComment:
         A text that comes sooner than COMMENT_SECONDS after another, or while that is still on its way, is dropped
         unless it is the `last`.
         """
-        job, now = job_id(), time.monotonic()
-        if job is None:
+        before, is_recent = self._process, time.monotonic() < self._started + COMMENT_SECONDS
+        is_early = before is not None and (before.poll() is None or is_recent)
+        if (job := job_id()) is None or (is_early and not last):
             return
-        if self._last is not None and not last:
-            then, process = self._last
-            if process.poll() is None or now - then < COMMENT_SECONDS:
-                return
-        command = ["scontrol", "update", f"JobId={job}", f"Comment={text}"]
+        command, nowhere = ["scontrol", "update", f"JobId={job}", f"Comment={text}"], subprocess.DEVNULL
         with contextlib.suppress(OSError):
-            nowhere = subprocess.DEVNULL
-            self._last = now, subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere)
+            self._process = subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere)
+            self._started = time.monotonic()
 
 
 def job_seconds_left() -> float | None:
     """Returns the seconds that the job's time limit leaves; None outside of Slurm, without a limit, or if Slurm does
     not answer."""
-    job = job_id()
-    if job is None:
+    if (job := job_id()) is None:
         return None
-    command = ["squeue", "--noheader", "--jobs", job, "--format", "%L"]
-    try:
+    command, remaining = ["squeue", "--noheader", "--jobs", job, "--format", "%L"], ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         remaining = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
     match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", remaining)  # or UNLIMITED, NOT_SET, INVALID
     if match is None:
         return None

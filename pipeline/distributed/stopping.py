@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.compat import job_store
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.launcher import launch_arguments, parent_command, stop_file
 
@@ -62,12 +61,10 @@ class StopRequest:
     def known(self) -> bool:
         """Returns whether this rank was asked to stop or has learned that another one was. Does not wait for other
         ranks, so their answers may differ: for long work of one rank between two collectives."""
-        if self.ranks.world_size == 1:
+        if (store := self.ranks.store) is None:
             return self.requested
-        store = job_store()
         if self.requested:
-            store.set("stop", "1")
-            return True
+            store.set("stop", "")
         return bool(store.check(["stop"]))
 
     def agreed(self) -> bool:

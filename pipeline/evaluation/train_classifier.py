@@ -22,7 +22,7 @@ from pipeline.data import Dataset, open_dataset
 from pipeline.data.resident import load_split
 from pipeline.data.shards import decode, read_shard
 from pipeline.distributed.launcher import run_program
-from pipeline.distributed.process import check_device
+from pipeline.distributed.process import choose_device
 from pipeline.distributed.progress import bar
 from pipeline.errors import UserError
 from pipeline.evaluation.extract import ImageSet
@@ -151,10 +151,10 @@ def write_classifier(
     opened = open_dataset(DataConfig(dataset=dataset))
     beside_images = classifier_path(opened)
     path = output or beside_images
-    check_device(RuntimeConfig(device=device), torch.cuda.is_available())
+    on_cuda, _ = choose_device(RuntimeConfig(device=device), torch.cuda.is_available())
     if path.exists():
         raise UserError(f"{path} is there already: move it away, as scores in its features are no longer comparable")
-    place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    place = torch.device("cuda" if on_cuda else "cpu")
     training, testing = labelled_splits(opened)
     network = train(training, opened.num_classes, seed=seed, epochs=epochs, device=place)
     result = accuracy(network, testing, place)

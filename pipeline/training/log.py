@@ -51,10 +51,12 @@ class MetricsLog:
         self.begin()
 
     def introduce(self, dataset: Dataset) -> None:
-        """Prints a line about what trains: ranks, device, images, networks."""
+        """Prints what trains and where: objective, steps, folder; ranks, device, images, networks."""
+        training, runtime = self._training, self._runtime
+        runtime.print(f"{training.objective} on {dataset.name}, {training.steps:,} steps, in {self._folder.path}")
         shape, count = "x".join(map(str, dataset.image_shape)), dataset.num_images("train")
         sizes = (f"{name} {count:,}" for name, count in self._state.num_weights.items())
-        self._runtime.print(f"{self._runtime}; {count:,} images of {shape}; parameters: {', '.join(sizes)}")
+        runtime.print(f"{runtime}; {count:,} images of {shape}; parameters: {', '.join(sizes)}")
 
     def begin(self) -> None:
         """Begins an interval."""

@@ -153,7 +153,7 @@ class Trainer:
             self.log.elapsed_seconds = checkpoint.progress["elapsed_seconds"]
             self.log.evaluation_seconds = checkpoint.progress["evaluation_seconds"]
             self.saver.begin(checkpoint.step)
-            self.runtime.print(f"going on from {checkpoint.folder}, written by {checkpoint.world_size} process(es)")
+            self.runtime.print(f"going on from {checkpoint.folder}, saved at world size {checkpoint.world_size}")
         self.runtime.ranks.on_main(lambda: self.folder.trim_metrics(self.state.step))
 
     def _progress_bar(self) -> TrainingBar:

@@ -113,8 +113,8 @@ def test_libraries_that_divide_a_network_are_refused_in_a_line(
     """By what their launchers, which take the libraries, put into the environment."""
     result = launch(TRAIN, arguments_of(tmp_path, tiny_dataset), variables={variable: "true"})
     assert result.returncode == 2
-    assert result.stderr.splitlines()[1].startswith(f"error: {ASKS} {what}")
-    assert len(result.stderr.splitlines()) == 2
+    assert result.stderr.startswith(f"error: {ASKS} {what}")
+    assert len(result.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 

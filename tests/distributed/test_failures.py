@@ -55,7 +55,7 @@ def test_the_rank_that_does_not_come_is_named_once(tiny_dataset: Path, tmp_path:
     assert "Traceback" not in text
     named = re.findall(r"^error: pipeline/(.*)$", text, re.MULTILINE)
     assert len(named) == 1, text
-    assert "rank(s) 2 did not come within 0:00:20 (runtime.timeout_seconds)" in named[0]
+    assert "rank 2 did not come within 0:00:20 (runtime.timeout_seconds)" in named[0]
 
 
 def test_a_rank_that_is_gone_ends_the_other_at_once_with_a_line(tiny_dataset: Path, tmp_path: Path) -> None:

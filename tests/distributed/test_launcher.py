@@ -97,22 +97,19 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.parametrize(
-    ("program", "code", "said"),
-    [
-        (["pipeline/prepare.py", "mnist"], -2, ""),
-        (["pipeline/train.py"], 130, "wgan on mnist, 40,000 steps, in runs/wgan\n"),
-    ],
+    ("program", "code"),
+    [(["pipeline/prepare.py", "mnist"], -2), (["pipeline/train.py"], 130)],
     ids=["before", "in main"],
 )
 def test_an_interrupt_while_packages_are_imported_is_no_traceback(
-    program: list[str], code: int, said: str, tmp_path: Path
+    program: list[str], code: int, tmp_path: Path
 ) -> None:
     """The first that is imported of torch sends it; packages make another error of it."""
     (tmp_path / "torch.py").write_text(INTERRUPTED)
     variables = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     command = ["env", "--default-signal=INT", sys.executable, *program]  # the tests may run where it is ignored
     result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (code, said)
+    assert (result.returncode, result.stderr) == (code, "")
 
 
 def test_an_interrupt_at_the_interpreters_end_is_no_traceback() -> None:

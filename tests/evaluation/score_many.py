@@ -29,7 +29,7 @@ from pipeline.rng import evaluation_latents, seeded
 def main(folder: str, output: str, num_images: str, *batch_sizes: str) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("gloo")
-    ranks = Ranks.of_job()
+    ranks = Ranks.without_group().with_own_group()
     dataset = load_dataset(folder)
     digits, _ = load_split(dataset, "test")
     extractor = MnistFeatures(torch.device("cpu"))

@@ -150,7 +150,7 @@ def test_usr1_before_the_limit_saves_requeues_and_goes_on(project: Project, chai
     stopped = re.search(r"stopped after step (\d+), which is saved", log)
     assert stopped is not None, log
     assert 3 <= int(stopped[1]) < STEPS
-    assert re.search(rf"going on from \S+step-{int(stopped[1]):08d}, written by 2 process\(es\)", log), log
+    assert re.search(rf"going on from \S+step-{int(stopped[1]):08d}, saved at world size 2", log), log
     assert project.job(chain.train)["Restarts"] == "1"
 
 
