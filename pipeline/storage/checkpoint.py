@@ -32,7 +32,6 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.distributed.collectives import Ranks
+from pipeline.distributed.collectives import Ranks, name_ranks
 from pipeline.errors import UserError
 from pipeline.models.spectral_norm import SINGULAR_VECTORS
 from pipeline.storage.files import fsync
@@ -79,7 +78,7 @@ class Checkpoint:
 
     def __str__(self) -> str:
         num_bytes = sum(entry["num_bytes"] for entry in self.files.values())
-        return f"{num_bytes / 1e6:.1f} MB  {len(self.files)} shard(s)  world size {self.world_size}"
+        return f"{num_bytes / 1e6:.1f} MB  world size {self.world_size}"
 
     def verify(self) -> Checkpoint:
         """Reads every byte and returns the checkpoint itself. Raises CheckpointError, which names a file that is
@@ -197,7 +196,8 @@ class CheckpointWriter:
         self._run, self._ranks = run, ranks.with_own_group()
         self._keep_last, self._keep_every, self._clip_value = keep_last, keep_every, clip_value
         self._best_of = best_of
-        self._pending: Future[None] | None = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
         self.committed_step: int | None = None
         """The step of the newest checkpoint that this writer committed."""
         self.failures_in_a_row = 0
@@ -215,7 +215,10 @@ class CheckpointWriter:
         importlib.import_module("torch.distributed.checkpoint")
         # The one copy that training waits for; contiguous, because safetensors stores no strides.
         staged = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        self._pending = _in_daemon_thread(lambda: self._save(staged, step, progress, damage))
+        # A daemon, unlike an executor's: after an error, a save that waits for a lost rank would keep the process for
+        # half an hour, until gloo gives up.
+        self._thread = threading.Thread(target=self._save, args=(staged, step, progress, damage), daemon=True)
+        self._thread.start()
 
     def finish(self) -> None:
         """Waits for the save in progress, if there is one.
@@ -224,9 +227,11 @@ class CheckpointWriter:
             IntegrityError: The state must not be saved; on all ranks.
             OSError: It could not be written; on all ranks. Earlier checkpoints are as they were.
         """
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        if self._thread is not None:
+            self._thread.join()
+        error, self._thread, self._error = self._error, None, None
+        if error is not None:
+            raise error
 
     # -- in the thread -------------------------------------------------------------------------------------------------
 
@@ -245,11 +250,11 @@ class CheckpointWriter:
             checkpoint = Checkpoint(final, FORMAT, step, ranks.world_size, progress, files)
             ranks.on_every_rank(lambda: self._commit(temporary, checkpoint) if ranks.is_main else None, EXPECTED)  # 4-7
             self.committed_step, self.failures_in_a_row = step, 0
-        except BaseException:
+        except BaseException as error:
+            self._error = error  # `finish` raises it
             self.failures_in_a_row += 1
             if ranks.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)  # it may be what filled the disk
-            raise
 
     def _check(self, staged: dict[str, Tensor], damage: str | None) -> None:
         if damage is not None:
@@ -271,8 +276,7 @@ class CheckpointWriter:
             values = [digest.get(name) for digest in digests]
             [(usual, _)] = Counter(values).most_common(1)
             if odd := [rank for rank, value in enumerate(values) if value != usual]:
-                others = ", ".join(map(str, odd))
-                raise IntegrityError(f"{name} differs between rank {values.index(usual)} and rank(s) {others}")
+                raise IntegrityError(f"{name} differs between rank {values.index(usual)} and {name_ranks(odd)}")
 
     def _make_anew(self, temporary: Path) -> None:
         if not self._run.config.exists():
@@ -319,22 +323,6 @@ class CheckpointWriter:
         for step in steps[: -self._keep_last]:
             if step != best and (self._keep_every is None or step % self._keep_every):
                 _remove(self._run.checkpoint(step))  # 7
-
-
-def _in_daemon_thread(work: Callable[[], None]) -> Future[None]:
-    """Runs `work` in a daemon thread and returns its outcome. An executor's threads are joined when the process exits:
-    after an error, a save that waits for a lost rank would keep it half an hour, until gloo gives up."""
-    outcome: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            work()
-            outcome.set_result(None)
-        except BaseException as error:  # raised again by `outcome.result()`
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return outcome
 
 
 def _remove(folder: Path) -> None:

@@ -12,7 +12,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -24,42 +23,31 @@ PACKAGES = ("torch", "accelerate", "webdataset", "torchmetrics", "torch-fidelity
 """Packages whose versions a run records."""
 
 
-class _Place:
-    """A path within a run's folder, as an attribute of `RunFolder`."""
-
-    def __init__(self, *parts: str) -> None:
-        self._parts = parts
-
-    def __get__(self, folder: RunFolder, owner: type[RunFolder]) -> Path:
-        return folder.path.joinpath(*self._parts)
-
-
-@dataclass(frozen=True)
 class RunFolder:
     """The folder `runs/NAME`, whether it exists or not. Files that belong to a step carry its number."""
 
-    path: Path
-
-    config = _Place("config.yaml")
-    """All settings, as YAML. A folder with this file is a run."""
-    environment = _Place("environment.json")
-    """What `environment_of` returns, the numbers of weights and the dataset's fingerprint, as JSON."""
-    metrics = _Place("metrics.jsonl")
-    """The log: a JSON object on each line, with its `step`."""
-    lock = _Place(".lock")
-    checkpoints, samples, evaluation = _Place("checkpoints"), _Place("samples"), _Place("evaluation")
-    export = _Place("export", "generator.safetensors")
-    """The generator of the last step."""
-    best_export = _Place("export", "generator-best.safetensors")
-    """The best generator by run.keep_best."""
-    best_scores = _Place("evaluation", "best.json")
-    """The best generator's scores on images that did not choose it, how it was chosen, and the run's last step."""
-    trackers = _Place("tensorboard")
-    """The folder that trackers write to, with TensorBoard's event files."""
-    tracker_runs = _Place("trackers.json")
-    """The names that trackers gave this run, as JSON, so that a later launch continues there."""
-    collectives = _Place("collectives-rank-")
-    """A prefix: with a rank's number, the last collectives of a GPU run that timed out, for `torchfrtrace`."""
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        """All settings, as YAML. A folder with this file is a run."""
+        self.environment = path / "environment.json"
+        """What `environment_of` returns, the numbers of weights and the dataset's fingerprint, as JSON."""
+        self.metrics = path / "metrics.jsonl"
+        """The log: a JSON object on each line, with its `step`."""
+        self.lock = path / ".lock"
+        self.checkpoints, self.samples, self.evaluation = path / "checkpoints", path / "samples", path / "evaluation"
+        self.export = path / "export/generator.safetensors"
+        """The generator of the last step."""
+        self.best_export = path / "export/generator-best.safetensors"
+        """The best generator by run.keep_best."""
+        self.best_scores = path / "evaluation/best.json"
+        """The best generator's scores on images that did not choose it, how it was chosen, and the run's last step."""
+        self.trackers = path / "tensorboard"
+        """The folder that trackers write to, with TensorBoard's event files."""
+        self.tracker_runs = path / "trackers.json"
+        """The names that trackers gave this run, as JSON, so that a later launch continues there."""
+        self.collectives = path / "collectives-rank-"
+        """A prefix: with a rank's number, the last collectives of a GPU run that timed out, for `torchfrtrace`."""
 
     def report(self, kind: str) -> Path:
         """Returns the path of a report; `kind` is html, md or json."""

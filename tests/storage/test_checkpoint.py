@@ -281,7 +281,7 @@ def test_a_state_that_broke_its_invariants_is_never_committed(
     assert out.committed_step == 1
 
 
-@pytest.mark.parametrize(("odd", "message"), [(0, "rank 1 and rank(s) 0"), (2, "rank 0 and rank(s) 2")])
+@pytest.mark.parametrize(("odd", "message"), [(0, "rank 1 and rank 0"), (2, "rank 0 and rank 2")])
 def test_of_three_ranks_the_one_that_differs_is_named(odd: int, message: str, run: RunFolder) -> None:
     @dataclass(frozen=True)
     class Three(Ranks):
