@@ -16,13 +16,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
 from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import h5py
 import numpy as np
@@ -47,28 +46,23 @@ class Layer(NamedTuple):
     """A layer of the reference's generator in Keras."""
 
     kind: str  # its class in Keras
-    number: int  # its number among the layers of its class, from 0 on
+    name: str  # its name in the first model of a session
     settings: dict[str, Any]  # what a file must say of it; what an older Keras did not write has the value given here
     module: str = ""  # the name of our module, if it has weights
-
-    @property
-    def name(self) -> str:
-        """The name that Keras gives it: batch_normalization for the first of its class, then batch_normalization_1."""
-        snake_case = re.sub("(?<!^)(?=[A-Z][a-z])", "_", self.kind).lower()
-        return f"{snake_case}_{self.number}" if self.number else snake_case
 
 
 def _layers() -> Iterator[Layer]:
     linear = {"activation": "linear", "use_bias": True}
-    yield Layer("Dense", 0, linear, "dense")
-    yield Layer("Reshape", 0, {})
+    yield Layer("Dense", "dense", linear, "dense")
+    yield Layer("Reshape", "reshape", {})
     for i, stride in enumerate(STRIDES):
+        number = f"_{i}" if i else ""
         convolution = linear | {"strides": [stride, stride], "padding": "same", "data_format": "channels_last"}
-        convolution |= {"output_padding": None, "dilation_rate": [1, 1], "groups": 1}
-        yield Layer("BatchNormalization", i, {"epsilon": NORM_EPSILON}, f"norms.{i}")
-        yield Layer("Activation", i, {"activation": "relu"})
-        yield Layer("Conv2DTranspose", i, convolution, f"convolutions.{i}")
-    yield Layer("Activation", len(STRIDES), {"activation": "sigmoid"})
+        convolution |= {"output_padding": None, "dilation_rate": [1, 1]}
+        yield Layer("BatchNormalization", f"batch_normalization{number}", {"epsilon": NORM_EPSILON}, f"norms.{i}")
+        yield Layer("Activation", f"activation{number}", {"activation": "relu"})
+        yield Layer("Conv2DTranspose", f"conv2d_transpose{number}", convolution, f"convolutions.{i}")
+    yield Layer("Activation", f"activation_{len(STRIDES)}", {"activation": "sigmoid"})
 
 
 LAYERS = tuple(_layers())
@@ -88,12 +82,11 @@ def load_keras(path: Path) -> Generator:
         UserError: The file is missing, damaged, or holds another network than the reference's generator.
     """
     try:
-        with _open(path) as (file, model):
+        model, content = _unpack(path) if is_zipfile(path) else (None, path)
+        with h5py.File(content, "r") as file:
             num_layers, weights = _read_weights(file)
-            # Keras does not compress: a small file that declares more was made to fill the memory.
-            if sum(array.nbytes for _, arrays in weights for array in arrays.values()) > path.stat().st_size:
-                raise ValueError("its arrays declare more numbers than the file holds")
-            geometry = _guess_geometry(num_layers, weights) if model is None else _geometry(json.loads(model), weights)
+            model = model or file.attrs.get("model_config")
+            geometry = _geometry(json.loads(model)) if model else _guess_geometry(num_layers, weights)
             return _build(weights, *geometry)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give a generator that Keras saved, e.g. wgan_mnist.h5") from None
@@ -102,50 +95,40 @@ def load_keras(path: Path) -> Generator:
         raise UserError(f"{path}: not a generator of the reference's Keras notebooks ({reason})") from None
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[tuple[Any, str | bytes | None]]:
-    """Yields the file's HDF5 content, and the model's JSON if there is one."""
-    if not is_zipfile(path):
-        with h5py.File(path, "r") as file:
-            yield file, file.attrs.get("model_config")
-        return
+def _unpack(path: Path) -> tuple[bytes, BytesIO]:
+    """Returns the model's JSON and the HDF5 content of a .keras file."""
     with ZipFile(path) as archive:
-        members = [archive.getinfo(name) for name in ("config.json", "model.weights.h5")]
-        for member in members:
-            if member.compress_type != ZIP_STORED:  # Keras does not; a small file could be made to fill the memory
-                raise ValueError(f"{member.filename} in it is compressed; pack it again without compression")
-        model, content = map(archive.read, members)
-    with h5py.File(BytesIO(content), "r") as file:
-        yield file, model
+        if any(member.compress_type for member in archive.infolist()):  # Keras does not; it may stand for gigabytes
+            raise ValueError("it is compressed; pack it again without compression")
+        return archive.read("config.json"), BytesIO(archive.read("model.weights.h5"))
 
 
 def _read_weights(file: Any) -> tuple[int, Weights]:
     """Returns the number of all layers, and name and arrays of those with weights, in the model's order."""
-    root, layers = file.get("model_weights", file), file.get("layers")
+    root = file.get("model_weights", file)
     if "layer_names" in root.attrs:
         num_layers, weights = len(root.attrs["layer_names"]), _layers_by_name(root)
-    elif isinstance(layers, h5py.Group):
-        num_layers, weights = _layers_by_number(layers)
+    elif "layers" in file:
+        num_layers, weights = _layers_by_number(file["layers"])
     else:
         raise ValueError("it does not name its layers; save it in Keras with generator.save('FILE.keras')")
-    expected: Weights = [(layer.module, VARIABLES[layer.kind]) for layer in WEIGHTED]
+    expected: Weights = [("", VARIABLES[layer.kind]) for layer in WEIGHTED]
     for (name, arrays), (_, variables) in zip_longest(weights, expected, fillvalue=END):
         if set(arrays) != set(variables):
             there = f"layer {name!r} holds {', '.join(arrays) or 'nothing'}" if name else "the weights end"
             raise ValueError(f"{there} where {', '.join(variables) or 'the end'} should come")
         for variable, array in arrays.items():
-            if array.file != file or array.is_virtual or array.external:
-                raise ValueError(f"array {name}/{variable} lies in another file")
-            if array.dtype.kind != "f":
-                raise ValueError(f"array {name}/{variable} is of type {array.dtype}, expected floating-point numbers")
+            is_here = isinstance(array, h5py.Dataset) and array.file == file and not array.external
+            if not is_here or array.dtype.kind != "f" or array.id.get_storage_size() != array.nbytes:
+                raise ValueError(f"array {name}/{variable} is not one of floating-point numbers that this file holds")
     return num_layers, weights
 
 
 def _layers_by_name(root: Any) -> Weights:
     """Returns the layers of Keras 2's layout. A nested model is one group that holds all of its layers."""
     layers: dict[tuple[str, str], dict[str, Any]] = {}
-    for layer in map(_text, root.attrs["layer_names"]):
-        for name in map(_text, root[layer].attrs["weight_names"]):
+    for layer in root.attrs["layer_names"].astype(str):
+        for name in root[layer].attrs["weight_names"].astype(str):
             scope, _, variable = name.rpartition("/")
             layers.setdefault((layer, scope), {})[variable.removesuffix(":0")] = root[layer][name]
     return [(scope or layer, arrays) for (layer, scope), arrays in layers.items()]
@@ -157,35 +140,26 @@ def _layers_by_number(layers: Any) -> tuple[int, Weights]:
     for layer in layers.values():
         if "layers" in layer:
             return _layers_by_number(layer["layers"])
-    groups: dict[str, dict[str, Any]] = {
-        name: dict(layer["vars"]) for name, layer in layers.items() if len(layer["vars"])
-    }
+    groups: dict[str, Any] = {name: dict(layer["vars"]) for name, layer in layers.items() if len(layer["vars"])}
     weights: Weights = []
     for layer in WEIGHTED:
-        names = {str(number): variable for number, variable in enumerate(VARIABLES[layer.kind])}
-        weights.append((layer.name, {names.get(key, key): array for key, array in groups.pop(layer.name, {}).items()}))
+        names, arrays = dict(zip("0123", VARIABLES[layer.kind], strict=False)), groups.pop(layer.name, {})
+        weights.append((layer.name, {names.get(key, key): array for key, array in arrays.items()}))
     return len(layers), [*weights, *groups.items()]
 
 
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value
-
-
-def _geometry(model: dict[str, Any], weights: Weights) -> tuple[int, int, int]:
+def _geometry(model: dict[str, Any]) -> tuple[int, int, int]:
     """Returns rows and columns of the first feature maps and the number of classes (0: none) of a model in JSON, after
     comparing its layers with the reference's."""
     inputs, layers = _unwrap(model)
     num_classes = 0
     if layers[0]["class_name"] == "Concatenate":
-        joined = [name for name in _strings(layers.pop(0)["inbound_nodes"]) if name in inputs]
+        joined = _names_in(layers.pop(0)["inbound_nodes"], inputs)
         if len(joined) != 2 or joined != list(inputs):
             raise ValueError(
                 f"its inputs are {', '.join(inputs)} and it joins {', '.join(joined)}: expected the latents first and "
                 "the one-hot classes second, in both"
             )
-        name, shape = weights[0][0], weights[0][1]["kernel"].shape
-        if sum(inputs.values()) != shape[0]:
-            raise ValueError(f"layer {name!r} has a kernel of shape {shape} and inputs of {list(inputs.values())}")
         num_classes = inputs[joined[1]]
     described = [(layer["class_name"], layer["config"]) for layer in layers]
     expected = [(layer.kind, layer.settings) for layer in LAYERS]
@@ -196,13 +170,7 @@ def _geometry(model: dict[str, Any], weights: Weights) -> tuple[int, int, int]:
         for key, value in values.items():
             if settings.get(key, value) != value:
                 raise ValueError(f"{there} has {key} {settings[key]!r}, expected {value!r}")
-    reshape = layers[1]["config"]
-    height, width, channels = target = reshape["target_shape"]
-    if not all(isinstance(side, int) and side > 0 for side in target):
-        raise ValueError(f"{reshape.get('name')!r} has target_shape {target}, expected positive integers")
-    name, shape = weights[1][0], weights[1][1]["gamma"].shape
-    if shape != (channels,):
-        raise ValueError(f"layer {name!r} has a gamma of shape {shape}, expected ({channels},)")
+    height, width, _ = layers[1]["config"]["target_shape"]
     return height, width, num_classes
 
 
@@ -215,33 +183,28 @@ def _unwrap(model: dict[str, Any]) -> tuple[dict[str, int], list[dict[str, Any]]
     if len(layers) == 1 and layers[0]["class_name"] in {"Model", "Functional", "Sequential"}:
         return _unwrap(layers[0])
     settings = [layer["config"] for layer in every if layer["class_name"] == "InputLayer"]
-    inputs = {item["name"]: math.prod((item.get("batch_input_shape") or item["batch_shape"])[1:]) for item in settings}
+    inputs = {item["name"]: (item.get("batch_input_shape") or item["batch_shape"])[-1] for item in settings}
     if len(inputs) > 1:
-        inputs = {name: inputs[name] for name in _strings(config["input_layers"]) if name in inputs}
+        inputs = {name: inputs[name] for name in _names_in(config["input_layers"], inputs)}
     return inputs, layers
 
 
-def _strings(node: Any) -> Iterator[str]:
-    """Yields the strings in nested JSON, in order: references to layers are nested differently in each Keras."""
-    if isinstance(node, str):
-        yield node
-    elif isinstance(node, list | dict):
-        for item in node.values() if isinstance(node, dict) else node:
-            yield from _strings(item)
+def _names_in(node: Any, names: Collection[str]) -> list[str]:
+    """Returns those of the names that nested JSON holds, in its order: each Keras nests references to layers in another
+    way."""
+    return [text for text in re.findall('"(.*?)"', json.dumps(node, ensure_ascii=False)) if text in names]
 
 
 def _guess_geometry(num_layers: int, weights: Weights) -> tuple[int, int, int]:
     """Returns what `_geometry` does for weights alone, on the assumption that the images are square."""
-    (name, dense), (_, norm) = weights[:2]
-    units, channels = dense["bias"].size, norm["gamma"].size
-    side = math.isqrt(units // max(channels, 1))
-    reason = ""
-    if num_layers not in (len(LAYERS), len(LAYERS) + 1):  # a Sequential model does not count its input
-        reason = f"weights alone, of {num_layers} layers instead of {len(LAYERS) + 1}, do not tell latents from classes"
-    elif side * side * channels != units:
-        reason = f"layer {name!r} makes {units} numbers, which are no square feature maps of {channels} channels"
-    if reason:
-        raise ValueError(f"{reason}; save the whole model with generator.save('FILE.keras')")
+    units, channels = weights[0][1]["bias"].size, weights[1][1]["gamma"].size
+    side = math.isqrt(units // (channels or 1))
+    # A Sequential model does not count its input.
+    if num_layers not in (len(LAYERS), len(LAYERS) + 1) or side * side * channels != units:
+        raise ValueError(
+            "weights alone tell neither latents from classes nor the sides of images that are not square; save the "
+            "whole model with generator.save('FILE.keras')"
+        )
     return side, side, 0
 
 
@@ -254,20 +217,25 @@ def _build(weights: Weights, height: int, width: int, num_classes: int) -> Gener
         generator = Generator(config, shape, num_classes, REFERENCE_DOUBLINGS)
     state = generator.state_dict()
     for (name, arrays), layer in zip(weights, WEIGHTED, strict=True):
-        module = generator.get_submodule(layer.module)
         for variable, array in arrays.items():
-            key = f"{layer.module}.{VARIABLES[layer.kind][variable]}"
-            axes = KERNEL_AXES[type(module)] if variable == "kernel" else (0,)
+            key, axes, is_mirrored = _parameter(generator, layer, variable)
             shape = tuple(state[key].shape[axes.index(axis)] for axis in range(len(axes)))
             if array.shape != shape:
                 raise ValueError(f"layer {name!r} has a {variable} of shape {array.shape}, expected {shape}")
             tensor = torch.from_numpy(array[()].astype(np.float32)).permute(axes)
-            # With stride 1 a transposed convolution is a convolution with the kernel flipped, and mirrored as it was.
-            state[key] = tensor if isinstance(module, nn.Conv2d) else mirror(key, tensor, generator.base)
+            state[key] = mirror(key, tensor, generator.base) if is_mirrored else tensor
         if layer.kind == "BatchNormalization":
             state[f"{layer.module}.num_batches_tracked"] = torch.tensor(0)
     generator.to_empty(device="cpu").load_state_dict(state)
     return generator
+
+
+def _parameter(generator: Generator, layer: Layer, variable: str) -> tuple[str, tuple[int, ...], bool]:
+    """Returns the name of a variable of Keras in our generator, the order of Keras's axes there, and whether it is
+    mirrored there: with stride 1 a transposed convolution is a convolution with the kernel flipped, which undoes it."""
+    module = generator.get_submodule(layer.module)
+    axes = KERNEL_AXES[type(module)] if variable == "kernel" else (0,)
+    return f"{layer.module}.{VARIABLES[layer.kind][variable]}", axes, not isinstance(module, nn.Conv2d)
 
 
 def _width(channels: list[int]) -> float:
@@ -300,65 +268,50 @@ def save_keras(generator: nn.Module, path: Path) -> None:
     """
     if not isinstance(generator, Generator) or generator.doublings != REFERENCE_DOUBLINGS:
         raise UserError(f"{path}: the Keras notebooks have no network like this; write .safetensors or .onnx")
-    classes = {"classes": generator.num_classes} if generator.num_classes else {}
-    inputs = {"latents": generator.config.latent_dim} | classes
-    layers, arrays = list[dict[str, Any]](), dict[str, dict[str, Any]]()
-
-    def add(kind: str, name: str, settings: dict[str, Any], sources: list[str]) -> list[str]:
-        nodes = [[[source, 0, 0, {}] for source in sources]] if sources else []
-        layers.append({"class_name": kind, "name": name, "config": {"name": name} | settings, "inbound_nodes": nodes})
-        return [name]
-
-    for name, length in inputs.items():
-        add("InputLayer", name, {"batch_input_shape": [None, length], "dtype": "float32", "sparse": False}, [])
-    tip = list(inputs)
-    if classes:
-        tip = add("Concatenate", "concatenate", {"axis": -1}, tip)
-    for layer in LAYERS:
-        tip = add(layer.kind, layer.name, _settings(generator, layer), tip)
-        if layer.module:
-            arrays[layer.name] = _arrays(generator, layer)
-    ends = {"input_layers": [[name, 0, 0] for name in inputs], "output_layers": [[name, 0, 0] for name in tip]}
+    lengths = {"latents": generator.config.latent_dim, "classes": generator.num_classes}
+    inputs = [
+        Layer("InputLayer", name, {"batch_input_shape": [None, length], "dtype": "float32", "sparse": False})
+        for name, length in lengths.items()
+        if length
+    ]
+    stack = [*inputs, *([Layer("Concatenate", "concatenate", {"axis": -1})] if len(inputs) > 1 else []), *LAYERS]
+    layers, sources = list[dict[str, Any]](), [layer.name for layer in inputs]
+    for layer in stack:
+        config = {"name": layer.name} | layer.settings | _settings(generator, layer)
+        nodes = [] if layer in inputs else [[[source, 0, 0, {}] for source in sources]]
+        layers.append({"class_name": layer.kind, "name": layer.name, "config": config, "inbound_nodes": nodes})
+        sources = sources if layer in inputs else [layer.name]
+    ends = {"input_layers": [[layer.name, 0, 0] for layer in inputs], "output_layers": [[sources[0], 0, 0]]}
     model = {"class_name": "Model", "config": {"name": "generator", "layers": layers, **ends}}
+    state = generator.state_dict()
     content = BytesIO()  # HDF5 reports a full disk with errors of its own, and again when the file is closed
     with h5py.File(content, "w") as file:
         root = file.create_group("model_weights")
         for holder in (file, root):
             holder.attrs["keras_version"], holder.attrs["backend"] = KERAS_VERSION.encode(), b"tensorflow"
         file.attrs["model_config"] = json.dumps(model).encode()
-        root.attrs["layer_names"] = [layer["name"].encode() for layer in layers]
-        for name in (layer["name"] for layer in layers):
-            group, variables = root.create_group(name), arrays.get(name, {})
+        root.attrs["layer_names"] = [layer.name.encode() for layer in stack]
+        for layer in stack:
+            group, variables = root.create_group(layer.name), VARIABLES[layer.kind] if layer.module else ()
             # Keras writes an empty list of names as an empty array of numbers.
-            group.attrs["weight_names"] = [f"{name}/{key}:0".encode() for key in variables] or np.zeros(0)
-            for key, array in variables.items():
-                group[f"{name}/{key}:0"] = array
+            group.attrs["weight_names"] = [f"{layer.name}/{name}:0".encode() for name in variables] or np.zeros(0)
+            for variable in variables:
+                key, axes, is_mirrored = _parameter(generator, layer, variable)
+                tensor = state[key].float().cpu()
+                tensor = mirror(key, tensor, generator.base) if is_mirrored else tensor
+                group[f"{layer.name}/{variable}:0"] = tensor.permute(*np.argsort(axes).tolist()).numpy()
     with replacing(path) as temporary:
         temporary.write_bytes(content.getbuffer())
 
 
 def _settings(generator: Generator, layer: Layer) -> dict[str, Any]:
-    settings = {key: value for key, value in layer.settings.items() if key != "groups"}  # which later versions write
+    """Returns what Keras says of the layer's size."""
     match layer.kind:
         case "Dense":
-            settings["units"] = generator.dense.out_features
+            return {"units": generator.dense.out_features}
         case "Reshape":
-            settings["target_shape"] = [*generator.base, generator.norms[0].num_features]
+            return {"target_shape": [*generator.base, generator.norms[0].num_features]}
         case "Conv2DTranspose":
-            module: Any = generator.convolutions[layer.number]
-            settings |= {"filters": module.out_channels, "kernel_size": list(module.kernel_size)}
-    return settings
-
-
-def _arrays(generator: Generator, layer: Layer) -> dict[str, Any]:
-    """Returns Keras's arrays of a layer by variable: what `_build` does, backwards."""
-    module, state, arrays = generator.get_submodule(layer.module), generator.state_dict(), {}
-    for variable, name in VARIABLES[layer.kind].items():
-        key = f"{layer.module}.{name}"
-        tensor = state[key].detach().float().cpu()
-        if not isinstance(module, nn.Conv2d):
-            tensor = mirror(key, tensor, generator.base)
-        if variable == "kernel":
-            tensor = tensor.permute(*np.argsort(KERNEL_AXES[type(module)]).tolist())
-        arrays[variable] = tensor.numpy()
-    return arrays
+            module: Any = generator.get_submodule(layer.module)
+            return {"filters": module.out_channels, "kernel_size": list(module.kernel_size)}
+    return {}

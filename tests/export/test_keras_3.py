@@ -69,8 +69,7 @@ def test_keras_3_makes_the_same_images_of_what_is_written(name: str, folder: Pat
 def test_what_keras_3_writes_is_read(name: str, suffix: str, folder: Path) -> None:
     path, inputs, expected = (folder / f"{name}.keras_3{end}" for end in (suffix, ".npz", ".npy"))
     if (name, suffix) == ("acgan", ".weights.h5"):
-        reason = r"\(weights alone, of 18 layers instead of 16, do not tell latents from classes; save the whole model"
-        with pytest.raises(UserError, match=reason + r" with generator\.save\('FILE\.keras'\)\)"):
+        with pytest.raises(UserError, match=r"\(weights alone tell neither .* with generator\.save\('FILE\.keras'\)\)"):
             load_generator(path)
         return
     generator, images = load_generator(path), np.load(expected)
@@ -103,7 +102,7 @@ REFUSED = {
     "no weights": r"There is no item named 'model\.weights\.h5' in the archive",
     "layer": r"layer 'dense_1' holds 0 where the end should come",
     "array": r"layer 'conv2d_transpose_2' holds kernel where kernel, bias should come",
-    "compressed": r"config\.json in it is compressed; pack it again without compression",
+    "compressed": r"it is compressed; pack it again without compression",
 }
 
 
