@@ -129,8 +129,8 @@ def evaluate(
     ["features"][FEATURE SPACE][SCORE].
 
     Args:
-        target: a run's folder, an exported generator (.safetensors, .h5, .keras), a folder of images, an .npz file, or
-            the word train or test for that split of the real images.
+        target: a run's folder, an exported generator (.safetensors, .h5, .keras, hf://OWNER/NAME), a folder of images,
+            an .npz file, or the word train or test for that split of the real images.
         config: a Config, or a configuration's name or path; by default that of the run, or else the defaults.
         real: a folder of images or an .npz file to compare with, in the place of the configured dataset.
         kind: what the images of `real` are; with "mnist" they may be scored by the features of digits.

@@ -11,7 +11,9 @@ from pipeline.errors import UserError
 
 def main() -> int:
     parser = Parser(description="Draw images from a trained generator.")
-    source = "an export (also a Hugging Face folder), a Keras notebook's .h5 or .keras, a checkpoint or a run's folder"
+    source = (
+        "an export, a Hugging Face folder or hf://OWNER/NAME, a Keras .h5 or .keras, a checkpoint or a run's folder"
+    )
     parser.add_argument("-g", "--generator", type=Path, required=True, help=source)
     parser.add_argument("--out", type=Path | None, help="grid or strip: a PNG file; with --count: a new folder of PNGs")
     parser.add_argument("--count", type=int | None, help="write this many single images instead of a grid")
@@ -35,7 +37,7 @@ def main() -> int:
     # Imported here, so that `--help` and mistakes need no torch.
     from pipeline.data.class_names import class_asked_for
     from pipeline.export.generator_file import load_generator
-    from pipeline.export.images import interpolate, row_names, sample_grid, save_each, save_grid
+    from pipeline.export.images import row_names, save_each, save_picture
 
     generator = load_generator(arguments.generator, arguments.weights, arguments.network.generator)
     label = None
@@ -43,12 +45,9 @@ def main() -> int:
         label = class_asked_for(name, generator.class_names, generator.num_classes, arguments.generator)
     if count is not None:
         save_each(generator, seed, count, out, label)
-    elif arguments.interpolate:
-        save_grid(interpolate(generator, seed, 8, 10, label), out, columns=10)
     else:
-        images, columns = sample_grid(generator, seed, label)
-        save_grid(images, out, columns)
-        if label is None and (names := row_names(generator)):
+        save_picture(generator, out, seed, label, is_strip=arguments.interpolate)
+        if label is None and not arguments.interpolate and (names := row_names(generator)):
             print(f"rows, from the top: {', '.join(map(repr, names))}", file=sys.stderr)
     print(out)
     return 0

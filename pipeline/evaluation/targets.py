@@ -26,7 +26,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation import TARGET
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.scorer import Scorer
-from pipeline.export.generator_file import EXPORT_SUFFIXES, HUB_WEIGHTS, critic_of, generator_of, load_generator
+from pipeline.export.generator_file import critic_of, generator_of, is_export, load_generator
 from pipeline.reporting import number
 from pipeline.reporting.page import write_report
 from pipeline.storage.checkpoint import CheckpointError, find
@@ -83,14 +83,13 @@ def score_target(
         Preempted: A signal came.
     """
     runtime, dataset, run = scorer.runtime, scorer.dataset, RunFolder(target)
-    is_export = target.suffix in EXPORT_SUFFIXES or (target / HUB_WEIGHTS).is_file()
-    if (crop or size) and (run.has_begun or is_export or not target.exists()):
+    if (crop or size) and (run.has_begun or is_export(target) or not target.exists()):
         raise UserError(f"{target}: --crop and --size are for images in a folder or an .npz file: leave them out")
     if run.has_begun:
         return _score_run(run, scorer, steps, out, code)
-    facts: dict[str, Any] = {"target": str(target)}
+    facts: dict[str, Any] = {"target": str(target).replace("hf:/", "hf://", 1)}
     path = out or scores_of(target, root)
-    if is_export:
+    if is_export(target):
         generator = load_generator(target, scorer.config.weights, code).to(runtime.device)
         path = out or _beside_others(path, scorer)
         result = scorer.score_generator(generator, path, facts)

@@ -12,6 +12,8 @@ from pipeline.config import Parser
 from pipeline.distributed.launcher import run_program
 from pipeline.errors import UserError
 
+SUFFIXES = ("", ".safetensors", ".onnx", ".h5", ".png", ".webp", ".apng")
+
 
 @dataclass(frozen=True)
 class NetworkCode:
@@ -32,25 +34,29 @@ def convert(
     push: str | None = None,
     licence: str | None = None,
     data_licence: str | None = None,
+    picture: Literal["grid", "interpolation"] = "grid",
 ) -> int:
-    """Writes a trained generator into a file of another format, or into a folder for the Hugging Face Hub.
+    """Writes a trained generator into a file of another format or a folder for the Hugging Face Hub, or its images.
 
     Formats are safetensors, ONNX and the whole-model .h5 of Keras notebooks. The folder for the Hub holds the weights,
-    config.json, a model card, scores and samples.
+    config.json, a model card, scores and samples. A .png is a picture of generated images; a .webp or .apng shows a
+    run's samples, from the first to the last, as an animation.
 
     Args:
-        source: An export, a Keras notebook's .h5 or .keras, a checkpoint or a run's folder.
-        out: The .safetensors, .onnx or .h5 file, or else the folder, to write; it must not exist.
+        source: An export, hf://OWNER/NAME, a Keras notebook's .h5 or .keras, a checkpoint or a run's folder.
+        out: The file or else the folder to write, which must not exist; hf://OWNER/NAME is the folder NAME, sent there.
         weights: Weights of a checkpoint to take: their moving average, or the trained ones.
         network: Code of the generator.
         push: Send the folder to this model repository of the Hub, OWNER/NAME (takes the login of `hf auth login`).
         licence: Licence of the weights for the model card, as the Hub names it, such as mit.
         data_licence: Licence of the training images for the model card, in words.
+        picture: What a .png shows: a grid of images, or lines between latents.
     """
-    if out.suffix not in {".safetensors", ".onnx", ".h5", ""}:
-        raise UserError(
-            f"{out}: unknown kind of file, name it .safetensors, .onnx or .h5, or a folder without a suffix"
-        )
+    if out.parts[:1] == ("hf:",):
+        push, out = "/".join(out.parts[1:]), Path(out.name)
+    if out.suffix not in SUFFIXES:
+        kinds = f"{', '.join(SUFFIXES[1:-1])} or {SUFFIXES[-1]}"
+        raise UserError(f"{out}: unknown kind of file, name it {kinds}, or a folder without a suffix")
     if out.suffix and (push or licence or data_licence):
         raise UserError(
             f"{out} is a file: --push, --licence and --data_licence go with a folder, a name without suffix"
@@ -58,8 +64,14 @@ def convert(
     if out.exists():
         raise UserError(f"{out}: exists already, name another {'file' if out.suffix else 'folder'}")
 
-    from pipeline.export.generator_file import read_generator, save_export, save_onnx  # here: mistakes need no torch
+    # Imported here, so that mistakes need no torch.
+    from pipeline.export.generator_file import read_generator, save_export, save_onnx
+    from pipeline.export.images import save_animation, save_picture
 
+    if out.suffix in (".webp", ".apng"):
+        save_animation(source, out)
+        print(out)
+        return 0
     if not out.suffix:
         from pipeline.export import hub
 
@@ -72,6 +84,8 @@ def convert(
             save_export(generator, out, facts)
         case ".onnx":
             save_onnx(generator, out)
+        case ".png":
+            save_picture(generator, out, is_strip=picture == "interpolation")
         case ".h5":
             from pipeline.export.keras_files import save_keras
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config import NetworkConfig
 from pipeline.errors import UserError, describe_error
@@ -33,6 +33,12 @@ CLASS_NAMES = "class_names"
 of earlier versions have none."""
 HUB_WEIGHTS = "model.safetensors"
 """The name of an export within a folder for the Hugging Face Hub."""
+
+
+def is_export(path: Path) -> bool:
+    """Returns whether `load_generator` finds a single generator there: in a file, a folder for the Hub, or the Hub."""
+    return path.suffix in EXPORT_SUFFIXES or path.parts[:1] == ("hf:",) or (path / HUB_WEIGHTS).is_file()
+
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 
@@ -106,8 +112,9 @@ def read_generator(path: Path, weights: str, code: str | None = None) -> tuple[A
     """Returns the generator that a file or folder holds, on the CPU in eval mode, and where it comes from.
 
     Args:
-        path: An export, a folder for the Hugging Face Hub, a Keras notebook's .h5 or .keras, a checkpoint's folder, or
-            a run's folder: then its newest intact checkpoint, and damaged newer ones are named in the log.
+        path: An export, a folder for the Hugging Face Hub, hf://OWNER/NAME (@REVISION may follow) for one there, a
+            Keras notebook's .h5 or .keras, a checkpoint's folder, or a run's folder: then its newest intact checkpoint,
+            and damaged newer ones are named in the log.
         weights: Which of a checkpoint's weights, "ema" or "raw".
         code: module:NAME of a user's own network. Files name theirs too, but only the caller may make the program
             import code.
@@ -119,11 +126,14 @@ def read_generator(path: Path, weights: str, code: str | None = None) -> tuple[A
     Raises:
         UserError: It is none of these, damaged, or needs code that the caller does not name.
     """
+    if path.parts[:1] == ("hf:",):
+        from pipeline.export.hub import download  # here: nothing else needs huggingface_hub
+
+        return _read_export(download(path), code)
     if (path / HUB_WEIGHTS).is_file():
         return _read_export(path / HUB_WEIGHTS, code)
     if path.is_dir():
-        run = RunFolder(path)
-        checkpoint = find(run) if run.has_begun else read_checkpoint(path).verify()
+        checkpoint = _checkpoint_in(path)
         facts: dict[str, Any] = {"step": checkpoint.step, "weights": weights}
         if (run := RunFolder(checkpoint.folder.resolve().parent.parent)).has_begun:
             facts |= {"run": run.path.name, "dataset": run.dataset_fingerprint}
@@ -135,21 +145,53 @@ def read_generator(path: Path, weights: str, code: str | None = None) -> tuple[A
     return _read_export(path, code)
 
 
+def warm_start(source: str, generator: AnyGenerator, ema: AnyGenerator, critic: nn.Module) -> None:
+    """Gives networks that were not trained yet the weights of `source` (see `read_generator`), for `run.start_from`. A
+    checkpoint's go to each of the three; a single generator's to generator and average, and the critic stays.
+
+    Raises:
+        UserError: It holds no generator, or does not fit the networks.
+    """
+    path, networks = Path(source), {"generator": generator, "ema": ema, "critic": critic}
+    if path.is_dir() and not is_export(path):
+        tensors = _checkpoint_in(path).tensors()
+    else:
+        state = load_generator(path, code=generator.config.generator).state_dict()
+        tensors = {f"{role}.{name}": value for role in ("generator", "ema") for name, value in state.items()}
+    for role, network in networks.items():
+        if weights := _under(role, tensors):
+            try:
+                network.load_state_dict(weights)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[-1].strip("\t .")
+                raise UserError(
+                    f"run.start_from is {source}: its {role} does not fit this run's ({reason}): give one with the "
+                    "same network settings and images, or for another critic an export, which has none"
+                ) from None
+
+
+def _checkpoint_in(path: Path) -> Checkpoint:
+    """Returns a run's newest intact checkpoint, or the one that the folder is."""
+    run = RunFolder(path)
+    return find(run) if run.has_begun else read_checkpoint(path).verify()
+
+
+def _under(role: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors of a checkpoint that are one network's, by their names in it."""
+    return {name.removeprefix(f"{role}."): value for name, value in tensors.items() if name.startswith(f"{role}.")}
+
+
 def generator_of(checkpoint: Checkpoint, weights: str, code: str | None = None) -> AnyGenerator:
     """Returns the generator of a checkpoint, on the CPU in eval mode; for the arguments see `read_generator`."""
-    prefix = "ema." if weights == "ema" else "generator."
-    tensors = checkpoint.tensors()
-    state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    state = _under("ema" if weights == "ema" else "generator", checkpoint.tensors())
     generator = generator_of_spec(checkpoint.progress["generator"], code, checkpoint.folder)
-    _load(generator, state, checkpoint.progress.get(CLASS_NAMES, []))
-    return _freeze(generator)
+    return _load(generator, state, checkpoint.progress.get(CLASS_NAMES, []))
 
 
 @preserve_global_rng
 def critic_of(checkpoint: Checkpoint) -> Critic | None:
     """Returns the critic of a checkpoint, on the CPU; None if it is a user's own network."""
-    tensors = checkpoint.tensors()
-    state = {name.removeprefix("critic."): value for name, value in tensors.items() if name.startswith("critic.")}
+    state = _under("critic", checkpoint.tensors())
     biases = state.get("score.bias")
     if biases is None:
         return None
@@ -177,29 +219,28 @@ def _read_export(path: Path, code: str | None) -> tuple[AnyGenerator, dict[str, 
         if header.get("format") != FORMAT:
             raise ValueError(f"its header does not say {FORMAT!r}")
         generator = generator_of_spec(json.loads(header["generator"]), code, path)
-        _load(generator, tensors, json.loads(header.get(CLASS_NAMES, "[]")))
-        provenance = dict(json.loads(header.get("provenance", "{}")))
+        names, provenance = json.loads(header.get(CLASS_NAMES, "[]")), json.loads(header.get("provenance", "{}"))
+        return _load(generator, tensors, names), dict(provenance)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give an export, e.g. runs/NAME/export/generator.safetensors") from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not a generator export of this pipeline ({reason})") from None
-    return _freeze(generator), provenance
 
 
-def _load(generator: AnyGenerator, tensors: dict[str, Tensor], class_names: object) -> None:
-    """Gives a generator the weights, and their dtype, and the names of its classes that a file holds.
+def _load(generator: AnyGenerator, tensors: dict[str, Tensor], class_names: object) -> AnyGenerator:
+    """Gives a generator the weights, and their dtype, and the names of its classes that a file holds; returns it.
 
     Raises:
         ValueError, KeyError, RuntimeError: The file is damaged.
     """
     name, _ = next(generator.named_parameters())
     generator.to(tensors[name].dtype).load_state_dict(tensors)
-    if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
-        raise ValueError(f"{CLASS_NAMES} is not a list of texts")
-    if len(class_names) not in (0, generator.num_classes):
-        raise ValueError(f"{CLASS_NAMES} has {len(class_names)} names of {generator.num_classes} classes")
-    generator.class_names = tuple(class_names)
+    names: list[Any] = class_names if isinstance(class_names, list) else [None]
+    if len(names) not in (0, generator.num_classes) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{CLASS_NAMES} is no list of the names of its {generator.num_classes} classes")
+    generator.class_names = tuple(names)
+    return _freeze(generator)
 
 
 def _freeze(generator: AnyGenerator) -> AnyGenerator:

@@ -6,21 +6,21 @@ The folder tells what made the weights and how they score, but no path and no ma
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
 
+from pipeline.config import read_yaml
 from pipeline.errors import UserError
 from pipeline.export.generator_file import CLASS_NAMES, FORMAT, HUB_WEIGHTS, fingerprint, save_export
 from pipeline.export.images import row_names, sample_grid, save_grid
 from pipeline.models.networks import AnyGenerator
 from pipeline.reporting import code, number
 from pipeline.reporting.read import Evaluation, Run, read_run
-from pipeline.storage.files import write_text
+from pipeline.storage.files import make_folder, write_text
 from pipeline.storage.run_folder import RunFolder
 
 TASK = "unconditional-image-generation"
@@ -36,7 +36,7 @@ HTTP_ERRORS = cast("tuple[type[Exception], ...]", (*HfHubHTTPError.__bases__, OS
 
 def write_hub_folder(
     generator: AnyGenerator,
-    provenance: Mapping[str, Any],
+    provenance: dict[str, Any],
     source: Path,
     out: Path,
     licence: str | None = None,
@@ -51,26 +51,41 @@ def write_hub_folder(
         licence: The licence of the weights, one of the Hub's identifiers, such as mit; None: the card names none.
         data_licence: The licence of the training images, in words; None: MNIST's, or not stated.
     """
-    run = _run_of(source)
-    evaluation = _evaluation_of(run, generator)
-    seed = run.config.get("training.seed", 0) if run else 0
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        save_export(generator, temporary / HUB_WEIGHTS, dict(provenance))
-        config = {"library_name": "gan-pipeline", "format": FORMAT, "generator": generator.spec(), **_settings(run)}
-        config |= {CLASS_NAMES: list(generator.class_names)} if generator.class_names else {}
-        write_text(temporary / "config.json", json.dumps(config | {"provenance": dict(provenance)}, indent=1))
+    run, key = _run_of(source), fingerprint(generator)
+    evaluations = [item for item in run.evaluations if item.settings.get("images_fingerprint") == key] if run else []
+    evaluation = evaluations[-1] if evaluations else None
+    settings = read_yaml(run.folder.config) if run and run.config else {}
+    config = {"library_name": "gan-pipeline", "format": FORMAT, "generator": generator.spec()}
+    config |= {name: settings[name] for name in ("network", "training") if name in settings}
+    config |= {CLASS_NAMES: list(generator.class_names)} if generator.class_names else {}
+    seed = run.config.get("training.seed") if run else 0
+    make_folder(out.parent)
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        (folder := Path(temporary, out.name)).mkdir()
+        save_export(generator, folder / HUB_WEIGHTS, provenance)
+        write_text(folder / "config.json", json.dumps(config | {"provenance": provenance}, indent=1))
         images, columns = sample_grid(generator, seed if isinstance(seed, int) else 0)
-        save_grid(images, temporary / "samples.png", columns)
+        save_grid(images, folder / "samples.png", columns)
         if evaluation is not None:
             scores = {"step": evaluation.step, **evaluation.settings, "features": evaluation.features}
-            write_text(temporary / "scores.json", json.dumps(scores, indent=1))
-        _card(generator, provenance, run, evaluation, (licence, data_licence)).save(temporary / "README.md")
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            write_text(folder / "scores.json", json.dumps(scores, indent=1))
+        _card(generator, provenance, run, evaluation, (licence, data_licence)).save(folder / "README.md")
+        folder.rename(out)
+
+
+def download(path: Path) -> Path:
+    """Returns the export of `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`, a model repository of the Hub (or of the
+    server in HF_ENDPOINT). It lies in the Hub's cache on this machine, and is fetched if it is not there.
+
+    Raises:
+        UserError: There is none, or it can't be fetched.
+    """
+    name, _, revision = "/".join(path.parts[1:]).partition("@")
+    try:
+        return Path(hf_hub_download(name, HUB_WEIGHTS, revision=revision or None))
+    except HTTP_ERRORS as error:
+        fix = f"it takes a repository with {HUB_WEIGHTS}, and a private one `hf auth login`"
+        raise UserError(f"hf://{name}: {_reason(error)}; {fix}") from None
 
 
 def check_push(name: str) -> None:
@@ -93,43 +108,25 @@ def push(folder: Path, name: str) -> str:
         repository = api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Upload of gan-pipeline")
     except HTTP_ERRORS as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"--push {name}: {reason}; {folder} is written: after `hf auth login`, `hf upload {name} {folder}` sends it"
-        ) from None
+        fix = f"{folder} is written: after `hf auth login`, `hf upload {name} {folder}` sends it"
+        raise UserError(f"--push {name}: {_reason(error)}; {fix}") from None
     return str(repository)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _run_of(source: Path) -> Run | None:
     """Returns the run whose folder `source` is, or holds that export or checkpoint."""
-    above = RunFolder(source.resolve().parent.parent)
-    is_within = source.resolve().parent in (above.export.parent, above.checkpoints)
-    run = above if is_within else RunFolder(source)
+    folder, above = source.resolve().parent, RunFolder(source.resolve().parent.parent)
+    run = above if folder in (above.export.parent, above.checkpoints) else RunFolder(source)
     return read_run(run.path) if run.has_begun else None
-
-
-def _evaluation_of(run: Run | None, generator: AnyGenerator) -> Evaluation | None:
-    """Returns the run's newest evaluation of this very generator."""
-    key = fingerprint(generator)
-    evaluations = reversed(run.evaluations if run else [])
-    return next((item for item in evaluations if item.settings.get("images_fingerprint") == key), None)
-
-
-def _settings(run: Run | None) -> dict[str, Any]:
-    """Returns the settings of the run that shaped the weights, nested as in its configuration."""
-    nested: dict[str, Any] = {}
-    for key, value in (run.config if run else {}).items():
-        *sections, last = key.split(".")
-        place = nested
-        for name in sections:
-            place = place.setdefault(name, {})
-        place[last] = value
-    return {name: nested[name] for name in ("network", "training") if name in nested}
 
 
 def _card(
     generator: AnyGenerator,
-    provenance: Mapping[str, Any],
+    provenance: dict[str, Any],
     run: Run | None,
     evaluation: Evaluation | None,
     licences: tuple[str | None, str | None],

@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.distributed.progress import bar
+from pipeline.errors import UserError
 from pipeline.models.networks import AnyGenerator
 from pipeline.rng import evaluation_labels, evaluation_latents
 from pipeline.storage.files import replacing
+from pipeline.storage.run_folder import RunFolder
 
 BATCH = 500
 BORDER, GREY = 2, 128
@@ -20,20 +22,16 @@ MOST_ROWS = 10
 """The number of classes that a grid shows at most."""
 
 
-def to_uint8(pixels: Tensor) -> Tensor:
-    """Rounds pixels in [0, 1] to uint8 in [0, 255]. The range is fixed: it does not depend on the batch."""
-    return (pixels * 255).round().clamp(0, 255).to(torch.uint8)
-
-
 @torch.no_grad()
 def render(generator: AnyGenerator, latents: Tensor, labels: Tensor | None = None) -> Tensor:
     """Returns the images of latents (n, latent_dim), uint8 (n, C, H, W) on the CPU, by a generator in eval mode.
 
-    This is the only place where the generator's mirrored images are flipped back.
+    This is the only place where the generator's mirrored images are flipped back, and their pixels in [0, 1] become
+    bytes: the range does not depend on the batch.
     """
     weight = next(generator.parameters())
-    mirrored = generator(latents.to(weight), None if labels is None else labels.to(weight.device))
-    return to_uint8(mirrored).flip(2, 3).cpu()
+    mirrored: Tensor = generator(latents.to(weight), None if labels is None else labels.to(weight.device))
+    return (mirrored * 255).round().clamp(0, 255).to(torch.uint8).flip(2, 3).cpu()
 
 
 def render_range(generator: AnyGenerator, seed: int, start: int, stop: int, label: int | None = None) -> Tensor:
@@ -86,6 +84,34 @@ def save_grid(images: Tensor, path: Path, columns: int, scale: int = 2) -> None:
     picture = Image.fromarray(pixels.repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy())
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG")
+
+
+def save_picture(
+    generator: AnyGenerator, path: Path, seed: int = 0, label: int | None = None, *, is_strip: bool = False
+) -> None:
+    """Writes `sample_grid`, or else 8 lines of `interpolate` with 10 images each, as one PNG."""
+    if is_strip:
+        save_grid(interpolate(generator, seed, 8, 10, label), path, columns=10)
+    else:
+        images, columns = sample_grid(generator, seed, label)
+        save_grid(images, path, columns)
+
+
+def save_animation(run: Path, path: Path) -> None:
+    """Writes the grids of samples of a run's folder as an animation, atomically: lossless WebP, or else an animated PNG
+    by another suffix. Each stays for 200 ms, the last one for two seconds.
+
+    Raises:
+        UserError: There are none.
+    """
+    grids = RunFolder(run).grids()
+    if not grids:
+        raise UserError(f"{run}: holds no samples, of which an animation is made: give a run's folder")
+    first, *others = (Image.open(grid).convert("RGB") for _, grid in grids)
+    times = [200] * len(others) + [2000]
+    kind = "WEBP" if path.suffix == ".webp" else "PNG"
+    with replacing(path) as temporary:
+        first.save(temporary, kind, save_all=True, append_images=others, duration=times, loop=0, lossless=True)
 
 
 def save_each(generator: AnyGenerator, seed: int, count: int, folder: Path, label: int | None = None) -> None:

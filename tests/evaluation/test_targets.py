@@ -256,7 +256,7 @@ def test_scores_that_do_not_tell_their_neighbours_are_of_five(run: RunFolder, sc
 
 
 def test_a_generator_is_known_by_its_weights_wherever_they_lie(
-    run: RunFolder, digits: Dataset, scorer: Scorer, tmp_path: Path
+    run: RunFolder, digits: Dataset, scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score(run.path, scorer, tmp_path, [10, 20])
     save_export(random_generator(), run.export, {})
@@ -267,7 +267,11 @@ def test_a_generator_is_known_by_its_weights_wherever_they_lie(
     [result] = score_target(hub, scorer, [None], None, tmp_path / "runs")
     assert json.loads(json.dumps(result)) == content(tmp_path / "runs/evaluations/hub.json")
     known = {content(path)["images_fingerprint"] for path in (run.scores(10), run.scores(20), out)}
-    assert known == {result["images_fingerprint"]}
+    monkeypatch.setattr("pipeline.export.hub.download", lambda path: hub / HUB_WEIGHTS)
+    score(Path("hf://me/digits"), scorer, tmp_path)
+    fetched = content(tmp_path / "runs/evaluations/digits.json")
+    assert fetched["target"] == "hf://me/digits"
+    assert known == {result["images_fingerprint"], fetched["images_fingerprint"]}
     generator = random_generator()
     with torch.no_grad():
         generator.dense.bias[3] += 1e-6

@@ -8,6 +8,8 @@ import sys
 import threading
 from base64 import b64decode
 from collections.abc import Iterator
+from functools import partial
+from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from pipeline.config import Config, to_yaml
 from pipeline.errors import UserError
 from pipeline.evaluation import TARGET
 from pipeline.export.__main__ import convert
-from pipeline.export.generator_file import fingerprint, load_generator, save_export
+from pipeline.export.generator_file import fingerprint, load_generator, read_generator, save_export
 from pipeline.export.hub import push
 from pipeline.export.images import render_range
 from pipeline.storage.run_folder import RunFolder
@@ -106,6 +108,8 @@ class Hub(BaseHTTPRequestHandler):
     """The Hub as far as a commit of small files takes it."""
 
     received: dict[str, bytes]
+    served: dict[str, bytes]
+    asked: list[str]
     refuses: bool
 
     def do_POST(self) -> None:
@@ -139,7 +143,25 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text)
 
-    do_GET = do_POST
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        content = self.served.get(self.path)
+        self.send_response(404 if content is None else 200)
+        if content is None:
+            self.send_header("X-Error-Code", "RevisionNotFound" if "/digits/" in self.path else "RepoNotFound")
+            self.end_headers()
+            return
+        headers = {
+            "Content-Length": len(content),
+            "ETag": f'"{sha256(content).hexdigest()}"',
+            "X-Repo-Commit": "1" * 40,
+        }
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(content if self.command == "GET" else b"")
+
+    do_HEAD = do_GET
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -147,7 +169,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub() -> Iterator[tuple[str, type[Hub]]]:
-    handler = type("OneHub", (Hub,), {"received": {}, "refuses": False})
+    handler = type("OneHub", (Hub,), {"received": {}, "served": {}, "asked": [], "refuses": False})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -164,7 +186,10 @@ def test_a_push_sends_every_file_and_a_refusal_is_one_line(
     address, handler = hub
 
     def run_push(out: Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "pipeline.export", str(run), str(out), "--push", "me/digits"]
+        return run_program("export", run, out, "--push", "me/digits")
+
+    def run_program(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pipeline", *map(str, arguments)]
         there = {
             "HF_ENDPOINT": address,
             "HF_HOME": str(tmp_path / "home"),
@@ -177,6 +202,10 @@ def test_a_push_sends_every_file_and_a_refusal_is_one_line(
     assert sent.returncode == 0, sent.stderr
     assert sent.stdout.splitlines() == [str(tmp_path / "sent"), f"{address}/me/digits"]
     assert handler.received == {path.name: path.read_bytes() for path in (tmp_path / "sent").iterdir()}
+    handler.served = {f"/me/digits/resolve/main/{name}": content for name, content in handler.received.items()}
+    drawn = run_program("generate", "-g", "hf://me/digits", "--out", tmp_path / "digits.png")
+    assert drawn.returncode == 0, drawn.stderr
+    assert (tmp_path / "digits.png").exists()
     handler.refuses = True
     refused = run_push(tmp_path / "kept")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
@@ -192,3 +221,39 @@ def test_a_server_that_is_away_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("pipeline.export.hub.HfApi", lambda: api)
     with pytest.raises(UserError, match=f"--push me/digits: .*; {tmp_path} is written: after `hf auth login`"):
         push(tmp_path, "me/digits")
+
+
+def test_a_generator_on_the_hub_is_read_wherever_a_path_is_given(
+    hub: tuple[str, type[Hub]], export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import hf_hub_download
+
+    address, handler = hub
+    handler.served = {f"/me/digits/resolve/{name}/model.safetensors": export.read_bytes() for name in ("main", "v1")}
+    fetch = partial(hf_hub_download, endpoint=address, cache_dir=tmp_path / "cache", token=False)
+    monkeypatch.setattr("pipeline.export.hub.hf_hub_download", fetch)
+    for name in ("hf://me/digits", Path("hf://me/digits"), "hf://me/digits@v1"):
+        assert fingerprint(load_generator(name)) == fingerprint(load_generator(export))
+    assert convert(Path("hf://me/digits"), tmp_path / "copy.safetensors") == 0
+    assert read_generator(tmp_path / "copy.safetensors", "ema")[1] == {"run": "test", "step": 3, "source": "digits"}
+    for name, reason in (("me/letters", "404 "), ("me/digits@v2", "404 "), ("me/digits/more", "Repo id must")):
+        bare = name.partition("@")[0]
+        with pytest.raises(UserError, match=f"hf://{bare}: {reason}.*; it takes a repository with model.safetensors"):
+            load_generator(f"hf://{name}")
+    assert {path.rpartition("/")[2] for path in handler.asked} == {"model.safetensors"}, "nothing that is unpickled"
+
+
+def test_the_best_generator_of_a_run_goes_to_the_hub(
+    hub: tuple[str, type[Hub]], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import HfApi
+
+    address, handler = hub
+    api = HfApi(address, token="hf_none")
+    monkeypatch.setattr("pipeline.export.hub.HfApi", lambda: api)
+    monkeypatch.chdir(tmp_path)
+    best = RunFolder(run).best_export
+    save_export(load_generator(run), best, {"run": "digits", "step": 20, "dataset": DATA})
+    assert convert(best, Path("hf://me/digits")) == 0
+    assert handler.received == {path.name: path.read_bytes() for path in (tmp_path / "digits").iterdir()}
+    assert json.loads(handler.received["scores.json"])["features"]["mnist"]["fid"] == 12.5

@@ -10,14 +10,27 @@ import torch
 from PIL import Image
 from torchvision.utils import make_grid
 
+from pipeline.config import NetworkConfig
+from pipeline.errors import UserError
+from pipeline.export.__main__ import convert
 from pipeline.export.generator_file import load_generator
-from pipeline.export.images import interpolate, render, render_range, sample_grid, save_grid, to_uint8
+from pipeline.export.images import interpolate, render, render_range, sample_grid, save_grid
+from pipeline.models.networks import AnyGenerator
 from pipeline.rng import evaluation_latents
+from pipeline.storage.run_folder import RunFolder
 from tests.export.generators import random_generator
 
 
 def test_pixels_become_bytes_from_a_fixed_range() -> None:
-    assert to_uint8(torch.tensor([0.0, 0.5, 1.0, 0.2509, 0.2489])).tolist() == [0, 128, 255, 64, 63]
+    class Fixed(AnyGenerator):
+        def __init__(self) -> None:
+            super().__init__(NetworkConfig(), (1, 1, 5), 0)
+            self.pixels = torch.nn.Parameter(torch.tensor([[[[0.0, 0.5, 1.0, 0.2509, 0.2489]]]]))
+
+        def forward(self, latents: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+            return self.pixels
+
+    assert render(Fixed(), torch.zeros(1, 1)).flatten().tolist() == [63, 64, 255, 128, 0]
 
 
 def test_an_image_depends_on_the_seed_and_its_number_alone(export: Path) -> None:
@@ -51,7 +64,7 @@ def test_a_grid_has_a_row_a_class_up_to_ten(export: Path, classed_export: Path) 
 def test_images_are_flipped_back_once() -> None:
     generator = random_generator(shape=(3, 32, 24))
     latents = evaluation_latents(0, 0, 5, 6)
-    mirrored = to_uint8(generator(latents))
+    mirrored = (generator(latents) * 255).round().to(torch.uint8)
     images = render(generator, latents)
     assert torch.equal(images, mirrored.flip(2, 3))
     assert not torch.equal(images, mirrored)
@@ -71,3 +84,34 @@ def test_a_picture_has_the_pixels_of_torchvisions_grid(
         assert picture.mode == "RGB"
         assert np.array_equal(np.asarray(picture), expected.repeat(3, 0).repeat(3, 1))
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["grid.png"]
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".apng"])
+def test_an_animation_has_the_pixels_of_the_samples_in_their_order(suffix: str, tmp_path: Path) -> None:
+    run, random = RunFolder(tmp_path / "run"), torch.Generator().manual_seed(0)
+    for step in (500, 5, 10_000):
+        images = torch.randint(0, 256, (6, 1, 5, 5), dtype=torch.uint8, generator=random)
+        save_grid(images, run.grid(step), 3)
+    save_grid(images, run.interpolation(500), 3)
+    assert convert(run.path, tmp_path / f"samples{suffix}") == 0
+    with Image.open(tmp_path / f"samples{suffix}") as animation:
+        assert (animation.n_frames, animation.info["loop"]) == (3, 0)  # type: ignore[attr-defined]
+        for index, (_, grid) in enumerate(run.grids()):
+            animation.seek(index)
+            animation.load()
+            assert animation.info["duration"] == (2000 if index == 2 else 200)
+            with Image.open(grid) as expected:
+                assert np.array_equal(np.asarray(animation.convert("RGB")), np.asarray(expected))
+    with pytest.raises(UserError, match=f"{tmp_path}: holds no samples, of which an animation is made: give a run"):
+        convert(tmp_path, tmp_path / f"none{suffix}")
+    assert not (tmp_path / f"none{suffix}").exists()
+
+
+def test_an_export_may_be_a_picture(classed_export: Path, tmp_path: Path) -> None:
+    generator = load_generator(classed_export)
+    assert convert(classed_export, tmp_path / "grid.png") == 0
+    assert convert(classed_export, tmp_path / "strip.png", picture="interpolation") == 0
+    save_grid(sample_grid(generator, 0)[0], tmp_path / "expected_grid.png", 10)
+    save_grid(interpolate(generator, 0, 8, 10), tmp_path / "expected_strip.png", 10)
+    for name in ("grid.png", "strip.png"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / f"expected_{name}").read_bytes()
