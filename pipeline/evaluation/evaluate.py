@@ -8,11 +8,8 @@ by the rounding of the sums (1e-12).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
-from hashlib import sha256
 from math import isnan
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -72,13 +69,18 @@ def evaluate_images(
         Preempted: On every rank, if `interrupted` returned true on any.
         ValueError: Rendered images, or the labels, are not what ImageSet describes.
     """
+    if images.num_images < 2:
+        raise UserError(f"evaluation.num_images is {images.num_images}: scores need at least 2 images")
+    if images.labels is not None and images.labels.shape != (images.num_images,):
+        raise ValueError(f"labels have shape {tuple(images.labels.shape)}, expected ({images.num_images},)")
     dataset.shards(config.reference)
-    images = _checked(images, dataset.image_shape)
-    splits = [split for split in ("train", "test") if split != config.reference and split in dataset.splits]
+    splits = [split for split in ("train", "test") if split in dataset.splits]
     spaces = []
     for extractor in extractors:
-        real = [real_statistics(dataset, split, extractor, ranks, interrupted) for split in (config.reference, *splits)]
-        spaces.append(_Space(extractor, dataset, config, seed, *real))
+        real = {split: real_statistics(dataset, split, extractor, ranks, interrupted) for split in splits}
+        spaces.append(
+            _Space(extractor, dataset, config, seed, {split: known for split, known in real.items() if known})
+        )
     consumers = [(space.extractor, partial(space.add, images.labels)) for space in spaces]
     batch_size = -(-config.batch_size // FORWARD_SIZE) * FORWARD_SIZE
     extract_features(images, consumers, batch_size, "evaluation", ranks, interrupted)
@@ -92,27 +94,9 @@ def evaluate_images(
     return ranks.broadcast(results)
 
 
-def _checked(images: ImageSet, image_shape: tuple[int, int, int]) -> ImageSet:
-    """Returns the same images. Raises an error at once, or on rendering, if they are not what they should be."""
-    if images.num_images < 2:
-        raise UserError(f"evaluation.num_images is {images.num_images}: scores need at least 2 images")
-    if images.labels is not None and images.labels.shape != (images.num_images,):
-        raise ValueError(f"labels have shape {tuple(images.labels.shape)}, expected ({images.num_images},)")
-
-    def render(start: int, stop: int) -> Tensor:
-        rendered, shape = images.render(start, stop), (stop - start, *image_shape)
-        if rendered.dtype != torch.uint8 or rendered.shape != shape:
-            raise ValueError(
-                f"render({start}, {stop}) gave {rendered.dtype} {tuple(rendered.shape)}, expected torch.uint8 {shape}"
-            )
-        return rendered
-
-    return replace(images, render=render)
-
-
 class _Space:
-    """One feature space: the states of the generated images and, on the main rank, the scores that they give. There
-    `target` and `floor` are the statistics of the reference and of the other split, if there is one."""
+    """One feature space: the states of the generated images and, on the main rank, where `real` has the statistics of
+    the splits, the scores that they give."""
 
     def __init__(
         self,
@@ -120,12 +104,10 @@ class _Space:
         dataset: Dataset,
         config: EvaluationConfig,
         seed: int,
-        target: RealStatistics | None,
-        floor: RealStatistics | None = None,
+        real: Mapping[str, RealStatistics],
     ) -> None:
-        self.extractor, self.dataset, self.config, self.seed = extractor, dataset, config, seed
-        self.target, self.floor = target, floor
-        self.training, self.unseen = (target, floor) if config.reference == "train" else (floor, target)
+        self.extractor, self.dataset, self.config, self.seed, self.real = extractor, dataset, config, seed, real
+        self.floor = real.get("test" if config.reference == "train" else "train")
         self.options = Options(seed, config.neighbours, self._radii)
         width, num_classes = extractor.num_features, extractor.num_classes
         self.states: States = {"sums": Sums(width), "features": Sample(width, KEEP)}
@@ -133,8 +115,6 @@ class _Space:
             self.states["logits"] = Sample(num_classes, KEEP, "logits")
         if dataset.class_names and dataset.class_names == extractor.class_names:
             self.states["classes"] = ClassSums(width, num_classes)
-        published = config.reference_statistics if extractor.name == "inception" else None
-        self.published = Moments.of_file(Path(published), width) if published else None
         self.shown = torch.empty(0, width)  # features of this rank's images among the first SHOWN_IMAGES
 
     def add(self, labels: Tensor | None, features: Tensor, logits: Tensor, indices: Tensor) -> None:
@@ -144,10 +124,9 @@ class _Space:
 
     def scores(self, shown: Tensor) -> Scores:
         """Computes the scores from the states of all ranks, and the neighbours of the features `shown`."""
-        assert self.target is not None
-        target, floor, states = self.target, self.floor, self.states
+        target, states = self.real[self.config.reference], self.states
         ours, reference, rows = Moments.of_sums(states["sums"].tensors), target.moments, states["features"].first()[0]
-        count, real = ours.num_images, floor.moments_of(ours.num_images) if floor else None
+        count, real = ours.num_images, self.floor.moments_of(ours.num_images) if self.floor else None
         fid = frechet_distance(ours, reference)
         scores: Scores = {
             "fid": fid,
@@ -155,8 +134,8 @@ class _Space:
             "fid_interval": frechet_interval(rows, count, fid, reference, self.seed),
             "fid_infinite": frechet_extrapolated(rows, count, fid, reference, self.seed),
         }
-        if self.published:
-            scores["fid_published"] = frechet_distance(ours, self.published)
+        if self.extractor.published:
+            scores["fid_published"] = frechet_distance(ours, self.extractor.published)
         images: Scores = {"fid": [count, target.num_images], "fid_floor": real.num_images if real else None}
         images["fid_infinite"] = [len(rows), target.num_images]
         for name, score in SAMPLE_SCORES.items():
@@ -169,47 +148,41 @@ class _Space:
         facts = {"floors": count, "reference": self.config.reference, "seed": self.seed}
         controls: dict[str, Scores] = real_scores(self.dataset, self.extractor, facts, lambda: self._controls(count))
         scores |= controls["scores"] | {"images": images | controls["images"]}
-        if self.training:
-            rows, indices = self.training.sample.first()
-            nearest, distances = nearest_neighbours(shown, rows, SHOWN_NEIGHBOURS)
-            lists = {"indices": indices[nearest].tolist(), "distances": distances.tolist(), "among": len(rows)}
-            scores["nearest_training_images"] = lists
-        provenance: Scores = {
-            "extractor": self.extractor.fingerprint,
-            "dataset": self.dataset.fingerprint,
-            "reference": self.config.reference,
-            "reference_images": target.num_images,
-            "seed": self.seed,
-            "neighbours": self.config.neighbours,
-            **self.extractor.facts,
+        rows, indices = self.real["train"].sample.first()
+        nearest, distances = nearest_neighbours(shown, rows, SHOWN_NEIGHBOURS)
+        lists = {"indices": indices[nearest].tolist(), "distances": distances.tolist(), "among": len(rows)}
+        return scores | {
+            "nearest_training_images": lists,
+            "provenance": {
+                "extractor": self.extractor.fingerprint,
+                "dataset": self.dataset.fingerprint,
+                "reference": self.config.reference,
+                "reference_images": target.num_images,
+                "seed": self.seed,
+                "neighbours": self.config.neighbours,
+                **self.extractor.facts,
+            },
         }
-        if self.published:
-            path = Path(str(self.config.reference_statistics))
-            digest = sha256(path.read_bytes()).hexdigest()
-            provenance["reference_statistics"] = {"path": str(path), "sha256": digest}
-        scores["provenance"] = provenance
-        return scores
 
-    def _of_sample(self, name: str, fake: Sample) -> tuple[Scores, list[int]]:
+    def _of_sample(self, name: str, fake: Sample, most_fake: int | None = None) -> tuple[Scores, list[int]]:
         """Computes a score of SAMPLE_SCORES, and how many generated and real images it is of."""
         check_interrupted()
         score = SAMPLE_SCORES[name]
-        split = self.training if score.against_training else self.target
-        real = split.sample if split and score.rows == "features" else Sample(fake.num_columns, KEEP)
-        values, numbers = score(fake, real, self.options)
+        real = self.real["train" if score.against_training else self.config.reference]
+        values, numbers = score(fake, real.sample, self.options, most_fake)
         return self._plain(values), numbers
 
     def _controls(self, count: int) -> dict[str, Scores]:
         """Computes scores of `count` real images in the place of the generated ones."""
         scores: Scores = {"sliced_wasserstein_floor": None, "authenticity_real": None}
         images: Scores = {}
-        for key, split in zip(tuple(scores), (self.floor, self.unseen), strict=True):
+        for key, split in zip(tuple(scores), (self.floor, self.real.get("test")), strict=True):
             if split:
                 name = key.rpartition("_")[0]
-                values, numbers = self._of_sample(name, split.sample.part(count))
+                values, numbers = self._of_sample(name, split.sample, min(count, SAMPLE_SCORES[name].most_fake))
                 scores[key], images[key] = values[name], numbers[0]
-        if self.target and self.floor and "classes" in self.states:
-            floors = class_floors(self.floor.classes, self.target.classes, count, self.seed)
+        if self.floor and "classes" in self.states:
+            floors = class_floors(self.floor.classes, self.real[self.config.reference].classes, count, self.seed)
             images |= {"fid_per_class_floor": self.floor.num_images, "modes_floor": min(count, self.floor.num_images)}
             scores |= self._plain(floors)
         return {"scores": scores, "images": images}

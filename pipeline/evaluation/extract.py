@@ -76,15 +76,19 @@ def extract_features(
     batch. Every rank must call it.
 
     Shares are cut at multiples of `batch_size`, a multiple of FORWARD_SIZE, so they may be empty. `title` is that of
-    the progress bar. Raises Preempted or UserError on every rank, see `interruptible`.
+    the progress bar. Raises Preempted or UserError on every rank, see `interruptible`, and ValueError for images that
+    are not as ImageSet describes them.
     """
     share = ranks.share(images.num_images, batch_size)
     progress = bar(total=len(share), desc=title, unit=" images", leave=False, disable=not ranks.is_main)
     with interruptible(ranks, interrupted), progress:
         for start in share[::batch_size]:
             check_interrupted()
-            indices = torch.arange(start, min(start + batch_size, share.stop))
-            batch = images.render(start, start + len(indices))
+            indices = torch.arange(start, stop := min(start + batch_size, share.stop))
+            batch = images.render(start, stop)
+            if batch.dtype != torch.uint8 or len(batch) != len(indices):
+                gave = f"{batch.dtype} {tuple(batch.shape)}"
+                raise ValueError(f"render({start}, {stop}) gave {gave}, expected {len(indices)} images of torch.uint8")
             for extractor, consume in consumers:
                 consume(*extractor(batch), indices)
             progress.update(len(batch))

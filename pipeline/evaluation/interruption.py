@@ -36,18 +36,22 @@ def interruptible(ranks: Ranks, interrupted: Callable[[], bool]) -> Iterator[Non
     Raises:
         UserError: On every rank, if the block raised it on any, such as for a damaged shard in that rank's share.
         Preempted: On every rank, if any was interrupted.
+        OSError: On the rank where the block raised it alone: a training goes on without a file that the main rank could
+            not write.
     """
     token = _interrupted.set(interrupted)
-    failure: Preempted | UserError | None = None
+    failure: Exception | None = None
     try:
         yield
-    except (Preempted, UserError) as error:
+    except (Preempted, UserError, OSError) as error:
         failure = error
     finally:
         _interrupted.reset(token)
-    failures = ranks.gather(failure)
+    failures = ranks.gather(None if isinstance(failure, OSError) else failure)
     for rank, other in enumerate(failures):
         if isinstance(other, UserError):
             raise type(other)(f"rank {rank}: {other}" if ranks.world_size > 1 else str(other))
     if any(failures):
         raise Preempted("the evaluation was interrupted: start it again")
+    if failure:
+        raise failure

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,9 +64,8 @@ def real_statistics(
     Concurrent runs may each compute and write it: it appears whole, and its content is the same up to the rounding of
     sums. Raises Preempted or UserError on every rank, see `interruptible`.
     """
-    key, path = _place(dataset, extractor, split)
-    has_folder = not dataset.base_url  # nothing can be written behind a URL
-    stored = _read(path, key) if has_folder and ranks.is_main else None
+    file = _File(dataset, extractor, split)
+    stored = file.read() if ranks.is_main else None
     if ranks.broadcast(stored is not None):
         return RealStatistics(stored) if stored else None
     states: States = {"moments": Sums(extractor.num_features), "sample": Sample(extractor.num_features, KEEP)}
@@ -83,8 +81,7 @@ def real_statistics(
     if not ranks.is_main:
         return None
     tensors = {f"{name}.{key}": tensor for name, state in states.items() for key, tensor in state.tensors.items()}
-    if has_folder:
-        _write(path, key, tensors)
+    file.write(tensors)
     return RealStatistics(tensors)
 
 
@@ -96,39 +93,40 @@ def real_scores(
 ) -> dict[str, Any]:
     """Reads scores of real images, or numbers on the way to them, or computes and writes them, on the calling rank:
     JSON values that depend on the dataset, the extractor and `facts`."""
-    if dataset.base_url:
-        return compute()
-    key, path = _place(dataset, extractor, "-".join(f"{name}-{value}" for name, value in facts.items()))
-    if stored := _read(path, key):
+    file = _File(dataset, extractor, "-".join(f"{name}-{value}" for name, value in facts.items()))
+    if stored := file.read():
         return dict(json.loads(stored["json"].numpy().tobytes()))
     values = compute()
-    _write(path, key, {"json": torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)})
+    file.write({"json": torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)})
     return values
 
 
-def _place(dataset: Dataset, extractor: FeatureExtractor, what: str) -> tuple[str, Path]:
-    """Returns the key of a file's content, and the file."""
-    key = hashlib.sha256(f"{FORMAT}:{dataset.fingerprint}:{what}:{extractor.fingerprint}".encode()).hexdigest()
-    return key, dataset.folder / "features" / f"{extractor.name}-{what}-{key[:16]}.safetensors"
+class _File:
+    """A file of tensors beside a dataset; behind a URL, where nothing can be written, there are none."""
 
+    def __init__(self, dataset: Dataset, extractor: FeatureExtractor, what: str) -> None:
+        key = hashlib.sha256(f"{FORMAT}:{dataset.fingerprint}:{what}:{extractor.fingerprint}".encode()).hexdigest()
+        self.key, self.has_place = key, not dataset.base_url
+        self.path = dataset.folder / "features" / f"{extractor.name}-{what}-{key[:16]}.safetensors"
 
-def _read(path: Path, key: str) -> Tensors | None:
-    """Returns the tensors of a file, or None if it is missing or does not hold what was written, which is logged."""
-    if not path.is_file():
-        return None
-    try:
-        tensors, metadata = read_tensors(path)
-        if metadata.get("key") != key or metadata.get("sha256") != digest_of(tensors):
-            raise ValueError("its checksum does not match")
-    except (OSError, ValueError) as error:
-        logger.warning("%s is damaged (%s): computing it again", path, error)
-        return None
-    return tensors
+    def read(self) -> Tensors | None:
+        """Returns the tensors, or None if the file is missing or does not hold what was written, which is logged."""
+        if not (self.has_place and self.path.is_file()):
+            return None
+        try:
+            tensors, metadata = read_tensors(self.path)
+            if metadata.get("key") != self.key or metadata.get("sha256") != digest_of(tensors):
+                raise ValueError("its checksum does not match")
+        except (OSError, ValueError) as error:
+            logger.warning("%s is damaged (%s): computing it again", self.path, error)
+            return None
+        return tensors
 
-
-def _write(path: Path, key: str, tensors: Tensors) -> None:
-    """Writes a file whole or not at all, and logs a failure."""
-    try:
-        write_tensors(path, tensors, {"key": key, "sha256": digest_of(tensors)})
-    except OSError as error:
-        logger.warning("cannot keep the real statistics in %s (%s): going on without", path.parent, error)
+    def write(self, tensors: Tensors) -> None:
+        """Writes the file whole or not at all, and logs a failure."""
+        if not self.has_place:
+            return
+        try:
+            write_tensors(self.path, tensors, {"key": self.key, "sha256": digest_of(tensors)})
+        except OSError as error:
+            logger.warning("cannot keep the real statistics in %s (%s): going on without", self.path.parent, error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Sequence
@@ -41,28 +40,12 @@ class Scorer:
     _warned = False
 
     def __init__(self, config: EvaluationConfig, dataset: Dataset, runtime: Runtime, seed: int) -> None:
-        self.config, self.dataset, self.runtime, self._seed = config, dataset, runtime, seed
+        self.config, self.dataset, self.runtime, self.seed = config, dataset, runtime, seed
         for name in config.features:
             if weights := published_weights(name):
                 runtime.ranks.on_main(partial(weights.fetch, config))
         self.extractors = load_all(config, dataset, runtime.device)
-        if path := config.reference_statistics:
-            from pipeline.evaluation.metrics.frechet import Moments
-
-            widths = [extractor.num_features for extractor in self.extractors if extractor.name == "inception"]
-            if not widths:
-                raise UserError(
-                    f"evaluation.reference_statistics is {path}, which is of inception's features: evaluation.features "
-                    f"{config.features} must name inception, or leave the file out"
-                )
-            Moments.of_file(Path(path), widths[0])  # a file that cannot be used is refused now
         self._real_shares: dict[str, Tensor] = {}
-
-    def with_seed(self, seed: int) -> Scorer:
-        """Returns the same scorer for the evaluation images of another seed."""
-        other = copy.copy(self)
-        other._seed = seed
-        return other
 
     def score_generator(
         self, generator: AnyGenerator, path: Path, facts: dict[str, Any], critic: Critic | None = None
@@ -75,7 +58,7 @@ class Scorer:
             )
         count, facts = self.config.num_images, facts | {"images_fingerprint": fingerprint(generator)}
         labels = evaluation_labels(0, count, generator.num_classes) if generator.num_classes else None
-        return self.score(ImageSet(count, partial(render_range, generator, self._seed), labels), path, facts, critic)
+        return self.score(ImageSet(count, partial(render_range, generator, self.seed), labels), path, facts, critic)
 
     def score(
         self, images: ImageSet, path: Path, facts: dict[str, Any], critic: Critic | None = None
@@ -104,14 +87,14 @@ class Scorer:
         config, ranks, dataset, interrupted = self.config, self.runtime.ranks, self.dataset, self.runtime.stop.known
         if config.gan_train and (images.labels is None or not dataset.num_classes):
             raise UserError("evaluation.gan_train is true, but the images were asked for no classes: set it to false")
-        facts = facts | {"num_images": images.num_images, "reference": config.reference, "seed": self._seed}
+        facts = facts | {"num_images": images.num_images, "reference": config.reference, "seed": self.seed}
         facts |= {"dataset": dataset.name, "dataset_fingerprint": dataset.fingerprint}
         content = ranks.on_main(lambda: _scores_in(path, facts, self.extractors, config.neighbours))
         if (warning := few_images(images.num_images, dataset.num_images(config.reference))) and not self._warned:
             self.runtime.print(warning)
             self._warned = True
         scores = evaluate_images(
-            images, dataset, self.extractors, config, seed=self._seed, ranks=ranks, interrupted=interrupted
+            images, dataset, self.extractors, config, seed=self.seed, ranks=ranks, interrupted=interrupted
         )
         if critic is not None and {"train", "test"} <= dataset.splits.keys():
             content["critic"] = self._critic_estimates(critic, images)
@@ -119,15 +102,9 @@ class Scorer:
             content["gan_train"] = self._gan_train(images)
         content["features"] = content.get("features", {}) | scores
         result = facts | ({"warning": warning} if warning else {}) | content
-        failure: OSError | None = None
         with interruptible(ranks, interrupted):  # the main rank may meet a damaged shard, which ends all ranks
-            try:
-                if ranks.is_main:
-                    self._write(result, scores[self.extractors[0].name], images, path)
-            except OSError as error:  # on the main rank alone: a training tolerates it there
-                failure = error
-        if failure is not None:
-            raise failure
+            if ranks.is_main:
+                self._write(result, scores[self.extractors[0].name], images, path)
         return result
 
     def _critic_estimates(self, critic: Critic, images: ImageSet) -> dict[str, object]:
@@ -147,18 +124,18 @@ class Scorer:
     def _gan_train(self, images: ImageSet) -> dict[str, object]:
         from pipeline.evaluation.train_classifier import gan_train
 
-        runtime, result = self.runtime, dict[str, object]()
-        with interruptible(runtime.ranks, runtime.stop.known):
-            if runtime.ranks.is_main:
-                result = gan_train(images, self.dataset, self._seed, runtime.device)
-        return runtime.ranks.broadcast(result)
+        ranks, result = self.runtime.ranks, dict[str, object]()
+        with interruptible(ranks, self.runtime.stop.known):
+            if ranks.is_main:
+                result = gan_train(images, self.dataset, self.seed, self.runtime.device)
+        return ranks.broadcast(result)
 
     def _write(self, result: dict[str, Any], scores: dict[str, Any], images: ImageSet, path: Path) -> None:
         """Writes the scores and the pictures: a grid of real images, like one of samples, only once in a folder."""
         grid, split = real_images(path, self.dataset.fingerprint), self.config.reference
         columns = 4 if images.labels is None else 10
         if not grid.exists():
-            draws = seeded(self._seed, "real images shown")
+            draws = seeded(self.seed, "real images shown")
             indices = torch.randint(self.dataset.num_images(split), (columns**2,), generator=draws)
             save_grid(load_images(self.dataset, split, indices), grid, columns)
         write_text(path, json.dumps(result, indent=1))
@@ -187,10 +164,7 @@ def _scores_in(
                 pairs.append(("evaluation.neighbours", known.get("neighbours", USUAL_NEIGHBOURS), neighbours))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is damaged ({error}): delete it") from None
-    differing = [
-        f"{key} is {_shown(there)} there and {_shown(here)} here" for key, there, here in pairs if there != here
-    ]
-    if differing:
+    if differing := [f"{key} is {_shown(old)} there and {_shown(new)} here" for key, old, new in pairs if old != new]:
         raise UserError(f"{path}: holds other scores ({'; '.join(differing)}): name another file with --out")
     return content
 
@@ -198,5 +172,5 @@ def _scores_in(
 def _shown(value: object) -> str:
     """Returns a fact as a message shows it: fingerprints are shortened."""
     if value is None:
-        return "not told"
+        return "not given"
     return f"{value:.12}..." if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else str(value)

@@ -7,8 +7,10 @@ what is reported of the checkpoint is measured on images of other latents.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 
 from pipeline.config import Config
 from pipeline.errors import UserError
@@ -42,11 +44,8 @@ class Selection:
     def __init__(self, config: Config) -> None:
         self.space, self.key = named_score(str(config.run.keep_best), config.evaluation.features)
         self._config, self._folder = config, RunFolder(config.folder)
-        evaluation = config.evaluation
-        self._settings = {
-            **{key: getattr(evaluation, key) for key in ("weights", "num_images", "reference")},
-            "seed": config.training.seed,
-        }
+        self._settings = {key: getattr(config.evaluation, key) for key in ("weights", "num_images", "reference")}
+        self._settings["seed"] = config.training.seed
 
     def evaluations(self, last_step: int) -> list[Evaluation]:
         """Returns the training's evaluations up to a step that were made with the present settings, oldest first."""
@@ -57,19 +56,16 @@ class Selection:
             for item in read_evaluations(self._folder, [])
             if ((every and item.step % every == 0) or item.step == end)
             and item.step <= last_step
-            and all(item.settings.get(key) == value for key, value in self._settings.items())
+            and self._settings.items() <= item.settings.items()
             and item.conditions(self.space, self.key).get("neighbours", neighbours) == neighbours
         ]
 
     def ranked(self, steps: Iterable[int]) -> list[Evaluation]:
         """Returns the evaluations of these steps that have the score, the best first; of equal ones the earlier."""
         sign, wanted = 1 if LOWER_IS_BETTER[self.key] else -1, set(steps)
-        scored = [
-            (sign * score, item.step, item)
-            for item in self.evaluations(max(wanted, default=0))
-            if item.step in wanted and (score := item.score(self.space, self.key)) is not None
-        ]
-        return [item for _, _, item in sorted(scored, key=lambda entry: entry[:2])]
+        items = [item for item in self.evaluations(max(wanted, default=0)) if item.step in wanted]
+        scores = {item.step: score for item in items if (score := item.score(self.space, self.key)) is not None}
+        return sorted((item for item in items if item.step in scores), key=lambda item: sign * scores[item.step])
 
     def best_of(self, steps: list[int]) -> int | None:
         """Returns the best of these steps; None if none of them has the score."""
@@ -94,11 +90,10 @@ class Selection:
         checkpoint, evaluation, count = choice
         generator = generator_of(checkpoint, weights, self._config.network.generator).to(runtime.device)
         chosen_by = {"score": f"{self.space}.{self.key}", "value": evaluation.score(self.space, self.key)}
-        facts: dict[str, object] = {
-            **{"step": checkpoint.step, "weights": weights, "last_step": last_step},
-            "chosen_by": {**chosen_by, "evaluations": count, **self._settings},
-        }
-        scorer = scorer.with_seed(fresh_seed(self._config.training.seed))
+        facts: dict[str, object] = {"step": checkpoint.step, "weights": weights, "last_step": last_step}
+        facts["chosen_by"] = {**chosen_by, "evaluations": count, **self._settings}
+        scorer = copy.copy(scorer)
+        scorer.seed = fresh_seed(self._config.training.seed)
         if not runtime.ranks.on_main(lambda: self._is_scored(facts)):
             critic = critic_of(checkpoint)
             scorer.score_generator(generator, folder.best_scores, facts, critic and critic.to(runtime.device))
@@ -119,11 +114,8 @@ class Selection:
     def _is_scored(self, facts: dict[str, object]) -> bool:
         """Returns whether the best checkpoint's scores are of these facts. Deletes those of a former best."""
         path = self._folder.best_scores
-        try:
-            before = json.loads(path.read_text())
-        except (OSError, ValueError):
-            before = None
-        if isinstance(before, dict) and facts.items() <= before.items():
-            return True
+        with suppress(OSError, ValueError, AttributeError):
+            if facts.items() <= json.loads(path.read_text()).items():
+                return True
         path.unlink(missing_ok=True)
         return False

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.data import Dataset, open_dataset
@@ -27,7 +26,7 @@ from pipeline.evaluation import TARGET
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.scorer import Scorer
 from pipeline.export.generator_file import critic_of, generator_of, is_export, load_generator
-from pipeline.reporting import number
+from pipeline.reporting import floor_in_words, number
 from pipeline.reporting.page import write_report
 from pipeline.storage.checkpoint import CheckpointError, find
 from pipeline.storage.files import make_folder
@@ -39,7 +38,8 @@ def real_dataset(
     images: str | Path | None, config: Config, ranks: Ranks, kind: str, crop: int | None, size: int | None
 ) -> Iterator[Dataset]:
     """Yields the dataset to compare with: the configured one, or without one `images`, a folder or an .npz file, which
-    is a dataset beside the runs until the block ends. Every rank must call it. Raises UserError."""
+    is a dataset beside the runs until the block ends; messages name `images` instead. Every rank must call it. Raises
+    UserError."""
     if images is None:
         yield ranks.on_main(lambda: open_dataset(config.data))
         return
@@ -56,7 +56,11 @@ def real_dataset(
             dataset = write(folder, "real", {"train": images}, crop=crop, size=size, kind=kind)
             return replace(dataset, name=str(images))
 
-        yield ranks.on_main(prepare)
+        dataset = ranks.on_main(prepare)
+        try:
+            yield dataset
+        except UserError as error:
+            raise type(error)(str(error).replace(str(dataset.folder), str(images))) from None
 
 
 def score_target(
@@ -83,29 +87,25 @@ def score_target(
         Preempted: A signal came.
     """
     runtime, dataset, run = scorer.runtime, scorer.dataset, RunFolder(target)
-    if (crop or size) and (run.has_begun or is_export(target) or not target.exists()):
+    resizing = {key: value for key, value in (("crop", crop), ("size", size)) if value is not None}
+    if resizing and (run.has_begun or is_export(target) or not target.exists()):
         raise UserError(f"{target}: --crop and --size are for images in a folder or an .npz file: leave them out")
     if run.has_begun:
         return _score_run(run, scorer, steps, out, code)
-    facts: dict[str, Any] = {"target": str(target).replace("hf:/", "hf://", 1)}
+    facts: dict[str, Any] = {"target": str(target).replace("hf:/", "hf://", 1), **resizing}
     path = out or scores_of(target, root)
     if is_export(target):
         generator = load_generator(target, scorer.config.weights, code).to(runtime.device)
         path = out or _beside_others(path, scorer)
         result = scorer.score_generator(generator, path, facts)
     elif target.exists():
-        remarks = Remarks()
-        split = open_images(target, dataset, remarks, crop=crop, size=size)
+        split = open_images(target, dataset, remarks := Remarks(), crop=crop, size=size)
         if remarks:
             runtime.print(f"{target}: {remarks}")
-        facts |= {key: value for key, value in (("crop", crop), ("size", size)) if value is not None}
         facts["images_fingerprint"] = runtime.ranks.on_main(lambda: _fingerprint(target, split.files, crop, size))
-
-        def render(start: int, stop: int) -> Tensor:
-            return torch.from_numpy(split.read(np.arange(start, stop)))
-
         labels = None if split.labels is None else torch.from_numpy(split.labels)
-        result = scorer.score(ImageSet(split.num_images, render, labels), path, facts)
+        images = ImageSet(split.num_images, lambda *ends: torch.from_numpy(split.read(np.arange(*ends))), labels)
+        result = scorer.score(images, path, facts)
     elif str(target) in dataset.splits:
         path = out or scores_of(Path(f"{dataset.name}-{target}"), root)
         tensor, classes = load_split(dataset, str(target))
@@ -113,7 +113,7 @@ def score_target(
         result = scorer.score(ImageSet.of_tensor(tensor, classes if dataset.num_classes else None), path, facts)
     else:
         raise UserError(f"{target}: there is nothing of that name; give {TARGET}")
-    runtime.print(f"{path}: {_summary(result)}")
+    runtime.print(f"{path}: {facts['target']} against {dataset.name}: {_summary(result)}")
     return [result]
 
 
@@ -172,8 +172,11 @@ def _fingerprint(target: Path, files: Sequence[Path], crop: int | None, size: in
 
 
 def _summary(result: dict[str, Any]) -> str:
-    return "; ".join(
-        f"{name} FID {scores['fid']:.2f} (floor {number(scores['fid_floor'])}), IS {number(scores['is_mean'])}"
-        + (f", {modes:,.0f} modes, KL {number(scores['mode_kl'])}" if (modes := scores.get("modes")) else "")
-        for name, scores in result["features"].items()
-    )
+    texts = []
+    for name, scores in result["features"].items():
+        texts.append(f"{name} FID {scores['fid']:.2f} ({floor_in_words(scores['fid_floor'])})")
+        if scores["is_mean"] is not None:
+            texts[-1] += f", IS {number(scores['is_mean'])}"
+        if modes := scores.get("modes"):
+            texts[-1] += f", {modes:,.0f} mode{'s' * (modes > 1)}, KL {number(scores['mode_kl'])}"
+    return "; ".join(texts)

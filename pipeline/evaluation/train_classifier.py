@@ -1,8 +1,8 @@
-"""Trains the small classifier of features/classifier.py: as a feature space, or to measure what it learns from
-generated images (GAN-train).
+"""Trains the small classifier of features/classifier.py: to measure what it learns from generated images (GAN-train),
+or as a feature space.
 
-`python -m pipeline.evaluation.train_classifier --dataset FOLDER` writes the classifier behind a dataset's `own`
-features, and made the one behind `mnist`.
+`gan-pipeline train-classifier --dataset FOLDER` writes the classifier behind a dataset's `own` features, and made the
+one behind `mnist`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipeline.distributed.progress import bar
 from pipeline.errors import UserError
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.features import FORWARD_SIZE, digest_of
-from pipeline.evaluation.features.classifier import Classifier, classifier_path
+from pipeline.evaluation.features.classifier import Classifier, classifier_path, training_command
 from pipeline.evaluation.interruption import check_interrupted
 from pipeline.rng import seeded
 from pipeline.storage.files import write_tensors
@@ -59,9 +59,8 @@ def train(data: Labelled, num_classes: int, *, seed: int, epochs: int, device: t
     images, labels = data
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # initial weights and dropout
-        channels, height, width = images.shape[1:]
-        network = Classifier((channels, height, width), num_classes).to(device)
-        network.to(memory_format=torch.channels_last)
+        _, channels, height, width = images.shape
+        network = Classifier((channels, height, width), num_classes).to(device, memory_format=torch.channels_last)
         optimizer = torch.optim.Adam(network.parameters())
         batch_size = min(BATCH_SIZE, len(images))
         num_batches = len(images) // batch_size
@@ -79,8 +78,7 @@ def train(data: Labelled, num_classes: int, *, seed: int, epochs: int, device: t
                 torch.autograd.backward(F.cross_entropy(logits, labels[batch].to(device)))
                 optimizer.step()
                 schedule.step()
-    network.eval()
-    return network
+    return network.eval()
 
 
 @torch.inference_mode()
@@ -117,8 +115,7 @@ def gan_train(images: ImageSet, dataset: Dataset, seed: int, device: torch.devic
     rendered = torch.cat([images.render(start, min(start + RENDERED_TOGETHER, count)) for start in starts])
     data = rendered, images.labels[:count]
     network = train(data, dataset.num_classes, seed=seed, epochs=GAN_TRAIN_EPOCHS, device=device)
-    split = "test" if "test" in dataset.splits else "train"
-    num_right = 0.0
+    split, num_right = "test" if "test" in dataset.splits else "train", 0.0
     for shard in dataset.shards(split):
         check_interrupted()
         samples = read_shard(dataset, shard)
@@ -159,9 +156,8 @@ def write_classifier(
     network = train(training, opened.num_classes, seed=seed, epochs=epochs, device=place)
     result = accuracy(network, testing, place)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
-    command = "python -m pipeline.evaluation.train_classifier"
     metadata = {
-        "command": f"{command} --dataset {dataset} --seed {seed} --epochs {epochs}",
+        "command": f"{training_command(opened)} --seed {seed} --epochs {epochs}",
         "seed": str(seed),
         "dataset": opened.fingerprint,
         "test_accuracy": f"{result:.4f}",

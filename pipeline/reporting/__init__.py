@@ -25,6 +25,11 @@ def number(value: object, digits: int = 3) -> str:
     return f"{known:#.{digits}g}"
 
 
+def floor_in_words(floor: object) -> str:
+    """Returns the FID of real images, the floor of generated ones', or why there is none."""
+    return "no floor: the real images have no test split" if finite(floor) is None else f"floor {number(floor)}"
+
+
 def duration(seconds: float | None) -> str:
     if seconds is None:
         return MISSING

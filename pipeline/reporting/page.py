@@ -192,7 +192,7 @@ def verdict(evaluation: Evaluation, features: str) -> str:
     if fid is None:
         return "This evaluation measured no FID."
     if not floor:
-        return "No floor was measured: the number only ranks runs that were scored in the same way."
+        return "There is no floor without a test split: the number only ranks runs that were scored in the same way."
     bounds = {1.5: "hardly any gap", 5: "a small gap", 25: "a clear gap", math.inf: "a wide gap"}
     gap = next(words for bound, words in bounds.items() if fid / floor <= bound)
     reference = str(evaluation.settings.get("reference"))

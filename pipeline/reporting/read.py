@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, flatten, read_yaml
 from pipeline.errors import UserError
-from pipeline.reporting import finite, number
+from pipeline.reporting import finite, floor_in_words, number
 from pipeline.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -267,9 +267,9 @@ class Run:
         lines = []
         for name, best in self.best.items():
             [*_, newest] = (item for item in self.evaluations if name in item.features)
-            fid, floor = (number(newest.score(name, key)) for key in ("fid", "fid_floor"))
+            fid, floor = number(newest.score(name, "fid")), floor_in_words(newest.score(name, "fid_floor"))
             other = "" if best["step"] == newest.step else f", best {number(best['fid'])} at step {best['step']:.0f}"
-            lines.append(f"{name} FID {fid} (floor {floor}) at step {newest.step}{other}")
+            lines.append(f"{name} FID {fid} ({floor}) at step {newest.step}{other}")
         return lines
 
 

@@ -123,7 +123,7 @@ def test_mnist_features_refuse_whatever_is_not_mnist(labelled: bool, tmp_path: P
     config = Config(data=DataConfig(dataset=str(clothes.folder)), runtime=RuntimeConfig(device="cpu", threads=1))
     with restoring_process(), pytest.raises(UserError) as refused:
         Scorer(config.evaluation, clothes, Runtime(config.runtime), 0)
-    command = f"python -m pipeline.evaluation.train_classifier --dataset {clothes.folder}"
+    command = f"gan-pipeline train-classifier --dataset {clothes.folder}"
     own = f"[own] (made by {command}), " if labelled else ""
     assert f"dataset clothes is of kind own: use evaluation.features {own}[inception] or [dinov2]" in str(refused.value)
     assert '"kind": "mnist" into its dataset.json' in str(refused.value)

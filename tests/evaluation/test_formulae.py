@@ -431,17 +431,17 @@ def test_mode_scores_by_hand() -> None:
         ([1, 0, 2, 1], 3, 0.25 * math.log(1) * 2 + 0.5 * math.log(2)),
     ):
         scores = mode_scores(torch.tensor(counts))
-        assert scores.modes == modes
-        assert scores.mode_kl == pytest.approx(divergence, rel=1e-12, abs=1e-12)
-        assert all(map(math.isnan, scores.mode_kl_interval))
+        assert scores["modes"] == modes
+        assert scores["mode_kl"] == pytest.approx(divergence, rel=1e-12, abs=1e-12)
+        assert all(map(math.isnan, scores["mode_kl_interval"]))
     # 10 images: log p has the variance 0.24 log(1.5)^2, less 1 / 10 but not below 0; pairs of images add 1 / 20.
-    low, high = mode_scores(torch.tensor([12, 8])).mode_kl_interval
+    low, high = mode_scores(torch.tensor([12, 8]))["mode_kl_interval"]
     divergence, variance = 0.6 * math.log(1.2) + 0.4 * math.log(0.8), 0.24 * math.log(1.5) ** 2
     assert variance < 1 / 20
     assert (low + high) / 2 == pytest.approx(divergence, rel=1e-12)
     assert high - low == pytest.approx(2 * 1.96 * math.sqrt(1 / 2) / 20, rel=1e-12)
     # 1,000 images: 0.16 log(4)^2 - 1 / 1,000, and 1 / 2,000 of pairs.
-    low, high = mode_scores(torch.tensor([800, 200])).mode_kl_interval
+    low, high = mode_scores(torch.tensor([800, 200]))["mode_kl_interval"]
     assert high - low == pytest.approx(2 * 1.96 * math.sqrt((0.16 * math.log(4) ** 2 - 0.0005) / 1000), rel=1e-12)
 
 
@@ -465,8 +465,8 @@ def test_the_divergence_of_modes_in_repeated_draws(weights: Tensor, num_images: 
     truth = torch.special.xlogy(shares, shares * len(shares)).sum().item()
     draws = torch.multinomial(shares, num_images * 256, replacement=True, generator=generator).view(256, -1)
     scores = [mode_scores(draw.bincount(minlength=len(shares))) for draw in draws]
-    divergences = np.array([score.mode_kl for score in scores])
-    low, high = np.array([score.mode_kl_interval for score in scores]).T
+    divergences = np.array([score["mode_kl"] for score in scores])
+    low, high = np.array([score["mode_kl_interval"] for score in scores]).T
     error = divergences.std() / 16
     assert divergences.mean() - truth == pytest.approx(bias, abs=4 * error + 0.05 * bias)
     assert np.mean((low < divergences.mean()) & (divergences.mean() < high)) > 0.91
@@ -480,12 +480,12 @@ def test_the_floor_of_modes_is_of_as_many_real_images() -> None:
     every = mode_scores(real["count"])
     for count in (100, 1000):
         floors = class_floors(real, real, count, seed=0)
-        assert (floors["modes_floor"], floors["mode_kl_floor"]) == (3, every.mode_kl)
+        assert (floors["modes_floor"], floors["mode_kl_floor"]) == (3, every["mode_kl"])
     few = [float(class_floors(real, real, 10, seed)["mode_kl_floor"]) for seed in range(200)]  # type: ignore[arg-type]
     assert few[0] == class_floors(real, real, 10, 0)["mode_kl_floor"]
     assert len(set(few)) > 3
     # Of draws with replacement about 2 / 20 more; without it nine tenths of that.
-    assert np.mean(few) - every.mode_kl == pytest.approx(0.09, abs=0.03)
+    assert np.mean(few) - every["mode_kl"] == pytest.approx(0.09, abs=0.03)
 
 
 def test_no_score_touches_the_global_random_state() -> None:

@@ -185,14 +185,13 @@ def test_a_state_can_be_kept_and_is_that_of_all_ranks() -> None:
         for state, some in ((mine, indices[::2]), (theirs, indices[1::2])):
             state.add(Batch(rows[some], logits[some], some, some % WIDTH))
         others: list[Any] = (
-            [theirs._indices, (theirs._rows, theirs._indices, theirs.seen)]
-            if isinstance(theirs, Sample)
-            else [theirs.tensors]
+            [theirs.first()[1], (*theirs.first(), theirs.seen)] if isinstance(theirs, Sample) else [theirs.tensors]
         )
         mine.gather(Both(0, 2))
         for name, tensor in whole.tensors.items():
             torch.testing.assert_close(mine.tensors[name], tensor, rtol=1e-12, atol=1e-12)
-    empty, others = Sample(WIDTH, 150), [[], ([], [], 0)]
+    empty, nothing = Sample(WIDTH, 150), Sample(WIDTH, 150).first()
+    others = [nothing[1], (*nothing, 0)]
     empty.gather(Both(0, 2))
     assert empty.first()[0].shape == (0, WIDTH), "of a side that no rank has images of"
     sample = Sample(WIDTH, 150)

@@ -136,7 +136,7 @@ def test_without_a_classifier_the_command_is_named(tmp_path: Path) -> None:
     dataset = bright_quarters(tmp_path, (1, 8, 8), {"train": 40})
     with pytest.raises(UserError) as refused:
         load_own(dataset)
-    command = f"python -m pipeline.evaluation.train_classifier --dataset {dataset.folder}"
+    command = f"gan-pipeline train-classifier --dataset {dataset.folder}"
     assert str(refused.value).endswith(f"classifier.safetensors, which is not there: make it with {command}")
 
 
@@ -167,7 +167,7 @@ def test_what_can_have_no_classifier_is_refused(tmp_path: Path, trained: Dataset
     for refusing in (load_own, train):
         with pytest.raises(UserError, match=r"dataset bare has no labels.* use evaluation\.features \[inception\]"):
             refusing(bare)
-    with pytest.raises(UserError, match=r"behind http://host/quarters.* pipeline/prepare\.py shards"):
+    with pytest.raises(UserError, match=r"behind http://host/quarters.* gan-pipeline prepare shards"):
         load_own(dataclasses.replace(trained, base_url="http://host/quarters"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -186,7 +187,7 @@ def test_pictures_of_another_size_and_colour_are_scored_as_the_dataset_is(
         content(path)["features"]["mnist"] for path in (tmp_path / "runs/evaluations/plain.npz.json", out)
     )
     assert cropped["fid"] == pytest.approx(plain["fid"], rel=1e-6)
-    with pytest.raises(UserError, match=r"holds other scores \(size is not told there and 28 here; images_"):
+    with pytest.raises(UserError, match=r"holds other scores \(size is not given there and 28 here; images_"):
         score_target(framed, scorer, [None], out, tmp_path, size=28)
     np.savez(tmp_path / "framed.npz", images=np.pad(images, ((0, 0), (2, 2), (2, 2))))
     read = open_images(tmp_path / "framed.npz", digits, Remarks(), crop=28).read(np.arange(NUM_IMAGES))
@@ -196,7 +197,7 @@ def test_pictures_of_another_size_and_colour_are_scored_as_the_dataset_is(
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
-        (lambda scorer: setattr(scorer, "_seed", 1), "seed is 0 there and 1 here"),
+        (lambda scorer: setattr(scorer, "seed", 1), "seed is 0 there and 1 here"),
         (
             lambda scorer: setattr(scorer, "config", EvaluationConfig(num_images=NUM_IMAGES, reference="test")),
             "reference is train there and test here",
@@ -357,9 +358,11 @@ def test_two_folders_are_scored_as_one_against_a_dataset_of_the_other(
         main()
 
     command("real", "--kind", "mnist")
-    assert (
-        capsys.readouterr().err.splitlines()[-1].startswith(f"{tmp_path}/runs/evaluations/ours-real.json: mnist FID ")
-    )
+    err = capsys.readouterr().err
+    last, no_floor = err.splitlines()[-1], r"\(no floor: the real images have no test split\), IS [\d.]+"
+    where = f"{tmp_path}/runs/evaluations/ours-real.json: ours against real: mnist FID "
+    assert re.fullmatch(rf"{where}[\d.]+ {no_floor}", last), last
+    assert ".real-" not in err
     scores = content(tmp_path / "runs" / "evaluations" / "ours-real.json")
     assert (scores["dataset"], scores["target"], scores["num_images"]) == ("real", "ours", NUM_IMAGES)
     files = [sorted((tmp_path / name).iterdir()) for name in ("ours", "real")]
@@ -376,8 +379,11 @@ def test_two_folders_are_scored_as_one_against_a_dataset_of_the_other(
     for name in ("fid", "kid_mean", "precision", "coverage", "is_mean"):
         assert scores["features"]["mnist"][name] == pytest.approx(expected[name], rel=1e-9), name
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"evaluations"}
+    for name in ("a", "b"):
+        shutil.copytree("real", f"classes/{name}")
     for arguments, words in (
         (("real",), "the 'mnist' features know MNIST's digits alone, and dataset real is of kind own"),
+        (("classes",), r"use evaluation\.features \[own\] \(made by gan-pipeline train-classifier --dataset classes\)"),
         (("none", "--kind", "mnist"), "none is not a folder"),
         (("real", "--evaluation.features", "[own]"), "prepare one of real, and train its classifier"),
         (("data", "--kind", "mnist"), "data holds no image file"),

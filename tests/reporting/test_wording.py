@@ -17,7 +17,7 @@ from pipeline.reporting.read import Evaluation
         (3.6, 0.9, "a small gap"),
         (20.0, 1.0, "a clear gap"),
         (200.0, 1.0, "That is 200 times the floor of 1, which"),
-        (12.3, None, "No floor was measured"),
+        (12.3, None, "There is no floor without a test split"),
         (None, 0.9, "measured no FID"),
     ],
 )  # fmt: skip

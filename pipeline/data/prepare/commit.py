@@ -275,7 +275,8 @@ def commit(dataset: Dataset, temporary: Path, remarks: Remarks) -> Dataset:
     counts = ", ".join(f"{dataset.num_images(split):,} {split}" for split in dataset.splits)
     classes = f" in {dataset.num_classes:,} classes" if dataset.num_classes else ""
     ending = f"; {remarks}" if remarks else ""
-    print_line(f"{folder}: {counts} images of {' x '.join(map(str, dataset.image_shape))}{classes}{ending}")
+    shown = dataset.name if folder.parent.name.startswith(".") else folder  # a hidden folder is a program's own
+    print_line(f"{shown}: {counts} images of {' x '.join(map(str, dataset.image_shape))}{classes}{ending}")
     return dataset
 
 

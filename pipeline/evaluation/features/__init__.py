@@ -24,6 +24,7 @@ from pipeline.errors import UserError, describe_error
 
 if TYPE_CHECKING:
     from pipeline.evaluation.features.published import PublishedWeights
+    from pipeline.evaluation.metrics.frechet import Moments
 
 SPACES = {
     "mnist": "classifier.load_mnist",
@@ -47,6 +48,7 @@ class FeatureExtractor(ABC):
         facts: What a reader of the scores should know about the network; written beside them.
         fingerprint: SHA-256 of the weights and of the version of the code around them. Scores with different
             fingerprints do not compare.
+        published: Moments of these features that somebody published, which images are compared with as well.
     """
 
     name: str
@@ -54,6 +56,7 @@ class FeatureExtractor(ABC):
     num_classes: int
     class_names: tuple[str, ...] = ()
     facts: Mapping[str, object] = {}
+    published: Moments | None = None
 
     def __init__(self, version: str, weights: bytes, device: torch.device) -> None:
         """Sets the fingerprint. `version` must change whenever the same weights begin to give other features."""
@@ -91,17 +94,25 @@ class CustomFeatures(FeatureExtractor):
 
     NAME is a torch.nn.Module, or a function without arguments that makes one. In eval mode the module takes images
     uint8 [n, C, H, W] in 0..255 and returns features [n, d], or a pair of features and logits [n, k]; row i may depend
-    on image i alone. The user's module is imported only when `evaluation.features` names it.
+    on image i alone. The user's module is imported only when `evaluation.features` names it. The fingerprint covers the
+    module's source file and the weights, but not what the module imports.
 
     Raises:
-        UserError: The network fails on two black images of `image_shape`.
+        UserError: NAME is no such thing, or the network fails on two black images of `image_shape`.
     """
 
-    def __init__(
-        self, name: str, network: nn.Module, identity: bytes, image_shape: tuple[int, int, int], device: torch.device
-    ) -> None:
+    def __init__(self, name: str, image_shape: tuple[int, int, int], device: torch.device) -> None:
+        network = import_object("evaluation.features", name)
+        if not isinstance(network, nn.Module) and callable(network):
+            network = network()
+        if not isinstance(network, nn.Module):
+            raise UserError(
+                f"evaluation.features holds {name!r}: that is a {type(network).__name__}, not a torch module"
+            )
+        source = Path(inspect.getfile(sys.modules[name.partition(":")[0]])).read_bytes()
+        identity = hashlib.sha256(source).hexdigest() + digest_of(network.state_dict())
         self.name, self.network = name, network.eval().to(device)
-        super().__init__("1", identity, device)
+        super().__init__("1", identity.encode(), device)
         try:
             features, logits = self(torch.zeros(2, *image_shape, dtype=torch.uint8))
         except Exception as error:  # the user's code may raise anything
@@ -137,37 +148,34 @@ def load_features(name: str, dataset: Dataset, device: torch.device, config: Eva
         raise UserError(f"evaluation.features holds {name!r}: choose from {', '.join(SPACES)} and module:NAME")
     with torch.random.fork_rng(devices=[]):  # layers draw initial weights from the global generator
         if name not in SPACES:
-            return load_module(name, dataset, device)
+            return CustomFeatures(name, dataset.image_shape, device)
         make: Callable[..., FeatureExtractor] = resolve_name(f"{__name__}.{SPACES[name]}")
-        weights = published_weights(name)
-        if weights is None:
+        if (weights := published_weights(name)) is None:
             return make(dataset, device)
-        path = weights.path(config)
         if dataset.image_shape[0] not in (1, 3):
             raise UserError(f"the {name!r} features need images of 1 or 3 channels, not {dataset.image_shape[0]}")
-        return make(path, device)
-
-
-def load_module(name: str, dataset: Dataset, device: torch.device) -> FeatureExtractor:
-    """Returns the extractor of the network that `name` stands for. Its fingerprint covers the module's source file and
-    the weights, but not what the module imports."""
-    network = import_object("evaluation.features", name)
-    if not isinstance(network, nn.Module) and callable(network):
-        network = network()
-    if not isinstance(network, nn.Module):
-        raise UserError(f"evaluation.features holds {name!r}: that is a {type(network).__name__}, not a torch module")
-    source = Path(inspect.getfile(sys.modules[name.partition(":")[0]])).read_bytes()
-    identity = hashlib.sha256(source).hexdigest() + digest_of(network.state_dict())
-    return CustomFeatures(name, network, identity.encode(), dataset.image_shape, device)
+        return make(weights.path(config), device)
 
 
 def load_all(config: EvaluationConfig, dataset: Dataset, device: torch.device) -> list[FeatureExtractor]:
-    """Returns the extractors that evaluation.features names. Raises UserError as `load_features` does."""
-    extractors = [load_features(name, dataset, device, config) for name in config.features]
-    names = [extractor.name for extractor in extractors]
+    """Returns the extractors that evaluation.features names, the one of inception with the moments of
+    evaluation.reference_statistics. Raises UserError as `load_features` does, and for a file that cannot be used."""
+    names = config.features
     if len({*names}) < len(names):
         raise UserError(f"evaluation.features holds two spaces of one name ({', '.join(names)}): leave one out")
-    return extractors
+    extractors = {name: load_features(name, dataset, device, config) for name in names}
+    if path := config.reference_statistics:
+        from pipeline.evaluation.metrics.frechet import Moments  # here: a training without such a file takes no scores
+
+        if (inception := extractors.get("inception")) is None:
+            raise UserError(
+                f"evaluation.reference_statistics is {path}, which is of inception's features: evaluation.features "
+                f"{names} must name inception, or leave the file out"
+            )
+        inception.published = Moments.of_file(Path(path), inception.num_features)
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        inception.facts = {"reference_statistics": {"path": str(Path(path)), "sha256": digest}}
+    return [*extractors.values()]
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:

@@ -1,6 +1,6 @@
 """`mnist` and `own`: the penultimate layer of a small classifier, of digits or of the classes of any labelled dataset.
 
-The weights for digits ship with the package; `python -m pipeline.evaluation.train_classifier` trains others.
+The weights for digits ship with the package; `gan-pipeline train-classifier` trains others.
 """
 
 from __future__ import annotations
@@ -60,18 +60,18 @@ class Classifier(nn.Module):
 
 
 class ClassifierFeatures(FeatureExtractor):
-    """The features of a trained classifier and the classes that it tells apart.
+    """The features of a trained classifier and the classes that it tells apart, `class_names`.
 
     Args:
         tensors, metadata: The content of a file that `train_classifier` wrote.
         identity: The bytes that the fingerprint stands for.
     """
 
+    name = "own"
     num_features = Classifier.num_features
 
     def __init__(
         self,
-        name: str,
         tensors: Mapping[str, Tensor],
         metadata: Mapping[str, str],
         image_shape: tuple[int, int, int],
@@ -79,7 +79,7 @@ class ClassifierFeatures(FeatureExtractor):
         identity: bytes,
         device: torch.device,
     ) -> None:
-        self.name, self.class_names, self.num_classes = name, class_names, len(class_names)
+        self.class_names, self.num_classes = class_names, len(class_names)
         self.facts = {"classifier_test_accuracy": float(metadata["test_accuracy"])}
         super().__init__("1", identity, device)
         self.network = Classifier(image_shape, self.num_classes)
@@ -98,9 +98,11 @@ class MnistFeatures(ClassifierFeatures):
     Its logit is the sum of theirs, and softmax makes of it the product of their probabilities.
     """
 
+    name = "mnist"
+
     def __init__(self, device: torch.device, channels: int = 1) -> None:
         content, digits = MNIST_WEIGHTS.read_bytes(), tuple("0123456789")
-        super().__init__("mnist", *read_tensors(MNIST_WEIGHTS), MNIST_SHAPE, digits, content, device)
+        super().__init__(*read_tensors(MNIST_WEIGHTS), MNIST_SHAPE, digits, content, device)
         self.num_features, self.num_classes = channels * self.num_features, 10**channels
         self.class_names = tuple(map(str, range(self.num_classes)))
 
@@ -131,7 +133,7 @@ def load_mnist(dataset: Dataset, device: torch.device) -> FeatureExtractor:
 
 def training_command(dataset: Dataset) -> str:
     """Returns the command that trains a dataset's classifier."""
-    return f"python -m pipeline.evaluation.train_classifier --dataset {dataset.folder}"
+    return f"gan-pipeline train-classifier --dataset {dataset.folder}"
 
 
 def classifier_path(dataset: Dataset) -> Path:
@@ -148,7 +150,7 @@ def classifier_path(dataset: Dataset) -> Path:
     if dataset.base_url:
         raise UserError(
             f"dataset {dataset.name} lies behind {dataset.base_url}, where its classifier can't: index it with "
-            "pipeline/prepare.py shards, which makes a folder for it"
+            "gan-pipeline prepare shards, which makes a folder for it"
         )
     return dataset.folder / "classifier.safetensors"
 
@@ -166,7 +168,7 @@ def load_own(dataset: Dataset, device: torch.device) -> FeatureExtractor:
         if metadata["dataset"] != dataset.fingerprint:
             raise UserError(f"{path} was trained on another dataset: move it away and run {command}")
         # Image shape and class names come from the dataset, so its fingerprint is part of the features' identity.
-        identity, classes = f"{digest}:{dataset.fingerprint}".encode(), dataset.class_names
-        return ClassifierFeatures("own", tensors, metadata, dataset.image_shape, classes, identity, device)
+        identity = f"{digest}:{dataset.fingerprint}".encode()
+        return ClassifierFeatures(tensors, metadata, dataset.image_shape, dataset.class_names, identity, device)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it and run {command}") from None

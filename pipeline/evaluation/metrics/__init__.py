@@ -6,9 +6,6 @@ The formulae are functions in frechet.py, neighbours.py and scores.py.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -66,37 +63,24 @@ class FeatureMetric(Metric):
         add(self.real if real else self.fake, Batch(features, logits, indices, labels))
 
     def compute(self) -> Any:
-        scores = self.score(self.fake, self.real)
+        return self._score_of(Ranks.without_group() if self.sync_on_compute else Ranks())
+
+    def _score_of(self, ranks: Ranks) -> Any:
+        sides = [{name: copy.copy(state) for name, state in side.items()} for side in (self.fake, self.real)]
+        for side in sides:
+            gather(side, ranks)  # the copies: this rank's own states go on
+        scores = self.score(*sides)
         if isinstance(scores, dict):
             return {name: torch.as_tensor(value, dtype=torch.float64) for name, value in scores.items()}
         return torch.as_tensor(scores, dtype=torch.float64)
-
-    # -- what torchmetrics does by itself with states of its own -------------------------------------------------------
-
-    @contextmanager
-    def sync_context(self, *_: Any, should_sync: bool = True, **__: Any) -> Iterator[None]:
-        """Puts the states of all ranks in the place of this rank's during a `compute`."""
-        ranks = Ranks.without_group()
-        if not should_sync or ranks.world_size == 1:
-            yield
-            return
-        of_rank = self.fake, self.real
-        self.fake, self.real = copy.deepcopy(of_rank)
-        gather(self.fake, ranks)
-        gather(self.real, ranks)
-        try:
-            yield
-        finally:
-            self.fake, self.real = of_rank
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Adds a batch and returns the score of this rank's batch alone."""
         self.update(*args, **kwargs)
         batch = self.clone()
         batch.reset()
-        # The class's methods: torchmetrics has wrapped those of the instance, which would ask the other ranks.
-        type(batch).update(batch, *args, **kwargs)
-        return type(batch).compute(batch)
+        batch.update(*args, **kwargs)
+        return batch._score_of(Ranks())
 
     def reset(self) -> None:
         super().reset()
@@ -133,13 +117,13 @@ class SampleMetric(FeatureMetric):
         neighbours: int = NEIGHBOURS,
         **options: Any,
     ) -> None:
-        rows, keep = SAMPLE_SCORES[self.name].rows, keep or self.keep
-        super().__init__({rows: Sample(num_features, keep, rows)}, **options)
+        self.rows, keep = SAMPLE_SCORES[self.name].rows, keep or self.keep
+        super().__init__({self.rows: Sample(num_features, keep, self.rows)}, **options)
         self.most_fake, self.options = scored or self.scored or keep, Options(seed, neighbours)
 
     def score(self, fake: States, real: States) -> dict[str, float]:
-        function = replace(SAMPLE_SCORES[self.name], most_fake=self.most_fake)
-        return function(fake[function.rows], real[function.rows], self.options)[0]
+        function = SAMPLE_SCORES[self.name]
+        return function(fake[self.rows], real[self.rows], self.options, self.most_fake)[0]
 
 
 class KernelDistance(SampleMetric):

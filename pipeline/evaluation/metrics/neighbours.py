@@ -10,9 +10,8 @@ from torch import Tensor
 from pipeline.evaluation.interruption import check_interrupted
 
 NEIGHBOURS = 5
-ROWS = (
-    125  # of a distance matrix in memory at once: 5 MB in float32 against 10,000 columns, and 50 MB for all its pairs
-)
+# Rows of a distance matrix in memory at once: 5 MB in float32 against 10,000 columns, and 50 MB for all its pairs.
+ROWS = 125
 STRIDE = 32  # columns whose smallest distance stands for them at first in a search for neighbours
 SPARE = 4  # candidates for the nearest neighbours beyond their number
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -111,10 +111,14 @@ class SampleScore:
     least: tuple[int, int] = (2, 2)  # fewest generated and real images that give a score
     rows: str = "features"  # what the samples hold: "features" or "logits"
 
-    def __call__(self, fake: Sample, real: Sample, options: Options) -> tuple[dict[str, float], list[int]]:
-        """Returns the scores by name, NaN for too few images, and the numbers of generated and of real images used."""
-        count = min(fake.size, self.most_fake, *([real.size] if self.equal else []))
-        numbers = [count, count if self.equal else real.size]
+    def __call__(
+        self, fake: Sample, real: Sample, options: Options, most_fake: int | None = None
+    ) -> tuple[dict[str, float], list[int]]:
+        """Returns the scores by name, NaN for too few images, and the numbers of generated and of real images used. A
+        score of logits takes no real images. `most_fake` is by default that of the score."""
+        num_real = real.size if self.rows == "features" else 0
+        count = min(fake.size, most_fake or self.most_fake, *([num_real] if self.equal else []))
+        numbers = [count, count if self.equal else num_real]
         if any(number < least for number, least in zip(numbers, self.least, strict=True)):
             return dict.fromkeys(self.names, torch.nan), numbers
         scores = self.function(fake.first(numbers[0])[0], real.first(numbers[1])[0], options)
@@ -128,16 +132,12 @@ SAMPLE_SCORES = {
     "kid": SampleScore(("kid_mean", "kid_std"), lambda x, y, options: kernel_distance(x, y, options.seed)),
     "manifold": SampleScore(("precision", "recall", "density", "coverage"), _manifold, 10_000, equal=True),
     "sliced_wasserstein": SampleScore(
-        ("sliced_wasserstein",),
-        lambda x, y, options: [sliced_wasserstein(x, y, options.seed)],
-        *(10_000, True),
-        least=(1, 1),
+        ("sliced_wasserstein",), lambda x, y, o: [sliced_wasserstein(x, y, o.seed)], 10_000, equal=True, least=(1, 1)
     ),
     "authenticity": SampleScore(
         ("authenticity",), lambda x, y, _: [authenticity(x, y)], 1_000, against_training=True, least=(1, 2)
     ),
 }
-
 
 ClassScore = float | Tensor | tuple[float, float]
 """A number, a number for each class, or an interval."""
@@ -161,7 +161,7 @@ def class_scores(fake: Tensors, real: Tensors) -> dict[str, ClassScore]:
         "confidence_mean": fake["confidence"] / fake["count"].sum(),
         "class_accuracy": fake["recognised"] / fake["labelled"],
         "fid_per_class": fid_per_class(fake, real),
-        **mode_scores(fake["count"])._asdict(),
+        **mode_scores(fake["count"]),
     }
 
 
@@ -170,22 +170,11 @@ def class_floors(floor: Tensors, real: Tensors, num_images: int, seed: int) -> d
     `mode_scores` of at most `num_images` of them, drawn without replacement, as "modes_floor" and "mode_kl_floor"."""
     classes = torch.arange(len(floor["count"])).repeat_interleave(floor["count"])
     drawn = classes[torch.randperm(len(classes), generator=seeded(seed, "modes of real images"))[:num_images]]
-    modes, divergence, _ = mode_scores(drawn.bincount(minlength=len(floor["count"])))
-    return {
-        "fid_per_class_floor": fid_per_class(floor, real),
-        **{"modes_floor": modes, "mode_kl_floor": divergence},
-    }
+    modes, divergence, _ = mode_scores(drawn.bincount(minlength=len(floor["count"]))).values()
+    return {"fid_per_class_floor": fid_per_class(floor, real), "modes_floor": modes, "mode_kl_floor": divergence}
 
 
-class ModeScores(NamedTuple):
-    """The result of `mode_scores`."""
-
-    modes: float
-    mode_kl: float
-    mode_kl_interval: tuple[float, float]
-
-
-def mode_scores(counts: Tensor) -> ModeScores:
+def mode_scores(counts: Tensor) -> dict[str, Any]:
     """Compares the classes of generated images with the uniform distribution over all K classes, of the numbers of
     images in each, int64 [K].
 
@@ -202,7 +191,7 @@ def mode_scores(counts: Tensor) -> ModeScores:
     """
     present, count = counts[counts > 0].double(), int(counts.sum())
     if not count:
-        return ModeScores(torch.nan, torch.nan, (torch.nan, torch.nan))
+        return {"modes": torch.nan, "mode_kl": torch.nan, "mode_kl_interval": (torch.nan, torch.nan)}
     shares, num_modes = present / count, len(present)
     information = (shares * len(counts)).log()
     divergence = (shares * information).sum().item()
@@ -210,16 +199,16 @@ def mode_scores(counts: Tensor) -> ModeScores:
     of_pairs = (num_modes - 1) / count**2
     margin = NORMAL_95 * (max(of_images - of_pairs, 0) + of_pairs / 2) ** 0.5
     margin = margin if count >= IMAGES_PER_MODE * num_modes else torch.nan
-    return ModeScores(num_modes, divergence, (divergence - margin, divergence + margin))
+    interval = divergence - margin, divergence + margin
+    return {"modes": num_modes, "mode_kl": divergence, "mode_kl_interval": interval}
 
 
 def fid_per_class(fake: Tensors, real: Tensors) -> Tensor:
     """Returns the FID within each class, [num_classes] float64: see `class_scores`."""
     distances = torch.full((len(fake["count"]),), torch.nan, dtype=torch.float64)
-    for index in range(len(distances)):
+    for index in range(min(len(side["sum"]) for side in (fake, real))):
         check_interrupted()
-        sides = fake, real
-        if all(index < len(side["sum"]) and side["count"][index] > side["sum"].shape[1] for side in sides):
-            of_class = [{name: side[name][index] for name in ("count", "sum", "products")} for side in sides]
-            distances[index] = frechet_distance(*map(Moments.of_sums, of_class))
+        sides = [{name: side[name][index] for name in ("count", "sum", "products")} for side in (fake, real)]
+        if all(side["count"] > len(side["sum"]) for side in sides):
+            distances[index] = frechet_distance(*map(Moments.of_sums, sides))
     return distances

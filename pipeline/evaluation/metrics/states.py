@@ -23,12 +23,12 @@ MOST_SUMS = 2**25  # numbers in the products of all classes (256 MB): with more 
 
 
 class Batch(NamedTuple):
-    """What is known about some images of one side. A state takes what it needs."""
+    """What is known about some images of one side, None or a tensor each. A state takes what it needs."""
 
-    features: Tensor | None = None  # [n, d]
-    logits: Tensor | None = None  # [n, k]
-    indices: Tensor | None = None  # int64 [n], different for all images of a side
-    labels: Tensor | None = None  # int64 [n], the classes that the images should show
+    features: Any = None  # [n, d]
+    logits: Any = None  # [n, k]
+    indices: Any = None  # int64 [n], different for all images of a side
+    labels: Any = None  # int64 [n], the classes that the images should show
 
 
 def add(states: States, batch: Batch) -> None:
@@ -62,7 +62,6 @@ class Sums(_Summed):
         super().__init__({"count": torch.tensor(0), "sum": total, "products": total.outer(total)})
 
     def add(self, batch: Batch) -> None:
-        assert batch.features is not None, "sums are of features"
         features = batch.features.detach().to("cpu", torch.float64)
         self.tensors["count"] += len(features)
         self.tensors["sum"] += features.sum(0)
@@ -80,8 +79,6 @@ class ClassSums(_Summed):
         super().__init__({"count": count, "sum": total, "products": products, **numbers})
 
     def add(self, batch: Batch) -> None:
-        assert batch.features is not None, "sums within classes are of features"
-        assert batch.logits is not None, "sums within classes take logits"
         tensors, logits = self.tensors, batch.logits.detach().cpu()
         classes, features = logits.argmax(1), batch.features.detach().to("cpu", torch.float64)
         tensors["count"] += classes.bincount(minlength=len(tensors["count"]))
@@ -98,24 +95,20 @@ class ClassSums(_Summed):
 class Sample:
     """The rows, features or logits, of at most `keep` images: those whose indices come first in `rng.sampling_order`.
 
-    Rows are float32, as networks give them. Memory is that of `keep` rows and a quarter more; between ranks only the
-    rows travel that stay.
+    Rows are float32, as networks give them. Memory is that of `keep` rows and a quarter more, twice while they are
+    joined; between ranks only the rows travel that stay.
     """
 
     def __init__(self, num_columns: int, keep: int, field: str = "features") -> None:
         self.num_columns, self.keep, self.field = num_columns, keep, field
         self.seen = 0  # images that were added
-        self._rows: list[Tensor] = []
-        self._indices: list[Tensor] = []
-        self._is_sorted = False  # one part, in the order of its indices
-        self._bound = ALL  # `keep` images come no later than this in the order; those after it are not needed
+        self._rows, self._indices = [torch.empty(0, num_columns)], [torch.empty(0, dtype=torch.int64)]
 
     @classmethod
     def of_tensors(cls, tensors: Tensors, keep: int) -> Sample:
         """Returns the sample that has these `tensors`, or its first `keep` rows."""
         sample = cls(tensors["rows"].shape[1], keep)
         sample._rows, sample._indices, sample.seen = [tensors["rows"]], [tensors["indices"]], int(tensors["seen"])
-        sample._is_sorted = len(tensors["rows"]) <= keep
         return sample
 
     @property
@@ -140,55 +133,35 @@ class Sample:
             indices = (self.seen + torch.arange(len(rows))) * ranks.world_size + ranks.rank
         if len(indices) != len(rows):
             raise ValueError(f"there are {len(indices)} indices of {len(rows)} rows")
-        indices = indices.cpu()
-        chosen = sampling_order(indices) <= self._bound
-        self._rows.append(rows.detach()[chosen.to(rows.device)].to("cpu", torch.float32))
-        self._indices.append(indices[chosen])
-        self.seen, self._is_sorted = self.seen + len(rows), False
+        self._rows.append(rows.detach().to("cpu", torch.float32, copy=True))
+        self._indices.append(indices.cpu())
+        self.seen += len(rows)
         if sum(map(len, self._indices)) > self.keep + self.keep // 4:
-            self._drop_after(_last_place(torch.cat(self._indices), self.keep))
+            self.first()
 
     def first(self, count: int = ALL) -> tuple[Tensor, Tensor]:
         """Returns rows float32 [m, d] and their indices int64 [m], ascending, of the first `count` images in
         `rng.sampling_order`, or of all."""
-        if not self._is_sorted:
-            rows = torch.cat([torch.empty(0, self.num_columns), *self._rows])
-            indices = torch.cat([torch.empty(0, dtype=torch.int64), *self._indices])
-            rows, indices = _first(rows, indices, self.keep)
-            order = indices.argsort()
-            self._rows, self._indices, self._is_sorted = [rows[order]], [indices[order]], True
-        return _first(self._rows[0], self._indices[0], count)
-
-    def part(self, count: int) -> Sample:
-        """Returns the sample of the first `count` images in `rng.sampling_order`."""
-        rows, indices = self.first(count)
-        return Sample.of_tensors({"rows": rows, "indices": indices, "seen": torch.tensor(len(rows))}, self.keep)
+        if len(self._rows) > 1 or len(self._indices[0]) > self.keep:
+            rows, indices = torch.cat(self._rows), torch.cat(self._indices)
+            chosen = _first(indices, self.keep)
+            self._rows, self._indices = [rows[chosen]], [indices[chosen]]
+        rows, indices = self._rows[0], self._indices[0]
+        if count >= len(indices):
+            return rows, indices
+        chosen = _first(indices, count)
+        return rows[chosen], indices[chosen]
 
     def gather(self, ranks: Ranks) -> None:
-        if ranks.world_size == 1:
-            return
-        indices = [part for rank in ranks.gather(self._indices) for part in rank]
-        self._drop_after(_last_place(torch.cat([torch.empty(0, dtype=torch.int64), *indices]), self.keep))
-        all_ranks = ranks.gather((self._rows, self._indices, self.seen))
-        self._rows = [part for rows, _, _ in all_ranks for part in rows]
-        self._indices = [part for _, indices, _ in all_ranks for part in indices]
-        self.seen, self._is_sorted = sum(seen for _, _, seen in all_ranks), False
-
-    def _drop_after(self, bound: int) -> None:
-        for number, indices in enumerate(self._indices):  # one by one: joining them first would take the memory twice
-            chosen = sampling_order(indices) <= bound
-            self._rows[number], self._indices[number] = self._rows[number][chosen], indices[chosen]
-        self._bound = bound
+        rows, indices = self.first()
+        everywhere = torch.cat(ranks.gather(indices))
+        stays = torch.isin(indices, everywhere[_first(everywhere, self.keep)])
+        all_ranks = ranks.gather((rows[stays], indices[stays], self.seen))
+        self._rows, self._indices = [rows for rows, _, _ in all_ranks], [indices for _, indices, _ in all_ranks]
+        self.seen = sum(seen for _, _, seen in all_ranks)
 
 
-def _last_place(indices: Tensor, count: int) -> int:
-    """Returns the place in `rng.sampling_order` of the last of the first `count` images among `indices`."""
-    return int(sampling_order(indices).kthvalue(count).values) if len(indices) >= count else ALL
-
-
-def _first(rows: Tensor, indices: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Returns the rows and indices of the first `count` images in `rng.sampling_order`, in the order that they have."""
-    if len(indices) <= count:
-        return rows, indices
-    chosen = sampling_order(indices) <= _last_place(indices, count)
-    return rows[chosen], indices[chosen]
+def _first(indices: Tensor, count: int) -> Tensor:
+    """Returns where among `indices` the first `count` images in `rng.sampling_order` are, by ascending index."""
+    chosen = sampling_order(indices).argsort()[:count]
+    return chosen[indices[chosen].argsort()]
