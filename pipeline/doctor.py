@@ -42,12 +42,10 @@ def main() -> int:
         return EXIT_USER_ERROR
     code = 0
     with closing(runtime, config):
-        examined = examine(config, runtime.ranks, arguments.checksums == "all")
-        for findings in chain([communication], examined):
-            for finding in findings:
-                code = EXIT_USER_ERROR if finding.level == "error" else code
-                if runtime.ranks.is_main:
-                    print(finding, flush=True)
+        for finding in chain(communication, examine(config, runtime.ranks, arguments.checksums == "all")):
+            code = EXIT_USER_ERROR if finding.level == "error" else code
+            if runtime.ranks.is_main and finding.text:
+                print(finding, flush=True)
     return code
 
 

@@ -36,10 +36,9 @@ def main() -> None:
     if arguments.all and (arguments.out or arguments.real or arguments.step is not None):
         raise UserError("--all scores every checkpoint into the run: leave out --step, --out and what to compare with")
     Image.MAX_IMAGE_PIXELS = arguments.max_pixels
-    which = [] if arguments.step is None else [arguments.step]
-    real = {"real": arguments.real, "kind": arguments.kind}
-    scores = {"steps": "all" if arguments.all else which or "newest", "out": arguments.out}
-    evaluate(run.path, config, **real, **scores, crop=arguments.crop, size=arguments.size)
+    options = {name: arguments[name] for name in ("real", "kind", "out", "crop", "size")}
+    options["steps"] = "all" if arguments.all else "newest" if arguments.step is None else [arguments.step]
+    evaluate(run.path, config, **options)
 
 
 if __name__ == "__main__":

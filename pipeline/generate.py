@@ -9,7 +9,7 @@ from pipeline.distributed.launcher import run_program
 from pipeline.errors import UserError
 
 
-def main() -> int:
+def main() -> None:
     parser = Parser(description="Draw images from a trained generator.")
     source = (
         "an export, a Hugging Face folder or hf://OWNER/NAME, a Keras .h5 or .keras, a checkpoint or a run's folder"
@@ -50,7 +50,6 @@ def main() -> int:
         if label is None and not arguments.interpolate and (names := row_names(generator)):
             print(f"rows, from the top: {', '.join(map(repr, names))}", file=sys.stderr)
     print(out)
-    return 0
 
 
 if __name__ == "__main__":

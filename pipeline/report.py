@@ -10,7 +10,7 @@ from pipeline.errors import UserError
 from pipeline.storage.run_folder import comparison
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(description="Report on a run, or compare several on one page.")
     runs_help = "a run's folder, such as runs/wgan, a pattern such as 'runs/*', or a folder of runs"
     parser.add_argument("runs", nargs="+", metavar="RUN", help=runs_help)
@@ -30,7 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         together = Path(os.path.commonpath([run.resolve().parent for run in runs]))
         print(compare(runs, options.out or comparison(together)))
-    return 0
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Batches are drawn whole and then sliced, so they do not depend on the number of 
 rank costs 25 microseconds at 64 x 100 latents.
 
 `rows` are a rank's rows of the global batch of `batch_size`, b of them. `step` and `critic_index` (the iteration in it)
-count from 0.
+count from 0; without a `critic_index` a draw is of the generator's update.
 """
 
 from __future__ import annotations
@@ -37,16 +37,11 @@ def fresh_seed(seed: int) -> int:
     return seeded(seed, "fresh evaluation images").initial_seed() % 2**31
 
 
-def critic_latents(
-    seed: int, step: int, critic_index: int, batch_size: int, latent_dim: int, rows: slice
+def latents(
+    seed: int, step: int, critic_index: int | None, batch_size: int, latent_dim: int, rows: slice
 ) -> torch.Tensor:
-    """Draws latents of a critic iteration: float32 (b, latent_dim) uniform in [-1, 1]."""
-    return _uniform(seeded(seed, "critic latents", step, critic_index), batch_size, latent_dim)[rows]
-
-
-def generator_latents(seed: int, step: int, batch_size: int, latent_dim: int, rows: slice) -> torch.Tensor:
-    """Draws latents of the generator's update: float32 (b, latent_dim) uniform in [-1, 1]."""
-    return _uniform(seeded(seed, "generator latents", step), batch_size, latent_dim)[rows]
+    """Draws latents of an update: float32 (b, latent_dim) uniform in [-1, 1]."""
+    return _uniform(_of_update(seed, "latents", step, critic_index), batch_size, latent_dim)[rows]
 
 
 def evaluation_latents(seed: int, start: int, stop: int, latent_dim: int) -> torch.Tensor:
@@ -57,24 +52,16 @@ def evaluation_latents(seed: int, start: int, stop: int, latent_dim: int) -> tor
     first_block = start // EVALUATION_BLOCK
     blocks = [
         _uniform(seeded(seed, "evaluation latents", block), EVALUATION_BLOCK, latent_dim)
-        for block in range(first_block, -(-stop // EVALUATION_BLOCK))
+        for block in range(first_block, max(start, stop - 1) // EVALUATION_BLOCK + 1)
     ]
-    if start >= stop:
-        return torch.empty(0, latent_dim)
-    offset = first_block * EVALUATION_BLOCK
-    return torch.cat(blocks)[start - offset : stop - offset]
+    return torch.cat(blocks)[start - first_block * EVALUATION_BLOCK :][: stop - start]
 
 
-def critic_labels(
-    seed: int, step: int, critic_index: int, batch_size: int, num_classes: int, rows: slice
+def labels(
+    seed: int, step: int, critic_index: int | None, batch_size: int, num_classes: int, rows: slice
 ) -> torch.Tensor:
-    """Draws the labels of the generator's images in a critic iteration: int64 (b,), uniform over the classes."""
-    return _classes(seeded(seed, "critic labels", step, critic_index), batch_size, num_classes)[rows]
-
-
-def generator_labels(seed: int, step: int, batch_size: int, num_classes: int, rows: slice) -> torch.Tensor:
-    """Draws the labels of the generator's images in its own update: int64 (b,), uniform over the classes."""
-    return _classes(seeded(seed, "generator labels", step), batch_size, num_classes)[rows]
+    """Draws the labels of the generator's images in an update: int64 (b,), uniform over the classes."""
+    return torch.randint(num_classes, (batch_size,), generator=_of_update(seed, "labels", step, critic_index))[rows]
 
 
 def evaluation_labels(start: int, stop: int, num_classes: int) -> torch.Tensor:
@@ -98,17 +85,12 @@ def horizontal_flips(seed: int, batch_number: int, batch_size: int, rows: slice)
     return torch.rand(batch_size, generator=seeded(seed, "horizontal flips", batch_number))[rows] < 0.5
 
 
-def critic_augmentation(seed: int, step: int, critic_index: int, batch_size: int, rows: slice) -> torch.Tensor:
-    """Draws DiffAugment's changes of the real and the fake images of a critic iteration: float32
-    (2, b, AUGMENTATION_DRAWS) uniform in [0, 1)."""
-    generator = seeded(seed, "critic augmentation", step, critic_index)
-    return torch.rand(2, batch_size, AUGMENTATION_DRAWS, generator=generator)[:, rows]
-
-
-def generator_augmentation(seed: int, step: int, batch_size: int, rows: slice) -> torch.Tensor:
-    """Draws DiffAugment's changes of the images of the generator's update: float32 (b, AUGMENTATION_DRAWS) uniform in
-    [0, 1)."""
-    return torch.rand(batch_size, AUGMENTATION_DRAWS, generator=seeded(seed, "generator augmentation", step))[rows]
+def augmentation(seed: int, step: int, critic_index: int | None, batch_size: int, rows: slice) -> torch.Tensor:
+    """Draws DiffAugment's changes, uniform in [0, 1): of the real and the fake images of a critic iteration, float32
+    (2, b, AUGMENTATION_DRAWS), or of the images of the generator's update, (b, AUGMENTATION_DRAWS)."""
+    sides = () if critic_index is None else (2,)
+    generator = _of_update(seed, "augmentation", step, critic_index)
+    return torch.rand(*sides, batch_size, AUGMENTATION_DRAWS, generator=generator)[..., rows, :]
 
 
 def sampling_order(indices: torch.Tensor) -> torch.Tensor:
@@ -124,9 +106,11 @@ def sampling_order(indices: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy((mixed ^ (mixed >> np.uint64(31))).view(np.int64)).to(indices.device)
 
 
+def _of_update(seed: int, what: str, step: int, critic_index: int | None) -> torch.Generator:
+    if critic_index is None:
+        return seeded(seed, f"generator {what}", step)
+    return seeded(seed, f"critic {what}", step, critic_index)
+
+
 def _uniform(generator: torch.Generator, num_rows: int, num_columns: int) -> torch.Tensor:
     return torch.empty(num_rows, num_columns, dtype=torch.float32).uniform_(-1, 1, generator=generator)
-
-
-def _classes(generator: torch.Generator, batch_size: int, num_classes: int) -> torch.Tensor:
-    return torch.randint(num_classes, (batch_size,), generator=generator)

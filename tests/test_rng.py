@@ -23,7 +23,7 @@ def test_seed_is_the_hash_of_the_arguments() -> None:
 
 @pytest.mark.slow
 def test_another_process_draws_the_same_whatever_its_hash_seed() -> None:
-    code = "from pipeline.rng import *; print(generator_latents(3, 5, 4, 2, slice(None)).tolist())"
+    code = "from pipeline.rng import *; print(latents(3, 5, None, 4, 2, slice(None)).tolist())"
     outputs = {
         subprocess.run(
             [sys.executable, "-c", code],
@@ -34,7 +34,7 @@ def test_another_process_draws_the_same_whatever_its_hash_seed() -> None:
         ).stdout
         for seed, threads in (("1", "1"), ("2", "2"))
     }
-    assert outputs == {f"{rng.generator_latents(3, 5, 4, 2, WHOLE).tolist()}\n"}
+    assert outputs == {f"{rng.latents(3, 5, None, 4, 2, WHOLE).tolist()}\n"}
 
 
 def test_purposes_steps_seeds_and_counters_are_separate() -> None:
@@ -54,14 +54,14 @@ def test_every_draw_of_a_run_is_another() -> None:
         for seed in range(2)
         for step in range(3)
         for draw in (
-            rng.generator_latents(seed, step, 4, 4, WHOLE),
-            rng.generator_labels(seed, step, 16, 10, WHOLE),
+            rng.latents(seed, step, None, 4, 4, WHOLE),
+            rng.labels(seed, step, None, 16, 10, WHOLE),
             rng.data_indices(seed, step, 16, 10),
             rng.horizontal_flips(seed, step, 64, WHOLE),
-            rng.generator_augmentation(seed, step, 4, WHOLE),
-            *(rng.critic_augmentation(seed, step, index, 4, WHOLE) for index in range(3)),
-            *(rng.critic_latents(seed, step, index, 4, 4, WHOLE) for index in range(3)),
-            *(rng.critic_labels(seed, step, index, 16, 10, WHOLE) for index in range(3)),
+            rng.augmentation(seed, step, None, 4, WHOLE),
+            *(rng.augmentation(seed, step, index, 4, WHOLE) for index in range(3)),
+            *(rng.latents(seed, step, index, 4, 4, WHOLE) for index in range(3)),
+            *(rng.labels(seed, step, index, 16, 10, WHOLE) for index in range(3)),
         )
     ]
     assert len({tuple(draw.flatten().tolist()) for draw in draws}) == len(draws) == 2 * 3 * 14
@@ -71,8 +71,8 @@ def test_the_global_rng_is_left_alone() -> None:
     torch.manual_seed(11)
     expected = torch.rand(3)
     torch.manual_seed(11)
-    rng.critic_latents(0, 1, 2, 8, 4, WHOLE)
-    rng.critic_labels(0, 1, 2, 8, 10, WHOLE)
+    rng.latents(0, 1, 2, 8, 4, WHOLE)
+    rng.labels(0, 1, 2, 8, 10, WHOLE)
     rng.evaluation_latents(0, 0, 600, 4)
     rng.data_indices(0, 1, 8, 100)
     assert torch.equal(torch.rand(3), expected)
@@ -81,13 +81,13 @@ def test_the_global_rng_is_left_alone() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
 def test_ranks_share_one_global_batch(world_size: int) -> None:
     for seed in range(3):
-        parts = [rng.critic_latents(seed, 9, 1, 12, 5, Ranks(rank, world_size).rows(12)) for rank in range(world_size)]
-        assert torch.equal(torch.cat(parts), rng.critic_latents(seed, 9, 1, 12, 5, WHOLE))
+        parts = [rng.latents(seed, 9, 1, 12, 5, Ranks(rank, world_size).rows(12)) for rank in range(world_size)]
+        assert torch.equal(torch.cat(parts), rng.latents(seed, 9, 1, 12, 5, WHOLE))
         rows = [Ranks(rank, world_size).rows(12) for rank in range(world_size)]
-        draws = [rng.critic_augmentation(seed, 9, 1, 12, row) for row in rows]
-        assert torch.equal(torch.cat(draws, dim=1), rng.critic_augmentation(seed, 9, 1, 12, WHOLE))
-        draws = [rng.generator_augmentation(seed, 9, 12, row) for row in rows]
-        assert torch.equal(torch.cat(draws), rng.generator_augmentation(seed, 9, 12, WHOLE))
+        draws = [rng.augmentation(seed, 9, 1, 12, row) for row in rows]
+        assert torch.equal(torch.cat(draws, dim=1), rng.augmentation(seed, 9, 1, 12, WHOLE))
+        draws = [rng.augmentation(seed, 9, None, 12, row) for row in rows]
+        assert torch.equal(torch.cat(draws), rng.augmentation(seed, 9, None, 12, WHOLE))
         flips = [rng.horizontal_flips(seed, 9, 12, row) for row in rows]
         assert torch.equal(torch.cat(flips), rng.horizontal_flips(seed, 9, 12, WHOLE))
 
@@ -99,8 +99,8 @@ def test_a_world_size_that_does_not_divide_is_refused() -> None:
 
 def test_latents_are_uniform_in_minus_one_to_one() -> None:
     for latents in (
-        rng.critic_latents(1, 2, 0, 4000, 100, WHOLE),
-        rng.generator_latents(1, 2, 4000, 100, WHOLE),
+        rng.latents(1, 2, 0, 4000, 100, WHOLE),
+        rng.latents(1, 2, None, 4000, 100, WHOLE),
         rng.evaluation_latents(1, 0, 4000, 100),
     ):
         assert latents.dtype == torch.float32
@@ -124,15 +124,15 @@ def test_an_evaluation_latent_depends_on_its_number_alone() -> None:
 def test_labels_cover_the_classes() -> None:
     assert rng.evaluation_labels(8, 13, 10).tolist() == [8, 9, 0, 1, 2]
     for labels in (
-        rng.critic_labels(0, 3, 1, 10_000, 10, WHOLE),
-        rng.generator_labels(0, 3, 10_000, 10, WHOLE),
+        rng.labels(0, 3, 1, 10_000, 10, WHOLE),
+        rng.labels(0, 3, None, 10_000, 10, WHOLE),
     ):
         counts = torch.bincount(labels, minlength=10)
         assert counts.shape == (10,)
         # Binomial(10,000, 0.1): standard deviation 30.
         assert counts.min() > 850
         assert counts.max() < 1150
-    assert not torch.equal(rng.critic_labels(0, 3, 1, 64, 10, WHOLE), rng.critic_labels(0, 3, 2, 64, 10, WHOLE))
+    assert not torch.equal(rng.labels(0, 3, 1, 64, 10, WHOLE), rng.labels(0, 3, 2, 64, 10, WHOLE))
 
 
 def test_data_indices_are_drawn_with_replacement_over_the_whole_split() -> None:

@@ -1,7 +1,7 @@
 """What only the doctor checks: whether this machine and its neighbours can carry the run.
 
-A check returns a line about what is in order ("" if there is nothing to say) or a list of findings, and raises
-UserError or OSError for what is not; `run_check` makes findings of either. `examine` runs them all.
+A check returns a line about what is in order ("" if there is nothing to say), and raises UserError or OSError for what
+is not; `run_check` makes a finding of either. `examine` runs them all.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
@@ -37,7 +36,7 @@ from pipeline.storage.run_folder import RunFolder
 CHECKSUM_SECONDS = 3.0
 """A rank begins no further checksum of the sample after this time."""
 MAX_SHARDS_SHOWN = 3
-"""How many damaged shards a rank names one by one."""
+"""How many damaged shards a rank names."""
 SIGNAL_SECONDS = 120
 """Part of the time limit that launch/slurm/train.sbatch reserves to save and stop."""
 MIB = 2**20
@@ -60,58 +59,46 @@ class Caution(UserError):
     """Raised by a check for something that the run will survive: a warning."""
 
 
-Check = Callable[[], str | list[Finding]]
-
-
-def finding_of(subject: str, error: Exception) -> Finding:
-    """Returns what a check raised as a finding."""
-    return Finding("warning" if isinstance(error, Caution) else "error", subject, str(error))
-
-
-def run_check(subject: str, check: Check) -> list[Finding]:
-    """Runs a check and returns its findings, what it raises included."""
+def run_check(subject: str, check: Callable[[], str]) -> Finding:
+    """Runs a check and returns its finding, or what it raised as one."""
     try:
-        result = check()
+        return Finding("ok", subject, check())
     except (UserError, OSError) as error:
-        return [finding_of(subject, error)]
-    if isinstance(result, list):
-        return result
-    return [Finding("ok", subject, result)] if result else []
+        return Finding("warning" if isinstance(error, Caution) else "error", subject, str(error))
 
 
-def run_check_on_all_ranks(ranks: Ranks, subject: str, check: Check) -> list[Finding]:
-    """Runs a check on every rank; returns all warnings and errors, or if there are none the first rank's findings."""
+def run_check_on_all_ranks(ranks: Ranks, subject: str, check: Callable[[], str]) -> list[Finding]:
+    """Runs a check on every rank; returns all warnings and errors, or if there are none the first rank's finding."""
     by_rank = ranks.gather(run_check(subject, check))
-    seen_by: dict[Finding, list[str]] = {}
-    for rank, findings in enumerate(by_rank):
-        for finding in findings:
-            seen_by.setdefault(finding, []).append(str(rank))
-    bad = [finding for finding in seen_by if finding.level != "ok"]
-    if ranks.world_size > 1:
-        bad = [replace(finding, text=f"on rank {', '.join(seen_by[finding])}: {finding.text}") for finding in bad]
-    return bad or by_rank[0]
+    findings = []
+    for finding in dict.fromkeys(finding for finding in by_rank if finding.level != "ok"):
+        seen_by = [str(rank) for rank, other in enumerate(by_rank) if other == finding]
+        where = "" if len(seen_by) == len(by_rank) else f"on rank {', '.join(seen_by)}: "
+        findings.append(replace(finding, text=f"{where}{finding.text}"))
+    return findings or by_rank[:1]
 
 
-def examine(config: Config, ranks: Ranks, all_checksums: bool) -> Iterator[list[Finding]]:
+def examine(config: Config, ranks: Ranks, all_checksums: bool) -> Iterator[Finding]:
     """Yields the findings of one check after the other, the same on all ranks. Every rank must take them all."""
-    plan = Plan(config, ranks.world_size)
-    try:
-        plan = replace(plan, dataset=ranks.on_main(lambda: find_dataset(config)))
-    except UserError as error:
-        yield [finding_of("data.dataset", error)]
-    checks: list[tuple[str, Check, bool]] = [
-        ("data.dataset", partial(check_shards, plan, ranks, all_checksums), True),
-        *((subject, partial(check, plan), False) for subject, check in CHECKS.items()),
-        *(("evaluation.features", partial(check_features, plan, name), False) for name in config.evaluation.features),
-        ("run.root", partial(check_writable, config.folder, ranks), True),
-        ("disk", partial(check_disk, plan), False),
-        ("time limit", lambda: check_time(config, job_seconds_left()), False),
-    ]
-    for subject, check, on_all_ranks in checks:
-        if on_all_ranks:
-            yield run_check_on_all_ranks(ranks, subject, check)
-        else:
-            yield ranks.on_main(partial(run_check, subject, check))
+    dataset: Dataset | None = None
+
+    def check_dataset() -> str:
+        nonlocal dataset
+        dataset = ranks.on_main(lambda: find_dataset(config))
+        return check_shards(dataset, ranks, all_checksums)
+
+    def on_main(subject: str, check: Callable[..., str], *arguments: object) -> Finding:
+        return ranks.on_main(lambda: run_check(subject, lambda: check(*arguments)))
+
+    yield from run_check_on_all_ranks(ranks, "data.dataset", check_dataset)
+    plan = Plan(config, ranks.world_size, dataset)
+    for subject, check in CHECKS.items():
+        yield on_main(subject, check, plan)
+    for name in config.evaluation.features:
+        yield on_main("evaluation.features", check_features, plan, name)
+    yield from run_check_on_all_ranks(ranks, "run.root", lambda: check_writable(config.folder, ranks))
+    yield on_main("disk", check_disk, plan)
+    yield on_main("time limit", lambda: check_time(config, job_seconds_left()))
 
 
 def check_ranks(runtime: Runtime) -> str:
@@ -142,11 +129,9 @@ def find_dataset(config: Config) -> Dataset:
     return dataset
 
 
-def check_shards(plan: Plan, ranks: Ranks, all_checksums: bool) -> str | list[Finding]:
+def check_shards(dataset: Dataset, ranks: Ranks, all_checksums: bool) -> str:
     """Checks this rank's share of the shards: the presence and size of each file, the SHA-256 of a sample or of all.
     Shards behind URLs are only read if all checksums are asked for."""
-    if (dataset := plan.dataset) is None:
-        return ""
     shards = [shard for split in dataset.splits.values() for shard in split]
     mine = shards[ranks.rank :: ranks.world_size]
     random.Random().shuffle(mine)  # another sample each time, without the random numbers of the process
@@ -157,13 +142,13 @@ def check_shards(plan: Plan, ranks: Ranks, all_checksums: bool) -> str | list[Fi
         is_hashed = time.monotonic() < deadline and (all_checksums or not scheme(location))
         num_hashed += is_hashed
         if problem := _find_damage(shard, location, is_hashed):
-            damaged.append(f"{problem}; copy that file again, or prepare the dataset again")
-    if len(damaged) > MAX_SHARDS_SHOWN:
-        damaged[MAX_SHARDS_SHOWN:] = [f"{len(damaged) - MAX_SHARDS_SHOWN} more shards are missing or damaged"]
+            damaged.append(problem)
+    if damaged:
+        text = f"{len(damaged)} of {len(mine)} shards damaged: {', '.join(damaged[:MAX_SHARDS_SHOWN])}"
+        raise UserError(f"{text}; copy them again, or prepare the dataset again")
     images = " and ".join(f"{dataset.num_images(split)} {split}" for split in dataset.splits)
     where = "" if ranks.world_size == 1 else " on the first rank"
-    text = f"{dataset.name}, {images} images in {len(shards)} shards, {num_hashed} of {len(mine)} hashed{where}"
-    return [Finding("error", "data.dataset", problem) for problem in damaged] or text
+    return f"{dataset.name}, {images} images in {len(shards)} shards, {num_hashed} of {len(mine)} hashed{where}"
 
 
 def _find_damage(shard: Shard, location: str, is_hashed: bool) -> str | None:
@@ -171,7 +156,7 @@ def _find_damage(shard: Shard, location: str, is_hashed: bool) -> str | None:
         if not scheme(location) and (num_bytes := Path(location).stat().st_size) != shard.num_bytes:
             return f"{location} has {num_bytes} bytes, the manifest says {shard.num_bytes}"
         if is_hashed and sha256(read_bytes(location)).hexdigest() != shard.sha256:
-            return f"{location} is damaged, its SHA-256 is not the manifest's"
+            return f"{location} has not the manifest's SHA-256"
     except OSError as error:
         return f"{location} can't be read ({error.strerror or error})"
     return None
@@ -243,8 +228,7 @@ def check_time(config: Config, seconds_left: float | None) -> str:
         return "none is known here"
     usable = seconds_left - SIGNAL_SECONDS
     if usable <= 0:
-        text = f"the job has {seconds_left:.0f} s left and keeps {SIGNAL_SECONDS} s to save and stop"
-        raise UserError(f"{text}; raise --time")
+        raise UserError(f"the job has {seconds_left:.0f} s left and keeps {SIGNAL_SECONDS} s to save; raise --time")
     every, step_seconds = config.run.checkpoint_every, _step_seconds(config)
     if step_seconds is None:
         return f"{usable:.0f} s to train; how long a step takes is not known before the run's first metrics"

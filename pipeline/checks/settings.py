@@ -7,9 +7,10 @@ its line in CHECKS.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,18 +34,14 @@ class Plan:
     world_size: int
     dataset: Dataset | None = None
     """The dataset; None while it is not prepared, and then nothing that depends on it is checked."""
-    has_cuda: bool = field(default_factory=torch.cuda.is_available)
 
     def num_classes(self, dataset: Dataset) -> int:
         """Returns the number of classes that the networks are conditioned on; 0 for an unconditional GAN."""
         return dataset.num_classes if choose(self.config.training).classifies else 0
 
     def networks(self, dataset: Dataset) -> tuple[nn.Module, nn.Module]:
-        """Returns generator and critic to look at their sizes, not at their weights.
-
-        Raises:
-            UserError: they do not take images of this size, or the user's code fails.
-        """
+        """Returns generator and critic to look at their sizes, not at their weights. Raises UserError if they do not
+        take images of this size, or if the user's code fails."""
         return build_for_sizes(self.config, dataset.image_shape, self.num_classes(dataset))
 
 
@@ -56,16 +53,17 @@ def refuse(plan: Plan) -> None:
 
 def check_runtime(plan: Plan) -> str:
     runtime = plan.config.runtime
-    choose_device(runtime, plan.has_cuda)
+    choose_device(runtime, torch.cuda.is_available())
     return f"device {runtime.device}, precision {runtime.precision}"
 
 
 def check_objective(plan: Plan) -> str:
     """Checks the keys that go with an objective, and that there are labels if it needs them."""
     training, dataset = plan.config.training, plan.dataset
-    if choose(training).classifies and dataset is not None and dataset.num_classes < 2:
+    classifies = choose(training).classifies
+    if classifies and dataset is not None and dataset.num_classes < 2:
         raise UserError(f"training.objective is {training.objective}, but {dataset.name} has no labels")
-    if plan.config.evaluation.gan_train and not choose(training).classifies:
+    if plan.config.evaluation.gan_train and not classifies:
         raise UserError(
             f"evaluation.gan_train is true, but training.objective {training.objective} makes images of no class: "
             "set it to false, or use acgan or acwgan"
@@ -120,21 +118,18 @@ def check_selection(plan: Plan) -> str:
 
 def check_run_folder(plan: Plan) -> str:
     """Checks that the run's folder is free, or holds this very run."""
-    folder, dataset = RunFolder(plan.config.folder), plan.dataset
-    names = {path.name for path in folder.path.iterdir()} if folder.path.is_dir() else set()
+    folder, dataset, fingerprint = RunFolder(plan.config.folder), plan.dataset, None
     if folder.export.exists() and not folder.checkpoints.is_dir():
         raise UserError(
             f"{folder.path}: holds a finished run without its {folder.checkpoints.name}/: starting it again would "
             "overwrite its results; put the checkpoints back, or use another run.name"
         )
-    if not any(name for name in names if not name.startswith(".") and name != folder.environment.name):
+    if not {path.name for path in folder.path.glob("[!.]*")} - {folder.environment.name}:
         return f"{folder.path} is free"
-    try:
-        saved = read_yaml(folder.config)
-        fingerprint = json.loads(folder.environment.read_text())["dataset_fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError):
-        text = "is not empty and holds no run that can be read: use another run.name"
-        raise UserError(f"{folder.path}: {text}") from None
+    with contextlib.suppress(UserError, RecursionError):
+        saved, fingerprint = read_yaml(folder.config), folder.dataset_fingerprint
+    if fingerprint is None:
+        raise UserError(f"{folder.path}: is not empty and holds no run that can be read: use another run.name")
     differences = _differences(saved, plan.config)
     if differences and not committed(folder) and not folder.has_results:
         return f"{folder.path} holds a run that got nowhere, whose settings are replaced"

@@ -24,13 +24,18 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 CONFIG = "YAML file of settings, or a name such as quickstart"
 MAX_YAML_BYTES = 2**20
 SHIPPED = Path(__file__).parents[1] / "configs"
+FIRST = (
+    *("run.name", "data.dataset", "training.objective", "training.steps", "training.seed", "training.batch_size"),
+    *("training.n_critic", "evaluation.every", "evaluation.features", "runtime.device"),
+)
+"""The settings that people change first."""
 
 
 class Parser(ArgumentParser):
     """A parser whose help and errors are those of `messages`."""
 
     first: tuple[str, ...] = ()
-    """The settings that people change first here, of those that `make_parser` adds; the rest is in `--help-all`."""
+    """The settings that `--help` shows, of those that `make_parser` adds; the rest is in `--help-all`."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises UserError."""
@@ -44,8 +49,8 @@ class Parser(ArgumentParser):
         return page(self, lambda: super(Parser, self).format_help(formatter))
 
 
-def make_parser(description: str, first: tuple[str, ...] = ()) -> Parser:
-    """Makes a parser that takes every setting; programs add arguments of theirs to it. `first`: see Parser."""
+def make_parser(description: str, first: tuple[str, ...] = FIRST) -> Parser:
+    """Makes a parser that takes every setting and shows those of `first`; programs add arguments of theirs to it."""
     parser = Parser(
         description=description,
         usage="%(prog)s [--config FILE] [--KEY VALUE ...]",
@@ -76,12 +81,10 @@ def configure(file: str | Path | None = None, settings: Mapping[str, object] = M
     """Returns the configuration of a YAML file (a path, or the name of one of the package's) or else the defaults, with
     `settings` in place of some of its values: `configure("quickstart", {"run.name": "first", "training.steps": 500})`.
     Raises UserError naming the key, the value and the fix."""
-    files = [] if file is None else ["--config", str(file)]
-    texts = {
-        key: str(value) if isinstance(value, str | Path) else json.dumps(value, default=str)
-        for key, value in settings.items()
-    }
-    return parse(make_parser("configure"), [*files, *(f"--{key}={text}" for key, text in texts.items())])[0]
+    arguments = [] if file is None else ["--config", str(file)]
+    for key, value in settings.items():
+        arguments.append(f"--{key}={value if isinstance(value, str | Path) else json.dumps(value, default=str)}")
+    return parse(make_parser("configure"), arguments)[0]
 
 
 def _keys(parser: Parser) -> list[str]:
@@ -116,15 +119,12 @@ def _refuse(key: str, keys: Sequence[str], where: str = "") -> NoReturn:
 
 def _find_file(name: str) -> Path:
     """Returns the file of this path; if there is none, the package's: `quickstart` or `configs/quickstart.yaml`."""
-    path = Path(name)
-    is_name = path.name == name and not path.suffix
-    shipped = SHIPPED / (f"{name}.yaml" if is_name else path.name)
-    if not path.exists() and (is_name or path.parent.name == "configs") and shipped.is_file():
-        return shipped
-    if path.exists() or not is_name:
+    path, known = Path(name), {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
+    if path.exists():
         return path
-    known = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
-    raise UserError(f"--config is {name}: no such file, and none of the package's: {known}")
+    if (stem := name.removeprefix("configs/").removesuffix(".yaml")) not in known:
+        raise UserError(f"--config is {name}: no such file, and none of the package's: {', '.join(known)}")
+    return known[stem]
 
 
 def _check_keys(path: Path, content: dict[Any, Any], keys: Sequence[str], prefix: str = "") -> None:
@@ -156,7 +156,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = path.read_bytes()
         if len(content) > MAX_YAML_BYTES:
             raise ValueError(f"its {len(content):,} bytes are no settings")
-        settings = yaml.load(content.decode(), _StrictLoader)
+        if not isinstance(settings := yaml.load(content.decode(), _StrictLoader), dict):
+            raise ValueError(f"it holds {type(settings).__name__}; write SECTION: and below it KEY: VALUE")
+        return settings
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror})") from None
     except yaml.MarkedYAMLError as error:
@@ -164,10 +166,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}{place}: {error.problem}; write SECTION: and below it KEY: VALUE") from None
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path}: is no YAML file of settings ({str(error).splitlines()[0]})") from None
-    if not isinstance(settings, dict):
-        what = type(settings).__name__
-        raise UserError(f"{path}: holds no settings, but {what}; write SECTION: and below it KEY: VALUE")
-    return settings
 
 
 def to_yaml(config: Config) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from typing import NoReturn
 
 from pipeline.compat import arguments_of
@@ -30,11 +30,11 @@ TYPES = {
 """What jsonargparse expects, and what it is called in a message."""
 UNUSED = ("Path to a configuration file", "Print the configuration after")
 """How the help of arguments begins that jsonargparse adds everywhere and nobody needs."""
-FIRST = (
-    *("run.name", "data.dataset", "training.objective", "training.steps", "training.seed", "training.batch_size"),
-    *("training.n_critic", "evaluation.every", "evaluation.features", "runtime.device"),
-)
-"""The settings that people change first."""
+ELSEWHERE = {
+    **{"lr": "learning_rate", "bs": "batch_size", "batch": "batch_size", "z_dim": "latent_dim", "nz": "latent_dim"},
+    **dict.fromkeys(("epochs", "iterations", "iters"), "steps"),
+}
+"""What other programs call a setting, and its name here."""
 
 
 class PlainParser(ArgumentParser):
@@ -48,28 +48,25 @@ class PlainParser(ArgumentParser):
 def page(parser: Parser, write: Callable[[], str]) -> str:
     """Returns the help that `write` makes, without most settings unless the command line asks for all, without what
     jsonargparse adds everywhere, and with types in plain words."""
-    arguments = arguments_of(parser)
-    texts = [argument.help for argument in arguments]
-    hidden = set[str]()
-    if "help_all" in {argument.dest for argument in arguments} and "--help-all" not in sys.argv:
-        hidden = SETTINGS - set(parser.first or FIRST)
-    for argument in arguments:
+    hidden = SETTINGS - set(parser.first) if parser.first and "--help-all" not in sys.argv else set()
+    for argument in arguments_of(parser):
         if argument.dest in hidden or str(argument.help).startswith(UNUSED):
             argument.help = SUPPRESS
     text = write()
-    for argument, known in zip(arguments, texts, strict=True):
-        argument.help = known
     for noise in (r"<class\s+'|(?<=\w)'>", r"type:\s+Literal\[[^]]*\](,\s+)?", r"(,\s+)?default:\s+(null)?(?=\))"):
         text = re.sub(noise, "", text)
     return text.replace(" ()", "")
 
 
 def unknown(key: str, keys: Sequence[str]) -> str:
-    """Returns the message that there is no such key, with the one that was perhaps meant: an argument of the program,
-    a setting of this name in some section, or a similar one."""
-    similar = difflib.get_close_matches(key, [known for known in keys if ("." in known) == ("." in key)])
-    similar = similar or [known for known in keys if known.endswith(f".{key}")] or difflib.get_close_matches(key, keys)
-    return f"{key} is no setting: " + (f"did you mean {similar[0]}?" if similar else "--help-all lists them")
+    """Returns the message that there is no such key, with those that were perhaps meant: a similar name of the same
+    section (or, without a section, an argument of the program), or else the most similar name of any."""
+    section, _, name = key.rpartition(".")
+    parts = [known.rpartition(".")[::2] for known in keys]
+    similar = get_close_matches(ELSEWHERE.get(name, name), {last for _, last in parts}, n=9, cutoff=0.7)
+    meant = [f"{section}.{last}".strip(".") for last in similar if (section, last) in parts][:1]
+    meant = meant or [known for known, (_, last) in zip(keys, parts, strict=True) if last in similar[:1]]
+    return f"{key} is no setting: " + (f"did you mean {' or '.join(meant)}?" if meant else "--help-all lists them")
 
 
 def shorten(message: str, keys: Sequence[str]) -> str:
@@ -84,18 +81,16 @@ def shorten(message: str, keys: Sequence[str]) -> str:
     if wrong := re.search(r'key "([\w.]+)": (.*(?:Got|Given) value:|Not of type PositiveInt:) ?(.*)', line):
         key, tried, value = wrong.groups()
         key = key if key in SETTINGS else f"--{key.rpartition('.')[2]}"
-        kinds = [TYPES.get(kind, kind) for kind in re.findall(r"(?:Expected a|of type) (?:<class ')?(\w+)\b", tried)]
         choices = re.search(r"Literal\[(.*?)\]", tried)
-        kinds = [
-            f"one of {choices[1].replace(chr(39), '')}" if choices and kind == "typing" else kind for kind in kinds
-        ]
+        types = TYPES | ({"typing": f"one of {choices[1].replace(chr(39), '')}"} if choices else {})
+        kinds = [types.get(kind, kind) for kind in re.findall(r"(?:Expected a|of type) (?:<class ')?(\w+)\b", tried)]
         value = re.sub(r" does not .*|invalid .*: ", "", value)
         return f"{key} is {'null' if value == 'None' else value or 'empty'}: it must be {' or '.join(kinds)}; {HELP}"
     if (stray := line.removeprefix("unrecognized arguments: ")) != line:
-        name = stray.split()[0]
-        known = name.lstrip("-").partition("=")[0] in keys
-        meant = f"--{name.lstrip('-')}" if known else f"--config {name}" if (SHIPPED / f"{name}.yaml").exists() else ""
-        return f"{stray} is not understood: did you mean {meant}?" if meant else f"{stray} is not understood; {HELP}"
+        name = stray.split()[0].lstrip("-")
+        meant = f"--{name}" if name.partition("=")[0] in keys else ""
+        meant = meant or (f"--config {name}" if (SHIPPED / f"{name}.yaml").exists() else "")
+        return f"{stray} is not understood" + (f": did you mean {meant}?" if meant else f"; {HELP}")
     if "are required" in line:
         line = re.sub(r"\w+\.(?=\w)", "", line)  # of a program with commands jsonargparse says COMMAND.NAME
     return f"{line}; {HELP}"

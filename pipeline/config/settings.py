@@ -12,21 +12,22 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from operator import ge, gt, le
+from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import UserError
 
+LIMITS = {"low": (ge, "at least"), "above": (gt, "greater than"), "high": (le, "at most"), "below": (lt, "less than")}
+"""What may limit a setting's value, or each number of a pair: how it is compared and said."""
 
-def setting(
-    default: Any, *, low: float | None = None, above: float | None = None, high: float | None = None, free: bool = False
-) -> Any:
-    """Declares a setting with its default and its allowed range: `low <= value`, `above < value`, `value <= high`.
+
+def setting(default: Any, *, free: bool = False, **limits: float) -> Any:
+    """Declares a setting with its default and the limits of its values: `low`, `above`, `high`, `below` (see LIMITS).
 
     A `free` setting may differ between two launches of the same run, because it does not alter the trajectory.
     """
-    metadata = {"low": low, "above": above, "high": high, "free": free}
+    metadata = {"free": free, "limits": limits}
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -37,8 +38,7 @@ class RunConfig:
     """Where a run lives and how often it writes."""
 
     name: str = setting("", free=True)
-    """Name of the run's folder under run.root; by default the objective's, and the dataset's if it is not mnist:
-    wgan-cifar10."""
+    """Name of the run's folder; by default the objective's, and the dataset's if it is not mnist: wgan-cifar10."""
     root: str = setting("runs", free=True)
     """Folder that holds the runs."""
     log_every: int = setting(50, low=1, free=True)
@@ -70,10 +70,8 @@ class RunConfig:
     @property
     def profiled_steps(self) -> tuple[int, int] | None:
         """The first and the last step of `profile`."""
-        if self.profile is None:
-            return None
-        first, _, last = self.profile.partition(":")
-        return int(first), int(last)
+        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", self.profile or "", re.ASCII)
+        return (int(match[1]), int(match[2])) if match else None
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,8 @@ class DataConfig:
     """The real images."""
 
     dataset: str = setting("mnist")
-    """mnist, fashion_mnist, cifar10 or stacked_mnist (fetched when missing), a name under data.root, or the path of a
-    folder that `gan-pipeline prepare` made."""
+    """mnist, fashion_mnist, cifar10, stacked_mnist (fetched when missing), or what `gan-pipeline prepare` made: its
+    folder, or its name under data.root."""
     root: str = setting("data", free=True)
     """Folder that holds the datasets that are given by name."""
     source: Literal["auto", "resident", "streaming"] = setting("auto")
@@ -137,9 +135,9 @@ class OptimizerConfig:
     """Last value of annealing's factor."""
     rho: float = setting(0.9, low=0.0, high=1.0)
     """Decay of RMSprop's average of squared gradients (Keras's 0.9; torch's default is 0.99)."""
-    betas: tuple[float, float] = setting((0.0, 0.9))
+    betas: tuple[float, float] = setting((0.0, 0.9), low=0.0, below=1.0)
     """Decay rates of Adam's two moments."""
-    final_beta2: float | None = setting(None, low=0.0)
+    final_beta2: float | None = setting(None, low=0.0, below=1.0)
     """Where the second of them goes to from betas, along half a cosine of annealing_updates (0.9 to 0.99 in the code of
     Huang et al. 2024, 2501.05441); null: it stays."""
     epsilon: float = setting(1e-7, above=0.0)
@@ -162,8 +160,7 @@ class TrainingConfig:
     n_critic: int = setting(5, low=1, high=10_000)
     """Critic iterations a step."""
     burn_in_n_critic: int | None = setting(None, low=1, high=10_000)
-    """Critic iterations of a burn-in's steps, in place of n_critic (100 in the code of Arjovsky et al. 2017); null: no
-    burn-in."""
+    """n_critic in a burn-in's steps (100 in the code of Arjovsky et al. 2017); null: no burn-in."""
     burn_in_steps: int = setting(25, low=0)
     """Number of steps at the beginning of a run that are burn-in (25 in that code)."""
     burn_in_every: int | None = setting(500, low=1)
@@ -205,17 +202,16 @@ class TrainingConfig:
 
     def critic_iterations(self, first: int, stop: int) -> int:
         """Returns the number of critic iterations in steps first, ..., stop - 1 together, counted from 0."""
+        if self.burn_in_n_critic is None:
+            return (stop - first) * self.n_critic
 
-        def count_before(step: int) -> int:
-            if self.burn_in_n_critic is None:
-                return step * self.n_critic
-            burn_in = min(step, self.burn_in_steps)
-            if (every := self.burn_in_every) is not None:
-                # The first multiple of `every` that is not among the first steps, which are counted already.
-                burn_in += len(range(-(-self.burn_in_steps // every) * every, step, every))
-            return step * self.n_critic + burn_in * (self.burn_in_n_critic - self.n_critic)
+        def burn_in_before(step: int) -> int:
+            early, every = min(step, self.burn_in_steps), self.burn_in_every
+            # The multiples of `every` from `early` to `step`: there are ceil(n / every) below n.
+            return early + (-(-step // every) - -(-early // every) if every else 0)
 
-        return count_before(stop) - count_before(first)
+        burn_in = burn_in_before(stop) - burn_in_before(first)
+        return (stop - first) * self.n_critic + burn_in * (self.burn_in_n_critic - self.n_critic)
 
 
 @dataclass(frozen=True)
@@ -296,38 +292,24 @@ class Config:
         if self.runtime.compress_gradients:
             raise UserError("runtime.compress_gradients is true: gradients are sent as they are now, set it to false")
         if not re.fullmatch(r"[\w][\w.-]*", self.run.name):
-            raise UserError(
-                f"run.name is {self.run.name!r}: use letters, digits, '.', '_' and '-'; the folder above it is run.root"
-            )
-        if not _survives_json(network.options):
-            raise UserError(
-                f"network.options is {network.options}: files keep mappings from text, lists, text, numbers, true, "
-                "false and null, and nothing else"
-            )
+            raise UserError(f"run.name is {self.run.name!r}: use letters, digits, '.', '_' and '-', below run.root")
+        if json.loads(json.dumps(network.options, default=str)) != network.options:
+            raise UserError(f"network.options is {network.options}: files keep what JSON has, and nothing else")
         if network.options and network.generator is None and network.critic is None:
-            raise UserError(
-                f"network.options is {network.options}, which are for networks of your own: name one, or leave them out"
-            )
+            raise UserError("network.options are for networks of your own: name one, or leave them out")
         if not self.evaluation.features:
             raise UserError("evaluation.features is empty: name one, or set evaluation.every to null for no scores")
-        if self.run.profile is not None:
-            steps = self.run.profiled_steps if re.fullmatch(r"\d{1,9}:\d{1,9}", self.run.profile, re.ASCII) else None
-            if steps is None or not 1 <= steps[0] <= steps[1] <= training.steps:
-                raise UserError(
-                    f"run.profile is {self.run.profile!r}: give FROM:TO, two steps from 1 to {training.steps} "
-                    "(training.steps) in order"
-                )
+        first, last = self.run.profiled_steps or (0, 0)
+        if self.run.profile is not None and not 1 <= first <= last <= training.steps:
+            steps = f"two steps from 1 to {training.steps} (training.steps) in order"
+            raise UserError(f"run.profile is {self.run.profile!r}: give FROM:TO, {steps}")
         for name in ("critic_optimizer", "generator_optimizer"):
             optimizer: OptimizerConfig = getattr(training, name)
-            if not all(0 <= beta < 1 for beta in optimizer.betas):
-                raise UserError(f"training.{name}.betas is {optimizer.betas}: both must lie in [0, 1)")
-            if (last := optimizer.final_beta2) is not None and (last >= 1 or optimizer.algorithm != "adam"):
-                raise UserError(f"training.{name}.final_beta2 is {last}: it is Adam's, and must lie in [0, 1)")
+            if optimizer.final_beta2 is not None and optimizer.algorithm != "adam":
+                raise UserError(f"training.{name}.final_beta2 is {optimizer.final_beta2}: it is Adam's, set it to null")
         if self.data.source == "streaming" and training.batch_size % self.data.lanes:
-            raise UserError(
-                f"data.lanes {self.data.lanes} does not divide training.batch_size {training.batch_size}: choose a "
-                "divisor of the batch size"
-            )
+            lanes = f"data.lanes {self.data.lanes} does not divide training.batch_size {training.batch_size}"
+            raise UserError(f"{lanes}: choose a divisor of the batch size")
 
     def _default_name(self) -> str:
         """Returns the name of a run that was given none. All were called wgan up to version 0.2: such a run of the same
@@ -359,20 +341,11 @@ def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclass
 def _check_range(key: str, value: Any, item: dataclasses.Field[Any]) -> None:
     if value is None and "None" not in str(item.type):
         raise UserError(f"{key} is null: it needs a value")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return
-    for name, holds, words in (("low", ge, "at least"), ("above", gt, "greater than"), ("high", le, "at most")):
-        limit = item.metadata[name]
-        if limit is not None and not holds(value, limit):  # not(...), since NaN compares false with everything
-            raise UserError(f"{key} is {value}: it must be {words} {limit}")
-
-
-def _survives_json(options: dict[str, Any]) -> bool:
-    """Returns whether the options are the same after they were written to a file and read."""
-    try:
-        return bool(json.loads(json.dumps(options)) == options)
-    except (TypeError, ValueError):
-        return False
+    for name, limit in item.metadata["limits"].items():
+        holds, words = LIMITS[name]
+        for number in value if isinstance(value, tuple | list) else () if value is None else (value,):
+            if not holds(number, limit):  # not(...), since NaN compares false with everything
+                raise UserError(f"{key} is {value}: it must be {words} {limit}")
 
 
 def flatten(config: Config, *, free: bool = True) -> dict[str, Any]:

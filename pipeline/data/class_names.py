@@ -114,7 +114,7 @@ def class_asked_for(name: str, class_names: Sequence[str], num_classes: int, sou
     numbers = f"0 to {num_classes - 1}"
     if not class_names:
         raise UserError(f"--class is {name}: {source} has the classes {numbers} and does not hold their names")
-    nearest = get_close_matches(look(name), map(look, class_names))
+    nearest = get_close_matches(look(name), map(look, class_names)) if len(class_names) > SHOWN_NAMES else []
     near = [other for other in class_names if look(other) in nearest] or class_names
     names, more = ", ".join(map(repr, near[:SHOWN_NAMES])), len(near) - SHOWN_NAMES
     raise UserError(

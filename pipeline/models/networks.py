@@ -84,8 +84,8 @@ def check_sides(height: int, width: int) -> None:
         larger = [side for side in SIDES if side >= max(height, width)][:1]
         sizes = " or ".join(f"--size {side}" for side in smaller + larger)
         raise UserError(
-            f"images of {height} x {width}: the generator doubles a base of 4 to {LARGEST_BASE} pixels a side, up to "
-            f"{LARGEST_SIDE}, which does not reach them (prepare the dataset with {sizes})"
+            f"images of {height} x {width} (height x width): the generator doubles a base of 4 to {LARGEST_BASE}, "
+            f"up to {LARGEST_SIDE} pixels a side, which does not reach them (prepare the dataset with {sizes})"
         )
 
 

@@ -127,23 +127,21 @@ class InputStream:
         training, num_classes, rows = self._config.training, self._state.generator.num_classes, self._rows
         seed, size = training.seed, training.batch_size
 
-        def each(draw: Callable[..., Tensor], *arguments: Any, more: int = 0) -> Tensor:
+        def of_critic(draw: Callable[..., Tensor], *arguments: Any, more: int = 0) -> Tensor:
             """Stacks the draws of the critic's iterations, and of `more`."""
             return torch.stack([draw(seed, step, index, *arguments) for index in range(count + more)])
 
-        latents = size, self._config.network.latent_dim, rows
-        drawn = {
-            "critic_latents": each(rng.critic_latents, *latents),
-            "generator_latents": rng.generator_latents(seed, step, *latents),
-        }
+        def of_both(name: str, draw: Callable[..., Tensor], *arguments: Any, more: int = 0) -> dict[str, Tensor]:
+            critic, generator = of_critic(draw, *arguments, more=more), draw(seed, step, None, *arguments)
+            return {f"critic_{name}": critic, f"generator_{name}": generator}
+
+        drawn = of_both("latents", rng.latents, size, self._config.network.latent_dim, rows)
         if training.gradient_penalty is not None:
-            drawn["mix"] = each(rng.penalty_mix, size, rows)
+            drawn["mix"] = of_critic(rng.penalty_mix, size, rows)
         if training.diff_augment:
-            drawn["critic_augmentation"] = each(rng.critic_augmentation, size, rows, more=self._for_generator)
-            drawn["generator_augmentation"] = rng.generator_augmentation(seed, step, size, rows)
+            drawn |= of_both("augmentation", rng.augmentation, size, rows, more=self._for_generator)
         if num_classes:
-            drawn["critic_labels"] = each(rng.critic_labels, size, num_classes, rows)
-            drawn["generator_labels"] = rng.generator_labels(seed, step, size, num_classes, rows)
+            drawn |= of_both("labels", rng.labels, size, num_classes, rows)
         return drawn
 
     def _take_real(self, first: int, buffers: _Buffers) -> None:

@@ -103,13 +103,14 @@ def test_everything_that_is_wrong_is_told_at_once(tiny_dataset: Path, mounted: P
     found = levels(result.stdout)
     assert found["ranks"][0].startswith("ok ")
     data = "\n".join(found["data.dataset"])
-    assert re.search(rf"error +data.dataset: on rank \d: {missing} can't be read \(No such file or directory\); ", data)
-    assert re.search(
-        rf"error +data.dataset: on rank \d: {flipped} is damaged, its SHA-256 is not the manifest's; ", data
-    )
+    for problem in (
+        rf"{missing} can't be read \(No such file or directory\)",
+        f"{flipped} has not the manifest's SHA-256",
+    ):
+        assert re.search(rf"error +data.dataset: on rank \d: 1 of [12] shards damaged: {problem}; copy", data)
     assert "error    training: training.batch_size 63 cannot be shared among 2 processes: choose" in result.stdout
     assert "error    evaluation.features: the 'mnist' features know MNIST's digits alone, and" in result.stdout
-    assert f"error    run.root: on rank 0, 1: {mounted} can't be written to (Read-only file system)" in result.stdout
+    assert f"error    run.root: {mounted} can't be written to (Read-only file system)" in result.stdout
 
 
 def test_ranks_that_cannot_reach_each_other_are_told_what_to_set(tiny_dataset: Path, tmp_path: Path) -> None:
@@ -210,7 +211,7 @@ def test_time_limits(tmp_path: Path) -> None:
     config = Config(run=RunConfig(root=str(tmp_path), name="slow", checkpoint_every=100))
 
     def line(seconds_left: float | None) -> str:
-        [finding] = run_check("time limit", lambda: check_time(config, seconds_left))
+        finding = run_check("time limit", lambda: check_time(config, seconds_left))
         return f"{finding.level} {finding.text}"
 
     assert line(None).startswith("ok none is known")

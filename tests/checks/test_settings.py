@@ -200,7 +200,7 @@ TABLE = {
         {"data": {"source": "streaming", "lanes": 640}, "training": {"batch_size": 640}},
     ),
     "images that can't be doubled into": Bad(
-        r"images of 10 x 8: .* \(prepare the dataset with --size 8 or --size 12\)",
+        r"images of 10 x 8 \(height x width\): .* \(prepare the dataset with --size 8 or --size 12\)",
         {},
         dataset={"image_shape": (1, 10, 8)},
         subject="network",
@@ -311,8 +311,7 @@ def test_the_trainer_raises_what_the_doctor_prints(
     with pytest.raises(UserError, match=rf"^{bad.message}$") as raised:
         refuse(Plan(config, bad.world_size, dataset))
     ranks = Pretended(world_size=bad.world_size)
-    findings = [finding for found in examine(config, ranks, False) for finding in found]
-    assert f"error    {bad.subject}: {raised.value}" in map(str, findings)
+    assert f"error    {bad.subject}: {raised.value}" in map(str, examine(config, ranks, False))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -321,7 +320,7 @@ def test_a_sound_run_is_refused_by_neither(world_size: int, tiny_dataset: Path, 
     for _ in range(2):  # a new one, and one that goes on
         refuse(Plan(config, world_size))
         refuse(Plan(config, world_size, dataset))
-        findings = [f for found in examine(config, Pretended(world_size=world_size), False) for f in found]
+        findings = list(examine(config, Pretended(world_size=world_size), False))
         assert {finding.level for finding in findings} == {"ok"}, findings
         if not config.folder.exists():
             saved_run(RunFolder(config.folder), config, dataset.fingerprint)

@@ -98,13 +98,14 @@ MANY = tuple(f"kind of thing {number}" for number in range(1000))
 @pytest.mark.parametrize(
     ("asked", "names", "words"),
     [
-        ("beee", WORDS, "no such class, the nearest are 'bee'; their numbers are 0 to 4"),
-        ("DOG", WORDS, "no such class, the nearest are 'Dog', 'dog'; their numbers are 0 to 4"),
+        ("DOG", WORDS, "no such class, it has 'ant', 'bee'"),
+        ("11", DIGITS, "no such class, it has '0', '1', '2', '3', '4', '5', '6', '7', '8', '9'"),
+        ("kind of things 77", MANY, "no such class, the nearest are 'kind of thing 77', 'kind of thing 877',"),
         ("5", WORDS, "no such class, it has 'ant', 'bee', 'caf\u00e9', 'Dog', 'dog'; their numbers are 0 to 4"),
         ("-1", WORDS, "no such class, it has 'ant'"),
         ("", WORDS, "no such class, it has 'ant'"),
         ("zzzz", MANY, "'kind of thing 18', 'kind of thing 19' and 980 more; their numbers are 0 to 999"),
-        ("0", ("1", "2", "10"), "no such class, the nearest are '10'"),  # it would be class "1"
+        ("0", ("1", "2", "10"), "no such class, it has '1', '2', '10'"),  # it would be class "1"
         ("3", BEFORE, "no such class, it has '0', '1', '10', '11', '2'"),
         ("9" * 5000, WORDS, "no such class"),
         ("cat", (), "a.safetensors has the classes 0 to 4 and does not hold their names"),

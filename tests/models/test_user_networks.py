@@ -205,7 +205,7 @@ def test_options_that_no_file_keeps_are_refused(value: object) -> None:
 
 
 def test_options_that_no_network_takes_are_refused() -> None:
-    with pytest.raises(UserError, match="which are for networks of your own: name one, or leave them out"):
+    with pytest.raises(UserError, match=r"network.options are for networks of your own: name one, or leave them out"):
         Config(network=NetworkConfig(options={"hidden": 3}))
 
 

@@ -65,7 +65,7 @@ def test_a_step_takes_the_batches_after_those_of_the_steps_before(start: int, ca
         assert list(inputs.critic_rates) == pytest.approx([learning_rate(rates, number) for number in numbers])
         assert list(inputs.generator_rates) == pytest.approx([0.25 / (1 + 0.5 * step)])
         for index in range(ITERATIONS[step]):
-            latents = rng.critic_latents(1, step, index, 12, config.network.latent_dim, slice(6, 12))
+            latents = rng.latents(1, step, index, 12, config.network.latent_dim, slice(6, 12))
             assert torch.equal(inputs.critic_latents[index], latents)
             assert inputs.mix is not None
             assert torch.equal(inputs.mix[index], rng.penalty_mix(1, step, index, 12, slice(6, 12)))

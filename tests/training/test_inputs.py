@@ -65,18 +65,18 @@ def drawn_one_by_one(config: Config, step: int, num_classes: int, rows: slice) -
     seed, size, indices = config.training.seed, config.training.batch_size, range(config.training.n_critic)
     dim = config.network.latent_dim
     drawn = {
-        "critic_latents": torch.stack([rng.critic_latents(seed, step, i, size, dim, rows) for i in indices]),
+        "critic_latents": torch.stack([rng.latents(seed, step, i, size, dim, rows) for i in indices]),
         "mix": torch.stack([rng.penalty_mix(seed, step, i, size, rows) for i in indices]),
-        "generator_latents": rng.generator_latents(seed, step, size, dim, rows),
-        "critic_augmentation": torch.stack([rng.critic_augmentation(seed, step, i, size, rows) for i in indices]),
-        "generator_augmentation": rng.generator_augmentation(seed, step, size, rows),
+        "generator_latents": rng.latents(seed, step, None, size, dim, rows),
+        "critic_augmentation": torch.stack([rng.augmentation(seed, step, i, size, rows) for i in indices]),
+        "generator_augmentation": rng.augmentation(seed, step, None, size, rows),
         "critic_labels": torch.zeros(len(indices), rows.stop - rows.start, dtype=torch.int64),
         "generator_labels": torch.zeros(rows.stop - rows.start, dtype=torch.int64),
     }
     if num_classes:
-        labels = [rng.critic_labels(seed, step, i, size, num_classes, rows) for i in indices]
+        labels = [rng.labels(seed, step, i, size, num_classes, rows) for i in indices]
         drawn["critic_labels"] = torch.stack(labels)
-        drawn["generator_labels"] = rng.generator_labels(seed, step, size, num_classes, rows)
+        drawn["generator_labels"] = rng.labels(seed, step, None, size, num_classes, rows)
     return drawn
 
 
@@ -113,7 +113,7 @@ def test_a_paired_step_takes_one_real_batch_more(num_classes: int) -> None:
         assert inputs.real[:, 0, 0, 0, 0].tolist() == [4 * step + index for index in range(4)]
         assert inputs.real_labels[:, 0].tolist() == [4 * step + index if num_classes else 0 for index in range(4)]
         assert inputs.critic_augmentation is not None
-        draws = [rng.critic_augmentation(1, step, index, 12, slice(6, 12)) for index in range(4)]
+        draws = [rng.augmentation(1, step, index, 12, slice(6, 12)) for index in range(4)]
         assert torch.equal(inputs.critic_augmentation, torch.stack(draws))
         assert len(inputs.critic_latents) == len(inputs.critic_labels) == 3
         assert inputs.critic_rates == [learning_rate(RATES, 3 * step + index) for index in range(3)]
@@ -142,7 +142,7 @@ def test_inputs_stay_where_they_are_in_memory(captured: bool) -> None:
 def test_latents_are_twice_a_uniform_number_less_one(seed: int) -> None:
     """How they were drawn first: runs of then go on."""
     uniform = torch.rand(12, 100, generator=rng.seeded(seed, "generator latents", 4))
-    assert torch.equal(rng.generator_latents(seed, 4, 12, 100, slice(3, 9)), uniform.mul(2).sub(1)[3:9])
+    assert torch.equal(rng.latents(seed, 4, None, 12, 100, slice(3, 9)), uniform.mul(2).sub(1)[3:9])
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def main() -> int:
         run = RunFolder(config.folder)
         for path in (run.scores(2), run.grid(2), run.profile(3, 3, 0), run.best_export, run.report("html"), run.export):
             assert path.exists() or not runtime.ranks.is_main, f"it was on, but there is no {path}"
-        examined = [finding for findings in examine(config, runtime.ranks, False) for finding in findings]
+        examined = list(examine(config, runtime.ranks, False))
         assert "error" not in {finding.level for finding in examined}, examined
         watched.check()
         assert watched.steps == config.training.steps
