@@ -46,10 +46,11 @@ def main() -> None:
         return
     Image.MAX_IMAGE_PIXELS = options.pop("max_pixels")
     splits = {split: value for split in ("train", "test") if (value := options.pop(split))}
+    if source in ("hf", "parquet", "shards"):
+        options["resizing"] = Resizing(options.pop("crop"), options.pop("size"))
     if source in ("hf", "parquet"):
         options["columns"] = options.pop("image"), options.pop("label")
     if source == "shards":
-        options["resizing"] = Resizing(options.pop("crop"), options.pop("size"))
         options["reading"] = Reading(options.pop("image_key").lower(), options.pop("labels"))
     print(prepare.SOURCES[source][0](root, options.pop("name"), splits, sizes, **options).folder)
 

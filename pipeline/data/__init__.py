@@ -12,7 +12,6 @@ from pipeline.data.dataset import (
     existing_dataset,
     load_dataset,
     open_dataset,
-    to_json,
 )
 from pipeline.data.source import Batch, Source, check_source, open_source, source_kind
 
@@ -30,5 +29,4 @@ __all__ = [
     "open_dataset",
     "open_source",
     "source_kind",
-    "to_json",
 ]

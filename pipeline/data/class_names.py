@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from decimal import Decimal
 from difflib import get_close_matches
 from functools import cache
-from typing import TYPE_CHECKING
 from unicodedata import category, east_asian_width, normalize
 
-import numpy as np
-
-from pipeline.data.dataset import DataError
+from pipeline.data.dataset import SPLITS, DataError
 from pipeline.errors import UserError
-
-if TYPE_CHECKING:
-    from pipeline.data.shards import Labels
 
 NUMBER = re.compile(r"((?:^-)?\d+(?:\.\d+)?)")
 SHOWN_NAMES = 20
@@ -56,25 +50,38 @@ def classes_of(folders: Iterable[str]) -> dict[str, list[str]]:
     return {spelled(alike[shared][0]): alike[shared] for shared in sorted(alike, key=sort_key)}
 
 
-def numbered_classes(labels: Sequence[tuple[str, Labels | None]], what: str) -> tuple[str, ...]:
-    """Returns the class names 0, 1, ... up to the highest label of several files, listed with their names.
+def classes_of_labels(sources: Sequence[tuple[str, str, Set[int | str | None]]]) -> tuple[str, ...]:
+    """Returns the class names that labels tell: the names that they are, of those that look the same one, or their
+    numbers, from 0 up to the highest; none of unlabelled images.
 
-    Raises DataError unless all have labels or none has, and the labels are all of 0, 1, ..., K - 1: a gap would be a
-    class that no image shows.
+    Args:
+        sources: The split, the name and the distinct labels of each source of images.
+
+    Raises:
+        DataError: Sources are not labelled in one way; a name is only in the test split; or numbers are not all of 0,
+            1, ..., K - 1: a gap would be a class that no image shows. It names the source.
     """
-    present = [(name, np.unique(numbers)) for name, numbers in labels if numbers is not None]
-    if not present:
-        return ()
-    if len(present) < len(labels):
-        raise DataError(f"some of the {what} have labels and others have none")
-    classes = np.unique(np.concatenate([numbers for _, numbers in present]))
-    if classes[0] != 0 or classes[-1] != len(classes) - 1:
-        name, numbers = next((name, numbers) for name, numbers in present if classes[-1] in numbers)
+    ways: dict[type, str] = {}
+    for _, source, labels in sources:
+        ways.setdefault(type(next(iter(labels), None)), source)
+    if len(ways) > 1:
+        words = {int: "numbers as labels", str: "names as labels"}
+        one, other, *_ = (f"{source} has {words.get(kind, 'no labels')}" for kind, source in ways.items())
+        raise DataError(f"{one}, but {other}: label all images in one way")
+    train, test = ({label for name, _, labels in sources if name == split for label in labels} for split in SPLITS)
+    if str in ways:
+        classes = tuple(classes_of(map(str, train)))
+        if untrained := sorted(name for name in map(str, test) if find_class(name, classes) is None):
+            raise DataError(f"the test images show {untrained[0]!r}, the training images do not")
+        return classes
+    numbers = sorted(label for label in train | test if isinstance(label, int))
+    if numbers != list(range(len(numbers))):
+        source = next(source for _, source, labels in sources if numbers[-1] in labels)
         raise DataError(
-            f"{name} has labels from {numbers[0]} to {numbers[-1]}, but the {what} show {len(classes)} classes: "
-            f"number them 0 to {len(classes) - 1}"
+            f"{source}: the labels, from {numbers[0]} to {numbers[-1]}, do not begin at 0 or leave numbers out: number "
+            f"the classes 0 to {len(numbers) - 1}"
         )
-    return tuple(map(str, range(len(classes))))
+    return tuple(map(str, numbers))
 
 
 def find_class(name: str, class_names: Sequence[str]) -> int | None:
@@ -83,12 +90,6 @@ def find_class(name: str, class_names: Sequence[str]) -> int | None:
         return class_names.index(name)
     labels = [label for label, other in enumerate(class_names) if look(other) == look(name)]
     return labels[0] if len(labels) == 1 else None
-
-
-def labels_of(folders: Sequence[str], class_names: Sequence[str]) -> Labels | None:
-    """Returns the labels of images, int64 [n], by the folder of each; None without folders or if one is no class."""
-    known = {folder: find_class(folder, class_names) for folder in set(folders)}
-    return None if not folders or None in known.values() else np.array([known[folder] for folder in folders], np.int64)
 
 
 def class_asked_for(name: str, class_names: Sequence[str], num_classes: int, source: object) -> int:

@@ -10,43 +10,62 @@ from __future__ import annotations
 import http.client
 import json
 import math
+import mimetypes
 import re
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, describe_error
 
 if TYPE_CHECKING:
     from pipeline.config import DataConfig
 
-FILE_NAME = "dataset.json"
-VERSION = 1
+FILE_NAME, FORMAT, VERSION = "dataset.json", "image-shards", 1
 MAX_VALUES = 2**26
 """The most values that one image may have: a manifest that claims more is damaged."""
 KNOWN = ("mnist", "fashion_mnist", "cifar10", "stacked_mnist")
 """Names of the datasets that are prepared on first use (prepare/known.py)."""
 KINDS = (*KNOWN, "own")
 """What a dataset's images may be. Feature spaces that are meant for certain images alone go by it."""
+SPLITS = ("train", "test")
 LABELS = ("members", "folder", "none")
 """Where the labels of single images are: in `.cls`, else in `label` or `cls` of `.json`; in the name of the folder that
 an image lies in; nowhere."""
 
-HTTP_ATTEMPTS = 5
-TIMEOUT_SECONDS = 30.0
+HTTP_ATTEMPTS, TIMEOUT_SECONDS = 5, 30.0
 
 ImageShape = tuple[int, int, int]
 """Channels, height and width."""
-T = TypeVar("T")
 
 
 class DataError(UserError):
     """A dataset is missing or damaged: the message names the file and what to do."""
+
+
+@contextmanager
+def naming(problem: str, advice: str = "") -> Iterator[None]:
+    """Raises DataError "PROBLEM: ERROR ADVICE" in place of any error inside, where bytes or code of other people are
+    read: what they raise has no common class. A UserError names its cause itself and passes."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        text = str(error) if isinstance(error, OSError | ValueError) else ""
+        raise DataError(f"{problem}: {text or describe_error(error)}{advice}") from error
+
+
+def counted(count: int, noun: str) -> str:
+    """Returns "1 image", "2,000 images", "0 classes"."""
+    return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 class Remarks(dict[tuple[str, str], tuple[int, str]]):
@@ -61,7 +80,7 @@ class Remarks(dict[tuple[str, str], tuple[int, str]]):
         """Returns, for the end of a line, "left out: 3 hard links (first: a.png), 1 hidden file (first: .b)"."""
         counts: dict[str, list[str]] = {}
         for (event, kind), (count, first) in self.items():
-            counts.setdefault(event, []).append(f"{count:,} {kind}{'s' if count > 1 else ''} (first: {first})")
+            counts.setdefault(event, []).append(f"{counted(count, kind)} (first: {first})")
         return "; ".join(f"{event}: {', '.join(kinds)}" for event, kinds in counts.items())
 
 
@@ -140,7 +159,7 @@ def to_json(dataset: Dataset) -> dict[str, object]:
     """Returns the manifest's content."""
     reading = {"reading": dataset.reading._asdict()} if dataset.reading != DEFAULT_READING else {}
     return {
-        "format": "image-shards",
+        "format": FORMAT,
         "version": VERSION,
         "name": dataset.name,
         "kind": dataset.kind,
@@ -168,15 +187,13 @@ def existing_dataset(config: DataConfig) -> Dataset | None:
 
     Raises DataError when another is missing, when it is damaged, or when other images lie in a known one's place.
     """
-    if config.dataset not in KNOWN:
-        named = Path(config.root) / config.dataset
-        is_named = (named / FILE_NAME).exists() and not (Path(config.dataset) / FILE_NAME).exists()
-        return load_dataset(named if is_named else config.dataset, allow_shell_urls=config.allow_shell_urls)
-    folder = Path(config.root) / config.dataset
-    if not (folder / FILE_NAME).exists():
+    folder, is_known = Path(config.root) / config.dataset, config.dataset in KNOWN
+    is_in_root = (folder / FILE_NAME).exists()
+    if is_known and not is_in_root:
         return None
-    dataset = load_dataset(folder, allow_shell_urls=config.allow_shell_urls)
-    if dataset.kind != config.dataset:
+    by_name = is_known or (is_in_root and not (Path(config.dataset) / FILE_NAME).exists())
+    dataset = load_dataset(folder if by_name else config.dataset, allow_shell_urls=config.allow_shell_urls)
+    if is_known and dataset.kind != config.dataset:
         raise DataError(
             f"{folder} holds images of kind {dataset.kind}, not {config.dataset}: name them by their path "
             f"(data.dataset {folder.absolute()}), or move them away, and {config.dataset} is prepared in their place"
@@ -193,85 +210,75 @@ def load_dataset(folder_or_url: str | Path, *, allow_shell_urls: bool = False) -
     base = str(folder_or_url)
     location = resolve(base, FILE_NAME)
     check_allowed(location, allow_shell_urls)
-    try:
-        manifest = json.loads(read_bytes(location))
-        dataset = _parse(manifest, Path(base), base if scheme(base) else "")
-    except FileNotFoundError:
-        raise DataError(
-            f"{location} does not exist: prepare it (gan-pipeline prepare), or give {', '.join(KNOWN)} or its folder"
-        ) from None
-    except OSError as error:
-        raise DataError(f"cannot read {location}: {error}") from None
-    except (ValueError, RecursionError) as error:  # JSON's, and those of `_parse`
-        raise DataError(f"{location} cannot be used: {error}; prepare the dataset again") from None
+    with naming(f"cannot read {location}"):
+        try:
+            content = read_bytes(location)
+        except FileNotFoundError:
+            raise DataError(f"{location} does not exist{_advice(base)}") from None
+    with naming(f"{location} cannot be used", "; prepare the dataset again"):
+        dataset = _parse(json.loads(content), Path(base), base if scheme(base) else "")
     for shards in dataset.splits.values():
         for shard in shards:
-            try:
-                check_allowed(dataset.locate(shard), allow_shell_urls)
-            except UserError as error:
-                raise UserError(f"{location}: {error}") from None
+            if not shard.name.isprintable():
+                raise DataError(f"{location}: the shard's name {shard.name!r} holds control characters")
+            check_allowed(dataset.locate(shard), allow_shell_urls, f"{location}: ")
     return dataset
 
 
-def _parse(manifest: object, folder: Path, base_url: str) -> Dataset:
+def _advice(folder: str) -> str:
+    """Returns the end of the message that a folder has no manifest: what to do."""
+    kinds = (mimetypes.guess_type(file.name)[0] for file in Path(folder).rglob("*"))
+    if any(kind and kind.startswith("image/") for kind in kinds):
+        return f": {folder} holds images; run gan-pipeline prepare folder {folder} --name NAME, then give NAME"
+    return f": prepare it (gan-pipeline prepare), or give {', '.join(KNOWN)} or its folder"
+
+
+def _parse(manifest: Any, folder: Path, base_url: str) -> Dataset:
     """Checks a manifest's content. Raises ValueError naming the entry that is wrong."""
-    version = _entry(manifest, "version", int)
-    if _entry(manifest, "format", str) != "image-shards" or version != VERSION:
-        raise ValueError(f"it is of version {version} (this program reads version {VERSION})")
-    shape = tuple(_checked(side, int, "image_shape") for side in _entry(manifest, "image_shape", list))
+    _check(manifest, {"format": str, "version": int})
+    if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
+        raise ValueError(f"it is of version {manifest['version']} (this program reads version {VERSION})")
+    _check(manifest, {"name": str, "image_shape": [int], "class_names": [str], "splits": {"train": list}})
+    name, shape, class_names = manifest["name"], tuple(manifest["image_shape"]), tuple(manifest["class_names"])
     if len(shape) != 3 or math.prod(shape) > MAX_VALUES:
         raise ValueError(
             f"image_shape is {list(shape)}, not [channels, height, width] of at most {MAX_VALUES:,} values"
         )
-    class_names = _entry(manifest, "class_names", list)
-    if not all(isinstance(name, str) for name in class_names):
-        raise ValueError(f"class_names is {class_names!r}, not a list of texts")
-    splits: dict[str, tuple[Shard, ...]] = {}
-    for split, entries in _entry(manifest, "splits", dict).items():
-        if not isinstance(entries, list) or not entries:
+    splits, form = {}, get_type_hints(Shard)
+    for split, entries in manifest["splits"].items():
+        _check(entries, [form], f"splits.{split}")
+        if not entries:
             raise ValueError(f"splits.{split} lists no shard")
-        splits[split] = tuple(_parse_shard(entry, f"splits.{split}[{index}].") for index, entry in enumerate(entries))
-    if "train" not in splits:
-        raise ValueError("splits.train is missing")
-    name = _entry(manifest, "name", str)
-    assert isinstance(manifest, dict)
+        splits[split] = tuple(Shard(*(entry[key] for key in form)) for entry in entries)
     # Older manifests have no kind: of those, only MNIST's are of another kind than the user's images.
-    is_mnist = (name, shape, tuple(class_names)) == ("mnist", (1, 28, 28), tuple("0123456789"))
+    is_mnist = (name, shape, class_names) == ("mnist", (1, 28, 28), tuple("0123456789"))
     kind = manifest.get("kind", "mnist" if is_mnist else "own")
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}, not one of {', '.join(KINDS)}")
-    reading = DEFAULT_READING
-    if "reading" in manifest:
-        reading = Reading(*(_entry(manifest["reading"], key, str, "reading.") for key in Reading._fields))
-    if reading.labels not in LABELS:
-        raise ValueError(f"reading.labels is {reading.labels!r}, not one of {', '.join(LABELS)}")
-    return Dataset(folder, name, shape, tuple(class_names), splits, base_url, kind, reading)
+    reading = manifest.get("reading", DEFAULT_READING._asdict())
+    _check(reading, get_type_hints(Reading), "reading")
+    for key, value, choices in (("kind", kind, KINDS), ("reading.labels", reading["labels"], LABELS)):
+        if value not in choices:
+            raise ValueError(f"{key} is {value!r}, not one of {', '.join(choices)}")
+    return Dataset(
+        folder, name, shape, class_names, splits, base_url, kind, Reading(reading["image_key"], reading["labels"])
+    )
 
 
-def _parse_shard(entry: object, where: str) -> Shard:
-    shard = Shard(**{key: _entry(entry, key, kind, where) for key, kind in get_type_hints(Shard).items()})
-    if not shard.name.isprintable():
-        raise ValueError(f"{where}name is {shard.name!r}: it holds control characters")
-    if not re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
-        raise ValueError(f"{where}sha256 is {shard.sha256!r}, not 64 hexadecimal digits")
-    return shard
-
-
-def _entry(mapping: object, key: str, kind: type[T], where: str = "") -> T:
-    if not isinstance(mapping, dict):
-        raise ValueError(f"{where or 'its content'} is not an object")
-    if key not in mapping:
-        raise ValueError(f"{where}{key} is missing")
-    return _checked(mapping[key], kind, f"{where}{key}")
-
-
-def _checked(value: object, kind: type[T], what: str) -> T:
-    """Returns a value that must be of exactly this type (a truth value is no integer) and, if an integer, positive."""
-    if type(value) is not kind:
-        raise ValueError(f"{what} is {value!r}, not of type {kind.__name__}")
-    if isinstance(value, int) and value < 1:
-        raise ValueError(f"{what} is {value!r}, not a positive integer")
-    return value
+def _check(value: Any, form: Any, what: str = "") -> None:
+    """Raises ValueError unless a value of the manifest has a form: exactly a type (a truth value is no integer, and an
+    integer is positive), a list of values of one form, or a dictionary with values of these forms under these keys."""
+    kind, actual = form if isinstance(form, type) else type(form), type(value)
+    if actual is not kind or (kind is int and value < 1):
+        expected = "a positive integer" if kind is int else f"of type {kind.__name__}"
+        raise ValueError(f"{what or 'its content'} is {value!r}, not {expected}")
+    if isinstance(form, list):
+        for index, item in enumerate(value):
+            _check(item, form[0], f"{what}[{index}]")
+    elif isinstance(form, dict):
+        for key, part in form.items():
+            entry = f"{what}.{key}" if what else key
+            if key not in value:
+                raise ValueError(f"{entry} is missing")
+            _check(value[key], part, entry)
 
 
 # -- files by path or URL ----------------------------------------------------------------------------------------------
@@ -283,18 +290,19 @@ def scheme(location: str) -> str:
     return match[1].lower() if match else ""
 
 
-def check_allowed(location: str, allow_shell_urls: bool) -> None:
-    """Raises UserError when opening `location` would start a process and the user has not allowed that."""
+def check_allowed(location: str, allow_shell_urls: bool, source: str = "") -> None:
+    """Raises UserError when opening `location` would start a process and the user has not allowed that; the message
+    begins with `source`, the file that names it."""
     kind = scheme(location)
     if kind in ("", "file", "http", "https"):
         return
     from webdataset.gopen import gopen_schemes
 
     if kind not in gopen_schemes:
-        raise UserError(f"{location}: nothing here opens {kind}: URLs; use a path or an http(s): URL")
+        raise UserError(f"{source}{location}: nothing here opens {kind}: URLs; use a path or an http(s): URL")
     if not allow_shell_urls:
         raise UserError(
-            f"{location}: {kind}: URLs run a command on this machine; if you trust this dataset, "
+            f"{source}{location}: {kind}: URLs run a command on this machine; if you trust this dataset, "
             "allow them (training: data.allow_shell_urls true; prepare.py shards: --allow_shell_urls)"
         )
 
@@ -320,18 +328,15 @@ def read_bytes(location: str) -> bytes:
     from webdataset.gopen import gopen
 
     with gopen(location) as stream:
-        content: bytes = stream.read()
-    return content
+        return bytes(stream.read())
 
 
 def _download(url: str) -> bytes:
     for attempt in range(HTTP_ATTEMPTS):
-        if attempt:
-            time.sleep(0.25 * 2**attempt)
+        time.sleep(0.25 * 2**attempt if attempt else 0)
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
-                content: bytes = response.read()
-                return content
+                return bytes(response.read())
         except urllib.error.HTTPError as error:
             error.close()
             problem = f"HTTP status {error.code}"

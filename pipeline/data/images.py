@@ -8,9 +8,8 @@ torch-fidelity: the stored numbers are read.
 from __future__ import annotations
 
 import math
-import struct
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from io import BytesIO
@@ -22,8 +21,7 @@ import numpy.typing as npt
 from jsonargparse.typing import PositiveInt
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from pipeline.data.class_names import labels_of
-from pipeline.data.dataset import MAX_VALUES, DataError, Dataset, ImageShape, Remarks
+from pipeline.data.dataset import MAX_VALUES, DataError, Dataset, ImageShape, Remarks, naming
 
 if TYPE_CHECKING:
     from pipeline.data.shards import Images, Labels
@@ -36,12 +34,6 @@ COLOUR_MODES = {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB"
 """Pillow's other modes, I and F, hold 32-bit numbers whose range no file tells."""
 SIDEWAYS = {5, 6, 7, 8}
 """EXIF orientations of images whose stored rows are columns."""
-BROKEN_IMAGE = (
-    *(OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, RuntimeError, struct.error),
-    Image.DecompressionBombError,
-)
-"""What Pillow raises for content that is not an image, or not all of one: its later frames raise nearly anything."""
-
 Pixels = Path | BinaryIO | Image.Image | npt.NDArray[np.uint8]
 """One image: a file, an image of Pillow's, or uint8 [C, H, W]."""
 
@@ -64,6 +56,16 @@ class Resizing(NamedTuple):
 AS_STORED = Resizing()
 
 
+class Row(NamedTuple):
+    """One image of a source."""
+
+    name: str
+    """What messages call it."""
+    image: Pixels
+    label: int | str | None = None
+    """The number or the name of its class; None when unlabelled."""
+
+
 class Split(NamedTuple):
     """Images that can be read a few at a time."""
 
@@ -78,44 +80,42 @@ class Split(NamedTuple):
 
 def add_options(parser: ArgumentParser) -> None:
     """Adds the options --crop, --size and --max_pixels of images in files."""
-
-    def add(name: str, text: str, default: int | None = None) -> None:
-        parser.add_argument(name, type=PositiveInt, metavar="N", help=text, default=default)
-
-    add("--crop", "cut the centre square of N x N out of images in files first")
-    add("--size", "crop images in files to their centre square and resize it to N x N")
-    limit = Image.MAX_IMAGE_PIXELS
-    add("--max_pixels", "largest image in a file, in pixels", limit)
+    for name, text, default in (
+        ("crop", "cut the centre square of N x N out of images in files first", None),
+        ("size", "crop images in files to their centre square and resize it to N x N", None),
+        ("max_pixels", "largest image in a file, in pixels", Image.MAX_IMAGE_PIXELS),
+    ):
+        parser.add_argument(f"--{name}", type=PositiveInt, metavar="N", help=text, default=default)
 
 
-def file_shape(file: Path | BinaryIO | Image.Image, name: str, remarks: Remarks, *, decode: bool = False) -> ImageShape:
-    """Returns the shape of an encoded image as it is seen, of which only the header is read unless `decode`.
+def seen_shape(image: Pixels, name: str, remarks: Remarks, *, decode: bool = False) -> ImageShape:
+    """Returns the shape of an image as it is seen; of an encoded one only the header is read unless `decode`.
 
     Counts in `remarks` what `decode_image` leaves out: further frames, a colour profile other than sRGB, the lower 8 of
     16 bits. Raises DataError.
     """
-    try:
-        with _opened(file) as image:
-            if image.mode not in GREY_MODES | COLOUR_MODES and not _is_deep(image):
-                raise DataError(f"{name} has pixels of mode {image.mode}: convert it to 8-bit grey or RGB")
-            if _is_deep(image):
-                remarks.add("read as 8 bits", "16-bit image", name)
-            if frames := getattr(image, "n_frames", 1) - 1:
-                remarks.add("left out", "further frame", name, frames)
-            if profile := _foreign_profile(image.info.get("icc_profile")):
-                remarks.add("left out", "colour profile", f"{profile} of {name}")
-            if decode:
-                image.load()
-            height, width = _upright_size(image)
-            return 3 if image.mode in COLOUR_MODES else 1, height, width
-    except Image.DecompressionBombError as error:
-        raise DataError(
-            f"{name}: {error} If you trust the file, give --max_pixels N (in Python: PIL.Image.MAX_IMAGE_PIXELS = N)"
-        ) from None
-    except UnidentifiedImageError:
-        raise DataError(f"{name} is damaged or not an image: Pillow recognises no format in it") from None
-    except BROKEN_IMAGE as error:
-        raise DataError(f"{name} is damaged or not an image: {error}") from None
+    if isinstance(image, np.ndarray):
+        channels, height, width = image.shape
+        return channels, height, width
+    with naming(f"{name} is damaged or not an image"):
+        try:
+            with _opened(image) as file:
+                if file.mode not in GREY_MODES | COLOUR_MODES and not _is_deep(file):
+                    raise DataError(f"{name} has pixels of mode {file.mode}: convert it to 8-bit grey or RGB")
+                if _is_deep(file):
+                    remarks.add("read as 8 bits", "16-bit image", name)
+                if frames := getattr(file, "n_frames", 1) - 1:
+                    remarks.add("left out", "further frame", name, frames)
+                if profile := _foreign_profile(file.info.get("icc_profile")):
+                    remarks.add("left out", "colour profile", f"{profile} of {name}")
+                if decode:
+                    file.load()
+                return 3 if file.mode in COLOUR_MODES else 1, *_upright_size(file)
+        except UnidentifiedImageError:
+            raise ValueError("Pillow recognises no format in it") from None
+        except Image.DecompressionBombError as error:
+            advice = "If you trust the file, give --max_pixels N (in Python: PIL.Image.MAX_IMAGE_PIXELS = N)"
+            raise DataError(f"{name}: {error} {advice}") from None
 
 
 @contextmanager
@@ -162,7 +162,8 @@ def _is_deep(image: Image.Image) -> bool:
 def decode_image(image: Pixels, image_shape: ImageShape, resizing: Resizing = AS_STORED) -> npt.NDArray[np.uint8]:
     """Returns uint8 [C, H, W], grey when C is 1 and RGB when C is 3.
 
-    Raises what BROKEN_IMAGE lists, and ValueError for another size than that of `image_shape` that is not resized.
+    Raises ValueError for another size than that of `image_shape` that is not resized, and for content that is no image,
+    or not all of one, nearly anything, as Pillow does.
     """
     channels, height, width = image_shape
     if isinstance(image, np.ndarray):
@@ -199,51 +200,60 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def common_shape(
-    shapes: Iterable[tuple[str, ImageShape, bool]],
-    remarks: Remarks,
-    resizing: Resizing = AS_STORED,
-    *,
-    channels: int | None = None,
-) -> ImageShape:
-    """Returns the one shape that images are read as, each given by its name, shape and whether it is encoded.
+class CommonShape:
+    """The one shape that many images are read as, known once all are added.
 
-    Encoded ones become `channels`, by default RGB if any of them is: those of the other kind are counted. Raises
-    DataError naming the first that is not like those before it, or too small to be cropped.
+    Encoded ones become `channels`, by default RGB if any of them is: those of the other kind are counted in `remarks`.
+    With `decode` each is decoded to see that it can be.
     """
-    crop, size = resizing
-    if size is not None and not 4 <= size <= MAX_SIDE:
-        raise DataError(f"--size is {size}: it must lie between 4 and {MAX_SIDE}")
-    common: ImageShape | None = None
-    kinds: dict[int, tuple[int, str]] = {}
-    for name, image_shape, encoded in shapes:
-        depth, *sides = image_shape
+
+    def __init__(
+        self, remarks: Remarks, resizing: Resizing = AS_STORED, *, channels: int | None = None, decode: bool = False
+    ) -> None:
+        size = resizing.size
+        if size is not None and not 4 <= size <= MAX_SIDE:
+            raise DataError(f"--size is {size}: it must lie between 4 and {MAX_SIDE}")
+        self._remarks, self._resizing, self._channels, self._decode = remarks, resizing, channels, decode
+        self._shape: ImageShape | None = None
+        self._kinds: dict[int, tuple[int, str]] = {}
+
+    def add(self, row: Row) -> ImageShape:
+        """Returns the shape that this image alone gets. Raises DataError naming it if it is not like those before it,
+        or too small to be cropped."""
+        name, crop = row.name, self._resizing.crop
+        depth, *sides = stored = seen_shape(row.image, name, self._remarks, decode=self._decode)
         if crop is not None and min(sides) < crop:
             raise DataError(
                 f"{name} is {sides[0]} x {sides[1]}, which --crop {crop} can't be cut out of: give a smaller one"
             )
-        _, height, width = resizing.shape_of(image_shape)
-        before = common or (depth, height, width)
-        if not encoded and depth != before[0]:
+        _, height, width = shape = self._resizing.shape_of(stored)
+        before = self._shape or shape
+        is_encoded = not isinstance(row.image, np.ndarray)
+        if not is_encoded and depth != before[0]:
             raise DataError(f"{name} has images of {depth} channels, those before it have {before[0]}")
         if (height, width) != before[1:]:
             raise DataError(
                 f"{name} is {height} x {width}, those before it are {before[1]} x {before[2]}: "
                 "all images must have one size, and --size N makes it so"
             )
-        common = (channels or max(depth, before[0]), height, width)
-        if math.prod(common) > MAX_VALUES:
+        self._shape = (is_encoded and self._channels) or max(depth, before[0]), height, width
+        if math.prod(self._shape) > MAX_VALUES:
             raise DataError(
                 f"images of {height} x {width} hold more than {MAX_VALUES:,} numbers, the most of a dataset's: "
                 "give --size N"
             )
-        count, first = kinds.get(depth, (0, name))
-        kinds[depth] = count + 1, first
-    assert common is not None
-    if other := kinds.get({1: 3, 3: 1}.get(common[0], 0)):
-        event, kind = ("read as grey", "colour image") if common[0] == 1 else ("read as RGB", "grey image")
-        remarks.add(event, kind, other[1], other[0])
-    return common
+        count, first = self._kinds.get(depth, (0, name))
+        self._kinds[depth] = count + 1, first
+        return shape
+
+    def of_all(self) -> ImageShape:
+        """Returns the shape of all images that were added."""
+        assert self._shape is not None
+        if other := self._kinds.get({1: 3, 3: 1}.get(self._shape[0], 0)):
+            is_grey = self._shape[0] == 1
+            event, kind = ("read as grey", "colour image") if is_grey else ("read as RGB", "grey image")
+            self._remarks.add(event, kind, other[1], other[0])
+        return self._shape
 
 
 def open_images(
@@ -256,25 +266,15 @@ def open_images(
     those of Resizing. Raises DataError naming the file.
     """
     from pipeline.data.prepare.folder import list_images
-    from pipeline.data.prepare.npz import load_npz
+    from pipeline.data.prepare.npz import load_npz, rows_of
+    from pipeline.data.shards import numbered
 
-    resizing, is_folder = Resizing(crop, size), path.is_dir()
-    images: Sequence[Pixels]
-    if is_folder:
-        files, folders = list_images(path, remarks)
-        names, images, labels = list(map(str, files)), files, labels_of(folders, dataset.class_names)
-        shapes = ((str(file), file_shape(file, str(file), remarks), True) for file in files)
-        shape = common_shape(shapes, remarks, resizing, channels=dataset.image_shape[0])
-    else:
-        array, labels, _ = load_npz(path)
-        files, names, images = [path], [f"image {index} of {path}" for index in range(len(array))], list(array)
-        shape = common_shape([(str(path), array.shape[1:], False)], remarks, resizing)
-        if not dataset.num_classes:
-            labels = None
-        if labels is not None and not 0 <= labels.min() <= labels.max() < dataset.num_classes:
-            raise DataError(
-                f"{path}: labels reach from {labels.min()} to {labels.max()}, not 0 to {dataset.num_classes - 1}"
-            )
+    is_folder, resizing = path.is_dir(), Resizing(crop, size)
+    rows = list_images(path, remarks) if is_folder else list(rows_of(path, *load_npz(path)[:2]))
+    common = CommonShape(remarks, resizing, channels=dataset.image_shape[0])
+    for row in rows:
+        common.add(row)
+    shape = common.of_all()
     if shape != dataset.image_shape:
         height, width = dataset.image_shape[1:]
         advice = f": give --size {width}" if shape[0] == dataset.image_shape[0] and height == width else ""
@@ -282,16 +282,18 @@ def open_images(
             f"{path} holds images of {' x '.join(map(str, shape))}, the dataset {dataset.name} has "
             f"{' x '.join(map(str, dataset.image_shape))}{advice}"
         )
+    labels, numbers = [row.label for row in rows if row.label is not None], None
+    if labels and dataset.num_classes:
+        with suppress(ValueError) if is_folder else naming(str(path)):  # folders may be other things than classes
+            numbers = numbered(labels, dataset.class_names)
 
     def read(indices: npt.NDArray[np.int64]) -> Images:
-        return np.stack([decode_named(names[index], images[index], shape, resizing) for index in indices])
+        return np.stack([decode_row(rows[index], shape, resizing) for index in indices])
 
-    return Split(len(images), labels, read, files)
+    return Split(len(rows), numbers, read, [row.image for row in rows if isinstance(row.image, Path)] or [path])
 
 
-def decode_named(name: str, image: Pixels, image_shape: ImageShape, resizing: Resizing) -> npt.NDArray[np.uint8]:
+def decode_row(row: Row, image_shape: ImageShape, resizing: Resizing) -> npt.NDArray[np.uint8]:
     """Returns what `decode_image` does, and raises DataError with the image's name for one that is damaged."""
-    try:
-        return decode_image(image, image_shape, resizing)
-    except BROKEN_IMAGE as error:
-        raise DataError(f"{name} is damaged: {error}") from None
+    with naming(f"{row.name} is damaged"):
+        return decode_image(row.image, image_shape, resizing)

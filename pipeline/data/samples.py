@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from webdataset.tariterators import base_plus_ext
 
-from pipeline.data.dataset import Remarks
+from pipeline.data.dataset import DataError, Remarks, naming
 
 BLOCK = "images.npy"
 """The key of a member that holds many images, as `prepare` writes them."""
@@ -27,17 +27,16 @@ IMAGE_FILE_SUFFIXES = {
 }
 UNPACKED_BYTES = 2**30
 """A compressed shard may unpack to this much, or to ten times its size: more is a bomb."""
-OTHER_FORMATS = {
-    b"PK\x03\x04": "zip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ\0": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"PAR1": "parquet",
-}
 
 
-class NotRead(Exception):
-    """A shard is sound but holds what is not read here; the message says what that is and what was expected."""
+def checked_label(value: object, name: str) -> int | str | None:
+    """Returns the label of an image: an integer of 64 bits, a name that can be shown, or None. Raises DataError naming
+    the image for any other value; a truth value is an integer to Python, but no label."""
+    if value is None or (type(value) is int and abs(value) < 2**63):
+        return value
+    if isinstance(value, str) and value.strip() and value.isprintable():
+        return value
+    raise DataError(f"the label of {name} is {repr(value)[:40]}, neither an integer nor a name")
 
 
 class Sample(NamedTuple):
@@ -59,13 +58,13 @@ class Sample(NamedTuple):
 
         Args:
             wanted: keys as webdataset writes them, "jpg;png": the first that the sample has is taken. "" takes
-                whichever image there is, and raises NotRead if there are several.
+                whichever image there is, and raises DataError if there are several.
         """
         if wanted:
             return next((key for key in wanted.split(";") if key in self.members), None)
         keys = [key for key in self.members if key == BLOCK or f".{key.rpartition('.')[2]}" in IMAGE_FILE_SUFFIXES]
         if len(keys) > 1:
-            raise NotRead(
+            raise DataError(
                 f"its sample {self.name} has {len(keys)} images, {' and '.join(keys)}: choose one, "
                 f"for example by --image-key {keys[0]}"
             )
@@ -73,40 +72,29 @@ class Sample(NamedTuple):
 
     def label(self, labels: str) -> int | str | None:
         """Returns the label as a number or a class's name, None if there is none; `labels` is one of LABELS."""
-        label: int | str | None = None
+        label: object = None
         if labels == "folder":
             if not (label := self.folder):
-                raise NotRead(
+                raise DataError(
                     f"its sample {self.name} lies in no folder, but --labels folder takes folders for classes"
                 )
         elif labels == "members" and "cls" in self.members:
-            text = bytes(self.members["cls"])
-            if not re.fullmatch(rb"\s*[+-]?\d{1,18}\s*", text):
-                raise NotRead(f"{self.name}.cls holds {text[:40]!r}, not an integer; --labels none leaves labels out")
-            label = int(text)
+            label = bytes(self.members["cls"]).strip()
+            if re.fullmatch(rb"[+-]?\d{1,18}", label):
+                label = int(label)
         elif labels == "members" and "json" in self.members:
-            label = self._label_in_json()
-        if isinstance(label, str) and not (label.strip() and label.isprintable()):
-            raise NotRead(f"the label of its sample {self.name} is {label[:40]!r}, which is no name")
-        return label
-
-    def _label_in_json(self) -> int | str | None:
-        try:
-            content = json.loads(bytes(self.members["json"]))
-        except (ValueError, RecursionError) as error:
-            raise NotRead(f"{self.name}.json is not JSON ({error}); --labels none leaves labels out") from None
-        values = [content.get("label"), content.get("cls")] if isinstance(content, dict) else []
-        label = next((value for value in values if value is not None), None)
-        # A truth value is an instance of int, but no label.
-        if label is None or type(label) is str or (type(label) is int and abs(label) < 2**63):
-            return label
-        raise NotRead(f"the label in {self.name}.json is {str(label)[:40]!r}, neither an integer nor a text")
+            with naming(f"{self.name}.json is not JSON"):
+                content = json.loads(bytes(self.members["json"]))
+            values = [content.get("label"), content.get("cls")] if isinstance(content, dict) else []
+            label = next((value for value in values if value is not None), None)
+        return checked_label(label, f"its sample {self.name}")
 
 
 def samples_in(content: bytes, remarks: Remarks) -> Iterator[Sample]:
     """Yields the samples of a shard, their members as views of its bytes; counts in `remarks` what is no part of one.
 
-    Raises NotRead, or for damage tarfile.TarError and what gzip raises.
+    Raises DataError, without the shard's name, for what is not read here, and for damage tarfile.TarError and what gzip
+    raises.
     """
     # webdataset's own reader copies through a 10 kB buffer; seeking in memory copies nothing.
     view = memoryview(content := _unpacked(content))
@@ -151,7 +139,7 @@ def _read_layout(content: bytes) -> _Layout:
                 left_out.append((kind, member.name))
             elif member.isreg():
                 if member.issparse():
-                    raise NotRead(f"{member.name} is stored as a sparse file: pack it again without tar's --sparse")
+                    raise DataError(f"{member.name} is stored as a sparse file: pack it again without tar's --sparse")
                 start = member.offset_data
                 around.append((end, content[end:start]))
                 end = start + member.size
@@ -161,13 +149,13 @@ def _read_layout(content: bytes) -> _Layout:
                 if not samples or samples[-1][0] != name:
                     samples.append((name, {}))
                 if samples[-1][1].setdefault(key.lower(), place := slice(start, end)) is not place:
-                    raise NotRead(f"it holds {member.name} more than once")
+                    raise DataError(f"it holds {member.name} more than once")
         # tarfile takes a bad header, or a cut between two members, for the end of the archive.
         rest = content[archive.offset :]
         if len(rest) < 2 * tarfile.BLOCKSIZE or rest[: 2 * tarfile.BLOCKSIZE].strip(b"\0"):
             raise tarfile.ReadError(f"it is cut off or overwritten at byte {archive.offset}")
         if rest.strip(b"\0"):
-            raise NotRead(
+            raise DataError(
                 f"its archive ends at byte {archive.offset}, and more follows: tars are joined by tar --concatenate, "
                 "not by cat; or it is damaged there"
             )
@@ -178,22 +166,16 @@ def _opened(content: bytes) -> tarfile.TarFile:
     try:
         return tarfile.open(fileobj=io.BytesIO(content), mode="r:", encoding="utf-8")
     except tarfile.ReadError:
-        expected = "expected a tar, plain or packed with gzip"
-        if kind := next((kind for magic, kind in OTHER_FORMATS.items() if content.startswith(magic)), None):
-            raise NotRead(f"it is a {kind} file: {expected}") from None
-        raise tarfile.ReadError(f"it begins with {content[:12]!r}, which is no tar's header: {expected}") from None
+        raise DataError(
+            f"it begins with {content[:12]!r}, which is no tar's header: expected a tar, plain or packed with gzip"
+        ) from None
 
 
 def _kind_left_out(member: tarfile.TarInfo) -> str:
     """Returns what kind of thing is left out, "" for folders and for members of samples."""
-    if member.islnk():
-        return "hard link"
-    if member.issym():
-        return "symbolic link"
-    if member.isdir():
-        return ""
     if not member.isreg():
-        return "special file"
+        links = {tarfile.LNKTYPE: "hard link", tarfile.SYMTYPE: "symbolic link"}
+        return "" if member.isdir() else links.get(member.type, "special file")
     if member.name.rpartition("/")[2].startswith("."):
         return "hidden file"
     return "" if base_plus_ext(member.name)[0] else "file without a suffix"
@@ -206,5 +188,5 @@ def _unpacked(content: bytes) -> bytes:
     with gzip.open(io.BytesIO(content)) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
-        raise NotRead(f"it unpacks to more than {limit:,} bytes")
+        raise DataError(f"it unpacks to more than {limit:,} bytes")
     return content

@@ -112,13 +112,11 @@ def check_source(config: Config, dataset: Dataset | None, world_size: int) -> No
         )
     if dataset is None or source_kind(config.data, dataset) == "resident":
         return
-    if batch_size % lanes:
-        raise UserError(f"data.lanes {lanes} does not divide training.batch_size {batch_size}: choose a divisor of it")
     streams = world_size * max(workers, 1)
-    if lanes % streams:
+    if batch_size % lanes or lanes % streams:
         raise UserError(
-            f"data.lanes {lanes} cannot be shared evenly among {world_size} processes with data.workers {workers}: "
-            f"choose a multiple of {streams} that divides training.batch_size {batch_size}"
+            f"data.lanes {lanes} cannot be shared evenly at world size {world_size}, data.workers {workers}: choose "
+            f"a multiple of {streams} that divides training.batch_size {batch_size}"
         )
     if (num_images := dataset.num_images("train")) < lanes:
         raise UserError(f"data.lanes {lanes} is more than the {num_images} images of dataset {dataset.name}")

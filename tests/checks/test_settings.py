@@ -15,7 +15,8 @@ import yaml
 from pipeline.checks.machine import examine
 from pipeline.checks.settings import Plan, refuse
 from pipeline.config import Config, DataConfig, EvaluationConfig, RunConfig, RuntimeConfig, to_yaml
-from pipeline.data import Dataset, load_dataset, to_json
+from pipeline.data import Dataset, load_dataset
+from pipeline.data.dataset import to_json
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
 from pipeline.storage.run_folder import RunFolder
@@ -191,7 +192,7 @@ TABLE = {
         world_size=2,
     ),
     "more ranks than lanes": Bad(
-        r"data.lanes 8 cannot be shared evenly among 16 processes .*",
+        r"data.lanes 8 cannot be shared evenly at world size 16 .*",
         {"data": {"source": "streaming", "lanes": 8}},
         world_size=16,
     ),

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from pipeline.data import Dataset, load_dataset
-from pipeline.data.class_names import class_asked_for, classes_of, labels_of
+from pipeline.data.class_names import class_asked_for, classes_of
 from pipeline.data.dataset import Remarks
 from pipeline.data.images import Split, open_images
 from pipeline.data.prepare import prepare_folder
 from pipeline.data.prepare.commit import ShardSizes, commit, preparing, write_shards
 from pipeline.data.resident import load_split
+from pipeline.data.shards import numbered
 from pipeline.errors import UserError
 from tests.data.test_prepare import grey_folder, run, save, snapshot
 
@@ -50,22 +51,22 @@ def test_names_that_look_the_same_are_one_class(folders: list[str], name: str) -
     classes = classes_of([*folders, "dog"])
     assert classes == {name: sorted(folders), "dog": ["dog"]}
     label = list(classes).index(name)
-    assert labels_of(folders, tuple(classes)).tolist() == [label] * len(folders)  # type: ignore[union-attr]
+    assert numbered(folders, tuple(classes)).tolist() == [label] * len(folders)
 
 
 @pytest.mark.parametrize("names", [["A", "a"], ["x\u00b2", "x2"], ["Masse", "Ma\u00dfe"], ["7", "07"], ["a-b", "a b"]])
 def test_names_that_differ_to_the_eye_are_classes_of_their_own(names: list[str]) -> None:
     assert len(classes_of(names)) == 2
-    assert sorted(labels_of(names, names).tolist()) == [0, 1]  # type: ignore[union-attr]
+    assert sorted(numbered(names, names).tolist()) == [0, 1]
 
 
 def test_the_names_of_a_dataset_of_before_are_taken_as_they_are() -> None:
     """Such a dataset may have two classes that look the same: exactly named, they stay two."""
     before = ("1", "10", "2", "Cat", "cat")
-    assert labels_of(["2", "cat", "10", "Cat"], before).tolist() == [2, 4, 1, 3]  # type: ignore[union-attr]
-    assert labels_of(["CAT"], before) is None
-    assert labels_of(["2", "3"], before) is None
-    assert labels_of([], before) is None
+    assert numbered(["2", "cat", "10", "Cat"], before).tolist() == [2, 4, 1, 3]
+    for names, unknown in ((["CAT"], "CAT"), (["2", "3"], "3")):
+        with pytest.raises(ValueError, match=f"it has images of '{unknown}', which is no class of the dataset"):
+            numbered(names, before)
 
 
 DIGITS, BEFORE = tuple("0123456789"), ("0", "1", "10", "11", "2")

@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.config import DataConfig
 from pipeline.data import DataError, load_dataset, open_dataset
-from pipeline.data.dataset import to_json
+from pipeline.data.dataset import counted, to_json
 from pipeline.data.resident import load_split
 from pipeline.data.shards import read_shard
 from pipeline.errors import UserError
@@ -32,6 +32,11 @@ def test_a_manifest_says_what_was_written(tmp_path: Path) -> None:
     assert json.loads((dataset.folder / "dataset.json").read_text()) == to_json(dataset)
     with pytest.raises(DataError, match=r"numbers has no test split: it has train"):
         dataset.num_images("test")
+
+
+def test_counts_are_said_in_english() -> None:
+    assert [counted(count, "class") for count in (0, 1, 2000)] == ["0 classes", "1 class", "2,000 classes"]
+    assert (counted(1, "image"), counted(2, "image")) == ("1 image", "2 images")
 
 
 def test_fingerprint_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
@@ -97,24 +102,23 @@ def change_shard(key: str, value: object) -> Callable[[dict[str, Any]], None]:
         (change("version", True), "version is True"),
         (change("format", "tfds"), "version 1"),
         (change("image_shape", [28, 28]), r"image_shape is \[28, 28\]"),
-        (change("image_shape", [1, 28, 0]), "image_shape is 0"),
+        (change("image_shape", [1, 28, 0]), r"image_shape\[2\] is 0"),
         (change("image_shape", [1, 2**20, 2**20]), r"image_shape is \[1, 1048576, 1048576\]"),
         (change("image_shape", "1x2x2"), "image_shape is '1x2x2'"),
-        (change("class_names", [1, 2]), r"class_names is \[1, 2\]"),
+        (change("class_names", ["a", 2]), r"class_names\[1\] is 2"),
         (change("kind", "letters"), "kind is 'letters', not one of mnist, fashion_mnist, cifar10, stacked_mnist, own"),
         (change("kind", 7), "kind is 7"),
         (change("reading", {"image_key": "png", "labels": "mine"}), "reading.labels is 'mine', not one of members, f"),
         (change("reading", {"image_key": 7, "labels": "none"}), "reading.image_key is 7"),
         (change("reading", {}), "reading.image_key is missing"),
-        (change("reading", None), "reading. is not an object"),
+        (change("reading", None), "reading is None, not of type dict"),
         (change("splits", {}), "splits.train is missing"),
-        (change("splits", {"test": []}), "splits.test lists no shard"),
-        (change("splits", {"train": [7]}), r"splits.train\[0\]. is not an object"),
-        (change_shard("name", "a\0b"), r"splits.train\[1\].name is 'a.x00b'"),
+        (change("splits", {"train": []}), "splits.train lists no shard"),
+        (change("splits", {"train": [7]}), r"splits.train\[0\] is 7, not of type dict"),
+        (change_shard("name", "a\0b"), r"the shard's name 'a.x00b' holds control characters"),
         (change_shard("num_images", -1), r"splits.train\[1\].num_images is -1"),
         (change_shard("num_images", True), r"splits.train\[1\].num_images is True"),
         (change_shard("num_bytes", "9"), r"splits.train\[1\].num_bytes is '9'"),
-        (change_shard("sha256", "ABC"), r"splits.train\[1\].sha256 is 'ABC'"),
         (lambda manifest: manifest.pop("name"), "name is missing"),
         (lambda manifest: manifest["splits"]["train"][0].pop("sha256"), r"splits.train\[0\].sha256 is missing"),
     ],
@@ -168,6 +172,13 @@ def test_a_missing_dataset_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"file/dataset.json"):
         open_dataset(DataConfig(dataset=str(tmp_path / "file")))
+    for name, kind in (("cats/1.JPG", "images"), ("tars/1.tar", "")):
+        folder = tmp_path / name
+        folder.parent.mkdir()
+        folder.touch()
+        words = f"run gan-pipeline prepare folder {folder.parent} --name NAME, then give NAME" if kind else "prepare it"
+        with pytest.raises(DataError, match=rf"dataset\.json does not exist: .*{words}"):
+            open_dataset(DataConfig(dataset=str(folder.parent)))
 
 
 def rename_shard(folder: Path, name: str) -> None:

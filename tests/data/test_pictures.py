@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, ImageCms, features
 
 from pipeline.data import DataError, load_dataset
 from pipeline.data.dataset import Remarks
-from pipeline.data.images import Resizing, Split, decode_image, file_shape
+from pipeline.data.images import Resizing, Split, decode_image, seen_shape
 from pipeline.data.prepare import ShardSizes, index_shards, prepare_folder, prepare_npz
 from pipeline.data.prepare.commit import write_shards
 from pipeline.data.resident import load_split
@@ -176,9 +176,9 @@ def test_every_mode_of_pillow_is_read_as_written_down_here_or_refused() -> None:
                 assert image.mode == mode, (mode, kind)
             if expected is None:
                 with pytest.raises(DataError, match=rf"x has pixels of mode {mode}: convert it to 8-bit grey or RGB"):
-                    file_shape(io.BytesIO(content), "x", Remarks())
+                    seen_shape(io.BytesIO(content), "x", Remarks())
                 continue
-            assert file_shape(io.BytesIO(content), "x", Remarks()) == (len(expected), 4, 4), (mode, kind)
+            assert seen_shape(io.BytesIO(content), "x", Remarks()) == (len(expected), 4, 4), (mode, kind)
             read = decode_image(io.BytesIO(content), (len(expected), 4, 4))
             assert np.abs(read.reshape(len(expected), -1).T - np.array(expected)).max() == 0, (mode, kind)
             red, green, blue = expected * (3 // len(expected))
@@ -384,4 +384,4 @@ def test_grey_and_colour_in_shards_are_said_as_in_a_folder(tmp_path: Path) -> No
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     result = prepared(tmp_path, "shards", tmp_path / "0.tar")
-    assert summary(result).endswith(f"; read as RGB: 2 grey images (first: an image of {tmp_path}/0.tar)")
+    assert f"; read as RGB: 2 grey images (first: an image of {tmp_path}/0.tar)\n" in result.stderr

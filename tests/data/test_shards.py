@@ -5,7 +5,6 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
-import lzma
 import pickle
 import subprocess
 import tarfile
@@ -126,11 +125,11 @@ def test_no_cut_or_overwritten_header_of_a_tar_is_read_as_a_shorter_one() -> Non
     content = tar({f"{key}.images.npy": npy(numbered_images(key, key + 1)) for key in range(4)})
     end = content.rindex(b"images.npy") + 1024  # the last member's header is followed by less than a block of data
     assert len(parse_shard(content, "x")) == 4
-    for length in range(0, len(content) - tarfile.RECORDSIZE // 2, 128):
+    for length in range(512, len(content) - tarfile.RECORDSIZE // 2, 128):
         if length < end + 1024:
             with pytest.raises(DataError, match="shard x is damaged"):
                 parse_shard(content[:length], "x")
-    for start in range(0, end, 512):
+    for start in range(512, end, 512):
         with pytest.raises(DataError, match="shard x is damaged"):
             parse_shard(content[:start] + b"\x07" * 512 + content[start + 512 :], "x")
 
@@ -172,7 +171,9 @@ def test_a_pickle_is_refused_and_not_executed(tmp_path: Path, name: str) -> None
         if name in ("pyd", "pickle"):
             assert len(load_split(dataset, "train")[0]) == 1  # an unknown member, which nobody looks at
         else:
-            with pytest.raises(DataError, match=r"is damaged|pickled objects, which are never loaded|not an integer"):
+            with pytest.raises(
+                DataError, match=r"is damaged|pickled objects, which are never loaded|neither an integer"
+            ):
                 load_split(dataset, "train")
         assert not trap.exists()
     pickle.loads(pickle.dumps(Trap(trap)))
@@ -193,25 +194,31 @@ ONE = npy(numbered_images(0, 1))
         ({"a.images.npy": npy(np.zeros((2, 2), np.uint8))}, r"a.images.npy is uint8 \(2, 2\)"),
         ({"a.images.npy": ONE, "a.labels.npy": npy([1, 2])}, r"labels of a are int64 \(2,\)"),
         ({"a.images.npy": ONE, "a.labels.npy": npy([0.5])}, "labels of a are float64"),
-        ({"a.images.npy": ONE, "a.labels.npy": npy([0]), "b.images.npy": ONE}, "1 of its images have no label"),
+        ({"a.images.npy": ONE, "a.labels.npy": npy([0]), "b.images.npy": ONE}, "some of its images have no label"),
         ({"a.images.npy": ONE, "b.png": b"x"}, "mixes blocks and single images"),
         ({"a.images.npy": npy(np.array([{}]), allow_pickle=True)}, "it holds pickled objects, which are never loaded"),
         ({"a.png": b"x", "a.PNG": b"x"}, "it holds a.PNG more than once"),
-        ({"a.png": b"x", "a.cls": b"99999999999999999999"}, r"a.cls holds b'9+', not an integer"),
+        (
+            {"a.png": b"x", "a.cls": b"99999999999999999999"},
+            "label of its sample a is b'9+', neither an integer nor a name",
+        ),
         ({"a.png": b"x", "a.json": b"{"}, "a.json is not JSON"),
-        ({"a.png": b"x", "a.json": b'{"label": [0, 1]}'}, r"the label in a.json is '\[0, 1\]', neither"),
-        ({"a.png": b"x", "a.json": b'{"cls": true}'}, "the label in a.json is 'True', neither"),
-        ({"a.png": b"x", "a.json": b'{"label": 0.5}'}, "the label in a.json is '0.5', neither"),
-        ({"a.png": b"x", "a.json": b'{"label": "a\\nb"}'}, r"label of its sample a is 'a\\nb', which is no name"),
-        ({"a.png": b"x", "a.json": b'{"label": "cat"}', "b.png": b"x", "b.cls": b"3"}, r"names \('cat'\) and .* \(3\)"),
+        ({"a.png": b"x", "a.json": b'{"label": [0, 1]}'}, r"label of its sample a is \[0, 1\], neither"),
+        ({"a.png": b"x", "a.json": b'{"cls": true}'}, "label of its sample a is True, neither"),
+        ({"a.png": b"x", "a.json": b'{"label": 0.5}'}, "label of its sample a is 0.5, neither"),
+        ({"a.png": b"x", "a.json": b'{"label": "a\\nb"}'}, r"label of its sample a is 'a\\nb', neither"),
+        (
+            {"a.png": b"x", "a.json": b'{"label": "cat"}', "b.png": b"x", "b.cls": b"3"},
+            "some of its labels are names and others numbers",
+        ),
         (
             {"a.png": b"x", "a.json": b'{"label": "cat"}', "b.png": b"x", "b.json": b"[]"},
-            "1 of its images have no label",
+            "some of its images have no label",
         ),
         ({"a.images.npy": ONE[:-1]}, "damaged"),
         ({"a.images.npy": ONE[:90]}, "damaged"),
         ({"a.images.npy": b""}, "damaged"),
-        ({"a.png": b"x", "a.cls": b"seven"}, "seven"),
+        ({"a.png": b"x", "a.cls": b"seven"}, "is b'seven', neither an integer"),
     ],
 )
 def test_what_is_wrong_in_a_shard_is_named(members: dict[str, bytes], words: str) -> None:
@@ -222,24 +229,20 @@ def test_what_is_wrong_in_a_shard_is_named(members: dict[str, bytes], words: str
     assert ("restore the file" in str(caught.value)) == (words == "damaged")
 
 
-@pytest.mark.parametrize(
-    "name", ["zip", "bzip2", "xz", "zstd", "parquet", "text", "two tars", "sparse gnu", "sparse pax"]
-)
+@pytest.mark.parametrize("name", ["zip", "bzip2", "parquet", "text", "two tars", "sparse gnu", "sparse pax"])
 def test_what_is_no_tar_of_samples_is_called_what_it_is(name: str, tmp_path: Path) -> None:
     content = tar({"0.png": bytes(encoded("L", (3, 2)))})
-    words = f"shard x: it is a {name} file: expected a tar, plain or packed with gzip"
+    words = "shard x: it begins with b'{}.*', which is no tar's header: expected a tar, plain or packed with gzip"
     if name == "zip":
         with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive:
             archive.writestr("0.png", encoded("L", (3, 2)))
-        content = buffer.getvalue()
+        content, words = buffer.getvalue(), words.format("PK")
     elif name == "bzip2":
-        content = bz2.compress(content)
-    elif name == "xz":
-        content = lzma.compress(content)
-    elif name in ("zstd", "parquet"):  # these begin so: RFC 8878, 3.1.1; parquet-format, "File format"
-        content = {"zstd": bytes([0x28, 0xB5, 0x2F, 0xFD]), "parquet": b"PAR1"}[name] + bytes(600)
+        content, words = bz2.compress(content), words.format("BZh")
+    elif name == "parquet":
+        content, words = b"PAR1" + bytes(600), words.format("PAR1")
     elif name == "text":
-        content, words = b"<!DOCTYPE html>" * 100, "it begins with b'<!DOCTYPE ht', which is no tar's header: expected"
+        content, words = b"<!DOCTYPE html>" * 100, words.format("<!DOCTYPE ht")
     elif name == "two tars":
         content, words = (
             content + tar({"1.png": bytes(encoded("L", (3, 2)))}),
@@ -279,9 +282,8 @@ def test_the_samples_are_webdatasets(tmp_path: Path) -> None:
     assert decode(found.images, (1, 2, 3), "x")[:, 0, 1, 1].tolist() == [0, 1, 2, 3, 4]
     assert (list(found.image_keys), dict(found.remarks)) == (["png"], {})
     by_folder = parse_shard(content, "x", Reading("", "folder"))
-    assert by_folder.names == ("a", "b.c", "d", "x" * 120)
     assert by_folder.labels is not None
-    assert by_folder.labels.tolist() == [0, 0, 1, 2, 3]
+    assert by_folder.labels.tolist() == ["a", "a", "b.c", "d", "x" * 120]
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
@@ -306,7 +308,8 @@ def test_other_tars_are_read_and_what_is_left_out_is_counted(format: int) -> Non
         add("README", b"hello")
         add("labels.json", b"{}")
     found = parse_shard(buffer.getvalue(), "x", Reading("", "folder"))
-    assert (len(found), found.names, list(found.folders)) == (3, ("ä" * 40,), ["ä" * 40])
+    assert found.labels is not None
+    assert found.labels.tolist() == ["ä" * 40] * 3
     assert str(found.remarks) == (
         f"left out: 3 hidden files (first: {folder}/._0.png), 2 hard links (first: a.png), "
         "1 symbolic link (first: c.png), 1 special file (first: d.png), 1 file without a suffix (first: README), "
@@ -343,26 +346,26 @@ def test_of_several_images_of_a_sample_none_is_taken_unasked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("members", "labels", "numbers", "names"),
+    ("members", "labels", "expected"),
     [
-        ([{"cls": b" 7\n"}, {"cls": b"-1"}], "members", [7, -1], ()),
-        ([{"json": b'{"label": 7, "cls": 1}'}, {"json": b'{"cls": 3}'}], "members", [7, 3], ()),
-        ([{"json": b'{"label": null, "cls": 1}'}, {"cls": b"4", "json": b'{"label": 9}'}], "members", [1, 4], ()),
-        ([{"json": b'{"label": "dog"}'}, {"json": b'{"cls": "cat"}'}], "members", [1, 0], ("cat", "dog")),
-        ([{"json": b'{"caption": "a"}'}, {"json": b"[1, 2]"}], "members", None, ()),
-        ([{"json": b"{"}, {"cls": b"seven"}], "none", None, ()),
-        ([{"json": b"{"}, {"cls": b"seven"}], "folder", [1, 0], ("0", "1")),
+        ([{"cls": b" 7\n"}, {"cls": b"-1"}], "members", [7, -1]),
+        ([{"json": b'{"label": 7, "cls": 1}'}, {"json": b'{"cls": 3}'}], "members", [7, 3]),
+        ([{"json": b'{"label": null, "cls": 1}'}, {"cls": b"4", "json": b'{"label": 9}'}], "members", [1, 4]),
+        ([{"json": b'{"label": "dog"}'}, {"json": b'{"cls": "cat"}'}], "members", ["dog", "cat"]),
+        ([{"json": b'{"caption": "a"}'}, {"json": b"[1, 2]"}], "members", None),
+        ([{"json": b"{"}, {"cls": b"seven"}], "none", None),
+        ([{"json": b"{"}, {"cls": b"seven"}], "folder", ["1", "0"]),
     ],
 )
 def test_labels_of_single_images_by_hand(
-    members: list[dict[str, bytes]], labels: str, numbers: list[int] | None, names: tuple[str, ...]
+    members: list[dict[str, bytes]], labels: str, expected: list[int] | list[str] | None
 ) -> None:
     """The first sample lies in folder 1, the second in folder 0."""
     contents = [
         {f"{1 - i}/{i}.{key}": value for key, value in {"png": b"", **each}.items()} for i, each in enumerate(members)
     ]
     found = parse_shard(tar(contents[0] | contents[1]), "x", Reading("", labels))
-    assert (None if found.labels is None else found.labels.tolist(), found.names) == (numbers, names)
+    assert (None if found.labels is None else found.labels.tolist()) == expected
     with pytest.raises(DataError, match="its sample 0 lies in no folder, but --labels folder"):
         parse_shard(tar({"0.png": b""}), "x", Reading("", "folder"))
     with pytest.raises(DataError, match=r"a\.images\.npy is a block of images: --labels folder is for single images"):
@@ -375,7 +378,7 @@ def test_a_shard_that_the_manifest_belies_is_refused(tmp_path: Path) -> None:
     load_split(dataset_of(tmp_path, content, 3), "train")
     with pytest.raises(DataError, match="holds 3 images, the manifest says 4"):
         load_split(dataset_of(tmp_path, content, 4), "train")
-    with pytest.raises(DataError, match="labels 0 to 7, the manifest 7 classes"):
+    with pytest.raises(DataError, match="it has labels 0 to 7, the dataset 0 to 6"):
         load_split(dataset_of(tmp_path, content, 3, num_classes=7), "train")
     with pytest.raises(DataError, match=r"its images are \(1, 2, 2\), the manifest says \(1, 4, 1\)"):
         read_shard(replace(dataset_of(tmp_path, content, 3), image_shape=(1, 4, 1)), shards[0])

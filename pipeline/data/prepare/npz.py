@@ -6,21 +6,17 @@ unpickled.
 
 from __future__ import annotations
 
-import math
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.class_names import numbered_classes
-from pipeline.data.dataset import DataError, Dataset, Remarks
-from pipeline.data.images import Resizing
-from pipeline.data.prepare.commit import DEFAULT_SIZES, Row, Rows, ShardSizes, check_name, write_rows
-from pipeline.data.shards import BROKEN_HEADER, Images, Labels
+from pipeline.data.dataset import DataError, Dataset, Remarks, naming
+from pipeline.data.images import Resizing, Row
+from pipeline.data.prepare.commit import DEFAULT_SIZES, Rows, ShardSizes, check_name, write_rows
+from pipeline.data.shards import Images, Labels
 
 NAMES = {
     "images": ("", "labels"),
@@ -32,20 +28,8 @@ NAMES = {
     "test_images": ("test", "test_labels"),
 }
 """Names of an array of images in lower case, each with the split that it is ("" is any) and the name of its labels."""
-BROKEN_FILE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, TypeError, RuntimeError, *BROKEN_HEADER)
 TOLERANCE = 1e-4
 """Floats may lie so far outside of their scale, by rounding."""
-
-
-class Arrays(NamedTuple):
-    """The content of a file, or of one split in it."""
-
-    images: Images
-    """uint8 [N, C, H, W]."""
-    labels: Labels | None
-    """int64 [N]."""
-    others: list[str]
-    """Names of the arrays that are neither."""
 
 
 def prepare_npz(
@@ -72,89 +56,55 @@ def prepare_npz(
     """
     check_name(name)
     files = {split: Path(path) for split, path in paths.items()}
-    if "test" not in files and any(NAMES.get(array.lower(), ("",))[0] == "test" for array in _headers(files["train"])):
+    content = {split: load_npz(path, split) for split, path in files.items()}
+    if "test" not in files and any(NAMES.get(array.lower(), ("",))[0] == "test" for array in content["train"][2]):
         files["test"] = files["train"]
-    arrays = {split: load_npz(path, split) for split, path in files.items()}
-    remarks = Remarks()
-    class_names = numbered_classes([(str(files[split]), labels) for split, (_, labels, _) in arrays.items()], "files")
-    for path in dict.fromkeys(files.values()):
-        unread = [set(arrays[split].others) for split in files if files[split] == path]
-        for array in sorted(set.intersection(*unread)):
+        content["test"] = load_npz(files["test"], "test")
+    remarks, unread = Remarks(), dict[Path, set[str]]()
+    for split, path in files.items():
+        unread[path] = unread.get(path, content[split][2]) & content[split][2]
+    for path, names in unread.items():
+        for array in sorted(names):
             remarks.add("left out", "array", f"{array!r} in {path}")
-    rows = {
-        split: Rows(_rows(files[split], images, labels), len(images)) for split, (images, labels, _) in arrays.items()
+    splits = {
+        split: Rows(rows_of(path, *content[split][:2]), str(path), len(content[split][0]))
+        for split, path in files.items()
     }
-    return write_rows(Path(root) / name, rows, sizes, Resizing(crop, size), kind, remarks, class_names)
+    return write_rows(Path(root) / name, splits, sizes, Resizing(crop, size), kind, remarks)
 
 
-def _rows(path: Path, images: Images, labels: Labels | None) -> Iterator[Row]:
+def rows_of(path: Path, images: Images, labels: Labels | None) -> Iterator[Row]:
+    """Yields the images of a file."""
     for index, image in enumerate(images):
         yield Row(f"image {index} of {path}", image, None if labels is None else int(labels[index]))
 
 
-def load_npz(path: Path, split: str = "") -> Arrays:
-    """Reads images and labels of a split, "train" or "test", or with "" of a file that is no split of a dataset.
+def load_npz(path: Path, split: str = "") -> tuple[Images, Labels | None, set[str]]:
+    """Reads a split, "train" or "test", or with "" a file that is no split of a dataset.
 
-    Raises DataError naming the file, also when it has no images of that split, or several.
+    Returns:
+        Images uint8 [N, C, H, W], labels int64 [N], and the names of the arrays that are neither.
+
+    Raises:
+        DataError: The file is damaged, or has no images of that split, or several; it names the file.
     """
-    headers = _headers(path)
-    images_of = {name: NAMES[name.lower()][0] for name in headers if name.lower() in NAMES}
-    candidates = [name for name, its_split in images_of.items() if not split or its_split in ("", split)]
-    if len(candidates) != 1:
-        content = ", ".join(f"{name!r} {dtype} {shape}" for name, (dtype, shape) in headers.items())
-        what = "several arrays that may be the images" if candidates else "no array `images`"
-        raise DataError(f"{path} has {what}{split and f' of the {split} split'}: it holds {content or 'nothing'}")
-    name = candidates[0]
-    labels_name = next((other for other in headers if other.lower() == NAMES[name.lower()][1]), None)
-    others = [other for other in headers if other not in (name, labels_name)]
-    array = _read(path, name, headers[name])
-    described = _described(array, f"{path}: {name}")
-    images = _levels(channels_first(array, described), described)
-    if labels_name is None:
-        return Arrays(images, None, others)
-    labels = _numbers(_read(path, labels_name, headers[labels_name]), len(images), f"{path}: {labels_name}")
-    return Arrays(images, labels, others)
-
-
-Header = tuple[np.dtype[Any], tuple[int, ...]]
-
-
-def _headers(path: Path) -> dict[str, Header]:
-    """Reads the type and shape of each array. Raises DataError for another kind of file, or for an array whose header
-    claims more than follows: numpy would take the memory first."""
-    headers = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                if not member.filename.endswith(".npy"):
-                    continue
-                with archive.open(member) as file:
-                    version = np.lib.format.read_magic(file)
-                    first = version == (1, 0)
-                    read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
-                    shape, _, dtype = read(file)
-                    num_bytes = member.file_size - file.tell()
-                if not dtype.hasobject and math.prod(shape) * dtype.itemsize != num_bytes:
-                    raise ValueError(f"{member.filename!r} claims the shape {shape}, but has {num_bytes:,} bytes")
-                headers[member.filename.removesuffix(".npy")] = dtype, shape
-    except BROKEN_FILE as error:
-        raise DataError(f"{path} cannot be read as an .npz file: {error}") from None
-    return headers
-
-
-def _read(path: Path, name: str, header: Header) -> npt.NDArray[Any]:
-    dtype, shape = header
-    if dtype.hasobject:
-        raise DataError(
-            f"{path}: {name} is an array {shape} of Python objects, which are pickled and never loaded: store "
-            "images of one size as uint8 [N, H, W, C], and labels as integers [N]"
-        )
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            array: npt.NDArray[Any] = file[f"{name}.npy"]
-            return array
-    except BROKEN_FILE as error:
-        raise DataError(f"{path}: {name!r} cannot be read: {error}") from None
+    advice = "; images are stored as uint8 [N, H, W, C], labels as integers [N], and no Python objects are loaded"
+    with naming(f"{path} cannot be read", advice), path.open("rb") as file, np.lib.npyio.NpzFile(file) as arrays:
+        candidates = [name for name in arrays.files if name.lower() in NAMES]
+        if split:
+            candidates = [name for name in candidates if NAMES[name.lower()][0] in ("", split)]
+        if len(candidates) != 1:
+            what = "several arrays that may be the images" if candidates else "no array `images`"
+            content = ", ".join(map(repr, arrays.files)) or "nothing"
+            raise DataError(f"{path} has {what}{split and f' of the {split} split'}: it holds {content}")
+        name = candidates[0]
+        labels_name = next((other for other in arrays.files if other.lower() == NAMES[name.lower()][1]), None)
+        described = _described(array := arrays[name], f"{path}: {name}")
+        images = _levels(channels_first(array, described), described)
+        others = {*arrays.files} - {name, labels_name}
+        if labels_name is None:
+            return images, None, others
+        return images, _numbers(arrays[labels_name], len(images), f"{path}: {labels_name}"), others
 
 
 def _described(array: npt.NDArray[Any], name: str) -> str:

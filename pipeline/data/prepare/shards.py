@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from hashlib import sha256
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from braceexpand import braceexpand
 
+from pipeline.data.class_names import classes_of_labels
 from pipeline.data.dataset import (
     DEFAULT_READING,
     DataError,
     Dataset,
-    ImageShape,
     Reading,
     Remarks,
     Shard,
@@ -23,27 +26,24 @@ from pipeline.data.dataset import (
     read_bytes,
     scheme,
 )
-from pipeline.data.images import AS_STORED, Resizing, common_shape, file_shape
+from pipeline.data.images import AS_STORED, CommonShape, Resizing, Row
 from pipeline.data.prepare.commit import (
     DEFAULT_SIZES,
-    Row,
     Rows,
     ShardSizes,
     check_name,
-    classes_of_labels,
     commit,
     preparing,
     print_line,
     write_rows,
 )
-from pipeline.data.shards import Samples, parse_shard
+from pipeline.data.shards import parse_shard
 from pipeline.distributed.progress import bar
 
 ANY_IMAGE = Reading(image_key="")
 """Takes whichever image a sample has, and refuses several."""
-
-Indexed = tuple[str, Shard, Samples]
-"""The split of a shard that was read once, the shard under its path or URL, and its samples without the images."""
+MAX_FILES = 1_000_000
+"""The most names that a pattern's ranges may stand for."""
 
 
 def index_shards(
@@ -76,68 +76,64 @@ def index_shards(
     urls = {split: list(expand(items)) for split, items in patterns.items()}
     for location in (location for listed in urls.values() for location in listed):
         check_allowed(location, allow_shell_urls)
-    indexed: list[Indexed] = []
-    remarks = Remarks()
-    rows = {split: Rows(_rows(split, listed, reading, indexed, remarks)) for split, listed in urls.items()}
+    indexed, remarks = list[_Indexed](), Remarks()
+    rows = {split: _rows(split, listed, reading, indexed, remarks) for split, listed in urls.items()}
     if resizing != AS_STORED:
-        dataset = write_rows(root / name, rows, sizes, resizing, kind, remarks, shuffle=False)
-        _say_unlabelled(name, indexed, reading)
-        return dataset
-    with preparing(root / name) as temporary:
-        shape = common_shape((_shape(row, remarks) for split in rows.values() for row in split.rows), remarks)
-        class_names = classes_of_labels([(split, shard.name, samples) for split, shard, samples in indexed], "shards")
-        _say_unlabelled(name, indexed, reading)
-        if not reading.image_key:
-            keys = set().union(*(samples.image_keys for _, _, samples in indexed))
-            is_default = keys <= {*DEFAULT_READING.image_key.split(";")}
-            reading = reading._replace(image_key=DEFAULT_READING.image_key if is_default else ";".join(sorted(keys)))
-        splits = {split: tuple(shard for theirs, shard, _ in indexed if theirs == split) for split in patterns}
-        dataset = Dataset(root / name, name, shape, class_names, splits, kind=kind, reading=reading)
-        return commit(dataset, temporary, remarks)
+        splits = {split: Rows(images, f"the {split} split") for split, images in rows.items()}
+        dataset = write_rows(root / name, splits, sizes, resizing, kind, remarks, shuffle=False)
+    else:
+        with preparing(root / name) as temporary:
+            common = CommonShape(remarks, decode=True)
+            for row in chain.from_iterable(rows.values()):
+                common.add(row)
+            class_names = classes_of_labels([(each.split, each.shard.name, each.labels) for each in indexed])
+            if not reading.image_key:
+                keys, default = set().union(*(each.image_keys for each in indexed)), DEFAULT_READING.image_key
+                key = default if keys <= {*default.split(";")} else ";".join(sorted(keys))
+                reading = reading._replace(image_key=key)
+            shards = {split: tuple(each.shard for each in indexed if each.split == split) for split in urls}
+            dataset = Dataset(root / name, name, common.of_all(), class_names, shards, kind=kind, reading=reading)
+            dataset = commit(dataset, temporary, remarks)
+    if not dataset.num_classes and reading.labels != "none":
+        print_line(
+            f"{name}: no image has a label, in .cls, in `label` or `cls` of .json, or in labels.npy of a block "
+            "(--labels folder takes the folders that images lie in for classes)"
+        )
+    return dataset
+
+
+class _Indexed(NamedTuple):
+    """A shard that was read once."""
+
+    split: str
+    shard: Shard
+    """Its name is its path or URL."""
+    labels: set[int | str | None]
+    image_keys: frozenset[str]
 
 
 def _rows(
-    split: str, listed: Sequence[str], reading: Reading, indexed: list[Indexed], remarks: Remarks
+    split: str, listed: Sequence[str], reading: Reading, indexed: list[_Indexed], remarks: Remarks
 ) -> Iterator[Row]:
     """Yields the images of a split's shards, one of which is in memory at a time, and appends each to `indexed`."""
     for location in bar(iterable=listed, desc=f"indexing {split}", unit="shard"):
         content = read_bytes(location)
         samples = parse_shard(content, location, reading)
         shard = Shard(location, len(samples), len(content), sha256(content).hexdigest())
-        indexed.append((split, shard, replace(samples, images=[])))
+        labels = [None] * len(samples) if samples.labels is None else samples.labels.tolist()
+        indexed.append(_Indexed(split, shard, set(labels), samples.image_keys))
         for (event, kind), (count, first) in samples.remarks.items():
             remarks.add(event, kind, f"{first} in {location}", count)
-        for index, image in enumerate(samples.images):
-            label: int | str | None = None if samples.labels is None else int(samples.labels[index])
-            if isinstance(label, int) and samples.names:
-                label = samples.names[label]
+        for image, label in zip(samples.images, labels, strict=True):
             yield Row(f"an image of {location}", image if isinstance(image, np.ndarray) else BytesIO(image), label)
-
-
-def _shape(row: Row, remarks: Remarks) -> tuple[str, ImageShape, bool]:
-    """Returns what `common_shape` takes of an image, once it is decoded."""
-    if isinstance(row.image, np.ndarray):
-        return row.name, row.image.shape, False
-    return row.name, file_shape(row.image, row.name, remarks, decode=True), True
-
-
-def _say_unlabelled(name: str, indexed: Sequence[Indexed], reading: Reading) -> None:
-    """Prints a line where labels were looked for and none was there."""
-    if reading.labels == "none" or any(samples.labels is not None for _, _, samples in indexed):
-        return
-    folders = sorted(set().union(*(samples.folders for _, _, samples in indexed)))
-    hint = ""
-    if len(folders) > 1:
-        shown = ", ".join(map(repr, folders[:3])) + (", ..." if len(folders) > 3 else "")
-        hint = f"; the images lie in the {len(folders)} folders {shown}: --labels folder takes them for classes"
-    print_line(
-        f"{name}: no image has a label, in .cls, in `label` or `cls` of .json, or in labels.npy of a block{hint}"
-    )
 
 
 def expand(patterns: Iterable[str], inside: Sequence[str] = ("*.tar*", "*.tgz")) -> Iterator[str]:
     """Yields URLs and absolute paths of the files that the patterns name; in a folder those that `inside` matches."""
     for pattern in patterns:
+        ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)
+        if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > MAX_FILES:
+            raise DataError(f"{pattern} stands for more than {MAX_FILES:,} files: shorten its ranges")
         # The braces of a pipe: belong to its shell.
         for item in [pattern] if scheme(pattern) == "pipe" else braceexpand(pattern):
             if scheme(item):

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -20,12 +21,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline.data.dataset import DataError, Dataset, Remarks
-from pipeline.data.images import Pixels, Resizing
-from pipeline.data.prepare.commit import DEFAULT_SIZES, Row, Rows, ShardSizes, check_name, write_rows
+from pipeline.data.dataset import SPLITS, DataError, Dataset, Remarks, naming
+from pipeline.data.images import Pixels, Resizing, Row
+from pipeline.data.prepare.commit import DEFAULT_SIZES, Rows, ShardSizes, check_name, write_rows
 from pipeline.data.prepare.npz import TOLERANCE, channels_first
 from pipeline.data.prepare.shards import expand
-from pipeline.errors import UserError, describe_error
+from pipeline.data.samples import checked_label
+from pipeline.errors import UserError
 
 COLUMNS = "image", "label"
 MISSING = "{} is not installed: pip install 'gan-pipeline[datasets]'"
@@ -59,28 +61,29 @@ def prepare_dataset(
     Raises:
         DataError: It names the row.
     """
-    parts = {
-        split: {f"the {split} split": part}
-        for split, part in (dataset if isinstance(dataset, Mapping) else {"train": dataset}).items()
-    }
-    return _write(root, name, parts, sizes, columns=columns, crop=crop, size=size, kind=kind)
+    parts = dataset if isinstance(dataset, Mapping) else {"train": dataset}
+    named = {split: {f"the {split} split": part} for split, part in parts.items()}
+    return _write(root, name, named, sizes, columns, Resizing(crop, size), kind)
 
 
 def prepare_hf(
-    root: Path, name: str, splits: Mapping[str, str], sizes: ShardSizes, *, origin: Sequence[str], **options: Any
+    root: Path,
+    name: str,
+    splits: Mapping[str, str],
+    sizes: ShardSizes,
+    *,
+    origin: Sequence[str],
+    **options: Any,
 ) -> Dataset:
     """Writes a dataset of the Hugging Face Hub, or a folder of its formats or of `save_to_disk`.
 
     Args:
         splits: The names that "train" and maybe "test" have there.
         origin: OWNER/NAME or a folder, and which of its subsets if there are several.
-        options: Those of `prepare_dataset`.
+        options: `columns`, `resizing` and `kind`, see `prepare_dataset`.
     """
     check_name(name)
-    try:
-        import datasets
-    except ModuleNotFoundError:
-        raise UserError(MISSING.format("datasets")) from None
+    datasets = _package("datasets")
 
     def load(split: str) -> Any:
         folder = Path(origin[0])
@@ -97,10 +100,8 @@ def prepare_hf(
     parts = {}
     for split, theirs in splits.items():
         where = f"the split {theirs} of {' '.join(origin)}"
-        try:
+        with naming(f"cannot read {where}"):
             parts[split] = {where: load(theirs)}
-        except Exception as error:  # there is no common class of what it raises
-            raise UserError(f"cannot read {where}: {describe_error(error)}") from None
     return _write(root, name, parts, sizes, **options)
 
 
@@ -111,32 +112,31 @@ def prepare_parquet(
 
     Args:
         patterns: Folders and files with * and {000..123} for "train" and maybe "test".
-        options: Those of `prepare_dataset`.
+        options: `columns`, `resizing` and `kind`, see `prepare_dataset`.
     """
     check_name(name)
-    parts = {}
-    for split, items in patterns.items():
-        parts[split] = {path: _Parquet(path, options["columns"]) for path in expand(items, ("*.parquet",))}
+    files = {split: expand(items, ("*.parquet",)) for split, items in patterns.items()}
+    parts = {split: {path: _Parquet(path, options["columns"]) for path in paths} for split, paths in files.items()}
     return _write(root, name, parts, sizes, **options)
+
+
+def _package(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ModuleNotFoundError:
+        raise UserError(f"{name} is not installed: pip install 'gan-pipeline[datasets]'") from None
 
 
 class _Parquet:
     """A parquet file as an iterable of rows, with the names of its classes if `datasets` has written it."""
 
     def __init__(self, path: str, columns: Sequence[str]) -> None:
-        try:
-            from pyarrow.parquet import ParquetFile
-        except ModuleNotFoundError:
-            raise UserError(MISSING.format("pyarrow")) from None
-        self._open = partial(ParquetFile, path)
-        try:
-            with self._open() as file:
-                schema, self._length = file.schema_arrow, int(file.metadata.num_rows)
+        self._open = partial(_package("pyarrow.parquet").ParquetFile, path)
+        with naming(f"{path} cannot be read as a parquet file"), self._open() as file:
+            schema, self._length = file.schema_arrow, int(file.metadata.num_rows)
             described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
             kinds = described.get("info", {}).get("features", {})
             self.features = {name: SimpleNamespace(**kinds.get(name, {})) for name in schema.names}
-        except (OSError, ValueError, TypeError, AttributeError) as error:  # pyarrow's own are ValueErrors
-            raise DataError(f"{path} cannot be read as a parquet file: {describe_error(error)}") from None
         self._columns = [name for name in columns if name in self.features]
 
     def __len__(self) -> int:
@@ -153,15 +153,13 @@ def _write(
     name: str,
     parts: Mapping[str, Mapping[str, Any]],
     sizes: ShardSizes,
-    *,
     columns: tuple[str, str],
-    crop: int | None,
-    size: int | None,
+    resizing: Resizing,
     kind: str,
 ) -> Dataset:
     """Writes the datasets that each split has, after the names that messages give them."""
     check_name(name)
-    if "train" not in parts or not parts.keys() <= {"train", "test"}:
+    if "train" not in parts or not parts.keys() <= {*SPLITS}:
         raise UserError(f"the dataset has the splits {', '.join(parts)}: give those that are 'train' and maybe 'test'")
     splits: dict[str, Rows] = {}
     classes: dict[tuple[str, ...] | None, str] = {}
@@ -172,11 +170,12 @@ def _write(
             classes.setdefault(names, where)
             rows.append(_rows(dataset, columns, names, where))
             counts.append(_length(dataset))
-        splits[split] = Rows(chain.from_iterable(rows), None if None in counts else sum(filter(None, counts)))
+        total = None if None in counts else sum(filter(None, counts))
+        splits[split] = Rows(chain.from_iterable(rows), f"the {split} split", total)
     if len(classes) > 1:
         first, other, *_ = classes.values()
         raise DataError(f"the classes of {other} are not those of {first}: all must have the same, in the same order")
-    return write_rows(Path(root) / name, splits, sizes, Resizing(crop, size), kind, Remarks(), *classes)
+    return write_rows(Path(root) / name, splits, sizes, resizing, kind, Remarks(), *classes)
 
 
 def _opened(dataset: Any, columns: tuple[str, str], where: str) -> tuple[Any, tuple[str, ...] | None]:
@@ -208,22 +207,17 @@ def _rows(dataset: Any, columns: tuple[str, str], names: Sequence[str] | None, w
     # A torch dataset has a length, and beyond it raises what it likes, or nothing.
     count = None if hasattr(dataset, "__iter__") else _length(dataset)
     iterator = iter(dataset if count is None else map(dataset.__getitem__, range(count)))
-    number, brightest = 0, 255
+    number, brightest, end = 0, 255, object()
     while True:
         name = f"row {number} of {where}"
-        try:
-            row = next(iterator)
+        with naming(f"{name} cannot be read"):  # the dataset's code may be anyone's
+            if (row := next(iterator, end)) is end:
+                break
             if isinstance(row, Mapping):
                 image, label = row[columns[0]], None if columns[1] == "none" else row[columns[1]]
             else:
                 image, label, *_ = (*row, None) if isinstance(row, tuple | list) else (row, None)
             pixels = _pixels(image, name)
-        except StopIteration:
-            break
-        except UserError:
-            raise
-        except Exception as error:  # of the dataset's code, which may be anyone's
-            raise DataError(f"{name} cannot be read: {describe_error(error)}") from error
         if isinstance(pixels, np.ndarray):
             brightest = max(brightest if number else 0, int(pixels.max()))
         yield Row(name, pixels, None if columns[1] == "none" else _label(label, names, name))
@@ -257,14 +251,10 @@ def _pixels(image: Any, name: str) -> Pixels:
 
 
 def _label(label: Any, names: Sequence[str] | None, name: str) -> int | str | None:
-    label = label.item() if hasattr(label, "item") else label
-    if not (label is None or type(label) is str or (type(label) is int and abs(label) < 2**63)):  # a bool is an int
-        raise DataError(f"the label of {name} is {str(label)[:40]!r}, neither an integer nor a text")
-    if names and (type(label) is not int or not 0 <= label < len(names)):
+    value = checked_label(label.item() if hasattr(label, "item") else label, name)
+    if names and not (isinstance(value, int) and 0 <= value < len(names)):
         raise DataError(
-            f"the label of {name} is {label!r}, none of its {len(names)} classes: leave this split out, or the labels "
-            "(--label none)"
+            f"the label of {name} is {value!r}, none of its classes, 0 to {len(names) - 1}: leave this split out, or "
+            "the labels (--label none)"
         )
-    if isinstance(label, str) and not (label.strip() and label.isprintable()):
-        raise DataError(f"the label of {name} is {label[:40]!r}, which is no name")
-    return label
+    return value
