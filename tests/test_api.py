@@ -232,7 +232,7 @@ stopped = read_run("ROOT/once")
 print("logged", stopped.log[-1]["step"], "is at", stopped.step)
 """
 TWICE = """
-from pipeline.training.saving import Saver
+from pipeline.training.trainer import Saver
 interrupt(2, Path("ROOT/twice/metrics.jsonl"))
 Saver.save_now = lambda self: time.sleep(30)  # a disk that takes its time
 try:

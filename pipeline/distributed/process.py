@@ -195,8 +195,8 @@ def check_trackers(run: RunConfig) -> str:
     """Returns the trackers' names as text.
 
     Raises:
-        UserError: accelerate does not know a tracker, its package is missing, or options are of one that is not named
-            or are no mapping.
+        UserError: accelerate does not know a tracker, its package is missing, or options are of one that is not
+            named.
     """
     available = {str(kind.value) for kind in get_available_trackers()}
     for name in run.trackers:
@@ -204,13 +204,9 @@ def check_trackers(run: RunConfig) -> str:
             raise UserError(f"run.trackers holds {name!r}: choose from {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
         if name not in available:
             raise UserError(f"run.trackers holds {name!r}, whose package is missing: pip install {name}")
-    for name, options in run.tracker_options.items():
-        if name not in run.trackers:
-            known = list(run.trackers)
-            raise UserError(f"run.tracker_options names {name}, which run.trackers {known} does not: add it there")
-        if not isinstance(options, dict):
-            place = f"run.tracker_options.{name}"
-            raise UserError(f"{place} is {options!r}: write its arguments below it, e.g. entity: NAME")
+    if others := ", ".join(run.tracker_options.keys() - {*run.trackers}):
+        known = list(run.trackers)
+        raise UserError(f"run.tracker_options names {others}, which run.trackers {known} does not: add it there")
     return ", ".join(run.trackers) or "none"
 
 

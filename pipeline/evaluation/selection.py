@@ -26,14 +26,16 @@ LOWER_IS_BETTER = {key: score.lower_is_better for key, score in SCORES.items() i
 """The scores by which a checkpoint can be chosen, as the files of scores name them."""
 
 
-def named_score(name: str, spaces: list[str]) -> tuple[str, str]:
+def named_score(name: str, spaces: list[str], setting: str = "run.keep_best") -> tuple[str, str]:
     """Returns the feature space and the score that a name like `fid` (in the first space) or `mnist.fid` means. Raises
-    UserError for an unknown score, and for a space that evaluation.features does not hold."""
+    UserError, which names the setting, for an unknown score and for a space that evaluation.features does not hold."""
     space, _, key = name.rpartition(".")
     if key not in LOWER_IS_BETTER:
-        raise UserError(f"{name} is no score to choose by: name one of {', '.join(LOWER_IS_BETTER)}")
+        raise UserError(
+            f"{setting} is {name}, which is no score to choose by: name one of {', '.join(LOWER_IS_BETTER)}"
+        )
     if (space or not spaces) and space not in spaces:
-        raise UserError(f"{name} is no score in evaluation.features {spaces}: add that space there, or name another")
+        raise UserError(f"{setting} is {name}, but evaluation.features {spaces} lacks its space: add it there")
     return space or spaces[0], key
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -222,7 +222,8 @@ class Critic(nn.Module):
             nn.Conv2d(before, after, KERNEL, stride, padding=2)
             for before, after, stride in zip(channels, channels[1:], self.strides, strict=False)
         )
-        self.base = critic_base(image_shape, math.prod(self.strides))
+        height, width = (math.ceil(side / math.prod(self.strides)) for side in image_shape[1:])
+        self.base = height, width
         """Rows and columns of the last feature maps."""
         features = math.prod(self.base) * channels[-1]
         self.score = nn.Linear(features, 1)
@@ -237,12 +238,6 @@ class Critic(nn.Module):
         features = images.permute(0, 2, 3, 1).flatten(1)
         logits = None if self.classes is None else self.classes(features)
         return self.score(features).squeeze(1), logits
-
-
-def critic_base(image_shape: Sequence[int], stride: int) -> tuple[int, int]:
-    """Returns rows and columns of a critic's last feature maps, for images (C, H, W) and the product of its strides."""
-    height, width = (math.ceil(side / stride) for side in image_shape[1:])
-    return height, width
 
 
 @torch.no_grad()
@@ -286,7 +281,6 @@ def mirror_state(network: Generator | Critic, tensors: dict[str, Tensor]) -> dic
 # -- the choice between these networks and the user's own ------------------------------------------------------------
 
 ImageShape = tuple[int, int, int]
-Network = TypeVar("Network", Generator, Critic)
 preserve_global_rng = torch.random.fork_rng(devices=[])
 """Decorates functions that build networks. Layers draw their weights from torch's global random numbers, whose state
 belongs to the caller."""
@@ -306,7 +300,10 @@ def build_generator(
         from pipeline.models.user_networks import UserGenerator
 
         return UserGenerator(config, image_shape, num_classes, rng)
-    return _initialised(Generator(config, image_shape, num_classes), rng)
+    generator = Generator(config, image_shape, num_classes)
+    if rng is not None:
+        initialise(generator, rng)
+    return generator
 
 
 @preserve_global_rng
@@ -318,13 +315,10 @@ def build_critic(
         from pipeline.models.user_networks import UserCritic
 
         return UserCritic(config, image_shape, num_classes, rng)
-    return _initialised(Critic(config, image_shape, num_classes), rng)
-
-
-def _initialised(network: Network, rng: torch.Generator | None) -> Network:
+    critic = Critic(config, image_shape, num_classes)
     if rng is not None:
-        initialise(network, rng)
-    return network
+        initialise(critic, rng)
+    return critic
 
 
 @preserve_global_rng

@@ -79,13 +79,6 @@ class PairedObjective:
         return loss, loss
 
 
-def _towards(target: float) -> ScoreLoss:
-    def squared_error(scores: Tensor) -> Tensor:
-        return (scores - target).square().mean()
-
-    return squared_error
-
-
 def _is_real(scores: Tensor) -> Tensor:
     """Binary cross-entropy of sigmoid(score) against 1."""
     return F.softplus(-scores).mean()
@@ -105,6 +98,10 @@ def _is_more_real(scores: Tensor, others: Tensor) -> Tensor:
     return F.softplus(others - scores).mean()
 
 
+def _is_one(scores: Tensor) -> Tensor:
+    return (scores - 1).square().mean()
+
+
 AnyObjective = Objective | PairedObjective
 OBJECTIVES: dict[str, AnyObjective] = {
     # Arjovsky et al. 2017 (1701.07875), Algorithm 1.
@@ -112,7 +109,7 @@ OBJECTIVES: dict[str, AnyObjective] = {
     # Gulrajani et al. 2017 (1704.00028), Algorithm 1.
     "wgan_gp": Objective(_negative_mean, torch.mean, _negative_mean, penalises=True, estimates_wasserstein=True),
     # Mao et al. 2017 (1611.04076), eq. 9 with a = 0, b = c = 1.
-    "lsgan": Objective(_towards(1.0), _towards(0.0), _towards(1.0), joint_weight=0.5),
+    "lsgan": Objective(_is_one, lambda scores: scores.square().mean(), _is_one, joint_weight=0.5),
     # Goodfellow et al. 2014 (1406.2661), Algorithm 1 with the non-saturating generator loss of section 3.
     "gan": Objective(_is_real, _is_fake, _is_real, joint_weight=0.5),
     # Odena et al. 2017 (1610.09585), eqs. 2 and 3.
@@ -182,11 +179,11 @@ def choose(training: TrainingConfig) -> AnyObjective:
             raise UserError(f"training.{key} is null: the objective {name} needs a number")
         if not wanted and value is not None:
             raise UserError(f"training.{key} is {value}: the objective {name} does not use it, set it to null")
-    if training.critic_updates == "separate" and (objective.paired or penalises(training)):
-        reason = (
-            f"the objective {name} compares real with fake scores, which" if objective.paired else "a gradient penalty"
+    comparison = f"the objective {name} compares real with fake scores, which" if objective.paired else ""
+    if training.critic_updates == "separate" and (comparison or penalises(training)):
+        raise UserError(
+            f"training.critic_updates is separate: {comparison or 'a gradient penalty'} needs joint updates"
         )
-        raise UserError(f"training.critic_updates is separate: {reason} needs joint updates")
     if training.penalty_annealing is not None and not penalises(training):
         raise UserError(
             f"training.penalty_annealing is {training.penalty_annealing}: there is no penalty, set it to null"

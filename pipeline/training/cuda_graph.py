@@ -33,11 +33,8 @@ class CapturedStep:
     """
 
     def __init__(self, step: StepFunction, state: TrainingState, runtime: Runtime) -> None:
-        self._step, self._state, self._stream = step, state, runtime.capture_stream
+        self._step, self._state, self._runtime = step, state, runtime
         self._captures: dict[int, _Capture] = {}  # by the number of critic iterations
-        self._graphs: list[torch.cuda.CUDAGraph] = []
-        # NCCL does not end while a graph holds its collectives, so the graphs go first, after an error too.
-        runtime.before_close.callback(self._reset)
 
     def __call__(self, inputs: StepInputs) -> Tensor:
         iterations = len(inputs.real)
@@ -54,17 +51,19 @@ class CapturedStep:
     def _capture(self, inputs: StepInputs) -> _Capture:
         # A capture records launches and computes nothing. Warming up computes, so the state is put back after it.
         before = {name: tensor.clone() for name, tensor in self._state.tensors().items()}
-        with on_stream(self._stream):
+        stream = self._runtime.capture_stream
+        with on_stream(stream):
             for _ in range(WARM_UP_STEPS):
                 self._step(inputs)
         for name, tensor in self._state.tensors().items():
             # An optimiser has no state before its first step, which starts from zeroes.
             tensor.copy_(before[name]) if name in before else tensor.zero_()
         graph = torch.cuda.CUDAGraph()
-        self._graphs.append(graph)
+        # NCCL does not end while a graph holds its collectives, so the graphs go first, after an error too.
+        self._runtime.before_close.callback(graph.reset)
         try:
             # "thread_local": another thread may wait for the device meanwhile, as the one that saves does.
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 losses = self._step(inputs)
         except RuntimeError as error:  # for example a user's objective that reads a value on the host
             reason = str(error).splitlines()[0]
@@ -74,10 +73,6 @@ class CapturedStep:
         networks = self._state.critic, self._state.generator
         gradients = [(parameter, parameter.grad) for network in networks for parameter in network.parameters()]
         return _Capture(inputs, graph, losses, gradients)
-
-    def _reset(self) -> None:
-        for graph in self._graphs:
-            graph.reset()
 
 
 class CapturableAdam(torch.optim.Adam):

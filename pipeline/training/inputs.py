@@ -114,10 +114,6 @@ class InputStream:
         buffers.send(drawn)
         return StepInputs(**{"mix": None} | rates | buffers.tensors)
 
-    def damage(self) -> str | None:
-        """Returns what has happened to the real images in memory since they were read, as a message; None: nothing."""
-        return self._source.damage()
-
     def close(self) -> None:
         """Ends the source's workers and frees what they have read ahead."""
         self._batches, self._next_batch = iter(()), -1
@@ -181,18 +177,15 @@ class _Buffers:
             sizes = [values.numel() for values in group.values()]
             packed = torch.empty(sum(sizes), dtype=weight.dtype if dtype.is_floating_point else dtype, device=device)
             self._packed[dtype] = packed
-            for (name, values), part in zip(group.items(), torch.split(packed, sizes), strict=True):
-                self.tensors[name] = part.view(values.shape)
+            for name, part in zip(group, torch.split(packed, sizes), strict=True):
+                self.tensors[name] = part.view(group[name].shape)
 
     def send(self, drawn: dict[str, Tensor]) -> None:
         """Copies a step's numbers to the device without waiting for it."""
         for dtype, packed in self._packed.items():
-            parts = [values.flatten() for values in drawn.values() if values.dtype == dtype]
-            if packed.is_cuda:  # from memory that is not pinned, the copy would wait for the device
-                host = torch.cat(parts, out=torch.empty(packed.shape, dtype=dtype, pin_memory=True))
-                packed.copy_(host, non_blocking=True)
-            else:
-                torch.cat(parts, out=packed)
+            host = torch.cat([values.flatten() for values in drawn.values() if values.dtype == dtype])
+            # From memory that is not pinned, the copy would wait for the device.
+            packed.copy_(host.pin_memory() if packed.is_cuda else host, non_blocking=True)
 
 
 def learning_rate(config: OptimizerConfig, update: int) -> float:

@@ -78,8 +78,7 @@ class TrainingState:
             UserError: a tensor is missing, left over, or of another shape or dtype.
         """
         for role in ("generator", "critic", "ema"):
-            network: nn.Module = getattr(self, role)
-            saved = _under(tensors, role)
+            network, saved = getattr(self, role), _under(tensors, role)
             _check_same(role, saved, network.state_dict())
             network.load_state_dict(saved)
         scale = _under(tensors, "scaler")
@@ -197,12 +196,7 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{prefix}."): value for name, value in tensors.items() if name.startswith(f"{prefix}.")}
 
 
-def _check_same(role: str, saved: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    if unmatched := sorted(saved.keys() ^ expected.keys()):
-        raise UserError(f"the checkpoint does not fit this configuration: {role} differs in {', '.join(unmatched)}")
-    for name, tensor in expected.items():
-        if (saved[name].shape, saved[name].dtype) != (tensor.shape, tensor.dtype):
-            raise UserError(
-                f"the checkpoint does not fit this configuration: {role}.{name} is {tuple(saved[name].shape)} "
-                f"{saved[name].dtype}, expected {tuple(tensor.shape)} {tensor.dtype}"
-            )
+def _check_same(role: str, *states: dict[str, Tensor]) -> None:
+    saved, expected = ({(name, tuple(t.shape), t.dtype) for name, t in tensors.items()} for tensors in states)
+    if unmatched := sorted({f"{role}.{name}" for name, *_ in saved ^ expected}):
+        raise UserError(f"the checkpoint does not fit this configuration: it differs in {', '.join(unmatched)}")

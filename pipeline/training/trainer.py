@@ -1,7 +1,9 @@
-"""The training loop: what happens beside the steps, when, and in which order."""
+"""The training loop: what happens beside the steps, when, and in which order; and which failures of a checkpoint end
+the run."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -13,23 +15,23 @@ from pipeline.data import open_dataset, open_source
 from pipeline.distributed.process import Runtime
 from pipeline.distributed.progress import TrainingBar, messages_above_bars
 from pipeline.distributed.slurm import job_id
-from pipeline.errors import Preempted, UserError
+from pipeline.errors import Preempted, TrainingFailed, UserError
 from pipeline.models.networks import AnyGenerator, Critic
 from pipeline.models.objectives import choose
-from pipeline.storage.checkpoint import newest_intact, sweep
+from pipeline.storage.checkpoint import Checkpoint, CheckpointWriter, IntegrityError, newest_intact, sweep
 from pipeline.storage.files import write_text
 from pipeline.storage.lock import Lock, lock_run
 from pipeline.storage.run_folder import RunFolder, environment_of
 from pipeline.training.inputs import InputStream
-from pipeline.training.log import Forecast, MetricsLog, Trackers, profiled
-from pipeline.training.saving import Saver
-from pipeline.training.state import build_state
+from pipeline.training.log import Forecast, MetricsLog, profiled
+from pipeline.training.state import TrainingState, build_state
 from pipeline.training.step import build_step
 
-# Evaluation, exports and reports are imported where they are used: a run may have none of them.
+# Evaluation, trackers, exports and reports are imported where they are used: a run may have none of them.
 if TYPE_CHECKING:
     from pipeline.evaluation.scorer import Scorer
     from pipeline.evaluation.selection import Selection
+    from pipeline.training.trackers import Trackers
 
 
 class Trainer:
@@ -56,11 +58,11 @@ class Trainer:
         )
         if num_classes:
             self.state.generator.class_names = self.state.ema.class_names = self.dataset.class_names
-        source = open_source(config, self.dataset, ranks, runtime.device)
-        self.inputs = InputStream(config, self.state, source, ranks, runtime.captures)
+        self._source = open_source(config, self.dataset, ranks, runtime.device)
+        self.inputs = InputStream(config, self.state, self._source, ranks, runtime.captures)
         self.step = build_step(config, self.objective, self.state, runtime)
         self.log = MetricsLog(training, self.state, runtime, self.folder)
-        self.trackers = Trackers(config, runtime, self.folder)
+        self._trackers: Trackers | None = None
         self.scorer: Scorer | None = None
         if config.evaluation.every:
             from pipeline.evaluation.scorer import Scorer
@@ -84,17 +86,17 @@ class Trainer:
             Preempted: a signal stopped it, after saving.
             TrainingFailed: a loss, gradient or weight is not finite, replicas differ, or saving failed too often.
         """
-        run = self.config.run
+        run, every, ranks = self.config.run, self.config.evaluation.every, self.runtime.ranks
         try:
-            self.runtime.ranks.on_main(self._open_folder)
-            self.log.introduce(self.dataset)
-            self._resume()
-            self.trackers.begin(self.state.step)
-            take_step = profiled(self.take_step, run, self.state, self.runtime, self.folder)
-            with messages_above_bars(), self._progress_bar() as self._bar:
+            checkpoint, remarks = ranks.on_main(self._open_folder)
+            self._introduce(remarks)
+            self._resume(checkpoint)
+            take_step = profiled(self.take_step, self.config, self.state, self.runtime)
+            bar = TrainingBar(self._last_step, self.state.step, run.name, every, disable=not ranks.is_main)
+            with messages_above_bars(), bar as self._bar:
                 self._sample_and_evaluate()  # what a stop right after the checkpoint left undone
                 self.log.begin()
-                forecast = Forecast(self.config.training, self.runtime, self.state.step)
+                forecast = Forecast(self.config, self.runtime, self.state.step)
                 while self.state.step < self._last_step:
                     take_step()
                     self._bar.update()
@@ -102,7 +104,7 @@ class Trainer:
                     self.saver.report()
                     if self._due(run.log_every):
                         self._write_log()  # before the checkpoint: a resumed run writes the lines after it
-                    if self._due(run.checkpoint_every) or (run.keep_best and self._due(self.config.evaluation.every)):
+                    if self._due(run.checkpoint_every) or (run.keep_best and self._due(every)):
                         self.saver.save()
                         self._comment()
                     self._sample_and_evaluate()
@@ -113,7 +115,7 @@ class Trainer:
             self.saver.save_now()
             if self.selection is not None and self.scorer is not None:
                 self.selection.export(self.scorer, self.state.step)
-            self.runtime.ranks.on_main(self._finish)
+            ranks.on_main(self._finish)
         finally:
             self.inputs.close()
             if self._lock is not None:
@@ -126,39 +128,58 @@ class Trainer:
 
     # -- beginning and end ---------------------------------------------------------------------------------------------
 
-    def _open_folder(self) -> None:
+    def _introduce(self, remarks: list[str]) -> None:
+        """Prints what trains and where: objective, steps, folder; ranks, device, images, networks."""
+        training, runtime = self.config.training, self.runtime
+        runtime.print(f"{training.objective} on {self.dataset.name}, {training.steps:,} steps, in {self.folder.path}")
+        shape, count = "x".join(map(str, self.dataset.image_shape)), self.dataset.num_images("train")
+        sizes = (f"{name} {number:,}" for name, number in self.state.num_weights.items())
+        runtime.print(f"{runtime}; {count:,} images of {shape}; parameters: {', '.join(sizes)}")
+        for line in remarks:
+            runtime.print(line)
+
+    def _open_folder(self) -> tuple[Checkpoint | None, list[str]]:
+        """Makes the folder this run's, on the main rank. Returns the checkpoint to go on from, and lines about it."""
+        self._lock, folder = lock_run(self.folder), self.folder
+        checkpoint, damaged = newest_intact(folder)
+        remarks = [f"skipped a damaged checkpoint: {line}" for line in damaged]
+        if checkpoint is not None and checkpoint.progress["generator"] != self.state.generator.spec():
+            raise UserError(
+                f"{checkpoint.folder}: its networks double less often than images of this size now have them "
+                "doubled; score and export them as they are, and train others under another run.name"
+            )
+        if checkpoint is not None and checkpoint.step >= self._last_step and folder.export.exists():
+            steps = f"{folder.path} has its {checkpoint.step:,} steps already"
+            remarks.append(f"{steps}: for more, give a greater --training.steps")
+        else:
+            if checkpoint is not None:
+                remarks.append(f"going on from {checkpoint.folder}, saved at world size {checkpoint.world_size}")
+            self._describe_run()
+        sweep(folder)
+        folder.trim_metrics(checkpoint.step if checkpoint else 0)
+        return checkpoint, remarks
+
+    def _describe_run(self) -> None:
         from pipeline.export.images import row_names
 
-        self._lock, runtime, dataset = lock_run(self.folder), self.runtime, self.dataset
-        environment = environment_of(runtime.hardware, job_id()) | {"weights": self.state.num_weights}
-        environment |= {"dataset": dataset.name, "dataset_fingerprint": dataset.fingerprint}
+        environment = environment_of(self.runtime.hardware, job_id()) | {"weights": self.state.num_weights}
+        environment |= {"dataset": self.dataset.name, "dataset_fingerprint": self.dataset.fingerprint}
         if names := row_names(self.state.generator):
             environment["sample_rows"] = list(names)
         # In this order: a folder with a config.yaml is a run, which has an environment.
         write_text(self.folder.environment, json.dumps(environment, indent=1))
         write_text(self.folder.config, to_yaml(self.config))
-        sweep(self.folder)
 
-    def _resume(self) -> None:
-        checkpoint, damaged = self.runtime.ranks.on_main(lambda: newest_intact(self.folder))
-        for line in damaged:
-            self.runtime.print(f"skipped a damaged checkpoint: {line}")
+    def _resume(self, checkpoint: Checkpoint | None) -> None:
         if checkpoint is not None:
-            if checkpoint.progress["generator"] != self.state.generator.spec():
-                raise UserError(
-                    f"{checkpoint.folder}: its networks double less often than images of this size now have them "
-                    "doubled; score and export them as they are, and train others under another run.name"
-                )
             self.state.load(checkpoint.tensors(), checkpoint.step)
             self.log.elapsed_seconds = checkpoint.progress["elapsed_seconds"]
             self.log.evaluation_seconds = checkpoint.progress["evaluation_seconds"]
             self.saver.begin(checkpoint.step)
-            self.runtime.print(f"going on from {checkpoint.folder}, saved at world size {checkpoint.world_size}")
-        self.runtime.ranks.on_main(lambda: self.folder.trim_metrics(self.state.step))
+        if self.config.run.trackers:
+            from pipeline.training.trackers import Trackers
 
-    def _progress_bar(self) -> TrainingBar:
-        name, last_step, quiet = self.config.run.name, self.config.training.steps, not self.runtime.ranks.is_main
-        return TrainingBar(last_step, self.state.step, name, self.config.evaluation.every, disable=quiet)
+            self._trackers = Trackers(self.config, self.runtime, self.state.step)
 
     def _stop(self) -> NoReturn:
         self.saver.save_now()
@@ -182,10 +203,12 @@ class Trainer:
         return every is not None and (self.state.step % every == 0 or self.state.step == self._last_step)
 
     def _write_log(self) -> None:
-        if (fault := self.log.fault()) is not None:
-            self.saver.fail(fault)
         wait_seconds, self.inputs.wait_seconds = self.inputs.wait_seconds, 0.0
-        self._bar.facts |= self.log.write(wait_seconds, self.objective.estimates_wasserstein)
+        line = self.log.write(wait_seconds, self.objective.estimates_wasserstein, self.saver.fail)
+        self._bar.facts |= {name: f"{line[f'{name}_loss']:.4f}" for name in ("critic", "generator")}
+        if self._trackers is not None:
+            self._trackers.log_line(line)
+        self.log.begin()
 
     def _progress(self) -> dict[str, Any]:
         from pipeline.export.generator_file import CLASS_NAMES
@@ -195,7 +218,7 @@ class Trainer:
         return {**seconds, "generator": self.state.generator.spec(), CLASS_NAMES: names}
 
     def _damage(self) -> str | None:
-        return self.inputs.damage() or (self._lock.lost() if self._lock else None)
+        return self._source.damage() or (self._lock.lost() if self._lock else None)
 
     def _comment(self, *, last: bool = False) -> None:
         """Makes the run's progress and scores the comment of its Slurm job."""
@@ -218,7 +241,8 @@ class Trainer:
                 with runtime.tolerating(f"step {step}: samples"):
                     images, columns = sample_grid(self._copied_generator(), self.config.training.seed)
                     save_grid(images, grid, columns)
-            self.trackers.log_grid(step, is_new=is_new)
+            if self._trackers is not None:
+                self._trackers.log_grid(step, is_new=is_new)
 
     def _evaluate(self, scorer: Scorer) -> None:
         step, runtime, ends_at, started = self.state.step, self.runtime, self._ends_at, time.monotonic()
@@ -237,10 +261,85 @@ class Trainer:
             except Preempted:
                 self._stop()
         self.log.add_evaluation(time.monotonic() - started)
-        self.trackers.log_scores(step, is_new=is_new)
+        if self._trackers is not None:
+            self._trackers.log_scores(step, is_new=is_new)
         if step < self._last_step and ends_at and runtime.ranks.on_main(lambda: ends_at(step)):
             runtime.print(f"step {step}: the run ends here, its scores do not get better")
             self._last_step = step
 
     def _copied_generator(self) -> AnyGenerator:
         return self.state.copied_generator(self.config.evaluation.weights)
+
+
+class Saver:
+    """Saves a run's state beside the training.
+
+    A save that fails is reported and tried again at the next cadence, up to run.max_save_failures in a row. Every rank
+    sees the same outcome at the same step, so the ranks stay in step. Its methods raise TrainingFailed on all ranks
+    when the state must not be saved or saving has failed too often.
+
+    Args:
+        progress: returns what a resumed run needs beside the state, as JSON-serialisable values.
+        damage: returns why this rank must not save, whatever its state is, as a message; None: it may.
+        best_of: returns which of some steps has the best checkpoint, to keep it; None: none of them.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        state: TrainingState,
+        runtime: Runtime,
+        progress: Callable[[], dict[str, Any]],
+        damage: Callable[[], str | None],
+        best_of: Callable[[list[int]], int | None],
+    ) -> None:
+        self._state, self._runtime, self._progress, self._damage = state, runtime, progress, damage
+        run, clip_value = config.run, config.training.clip_value
+        self._allowed_failures = run.max_save_failures
+        bounds: dict[str, Any] = {"keep_last": run.keep_last, "keep_every": run.keep_every, "clip_value": clip_value}
+        self.writer = CheckpointWriter(RunFolder(config.folder), runtime.ranks, best_of=best_of, **bounds)
+        self._reported_step: int | None = None
+
+    def begin(self, step: int) -> None:
+        """Goes on from the checkpoint of this step."""
+        self.writer.committed_step = self._reported_step = step
+
+    def report(self) -> None:
+        """Prints a line about a checkpoint that was completed since the last call."""
+        if (step := self.writer.committed_step) != self._reported_step:
+            self._reported_step = step
+            self._runtime.print(f"step {step}: saved")
+
+    def save(self) -> None:
+        """Starts a checkpoint, after noting how the one before it ended."""
+        state = self._state
+        self._note_outcome(lambda: self.writer.save(state.tensors(), state.step, self._progress(), self._damage()))
+
+    def save_now(self) -> None:
+        """Returns when the present step is on the disk."""
+        self._note_outcome(self.writer.finish)
+        if self.writer.committed_step != self._state.step:
+            self.save()
+            self._note_outcome(self.writer.finish)
+        if self.writer.committed_step != self._state.step:
+            self.fail(f"step {self._state.step} could not be saved")
+        self.report()
+
+    def fail(self, reason: str) -> NoReturn:
+        """Ends the run with a message that names the checkpoint that is left."""
+        with contextlib.suppress(OSError, IntegrityError):
+            self.writer.finish()
+        committed = self.writer.committed_step
+        remains = f"the last good checkpoint is step {committed}" if committed else "there is no checkpoint yet"
+        raise TrainingFailed(f"{reason}; {remains}")
+
+    def _note_outcome(self, save: Callable[[], None]) -> None:
+        try:
+            save()
+        except IntegrityError as error:
+            self.fail(f"step {self._state.step}: must not be saved, {error}")
+        except OSError as error:
+            failures, allowed = self.writer.failures_in_a_row, self._allowed_failures
+            self._runtime.print(f"checkpoint failed ({failures} in a row, {allowed} tolerated): {error}")
+            if failures > allowed:
+                self.fail(f"checkpoints can't be written: {error}")

@@ -71,7 +71,7 @@ class StudyFile:
         config = configure({})
         if config.evaluation.every is None:
             raise UserError("evaluation.every is null: a study needs evaluations, set it to a number of steps")
-        named_score(self.score, config.evaluation.features)
+        named_score(self.score, config.evaluation.features, "score")
         for key, allowed in self.space.items():
             if key not in flatten(config) or key.startswith("run.") or key == "training.seed":
                 raise UserError(f"space.{key} is no setting that can be searched: see train.py --help")

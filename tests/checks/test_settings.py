@@ -224,12 +224,12 @@ TABLE = {
         subject="run.keep_best",
     ),
     "the best by no such score": Bad(
-        r"mnist.fids is no score to choose by: name one of fid, fid_infinite, is_mean, .*",
+        r"run.keep_best is mnist.fids, which is no score to choose by: name one of fid, fid_infinite, is_mean, .*",
         {"run": {"keep_best": "mnist.fids"}, "evaluation": {"every": 5}},
         subject="run.keep_best",
     ),
     "the best in a space that is not scored": Bad(
-        r"inception.fid is no score in evaluation.features \['mnist'\]: add that space there, or name another",
+        r"run.keep_best is inception.fid, but evaluation.features \['mnist'\] lacks its space: add it there",
         {"run": {"keep_best": "inception.fid"}, "evaluation": {"every": 5}},
         subject="run.keep_best",
     ),

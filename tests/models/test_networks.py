@@ -150,7 +150,9 @@ def test_parameter_counts_of_colour_images(side: int, generator_size: int, criti
     ],
 )
 def test_sides_that_no_doublings_reach_are_refused_with_the_nearest(shape: tuple[int, int, int], sizes: str) -> None:
-    with pytest.raises(UserError, match=rf"{shape[1]} x {shape[2]}: .*\(prepare the dataset with {sizes}\)$"):
+    with pytest.raises(
+        UserError, match=rf"{shape[1]} x {shape[2]} \(height x width\): .*\(prepare the dataset with {sizes}\)$"
+    ):
         Generator(NetworkConfig(), shape)
 
 

@@ -66,7 +66,7 @@ def test_the_shipped_study_is_sound() -> None:
         ({"space": {"training.seed": {"int": [0, 1]}}}, "space.training.seed is no setting that can be searched"),
         ({"space": {"training.clip": {"uniform": [0, 1]}}}, "space.training.clip is no setting"),
         ({"space": {"training.n_critic": {"int": [0, 3]}}}, "training.n_critic is 0: it must be at least 1"),
-        ({"score": "mnist.fids"}, "mnist.fids is no score"),
+        ({"score": "mnist.fids"}, "score is mnist.fids, which is no score"),
     ],
 )
 def test_what_is_no_study_is_refused_by_name(change: dict[str, object], message: str, tmp_path: Path) -> None:
