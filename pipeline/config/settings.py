@@ -41,6 +41,8 @@ class RunConfig:
     """Name of the run's folder; by default the objective's, and the dataset's if it is not mnist: wgan-cifar10."""
     root: str = setting("runs", free=True)
     """Folder that holds the runs."""
+    start_from: str | None = setting(None)
+    """Run, checkpoint, export or hf://OWNER/NAME with whose weights a new run begins; null: it draws them."""
     log_every: int = setting(50, low=1, free=True)
     """Number of steps between two lines of metrics.jsonl."""
     sample_every: int = setting(500, low=1, free=True)

@@ -69,7 +69,7 @@ def write_hub_folder(
         if evaluation is not None:
             scores = {"step": evaluation.step, **evaluation.settings, "features": evaluation.features}
             write_text(folder / "scores.json", json.dumps(scores, indent=1))
-        _card(generator, provenance, run, evaluation, (licence, data_licence)).save(folder / "README.md")
+        _card(generator, provenance, run, evaluation, licence, data_licence).save(folder / "README.md")
         folder.rename(out)
 
 
@@ -114,7 +114,7 @@ def push(folder: Path, name: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _run_of(source: Path) -> Run | None:
@@ -129,9 +129,9 @@ def _card(
     provenance: dict[str, Any],
     run: Run | None,
     evaluation: Evaluation | None,
-    licences: tuple[str | None, str | None],
+    licence: str | None,
+    data_licence: str | None,
 ) -> ModelCard:
-    licence, data_licence = licences
     name = str(provenance.get("run") or (run.name if run else "generator"))
     dataset = str((run.environment.get("dataset") if run else None) or "images that are not named")
     objective = str(run.config.get("training.objective", "gan")) if run else "gan"

@@ -56,6 +56,11 @@ class Trainer:
         self.state = build_state(
             config, self.dataset.image_shape, num_classes, runtime.device, runtime.scaler, runtime.captures
         )
+        if (start := config.run.start_from) and ranks.on_main(lambda: newest_intact(self.folder)[0]) is None:
+            from pipeline.export.generator_file import warm_start
+
+            warm_start(start, self.state.generator, self.state.ema, self.state.critic)
+            runtime.print(f"begins with the weights of {start}")
         if num_classes:
             self.state.generator.class_names = self.state.ema.class_names = self.dataset.class_names
         self._source = open_source(config, self.dataset, ranks, runtime.device)
