@@ -48,8 +48,7 @@ NEIGHBOUR_ROUNDS, SETTLING_SECONDS, NEIGHBOUR_SECONDS = 2, 3.0, 2.0
 """A round beside another process, and alone: seconds that do not count, then seconds that do."""
 MATMUL_SIZE = 2048
 EVALUATION_IMAGES = 500
-KERNEL_SECONDS, KERNEL_ROUNDS = 1.0, 5
-"""A layer is measured for about so many seconds, and at least so many rounds."""
+KERNEL_ROUNDS = 15
 
 Works = Mapping[str, Callable[[], object]]
 Seconds = dict[str, list[float]]
@@ -132,7 +131,11 @@ def measure_training(config: Config, runtime: Runtime, steps: int) -> dict[str, 
         config = replace(config, run=run, training=replace(config.training, burn_in_n_critic=None))
         trainer = Trainer(config, runtime)
         ranks.on_main(lambda: write_text(trainer.folder.config, to_yaml(config)))  # without it the folder is no run
-        plain, gradients, waited = PlainTrainer(trainer), _gradient_buffers(trainer), [0.0]
+        plain, waited, weight = PlainTrainer(trainer), [0.0], next(trainer.state.critic.parameters())
+        # As many numbers as the ranks all-reduce in a step: the gradients of each update, critic and generator.
+        updates = config.training.n_critic * (2 if config.training.critic_updates == "separate" else 1)
+        counts = trainer.state.num_weights
+        gradients = [weight.new_zeros(count) for count in [counts["critic"]] * updates + [counts["generator"]]]
         # The plain step's convolutions and matrix products: what a step of ours computes beside them is no useful work.
         with FlopCounterMode(display=False) as counter:
             plain.take_step()
@@ -180,8 +183,6 @@ def _speeds(config: Config, runtime: Runtime, seconds: Seconds, gflop: float) ->
         "speedup_over_eager": ratio(seconds["plain"], seconds["step"]),
         "images_per_second": config.training.n_critic * config.training.batch_size / step_seconds,
         "step_seconds_median": step_seconds,
-        "step_seconds_min": min(seconds["step"]),
-        "step_seconds_max": max(seconds["step"]),
         "all_reduce_share": median(seconds["all_reduce"]) / step_seconds if world_size > 1 else 0.0,
         # The first save, which imports what it needs, was in a round of the warm-up.
         "checkpoint_stall_share": median(seconds["save"][SAVE_EVERY - WARM_UP_STEPS :: SAVE_EVERY]) / step_seconds,
@@ -216,14 +217,6 @@ def _single_step(config: Config, runtime: Runtime) -> Callable[[], None]:
     return step
 
 
-def _gradient_buffers(trainer: Trainer) -> list[Tensor]:
-    """Returns as many numbers as the ranks all-reduce in a step: the gradients of each update, critic and generator."""
-    training, state = trainer.config.training, trainer.state
-    updates = training.n_critic * (2 if training.critic_updates == "separate" else 1)
-    updated = [list(network.parameters()) for network in [state.critic] * updates + [state.generator]]
-    return [parameters[0].new_zeros(sum(p.numel() for p in parameters)) for parameters in updated]
-
-
 def _evaluation_rate(trainer: Trainer) -> float | None:
     """Returns images per second that all ranks together render and extract features from; None without evaluations."""
     if trainer.scorer is None:
@@ -240,23 +233,21 @@ def measure_neighbour(trainer: Trainer) -> float:
     It takes 20 seconds: OpenMP's threads need some to notice that they are not alone, or are again
     (`distributed/cpu.py`).
     """
-    runtime, seconds = trainer.runtime, Seconds(beside=[], alone=[])
+    ranks, seconds = trainer.runtime.ranks, Seconds(beside=[], alone=[])
+
+    def step_seconds(at_least: float) -> float:
+        started, steps = time.perf_counter(), 0
+        while ranks.any(time.perf_counter() - started < at_least):
+            _take_step(trainer)
+            steps += 1
+        return (time.perf_counter() - started) / steps
+
     for _ in range(NEIGHBOUR_ROUNDS):
         for name, rounds in seconds.items():
-            starts_one = name == "beside" and runtime.ranks.is_main
-            with _busy_process(runtime.cores) if starts_one else nullcontext():
-                _seconds_a_step(trainer, SETTLING_SECONDS)
-                rounds.append(_seconds_a_step(trainer, NEIGHBOUR_SECONDS))
-    return runtime.ranks.on_main(lambda: ratio(seconds["beside"], seconds["alone"]))
-
-
-def _seconds_a_step(trainer: Trainer, at_least: float) -> float:
-    """Takes steps for at least that many seconds and returns their mean time."""
-    started, steps = time.perf_counter(), 0
-    while trainer.runtime.ranks.any(time.perf_counter() - started < at_least):
-        _take_step(trainer)
-        steps += 1
-    return (time.perf_counter() - started) / steps
+            with _busy_process(trainer.runtime.cores) if name == "beside" and ranks.is_main else nullcontext():
+                step_seconds(SETTLING_SECONDS)
+                rounds.append(step_seconds(NEIGHBOUR_SECONDS))
+    return ranks.on_main(lambda: ratio(seconds["beside"], seconds["alone"]))
 
 
 @contextmanager
@@ -305,10 +296,8 @@ def _time_form(layer: nn.Module, images: Tensor, runtime: Runtime) -> dict[str, 
             outputs = forward(layer, images)
         torch.autograd.grad(outputs, [images, *layer.parameters()], upstream)
 
-    alone = runtime.alone()
     works = {"form": partial(differentiate, form), "stock": partial(differentiate, stock)}
-    once = sum(seconds for [seconds] in time_in_turn(works, 1, alone).values())
-    seconds = time_in_turn(works, max(KERNEL_ROUNDS, int(KERNEL_SECONDS / once)), alone)
+    seconds = time_in_turn(works, KERNEL_ROUNDS, runtime.alone())
     return {
         "form": form.__name__,
         "seconds": median(seconds["form"]),

@@ -8,7 +8,7 @@ from pipeline.benchmarking import fidelity, measure
 from pipeline.distributed.launcher import run_program
 
 BRIEF: dict[str, Any] = {
-    **{"SETTLING_SECONDS": 0.1, "NEIGHBOUR_SECONDS": 0.15, "NEIGHBOUR_ROUNDS": 1, "KERNEL_SECONDS": 0.0},
+    **{"SETTLING_SECONDS": 0.1, "NEIGHBOUR_SECONDS": 0.15, "NEIGHBOUR_ROUNDS": 1, "KERNEL_ROUNDS": 2},
     **{"DATA_ROUNDS": 1, "DATA_BATCHES": 20, "EVALUATION_ROUNDS": 1, "EVALUATION_IMAGES": 100, "MATMUL_SIZE": 512},
 }
 

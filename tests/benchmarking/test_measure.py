@@ -57,7 +57,7 @@ def test_a_ratio_is_the_median_of_pairs() -> None:
 def test_every_form_in_use_is_in_the_table(
     width: float, last_forms: dict[str, str], config: Config, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "KERNEL_SECONDS", 0.0)
+    monkeypatch.setattr(measure, "KERNEL_ROUNDS", 2)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     small = TrainingConfig(batch_size=8, n_critic=1)
     trainer = Trainer(replace(config, network=NetworkConfig(width=width), training=small), runtime)
@@ -92,7 +92,7 @@ def test_a_benchmark_whose_saves_fail_fails(
 ) -> None:
     monkeypatch.setattr(measure, "MATMUL_SIZE", 8)
     monkeypatch.setattr(measure, "measure_neighbour", lambda trainer: 1.0)  # takes seconds
-    monkeypatch.setattr(measure, "KERNEL_SECONDS", 0.0)
+    monkeypatch.setattr(measure, "KERNEL_ROUNDS", 2)
     config = replace(config, training=TrainingConfig(batch_size=8, n_critic=1))
     figures = measure.measure_training(config, runtime, 10)
     assert figures["checkpoint_stall_share"] > 0
@@ -129,7 +129,6 @@ def test_the_benchmark_measures_what_it_says(world_size: int, scored_digits: Dat
     assert found["achieved_gflops"] == pytest.approx(found["gflop_per_step"] / found["step_seconds_median"])
     assert found["share_of_ceiling"] == pytest.approx(found["achieved_gflops"] / found["ceiling_gflops"])
     assert found["world_size"] == world_size
-    assert found["step_seconds_min"] <= found["step_seconds_median"] <= found["step_seconds_max"]
     assert found["gflop_per_step"] == pytest.approx(GFLOP, rel=1e-3)
     assert found["images_per_second"] == pytest.approx(64 / found["step_seconds_median"])
     assert found["data_wait_share"] < 1
