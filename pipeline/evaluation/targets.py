@@ -26,8 +26,9 @@ from pipeline.evaluation import TARGET
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.scorer import Scorer
 from pipeline.export.generator_file import critic_of, generator_of, is_export, load_generator
-from pipeline.reporting import floor_in_words, number
+from pipeline.reporting import counted, number
 from pipeline.reporting.page import write_report
+from pipeline.reporting.read import Evaluation
 from pipeline.storage.checkpoint import CheckpointError, find
 from pipeline.storage.files import make_folder
 from pipeline.storage.run_folder import RunFolder, scores_of
@@ -172,11 +173,11 @@ def _fingerprint(target: Path, files: Sequence[Path], crop: int | None, size: in
 
 
 def _summary(result: dict[str, Any]) -> str:
-    texts = []
+    evaluation, texts = Evaluation(0, result, result["features"]), []
     for name, scores in result["features"].items():
-        texts.append(f"{name} FID {scores['fid']:.2f} ({floor_in_words(scores['fid_floor'])})")
+        texts.append(f"{name} FID {scores['fid']:.2f} ({evaluation.floor(name)})")
         if scores["is_mean"] is not None:
             texts[-1] += f", IS {number(scores['is_mean'])}"
         if modes := scores.get("modes"):
-            texts[-1] += f", {modes:,.0f} mode{'s' * (modes > 1)}, KL {number(scores['mode_kl'])}"
+            texts[-1] += f", {counted(modes, 'mode')}, KL {number(scores['mode_kl'])}"
     return "; ".join(texts)

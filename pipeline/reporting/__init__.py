@@ -25,11 +25,6 @@ def number(value: object, digits: int = 3) -> str:
     return f"{known:#.{digits}g}"
 
 
-def floor_in_words(floor: object) -> str:
-    """Returns the FID of real images, the floor of generated ones', or why there is none."""
-    return "no floor: the real images have no test split" if finite(floor) is None else f"floor {number(floor)}"
-
-
 def duration(seconds: float | None) -> str:
     if seconds is None:
         return MISSING
@@ -48,6 +43,11 @@ def setting(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
+def counted(count: object, noun: str) -> str:
+    """Returns a number with its noun, such as `1 mode` or `10 modes`."""
+    return f"{number(count)} {noun}{'' if count == 1 else 's'}"
+
+
 def code(text: str) -> str:
     """Returns Markdown that shows any text as it is."""
     return "`" + re.sub(r"[`\s]+", " ", text) + "`"
@@ -56,11 +56,13 @@ def code(text: str) -> str:
 def few_images(num_images: object, num_real: int = FEW_IMAGES) -> str | None:
     """Returns a warning if so few images were scored, or compared with, that the scores mean little."""
     count = finite(num_images)
-    if num_real < FEW_IMAGES and (count is None or count >= FEW_IMAGES):
-        return f"only {num_real:,} real images: FID is higher than with more, compare it only with others against them"
-    if count is None or count >= FEW_IMAGES:
-        return None
-    return f"only {count:,.0f} images are scored: below {FEW_IMAGES:,} a FID tells more of their number than of them"
+    if count is not None and count < FEW_IMAGES:
+        scored = f"{counted(count, 'image')} {'is' if count == 1 else 'are'} scored"
+        return f"only {scored}: below {FEW_IMAGES:,} a FID tells more of their number than of them"
+    if num_real < FEW_IMAGES:
+        real = counted(num_real, "real image")
+        return f"only {real}: FID is higher than with more, compare it only with others against them"
+    return None
 
 
 class Score(NamedTuple):
@@ -74,6 +76,7 @@ class Score(NamedTuple):
 SCORES = {
     "fid": Score("FID", lower_is_better=True),
     "fid_floor": Score("Floor"),
+    "fid_published": Score("FID, published"),
     "fid_infinite": Score("FID, N → ∞", lower_is_better=True),
     "is_mean": Score("IS", lower_is_better=False),
     "kid_mean": Score("KID", lower_is_better=True),

@@ -1,4 +1,4 @@
-"""Charts as inline SVG in the colours and fonts of the page that holds them."""
+"""Charts as inline SVG in the colours and fonts of the page that holds them, and pictures for notebooks."""
 
 import base64
 import html
@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -25,11 +26,6 @@ SIZE = (4.7, 2.5)
 # Only CSS variables follow dark mode, and matplotlib has none. It draws in colours that nothing else has, and each is
 # then replaced by its variable.
 INK, RULE, LINES = "#010101", "#020202", [f"#03000{i}" for i in range(6)]
-NOTEBOOK_COLOURS = (
-    "--ink-soft: currentColor; --rule: #8886; --line-0: #3d7bea; --line-1: #d9722e; --line-2: #2c9d66; "
-    "--line-3: #a163d6; --line-4: #d9527a; --line-5: #1f93a6"
-)
-"""Values of the variables that can be read on white and on black: a notebook does not say which of them it is."""
 VARIABLES = {INK: "--ink-soft", RULE: "--rule"} | {colour: f"--line-{i}" for i, colour in enumerate(LINES)}
 
 
@@ -39,23 +35,25 @@ def line_chart(
     """Draws curves over steps, on a log scale if they span more than a factor of 20; returns None if all are empty.
 
     Args:
-        curves: Label -> curve. The place of a curve gives its colour, also if curves before it are empty.
+        curves: Label -> curve. The place of a curve gives its colour, also if curves before it are empty. Colours
+            repeat after six curves, with other dashes.
         floor: A dashed level, left out where it would press the curves together on less than half of the height.
         smooth: Draw running means over the values, which become faint.
         mark_ends: Write the first word of each label at the end of its curve.
     """
-    places = {label: index for index, label in enumerate(curves)}
+    styles = {label: (LINES[i % 6], ("-", "--", ":", "-.")[i // 6 % 4]) for i, label in enumerate(curves)}
     curves = {label: curve for label, curve in curves.items() if curve.values}
     if not curves:
         return None
     with _chart(title) as (figure, axes):
         for label, curve in curves.items():
-            _draw(axes, curve, places[label], smooth, label.partition(" ")[0] if mark_ends else "")
-        drawn = [value for curve in curves.values() for value in curve.values]
-        low, high = min(drawn), max(drawn)
-        log = low > 0 and high > 20 * low
-        if log:
-            axes.set_yscale("log")
+            colour, dashes = styles[label]
+            _draw(axes, curve, smooth, color=colour, linestyle=dashes)
+            if mark_ends:
+                end, mark = (curve.steps[-1], curve.values[-1]), label.partition(" ")[0]
+                axes.annotate(mark, end, (4, -3), textcoords="offset points", color=colour, fontsize=11, weight="bold")
+        low, high, is_log = _scale(axes, curves)
+        if is_log:
             axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         else:
@@ -65,7 +63,7 @@ def line_chart(
         if floor and (bottom - place <= top - bottom or top == bottom):
             axes.axhline(floor, color=INK, linewidth=1, linestyle="--")
         axes.xaxis.set(major_locator=MaxNLocator(6, integer=True), major_formatter=EngFormatter(sep=""))
-        axes.set_xlabel("step (vertical axis: log)" if log else "step", color=INK, fontsize=11)
+        axes.set_xlabel("step (vertical axis: log)" if is_log else "step", color=INK, fontsize=11)
         ends = [
             f"{label} from {number(curve.values[0])} at step {number(curve.steps[0])} "
             f"to {number(curve.values[-1])} at step {number(curve.steps[-1])}"
@@ -84,9 +82,9 @@ def bar_chart(title: str, values: object, levels: object = None) -> Markup | Non
     with _chart(title) as (figure, axes):
         axes.bar(range(len(heights)), list(heights.values()), color=LINES[0], width=0.72)
         known = levels if isinstance(levels, dict) else {}
-        marks = {x: mark for x, name in enumerate(heights) if (mark := finite(known.get(name))) is not None}
-        left, right = ([x + half for x in marks] for half in (-0.44, 0.44))
-        axes.hlines(list(marks.values()), left, right, color=INK, linewidth=1.6)
+        for place, name in enumerate(heights):
+            if (mark := finite(known.get(name))) is not None:
+                axes.hlines(mark, place - 0.44, place + 0.44, color=INK, linewidth=1.6)
         labels = ["".join(letter if letter.isprintable() else "?" for letter in str(name))[:12] for name in heights]
         if len(labels) <= 30:
             axes.set_xticks(range(len(labels)), labels, rotation=0 if max(map(len, labels)) <= 3 else 90)
@@ -94,23 +92,7 @@ def bar_chart(title: str, values: object, levels: object = None) -> Markup | Non
         return _svg(figure, f"{title}: {', '.join(f'{name} {number(value)}' for name, value in heights.items())}")
 
 
-def plot(charts: Mapping[str, Mapping[str, Curve]]) -> Figure:
-    """Draws charts, title -> label -> curve, beside each other in matplotlib's own style."""
-    shown = {title: curves for title, curves in charts.items() if any(curve.values for curve in curves.values())}
-    figure = _ShownFigure(figsize=(SIZE[0] * max(1, len(shown)), 1.3 * SIZE[1]), layout="constrained")
-    for place, (title, curves) in enumerate(shown.items(), 1):
-        axes = figure.add_subplot(1, len(shown), place, title=title, xlabel="step")
-        for label, curve in curves.items():
-            axes.plot(curve.steps, curve.values, label=label, marker="o" if len(curve.steps) < 30 else "")
-            if curve.band:
-                axes.fill_between(curve.steps, *np.array(curve.band).T, alpha=0.2)
-        values = [value for curve in curves.values() for value in curve.values]
-        axes.set_yscale("log" if 0 < 20 * min(values) < max(values) else "linear")
-        axes.legend()
-    return figure
-
-
-class _ShownFigure(Figure):
+class NotebookFigure(Figure):
     """A figure that a notebook shows although pyplot does not know it."""
 
     def _repr_png_(self) -> bytes:
@@ -119,19 +101,48 @@ class _ShownFigure(Figure):
         return buffer.getvalue()
 
 
+def plot(charts: Mapping[str, Mapping[str, Curve]]) -> NotebookFigure:
+    """Draws charts, title -> label -> curve, beside each other in matplotlib's own style."""
+    shown = {title: curves for title, curves in charts.items() if any(curve.values for curve in curves.values())}
+    figure = NotebookFigure(figsize=(SIZE[0] * max(1, len(shown)), 1.3 * SIZE[1]), layout="constrained")
+    for place, (title, curves) in enumerate(shown.items(), 1):
+        axes = figure.add_subplot(1, len(shown), place, title=title, xlabel="step")
+        for index, (label, curve) in enumerate(curves.items()):
+            _draw(axes, curve, color=f"C{index}", label=label)
+        _scale(axes, curves)
+        axes.legend()
+    return figure
+
+
 def notebook_html(run: Run) -> str:
     """Returns a run's newest samples, its curves and a line about it, in HTML that needs no page around it."""
-    parts = []
-    if run.grids and run.grids[-1][1].is_file():
-        source = f"data:image/png;base64,{base64.b64encode(run.grids[-1][1].read_bytes()).decode()}"
-        parts.append(f'<img src="{source}" alt="samples" style="width: 100%; image-rendering: pixelated">')
-    for title, curves in run.curves.items():
-        if chart := line_chart(title, curves):
-            keys = (f'<b style="color: var(--line-{i % 6})">{html.escape(name)}</b>' for i, name in enumerate(curves))
-            parts.append(f"{title}: {', '.join(keys)}{chart}")
-    cards = "".join(f'<div style="flex: 1 1 15em; max-width: 24em">{part}</div>' for part in parts)
-    row = f'<div style="display: flex; flex-wrap: wrap; gap: 1em; {NOTEBOOK_COLOURS}">{cards}</div>'
-    return f"{row}<code>{html.escape(repr(run)[1:-1])}</code>"
+    figure = run.plot()
+    pictures = [path.read_bytes() for _, path in run.grids[-1:]] + [figure._repr_png_()] * bool(figure.axes)
+    sources = (f"data:image/png;base64,{base64.b64encode(picture).decode()}" for picture in pictures)
+    images = "".join(f'<img src="{source}" style="max-width: 100%; image-rendering: pixelated">' for source in sources)
+    return f"{images}<br><code>{html.escape(repr(run)[1:-1])}</code>"
+
+
+def _draw(axes: Axes, curve: Curve, smooth: bool = False, **style: Any) -> None:
+    steps, values, colour = np.array(curve.steps), np.array(curve.values), style["color"]
+    drawn = np.unique(np.linspace(0, len(steps) - 1, min(MAX_POINTS, len(steps))).astype(int))
+    window = np.ones(len(values) // 40)
+    if smooth and len(window) > 1:
+        axes.plot(steps[drawn], values[drawn], color=colour, alpha=0.3, linewidth=0.8)
+        values = np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+    marker = "o" if len(steps) < 30 else ""
+    axes.plot(steps[drawn], values[drawn], linewidth=1.7, marker=marker, markersize=3, **style)
+    if curve.band:
+        axes.fill_between(steps, *np.array(curve.band).T, color=colour, alpha=0.2, linewidth=0)
+
+
+def _scale(axes: Axes, curves: Mapping[str, Curve]) -> tuple[float, float, bool]:
+    """Chooses the vertical scale; returns the least and the greatest value, and whether the scale is logarithmic."""
+    values = [value for curve in curves.values() for value in curve.values]
+    low, high = min(values), max(values)
+    is_log = 0 < 20 * low < high
+    axes.set_yscale("log" if is_log else "linear")
+    return low, high, is_log
 
 
 @contextmanager
@@ -151,23 +162,6 @@ def _chart(title: str) -> Iterator[tuple[Figure, Axes]]:
         axes.spines["bottom"].set_color(RULE)
         axes.tick_params(colors=INK, labelsize=11, length=0)
         yield figure, axes
-
-
-def _draw(axes: Axes, curve: Curve, index: int, smooth: bool, mark: str) -> None:
-    """Draws curve number `index` of a chart. Colours repeat after six curves, with other dashes."""
-    colour, dashes = LINES[index % len(LINES)], ("-", "--", ":", "-.")[index // len(LINES) % 4]
-    steps, values = np.array(curve.steps), np.array(curve.values)
-    drawn = np.unique(np.linspace(0, len(steps) - 1, MAX_POINTS).astype(int))
-    window = np.ones(len(values) // 40)
-    if smooth and len(window) > 1:
-        axes.plot(steps[drawn], values[drawn], color=colour, alpha=0.3, linewidth=0.8)
-        values = np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
-    marker = "o" if len(steps) < 30 else ""
-    axes.plot(steps[drawn], values[drawn], dashes, color=colour, linewidth=1.7, marker=marker, markersize=3)
-    if curve.band:
-        axes.fill_between(steps, *np.array(curve.band).T, color=colour, alpha=0.2, linewidth=0)
-    end = (steps[-1], values[-1])
-    axes.annotate(mark, end, (4, -3), textcoords="offset points", color=colour, fontsize=11, weight="bold")
 
 
 def _svg(figure: Figure, description: str) -> Markup:

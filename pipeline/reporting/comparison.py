@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 from pipeline.config import Config, flatten
 from pipeline.errors import UserError
@@ -32,13 +31,6 @@ MOST_COLUMNS = 8
 """The columns of a table of settings; for more, each becomes a row."""
 
 
-class Seeds(NamedTuple):
-    """Runs of one configuration whose scores compare, the best first."""
-
-    name: str
-    letters: list[str]
-
-
 @dataclass(frozen=True)
 class Comparison:
     """Runs, each named by a letter, in the order of their FIDs. Runs whose scores do not compare come after, and runs
@@ -48,12 +40,7 @@ class Comparison:
     features: str
     """The feature space that most of them are scored in."""
     unlike: dict[str, list[str]]
-    """Letter of a run that was scored in another way -> what differs."""
-
-    @property
-    def standard(self) -> str:
-        """The letter of the run that the unlike ones are compared with."""
-        return next((letter for letter, run in self.runs.items() if run.newest(self.features)), "")
+    """Letter of a run that was scored in another way than the first one -> what differs."""
 
     @cached_property
     def values(self) -> dict[str, dict[str, float | None]]:
@@ -61,11 +48,17 @@ class Comparison:
         return {letter: self._values(run) for letter, run in self.runs.items()}
 
     def _values(self, run: Run) -> dict[str, float | None]:
-        newest, usual = (each.newest(self.features) for each in (run, self.runs.get(self.standard, run)))
+        newest = run.newest(self.features)
         scores = {key: newest.score(self.features, key) if newest else None for key in SCORES}
-        if newest and usual and newest.neighbours(self.features) != usual.neighbours(self.features):
-            scores |= dict.fromkeys(OF_NEIGHBOURS)  # of another k: they do not compare
+        if newest and newest.neighbours(self.features) != self.usual_k:
+            scores |= dict.fromkeys(OF_NEIGHBOURS)
         return scores | {"step": newest.step if newest else None} | run.timing
+
+    @property
+    def usual_k(self) -> object:
+        """The k of the first run's precision and recall, with which those of others compare if theirs is the same."""
+        first = next(iter(self.runs.values())).newest(self.features)
+        return first.neighbours(self.features) if first else None
 
     def known(self, letters: Iterable[str], key: str) -> list[float]:
         """Returns the values under a key that these runs have."""
@@ -74,8 +67,7 @@ class Comparison:
     @property
     def best(self) -> int | None:
         """The place of the run with the lowest FID among those that compare; None if there are less than two."""
-        alike = [letter for letter in self.runs if letter not in self.unlike]
-        return 0 if len(self.known(alike, "fid")) > 1 else None
+        return 0 if len(self.known(self.runs.keys() - self.unlike.keys(), "fid")) > 1 else None
 
     @cached_property
     def settings(self) -> dict[str, list[str]]:
@@ -85,21 +77,22 @@ class Comparison:
         return {key: row for key, row in values.items() if len(set(row)) > 1}
 
     @cached_property
-    def configurations(self) -> list[Seeds]:
-        """Groups of runs that differ in the seed alone, the best median first."""
+    def configurations(self) -> list[tuple[str, list[str]]]:
+        """Names and letters of the runs that differ in the seed alone and whose scores compare, the best first, and the
+        configuration with the best median first."""
         groups: dict[str, list[str]] = {}
         for letter, run in self.runs.items():
             shared = {key: value for key, value in run.config.items() if key in CONFIGURATION}
             if shared and letter not in self.unlike and self.known([letter], "fid"):
                 groups.setdefault(json.dumps(shared, sort_keys=True, default=str), []).append(letter)
         ordered = sorted(groups.values(), key=lambda letters: statistics.median(self.known(letters, "fid")))
-        return [Seeds(self._shared_name(letters), letters) for letters in ordered]
+        return [(self._shared_name(letters), letters) for letters in ordered]
 
     @property
     def has_seeds(self) -> bool:
         """Whether any configuration has runs of two seeds."""
-        seeds = ({str(self.runs[letter].config.get(SEED)) for letter in each.letters} for each in self.configurations)
-        return max(map(len, seeds), default=0) > 1
+        seeds = ({str(self.runs[letter].config.get(SEED)) for letter in letters} for _, letters in self.configurations)
+        return any(len(each) > 1 for each in seeds)
 
     def _shared_name(self, letters: Sequence[str]) -> str:
         names = [self.runs[letter].name for letter in letters]
@@ -110,13 +103,20 @@ class Comparison:
 
     @property
     def scores_table(self) -> list[dict[str, str]]:
-        """Each run's scores, their step, what they cost, and how far it is."""
+        """Each run's scores, their step, what they cost, and how far it is; and why it has no scores."""
         rows = []
         for letter, run in self.runs.items():
-            best = run.best.get(self.features, {})
-            state = [run.status, *["not compared"] * (letter in self.unlike)]
+            best, newest, state = run.best.get(self.features, {}), run.newest(self.features), [run.status]
+            if newest is None:
+                state.append(f"not evaluated in {self.features} features" if run.evaluations else "not evaluated")
+            elif letter in self.unlike:
+                state.append("not compared")
+            elif (k := newest.neighbours(self.features)) != self.usual_k:
+                state.append(f"precision and recall of k = {setting(k)} do not compare")
             if best and best["step"] != self.values[letter]["step"]:
                 state.append(f"best FID {number(best['fid'])} at step {number(best['step'])}")
+            if not run.log:
+                state.append("no log, so no times")
             rows.append({"Run": f"{letter} {run.name}"} | self._texts(letter) | {"State": "; ".join(state)})
         return rows
 
@@ -133,12 +133,11 @@ class Comparison:
         for key, title in COLUMNS.items():
             if known := self.known(letters, key):
                 value = statistics.median(known)
-                text = duration(value) if key == "total_seconds" else number(value)
+                texts[title] = duration(value) if key == "total_seconds" else number(value)
                 if key == "device_seconds":
-                    text += f"\u00a0{self.runs[letters[0]].devices[0]}\u00a0s"
+                    texts[title] += f"\u00a0{self.runs[letters[0]].devices[0]}\u00a0s"
                 if key in SCORES and len(known) > 1:
-                    text += f" ({number(min(known))}\u00a0to\u00a0{number(max(known))})"
-                texts[title] = text
+                    texts[title] += f" ({number(min(known))}\u00a0to\u00a0{number(max(known))})"
             elif self.known(self.runs, key):
                 texts[title] = MISSING
         return texts
@@ -185,15 +184,16 @@ class Comparison:
 
     @property
     def _rows(self) -> list[dict[str, object]]:
-        rows: list[dict[str, object]] = []
+        rows = []
         for place, (letter, run) in enumerate(self.runs.items()):
             newest = run.newest(self.features)
             row: dict[str, object] = {"run": run.name} | {key: self.values[letter][key] for key in COLUMNS}
             row["fid_floor"] = newest.score(self.features, "fid_floor") if newest else None
             row["num_images"] = newest.settings.get("num_images") if newest else None
             row |= {"compares": letter not in self.unlike and newest is not None, "status": run.status}
-            row["devices"] = run.devices[0]
-            rows.append(row | {key: values[place] for key, values in self.settings.items()})
+            rows.append(
+                row | {"devices": run.devices[0]} | {key: values[place] for key, values in self.settings.items()}
+            )
         return rows
 
 
@@ -207,21 +207,19 @@ def rank_runs(runs: Sequence[Run]) -> Comparison:
     features = max(names, key=names.count, default="")
     newest = [run.newest(features) for run in runs]
     conditions = [item.conditions(features) if item else None for item in newest]
-    known = [item for item in conditions if item is not None]
-    usual = max(known, key=known.count, default={})
+    usual = max(filter(None, conditions), key=conditions.count, default=None)
 
-    def place(index: int) -> tuple[bool, bool, bool, float, int]:
-        item = newest[index]
-        fid = item.score(features, "fid") if item else None
-        return item is None, conditions[index] != usual, fid is None, fid or 0.0, index
+    def place(index: int) -> tuple[bool, bool, bool, float]:
+        fid = item.score(features, "fid") if (item := newest[index]) else None
+        return newest[index] is None, conditions[index] != usual, fid is None, fid or 0.0
 
     order = sorted(range(len(runs)), key=place)
     letters = {index: chr(ord("A") + i % 26) + str(i // 26 or "") for i, index in enumerate(order)}
-    standard = newest[order[0]] if order else None
+    first = newest[order[0]]
     unlike = {
-        letters[index]: _differences(item, standard, features)
+        letters[index]: _differences(item, first, features)
         for index in order
-        if (item := newest[index]) and standard and conditions[index] != usual
+        if (item := newest[index]) and first and conditions[index] != usual
     }
     return Comparison({letters[index]: runs[index] for index in order}, features, unlike)
 
@@ -252,20 +250,16 @@ def find_runs(patterns: Sequence[str]) -> list[Path]:
     folders: dict[Path, Path] = {}
     for pattern in patterns:
         literal = Path(pattern)
-        paths = [literal] if literal.exists() or not set("*?[") & set(pattern) else sorted(_matching(pattern))
+        matching = Path(literal.anchor).glob(str(literal.relative_to(literal.anchor)))
+        paths = [literal] if literal.exists() else sorted(matching)
         runs = [run for path in paths for run in _runs_below(path)]
         if not runs and not (len(patterns) > 1 and is_beside_runs(literal)):
-            kind = "a folder" if literal.is_file() or not literal.exists() else "a run"
+            kind = "a run" if literal.is_dir() else "a folder"
             raise UserError(
                 f"{pattern} is not {kind}: give the folder of a run, such as runs/wgan, or a pattern: 'runs/*'"
             )
         folders |= {run.resolve(): run for run in runs}
     return list(folders.values())
-
-
-def _matching(pattern: str) -> list[Path]:
-    path = Path(pattern)
-    return list(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
 
 
 def _runs_below(path: Path) -> list[Path]:

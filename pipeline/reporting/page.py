@@ -1,8 +1,8 @@
 """Reports of runs: report.html, report.md and report.json of one, or one HTML page that compares several.
 
 Parts that a run does not have are left out, and the same folder gives the same bytes. Styles, charts and images are
-inside the pages, which need no other file. Their text is in the templates beside this file; sentences that depend on
-the scores are functions at the end of this one.
+inside the pages, which need no other file. Their text is in the templates beside this file; sentences that a run's
+HTML and Markdown share are functions at the end of this one.
 """
 
 import base64
@@ -17,10 +17,10 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from PIL import Image, ImageDraw, ImageOps
 
 from pipeline.errors import UserError
-from pipeline.reporting import SCORES, code, duration, few_images, finite, number, percent, setting
+from pipeline.reporting import SCORES, code, counted, duration, finite, number, percent, setting
 from pipeline.reporting.charts import bar_chart, line_chart
 from pipeline.reporting.comparison import Comparison, rank_runs
-from pipeline.reporting.read import Evaluation, Run, read_run
+from pipeline.reporting.read import OTHER_SPLIT, Evaluation, Run, read_run
 from pipeline.storage.files import replacing
 
 MAX_GRIDS = 11
@@ -39,13 +39,11 @@ def write_report(run: Path) -> Path:
     folder, grids, notes = content.folder, content.grids, content.notes
     num_shown = min(len(grids), MAX_GRIDS)
     shown = [grids[round(i * (len(grids) - 1) / max(1, num_shown - 1))] for i in range(num_shown)]
-    share = IMAGE_BYTES // (
-        num_shown + 12
-    )  # five each for neighbours and interpolation, the last grid twice, real ones
+    # Neighbours and interpolation take five shares each; the last grid is there twice, and there are real images.
+    share = IMAGE_BYTES // (num_shown + 12)
     page = _render(
         "html",
         run=content,
-        nearest=_nearest(content),
         frames=[(step, image) for step, path in shown if (image := data_uri(path, share, notes))],
         real=data_uri(folder.real_images(), share, notes),
         neighbours=data_uri(folder.newest_neighbours(), 5 * share, notes),
@@ -78,21 +76,23 @@ def compare(runs: Sequence[Path], out: Path) -> Path:
     _write(out.with_suffix(".csv"), comparison.to_csv())
     _write(out.with_suffix(".json"), comparison.to_json())
     _write(out.with_suffix(".md"), comparison.to_markdown())
-    _write_picture(out.with_suffix(".png"), comparison)
+    if (picture := _picture(comparison)) is not None:
+        _write(out.with_suffix(".png"), picture)
     return out
 
 
-def _write_picture(path: Path, comparison: Comparison) -> None:
-    """Writes the newest grid of a run of each configuration, the one with the median FID, four in a row."""
+def _picture(comparison: Comparison) -> Image.Image | None:
+    """Returns the newest grid of a run of each configuration, the one with the median FID, four in a row."""
     runs = {name: comparison.runs[letters[len(letters) // 2]] for name, letters in comparison.configurations}
     grids = {name: grid for name, run in runs.items() for _, file in run.grids[-1:] if (grid := _load(file, []))}
+    if not grids:
+        return None
     sheet = Image.new("RGB", (min(4, len(grids)) * 312 + 8, -(-len(grids) // 4) * 336 + 8), "white")
     for index, (name, grid) in enumerate(grids.items()):
         left, top = index % 4 * 312 + 8, index // 4 * 336 + 8
         ImageDraw.Draw(sheet).text((left, top), name, "black", font_size=18)
         sheet.paste(ImageOps.contain(grid, (304, 304)), (left, top + 24))
-    if grids:
-        _write(path, sheet)
+    return sheet
 
 
 def data_uri(path: Path | None, max_bytes: int, notes: list[str]) -> tuple[str, bool] | None:
@@ -125,16 +125,6 @@ def _load(path: Path | None, notes: list[str]) -> Image.Image | None:
         return None
 
 
-def _nearest(run: Run) -> tuple[int, object]:
-    """Returns how many training images stand beside each generated one in the picture of neighbours, and of how many
-    they are the nearest."""
-    for scores in run.latest.features.values() if run.latest else ():
-        match scores.get("nearest_training_images"):
-            case {"indices": [[*row], *_], **more}:
-                return len(row), more.get("among")
-    return 5, None
-
-
 def _summary(run: Run) -> dict[str, object]:
     """Returns the content of report.json."""
     latest = run.latest
@@ -143,7 +133,7 @@ def _summary(run: Run) -> dict[str, object]:
         "status": run.status,
         "step": run.step,
         "verdict": {name: verdict(latest, name) for name in latest.features} if latest else {},
-        "warning": few_images(latest.settings.get("num_images")) if latest else None,
+        "warning": (latest.warning or None) if latest else None,
         "evaluation": {"step": latest.step, **latest.settings, "features": latest.features} if latest else None,
         "best": run.best,
         "chosen": run.chosen or None,
@@ -159,10 +149,9 @@ def _summary(run: Run) -> dict[str, object]:
 def _templates() -> Environment:
     loader, escaped = FileSystemLoader(Path(__file__).parent), select_autoescape(["html.jinja"])
     jinja = Environment(loader=loader, autoescape=escaped, trim_blocks=True, lstrip_blocks=True)
-    filters = (number, percent, duration, setting, code)
-    functions = (line_chart, bar_chart, few_images, verdict, count_caption, copies_caption, critic_caption)
-    jinja.filters |= {function.__name__: function for function in filters}
-    jinja.globals |= {function.__name__: function for function in functions} | {"SCORES": SCORES}
+    jinja.filters |= {function.__name__: function for function in (number, percent, duration, setting, code, counted)}
+    jinja.globals |= {function.__name__: function for function in (line_chart, bar_chart, verdict, choice)}
+    jinja.globals["SCORES"] = SCORES
     return jinja
 
 
@@ -187,17 +176,18 @@ def _write(path: Path, content: str | Image.Image) -> None:
 def verdict(evaluation: Evaluation, features: str) -> str:
     """Returns sentences about what the FID means beside its floor. Their bounds help the reader; they are no test."""
     fid, floor = evaluation.score(features, "fid"), evaluation.score(features, "fid_floor")
-    count = finite(evaluation.settings.get("num_images"))
-    floor_count = finite(evaluation.images(features).get("fid_floor"))
     if fid is None:
         return "This evaluation measured no FID."
     if not floor:
-        return "There is no floor without a test split: the number only ranks runs that were scored in the same way."
+        reason = evaluation.floor(features).capitalize()
+        return f"{reason}: the number only ranks runs that were scored in the same way."
     bounds = {1.5: "hardly any gap", 5: "a small gap", 25: "a clear gap", math.inf: "a wide gap"}
     gap = next(words for bound, words in bounds.items() if fid / floor <= bound)
     reference = str(evaluation.settings.get("reference"))
-    other = {"train": "test", "test": "train"}.get(reference)
+    other = OTHER_SPLIT.get(reference)
     real = f"real {other} images score against the same real {reference} images" if other else "other real images score"
+    count = finite(evaluation.settings.get("num_images"))
+    floor_count = finite(evaluation.images(features).get("fid_floor"))
     remark = ""
     if floor_count is None:
         remark = f" How many {other or 'real'} images gave the floor is not told: it falls with their number."
@@ -209,38 +199,12 @@ def verdict(evaluation: Evaluation, features: str) -> str:
     )
 
 
-def count_caption(evaluation: Evaluation | None, features: str, metric: str = "fid") -> str:
-    """Returns how many images a metric took."""
-    match evaluation.images(features).get(metric) if evaluation else None:
-        case [fake, real] if real:
-            return f"N\u00a0=\u00a0{number(fake)} generated, {number(real)} real."
-    return f"N\u00a0=\u00a0{number(evaluation.settings.get('num_images'))} generated." if evaluation else ""
-
-
-def copies_caption(evaluation: Evaluation, features: str) -> str:
-    """Returns a sentence about how many generated images are no copies of training images, and how many other real
-    images, which can't be copies, seem to be none; empty if that was not measured."""
-    share, control = (evaluation.score(features, key) for key in ("authenticity", "authenticity_real"))
-    match evaluation.images(features):
-        case {"authenticity": [count, _], **others} if share is not None:
-            words = f"In {features} features {percent(share)} of {number(count)} generated images are further from "
-            words += "the nearest training image than that is from its own nearest one"
-            if control is not None:
-                words += f", and {percent(control)} of {number(others.get('authenticity_real'))} other real images"
-            return f"{words}: far fewer with a good FID would mean copies."
+def choice(run: Run) -> str:
+    """Returns a sentence about the generator that run.keep_best chose; empty if there is none."""
+    match run.chosen:
+        case {"step": int() as step, "features": dict() as features, "chosen_by": dict() as by}:
+            scores = {name: item.get("fid") for name, item in features.items() if isinstance(item, dict)}
+            fids = [f"{name} FID {fid:.4g}" for name, value in scores.items() if (fid := finite(value)) is not None]
+            best = f"Best of {counted(by.get('evaluations'), 'evaluation')} by {by.get('score')}: step {step:,}"
+            return f"{best}. On images that did not choose it: {', '.join(fids) or 'no FID'}."
     return ""
-
-
-def critic_caption(evaluation: Evaluation | None) -> str:
-    """Returns sentences about how a critic scores images that it has been trained on and others."""
-    critic = evaluation.about("critic") if evaluation else {}
-    images, share = critic.get("images"), finite(critic.get("overfitting"))
-    words = "How far above generated images the critic scores real ones, those it trains on and those it never sees."
-    if share is not None:
-        words += f" In the last evaluation {percent(share)} of the distance lies between seen and unseen images"
-        words += f" (standard error {percent(critic.get('overfitting_error'))})."
-    if isinstance(images, dict):
-        kinds = {"train": "training", "test": "test", "generated": "generated"}
-        counts = ", ".join(f"{number(images.get(kind))} {name}" for kind, name in kinds.items())
-        words += f" N\u00a0=\u00a0{counts} images."
-    return words

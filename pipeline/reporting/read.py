@@ -9,24 +9,28 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, flatten, read_yaml
 from pipeline.errors import UserError
-from pipeline.reporting import finite, floor_in_words, number
-from pipeline.storage.run_folder import RunFolder
+from pipeline.reporting import counted, few_images, finite, number
+from pipeline.storage.run_folder import MANIFEST, RunFolder
 
 if TYPE_CHECKING:
     import pandas
-    from matplotlib.figure import Figure
+
+    from pipeline.reporting.charts import NotebookFigure
 
 OF_NEIGHBOURS = ("precision", "recall", "density", "coverage")
 """The scores that depend on a number k of nearest neighbours."""
 USUAL_NEIGHBOURS = 5
 """The k of files of scores that do not name it."""
+OTHER_SPLIT = {"train": "test", "test": "train"}
+"""The reference split of an evaluation -> the split whose images give the floors."""
 
-# -- what a folder holds -----------------------------------------------------------------------------------------------
+_parse_json = partial(json.loads, parse_constant=lambda _: None)  # NaN and infinities are missing values
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,11 @@ class Evaluation:
         pairs = ((f"{name}/{key}", item[key]) for name, item in self.features.items() for key in item)
         return {name: known for name, value in pairs if (known := finite(value)) is not None}
 
+    @property
+    def warning(self) -> str:
+        """A sentence about too few generated or real images; empty if there are enough."""
+        return str(self.settings.get("warning") or few_images(self.settings.get("num_images")) or "")
+
     def about(self, key: str) -> dict[str, object]:
         """Returns the values of "critic" or "gan_train", which need no feature space; empty if there are none."""
         return _mapping(self.settings.get(key))
@@ -67,15 +76,28 @@ class Evaluation:
         """Returns metric -> number of images that it took."""
         return _mapping(self.features.get(features, {}).get("images"))
 
+    def provenance(self, features: str) -> dict[str, Any]:
+        """Returns what the scores were computed with: extractor, dataset and others."""
+        return _mapping(self.features.get(features, {}).get("provenance"))
+
     def neighbours(self, features: str) -> object:
         """Returns the k of precision and similar scores."""
-        return self._provenance(features).get("neighbours", USUAL_NEIGHBOURS)
+        return self.provenance(features).get("neighbours", USUAL_NEIGHBOURS)
+
+    def floor(self, features: str, score: str = "fid") -> str:
+        """Returns the floor of a score in words, or why there is none."""
+        if (value := self.score(features, f"{score}_floor")) is not None:
+            return f"floor {number(value)}"
+        reason = "the dataset's classes are not those of the features" if score == "mode_kl" else "none was measured"
+        if self.images(features).get("fid_floor", 0) is None:
+            reason = f"the real images have no {OTHER_SPLIT.get(str(self.settings.get('reference')), 'other')} split"
+        return f"no floor, because {reason}"
 
     def conditions(self, features: str, key: str = "fid") -> dict[str, object]:
         """Returns how the images were scored. Two scores `key` compare if all of it is equal; datasets and extractors
         are given by their fingerprints."""
         settings = {key: self.settings.get(key) for key in ("num_images", "reference", "weights")}
-        settings |= {key: self._provenance(features).get(key) for key in ("dataset", "extractor")}
+        settings |= {key: self.provenance(features).get(key) for key in ("dataset", "extractor")}
         return settings | ({"neighbours": self.neighbours(features)} if key in OF_NEIGHBOURS else {})
 
     def band(self, features: str, value: float, spread: str) -> tuple[float, float]:
@@ -87,9 +109,6 @@ class Evaluation:
                 return low, high
         deviation = finite(around) or 0.0
         return value - deviation, value + deviation
-
-    def _provenance(self, features: str) -> dict[str, Any]:
-        return _mapping(self.features.get(features, {}).get("provenance"))
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,6 +125,8 @@ class Run:
     grids: list[tuple[int, Path]]
     checkpoints: list[int]
     """The steps that are saved."""
+    progress: dict[str, object]
+    """What the newest checkpoint says beside its tensors."""
     chosen: dict[str, object]
     """The scores, on images that did not choose it, of the best generator by run.keep_best; empty if there is none."""
     notes: list[str]
@@ -120,11 +141,14 @@ class Run:
 
         return notebook_html(self)
 
-    def plot(self) -> Figure:
+    def plot(self) -> NotebookFigure:
         """Draws the losses, and the FIDs of each feature space, over the steps."""
         from pipeline.reporting.charts import plot
 
-        return plot(self.curves)
+        losses = {name: self.logged(f"{name}_loss") for name in ("critic", "generator")}
+        return plot(
+            {"Losses": losses, "FID": {name: self.scored(name, "fid", "fid_interval") for name in self.features}}
+        )
 
     def dataframe(self) -> pandas.DataFrame:
         """Returns the log's columns, and scores as `SPACE/SCORE`, by step; NaN where a step has none.
@@ -140,15 +164,8 @@ class Run:
         scores: list[dict[str, object]] = [{"step": item.step, **item.scores} for item in self.evaluations]
         for line in self.log + scores:
             if (step := finite(line["step"])) is not None:
-                row = rows.setdefault(int(step), {})
-                row |= {key: finite(value) for key, value in line.items() if key != "step"}
+                rows.setdefault(int(step), {}).update({key: finite(line[key]) for key in line if key != "step"})
         return pandas.DataFrame(list(rows.values()), pandas.Index(rows, dtype=int, name="step")).sort_index()
-
-    @property
-    def curves(self) -> dict[str, dict[str, Curve]]:
-        """Title -> label -> curve of what a notebook draws."""
-        losses = {name: self.logged(f"{name}_loss") for name in ("critic", "generator")}
-        return {"Losses": losses, "FID": {name: self.scored(name, "fid", "fid_interval") for name in self.features}}
 
     @property
     def name(self) -> str:
@@ -188,20 +205,23 @@ class Run:
     @property
     def devices(self) -> tuple[str, float | None]:
         """What the newest launch computed on, GPU or core, and how many, if that is known."""
-        known = _mapping(self.environment.get("devices")) or {"core": None}
-        return next((str(kind), finite(count)) for kind, count in known.items())
+        kind, count = next(iter(_mapping(self.environment.get("devices")).items()), ("core", None))
+        return str(kind), finite(count)
 
     @property
     def timing(self) -> dict[str, float | None]:
-        """Times since the run began. Waiting for data is a part of training; evaluation is not. `device_seconds` is the
-        whole time on as many cores or GPUs as the newest launch had."""
-        training, evaluation = (self.logged(f"{name}_seconds").values[-1:] for name in ("elapsed", "evaluation"))
+        """Times up to the newest checkpoint or line of the log. Waiting for data is a part of training, evaluation is
+        not. `device_seconds` is the whole time on as many cores or GPUs as the newest launch had."""
+        training, evaluation = (
+            max([*self.logged(key).values[-1:], finite(self.progress.get(key)) or 0.0])
+            for key in ("elapsed_seconds", "evaluation_seconds")
+        )
         waits, speeds = self.logged("data_wait_seconds").values, self.logged("images_per_second").values
-        total = sum(training + evaluation)
+        total = training + evaluation
         return {
-            "total_seconds": total if training else None,
+            "total_seconds": total or None,
             "device_seconds": total * (self.devices[1] or 0.0) or None,
-            "evaluation_share": sum(evaluation) / total if evaluation and total else None,
+            "evaluation_share": evaluation / total if total else None,
             "data_wait_share": min(1.0, sum(waits) / total) if waits and total else None,
             "images_per_second": statistics.median(speeds) if speeds else None,
         }
@@ -209,8 +229,6 @@ class Run:
     def logged(self, key: str) -> Curve:
         """Returns a column of the log of metrics."""
         return _curve((finite(line["step"]), finite(line.get(key))) for line in self.log)
-
-    # -- scores --------------------------------------------------------------------------------------------------------
 
     @property
     def features(self) -> list[str]:
@@ -229,10 +247,8 @@ class Run:
     def scored(self, features: str, key: str, spread: str = "") -> Curve:
         """Returns a score over the evaluations that compare with the newest, with a band if `spread` is given (see
         `Evaluation.band`)."""
-        items, newest = self.evaluations, self.newest(features)
-        alike = [
-            item for item in items if newest and item.conditions(features, key) == newest.conditions(features, key)
-        ]
+        usual = newest.conditions(features, key) if (newest := self.newest(features)) else None
+        alike = [item for item in self.evaluations if item.conditions(features, key) == usual]
         known = [(item, value) for item in alike if (value := item.score(features, key)) is not None]
         band = [item.band(features, value, spread) for item, value in known] if spread else None
         return Curve([float(item.step) for item, _ in known], [value for _, value in known], band)
@@ -251,25 +267,14 @@ class Run:
         return {name: {"fid": fid, "step": step} for name, (fid, step) in lowest.items()}
 
     @property
-    def chosen_in_words(self) -> str:
-        """A sentence about `chosen`; empty if there is none."""
-        match self.chosen:
-            case {"step": int() as step, "features": dict() as features, "chosen_by": dict() as by}:
-                scores = {name: item.get("fid") for name, item in features.items() if isinstance(item, dict)}
-                fids = [f"{name} FID {fid:.4g}" for name, value in scores.items() if (fid := finite(value)) is not None]
-                choice = f"Best of {by.get('evaluations')} evaluations by {by.get('score')}: step {step:,}"
-                return f"{choice}. On images that did not choose it: {', '.join(fids) or 'no FID'}."
-        return ""
-
-    @property
     def in_brief(self) -> list[str]:
         """For each feature space the newest FID, its floor, and the best FID if that is another."""
         lines = []
         for name, best in self.best.items():
             [*_, newest] = (item for item in self.evaluations if name in item.features)
-            fid, floor = number(newest.score(name, "fid")), floor_in_words(newest.score(name, "fid_floor"))
-            other = "" if best["step"] == newest.step else f", best {number(best['fid'])} at step {best['step']:.0f}"
-            lines.append(f"{name} FID {fid} ({floor}) at step {newest.step}{other}")
+            line = f"{name} FID {number(newest.score(name, 'fid'))} ({newest.floor(name)}) at step {newest.step}"
+            other = f", best {number(best['fid'])} at step {best['step']:.0f}"
+            lines.append(line + other * (best["step"] != newest.step))
         return lines
 
 
@@ -280,9 +285,6 @@ def _curve(points: Iterable[tuple[float | None, float | None]]) -> Curve:
 
 def _mapping(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def is_run(path: Path) -> bool:
@@ -300,18 +302,19 @@ def read_run(path: str | Path) -> Run:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is not a folder: give the folder of a run, such as runs/wgan")
-    folder, notes = RunFolder(path), list[str]()
     if not is_run(path):
         raise UserError(f"{path} is not a run: it has no config.yaml, metrics.jsonl, evaluation or samples")
-    log = _read_log(folder.metrics, notes)
+    folder, notes = RunFolder(path), list[str]()
+    manifest = folder.checkpoint(max(folder.saved_steps(), default=0)) / MANIFEST
     return Run(
         folder,
         config=_dotted(_read_mapping(folder.config, notes, read_yaml)),
         environment=_read_mapping(folder.environment, notes),
-        log=log,
+        log=_read_log(folder.metrics, notes),
         evaluations=read_evaluations(folder, notes),
         grids=folder.grids(),
         checkpoints=folder.saved_steps(),
+        progress=_mapping(_read_mapping(manifest, notes).get("progress")),
         chosen=_read_mapping(folder.best_scores, notes),
         notes=notes,
     )
@@ -343,12 +346,8 @@ def _read_log(path: Path, notes: list[str]) -> list[dict[str, object]]:
         except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
             num_damaged += 1
     if num_damaged:
-        notes.append(f"{path.name}: {num_damaged} damaged line(s); a killed run leaves one")
+        notes.append(f"{path.name}: {counted(num_damaged, 'damaged line')}; a killed run leaves one")
     return [log[step] for step in sorted(log)]
-
-
-def _parse_json(text: str) -> Any:
-    return json.loads(text, parse_constant=lambda _: None)  # NaN and infinities are missing values
 
 
 def _read_mapping(path: Path, notes: list[str], read: Callable[[Path], object] | None = None) -> dict[str, Any]:
@@ -364,8 +363,17 @@ def _read_mapping(path: Path, notes: list[str], read: Callable[[Path], object] |
     return content
 
 
-def _dotted(nested: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+def _dotted(sections: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
-    for key, value in nested.items():
+    for key, value in sections.items():
         flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
+
+
+def nested(settings: Mapping[str, object]) -> dict[str, Any]:
+    """Returns settings by dotted key as sections within sections, as a file of settings has them."""
+    sections: dict[str, Any] = {}
+    for key, value in settings.items():
+        *above, name = key.split(".")
+        reduce(lambda section, part: section.setdefault(part, {}), above, sections)[name] = value
+    return sections

@@ -45,11 +45,10 @@ from pipeline.distributed.collectives import Ranks, name_ranks
 from pipeline.errors import UserError
 from pipeline.models.spectral_norm import SINGULAR_VECTORS
 from pipeline.storage.files import fsync
-from pipeline.storage.run_folder import RunFolder
+from pipeline.storage.run_folder import MANIFEST, RunFolder
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 FORMAT = 2
 """The version of what a checkpoint holds: tensors as the networks hold them, mirrored."""
 

@@ -21,6 +21,7 @@ from pipeline.storage.files import fsync, write_text
 
 PACKAGES = ("torch", "accelerate", "webdataset", "torchmetrics", "torch-fidelity", "numpy")
 """Packages whose versions a run records."""
+MANIFEST = "manifest.json"  # describes the other files of a checkpoint
 
 
 class RunFolder:

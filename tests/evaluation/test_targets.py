@@ -359,7 +359,7 @@ def test_two_folders_are_scored_as_one_against_a_dataset_of_the_other(
 
     command("real", "--kind", "mnist")
     err = capsys.readouterr().err
-    last, no_floor = err.splitlines()[-1], r"\(no floor: the real images have no test split\), IS [\d.]+"
+    last, no_floor = err.splitlines()[-1], r"\(no floor, because the real images have no test split\), IS [\d.]+"
     where = f"{tmp_path}/runs/evaluations/ours-real.json: ours against real: mnist FID "
     assert re.fullmatch(rf"{where}[\d.]+ {no_floor}", last), last
     assert ".real-" not in err

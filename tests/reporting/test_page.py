@@ -21,6 +21,7 @@ from PIL import Image
 from pipeline.distributed.launcher import run_program
 from pipeline.errors import UserError
 from pipeline.report import main
+from pipeline.reporting import few_images
 from pipeline.reporting.page import MAX_GRIDS, compare, data_uri, write_report
 from pipeline.reporting.read import read_run
 from tests.reporting.made_runs import Page, decoded, make_run, save_image
@@ -71,8 +72,8 @@ def test_report_says_everything_verdict_first(run: Path) -> None:
         "packages · torch 2.15.0",
         "ab" * 32,
         "mnist features · extractor " + "cd" * 32,
-        "generated its 3 nearest training images",
-        "Among 50,000 training images. Twins would mean that the generator memorised. In mnist features 48.1% of 1,000 "
+        "The first of each row is generated, beside it are the training images nearest to it, among "
+        "50,000. Twins would mean that the generator memorised. In mnist features 48.1% of 1,000 "
         "generated images are further from the nearest training image than that is from its own nearest one, and 47.9% "
         "of 990 other real images: far fewer with a good FID would mean copies.",
         "Precision 0.800 k = 3",
@@ -384,8 +385,16 @@ def test_runs_without_scores_are_compared_in_the_rest(tmp_path: Path) -> None:
     shutil.rmtree(runs[1] / "evaluation")
     page = Page(compare(runs, tmp_path / "out.html"))
     assert "not compare" not in page.text
-    assert "B third — — — —" in page.text
+    assert re.search(r"B third — — — — .* finished, 3,000 steps; not evaluated", page.text)
     assert marked_best(page) == []
+    (runs[1] / "metrics.jsonl").unlink()
+    path = next((make_run(tmp_path / "other") / "evaluation").glob("step-*3000.json"))
+    path.write_text(path.read_text().replace('"mnist"', '"own"'))
+    for old in path.parent.glob("step-*[12]000.json"):
+        old.unlink()
+    page = Page(compare([*runs, make_run(tmp_path / "second"), path.parents[1]], tmp_path / "out.html"))
+    assert "finished, 3,000 steps; not evaluated; no log, so no times" in page.text
+    assert "finished, 3,000 steps; not evaluated in mnist features" in page.text
     assert "None of them is evaluated yet" in Page(compare(runs[1:], tmp_path / "out.html")).text
 
 
@@ -407,8 +416,34 @@ def test_few_images_are_warned_of(tmp_path: Path) -> None:
     assert warning in (run / "report.md").read_text()
     assert warning in json.loads((run / "report.json").read_text())["warning"]
     enough = make_run(tmp_path / "enough", num_images=2000)
-    assert "images are scored" not in Page(write_report(enough)).text
+    assert "Warning" not in Page(write_report(enough)).text
     assert json.loads((enough / "report.json").read_text())["warning"] is None
+    path = enough / "evaluation/step-00003000.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"warning": few_images(2000, 1999)}))
+    assert "Warning: only 1,999 real images: FID is higher than with more" in Page(write_report(enough)).text
+    assert "- warning: `only 1,999 real images" in (enough / "report.md").read_text()
+
+
+def test_a_page_without_floors_says_why_and_has_published_scores(run: Path) -> None:
+    for path in (run / "evaluation").glob("step-*.json"):
+        content = json.loads(path.read_text())
+        scores = content["features"]["mnist"]
+        scores |= {"fid_floor": None, "mode_kl_floor": None, "modes": 1.0, "fid_published": 51.5}
+        scores["images"]["fid_floor"] = None
+        path.write_text(json.dumps(content))
+    page = Page(write_report(run))
+    assert (
+        "44.4 to 46.0 · 43.7 with infinitely many images No floor, because the real images have no test split:"
+        in page.text
+    )
+    assert "KL of modes 0.0721 no floor, because the real images have no test split" in page.text
+    assert "FID, published 51.5 statistics of a file" in page.text
+    assert "Step Features Images FID FID, published FID, N → ∞ IS" in page.text
+    assert "floor —" not in page.text
+    assert "- 1 mode, KL from uniform 0.0721 (no floor, because" in (run / "report.md").read_text()
+    assert read_run(run).in_brief == [
+        "mnist FID 45.2 (no floor, because the real images have no test split) at step 3000"
+    ]
 
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("file")])

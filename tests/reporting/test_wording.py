@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.reporting import few_images, number
+from pipeline.reporting import counted, few_images, number
 from pipeline.reporting.page import verdict
 from pipeline.reporting.read import Evaluation
 
@@ -17,7 +17,7 @@ from pipeline.reporting.read import Evaluation
         (3.6, 0.9, "a small gap"),
         (20.0, 1.0, "a clear gap"),
         (200.0, 1.0, "That is 200 times the floor of 1, which"),
-        (12.3, None, "There is no floor without a test split"),
+        (12.3, None, "No floor, because none was measured: the number only ranks"),
         (None, 0.9, "measured no FID"),
     ],
 )  # fmt: skip
@@ -38,12 +38,29 @@ def test_the_verdict_says_where_the_floor_is_of_another_number_of_images() -> No
     assert "How many test images gave the floor is not told" in verdict_of(500, None, fid=7.3, fid_floor=1.04)
 
 
+def test_a_score_without_a_floor_says_why() -> None:
+    def floor(score: str, **images: int | None) -> str:
+        return Evaluation(1, {"reference": "train"}, {"mnist": {"images": images}}).floor("mnist", score)
+
+    for score in ("fid", "mode_kl"):
+        assert floor(score, fid_floor=None) == "no floor, because the real images have no test split"
+    assert floor("mode_kl", fid_floor=500) == ("no floor, because the dataset's classes are not those of the features")
+    assert Evaluation(1, {}, {"own": {"fid_floor": 1.04}}).floor("own") == "floor 1.04"
+
+
+def test_nouns_agree_with_their_numbers() -> None:
+    assert [counted(count, "mode") for count in (1, 1.0, 0, 1000, None)] == [
+        *("1 mode", "1 mode", "0 modes", "1,000 modes", "— modes")
+    ]
+
+
 def test_few_images_are_those_below_2000() -> None:
     assert few_images(2000) is None
     assert few_images("?") is None
     assert few_images(2000, 1999) == (
         "only 1,999 real images: FID is higher than with more, compare it only with others against them"
     )
+    assert few_images(1, 1) == "only 1 image is scored: below 2,000 a FID tells more of their number than of them"
     assert few_images(20) == "only 20 images are scored: below 2,000 a FID tells more of their number than of them"
 
 
