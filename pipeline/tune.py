@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pipeline.config import Config, make_parser, parse
 from pipeline.distributed.launcher import run_program
+from pipeline.errors import UserError
 
 
 def main() -> None:
@@ -19,7 +20,11 @@ def main() -> None:
     # Imported here, so that `--help` and mistakes need no torch.
     from pipeline.distributed.failures import closing
     from pipeline.distributed.process import Runtime
-    from pipeline.tuning.tuner import Tuner, read_study
+
+    try:
+        from pipeline.tuning.tuner import Tuner, read_study
+    except ModuleNotFoundError as error:
+        raise UserError(f"a study needs {error.name}: pip install 'gan-pipeline[tune]'") from None
 
     study = read_study(arguments.study)
     with closing(Runtime(config.runtime), config) as runtime:

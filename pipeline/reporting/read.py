@@ -9,7 +9,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -368,12 +368,3 @@ def _dotted(sections: Mapping[str, object], prefix: str = "") -> dict[str, objec
     for key, value in sections.items():
         flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
-
-
-def nested(settings: Mapping[str, object]) -> dict[str, Any]:
-    """Returns settings by dotted key as sections within sections, as a file of settings has them."""
-    sections: dict[str, Any] = {}
-    for key, value in settings.items():
-        *above, name = key.split(".")
-        reduce(lambda section, part: section.setdefault(part, {}), above, sections)[name] = value
-    return sections

@@ -12,12 +12,15 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
+import optuna
 import yaml
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 
 from pipeline.config import Config, flatten, read_yaml
 from pipeline.distributed.process import Runtime
@@ -29,11 +32,9 @@ from pipeline.storage.files import write_text
 from pipeline.storage.run_folder import RunFolder
 from pipeline.training.trainer import Trainer
 
-if TYPE_CHECKING:
-    import optuna
-
 STARTUP_TRIALS = 5
 """Number of trials that are drawn at random and never pruned, before there is something to compare with."""
+DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 RANGES = "write it as {log: [LOW, HIGH]}, {uniform: [LOW, HIGH]}, {int: [LOW, HIGH]} or {choice: [VALUE, VALUE]}"
 Configure = Callable[[Mapping[str, str]], Config]
 """Makes the study's configuration with some settings (dotted key -> text as on the command line) replaced."""
@@ -42,8 +43,7 @@ Configure = Callable[[Mapping[str, str]], Config]
 # -- the study's file --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Range:
+class Range(NamedTuple):
     """The values that the search may try for one setting."""
 
     kind: str
@@ -52,8 +52,7 @@ class Range:
     """The lowest and the highest value as numbers, or the choices as text."""
 
 
-@dataclass(frozen=True)
-class StudyFile:
+class StudyFile(NamedTuple):
     """The content of a study's YAML file."""
 
     name: str
@@ -81,12 +80,14 @@ class StudyFile:
     def settings(self, config: Config) -> dict[str, Any]:
         """Returns, as JSON values, what workers must agree on to work on one study: score, seeds, space, and all other
         settings that decide about a score."""
-        study = {"score": self.score, "seeds": self.seeds, **{f"space.{key}": vars(r) for key, r in self.space.items()}}
-        deciding = {"training.steps", *flatten(config, free=False)}
-        deciding |= {key for key in flatten(config) if key.startswith("evaluation.")}
-        deciding -= {*self.space, "training.seed", "evaluation.batch_size", "evaluation.inception_weights"}
-        others = {key: value for key, value in flatten(config).items() if key in deciding}
-        return dict(json.loads(json.dumps(study | others)))
+        study: dict[str, Any] = {"score": self.score, "seeds": self.seeds}
+        study |= {f"space.{key}": allowed._asdict() for key, allowed in self.space.items()}
+        changing = {*self.space, "training.seed", "evaluation.batch_size", "evaluation.inception_weights"}
+        fixed = flatten(config, free=False)
+        for key, value in flatten(config).items():
+            if (key in fixed or key.startswith(("evaluation.", "training.steps"))) and key not in changing:
+                study[key] = value
+        return dict(json.loads(json.dumps(study)))
 
 
 def read_study(path: Path) -> StudyFile:
@@ -122,7 +123,7 @@ class Tuner:
     `folder` gets `study.journal`, a folder of runs for each trial, `best.yaml` (a --config file) and `study.md`.
 
     Raises:
-        UserError: the study began with other settings, the file is wrong (`StudyFile.check`), or Optuna is missing.
+        UserError: the study began with other settings, or the file is wrong (`StudyFile.check`).
     """
 
     study: optuna.Study
@@ -157,19 +158,13 @@ class Tuner:
         ranks.on_main(self._write_results)
 
     def _open(self) -> None:
-        try:
-            import optuna
-            from optuna.storages.journal import JournalFileBackend
-        except ImportError:
-            raise UserError("a study needs Optuna: pip install 'gan-pipeline[tune]'") from None
         if RunFolder(self.folder).config.exists():
             raise UserError(f"{self.folder}: holds a run: give the study's file another name, or another run.root")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.folder.mkdir(parents=True, exist_ok=True)
-        journal = JournalFileBackend(str(self.folder / "study.journal"))
         self.study = optuna.create_study(
             study_name=self._file.name,
-            storage=optuna.storages.JournalStorage(journal),
+            storage=JournalStorage(JournalFileBackend(str(self.folder / "study.journal"))),
             direction="minimize" if LOWER_IS_BETTER[self._key] else "maximize",
             pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS),
             load_if_exists=True,
@@ -184,34 +179,26 @@ class Tuner:
     def take(self) -> tuple[Path, dict[str, str]] | None:
         """Returns the folder and the settings of a trial that was put back, or else of a new one; None if as many are
         done as the study wants. Workers that begin one at the same time may finish a few more. Main rank only."""
-        import optuna
-
-        if len(self._done()) >= self._file.trials:
+        if len(self.study.get_trials(deepcopy=False, states=DONE)) >= self._file.trials:
             return None
         self.trial = trial = self.study.ask()
         # A function of the seed, the trial and those before it: a study with one worker can be repeated.
         seed = seeded(self._config.training.seed, "trial", trial.number).initial_seed() % 2**32
         self.study.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, seed=seed)
-        settings = dict[str, str]()
-        for key, allowed in self._file.space.items():
-            value: Any
-            match allowed.kind:
-                case "choice":
-                    value = trial.suggest_categorical(key, allowed.values)
-                case "int":
-                    value = trial.suggest_int(key, *allowed.values)
-                case kind:
-                    value = trial.suggest_float(key, *allowed.values, log=kind == "log")
-            settings[key] = str(value)
+        suggest: dict[str, Callable[..., object]] = {
+            "choice": lambda key, *values: trial.suggest_categorical(key, values),
+            "int": trial.suggest_int,
+            "uniform": trial.suggest_float,
+            "log": partial(trial.suggest_float, log=True),
+        }
+        settings = {key: str(suggest[kind](key, *values)) for key, (kind, values) in self._file.space.items()}
         return self.folder / trial.user_attrs.get("folder", f"trial-{trial.number:04d}"), settings
 
     def tell(self, outcome: float | str) -> None:
         """Ends the trial with its value, or with the reason why it was pruned or failed. Main rank only."""
-        import optuna
-
         if isinstance(outcome, str):
             self.trial.set_user_attr("reason", outcome)
-            self.study.tell(self.trial, state=optuna.trial.TrialState.PRUNED)
+            self.study.tell(self.trial, state=TrialState.PRUNED)
         else:
             self.study.tell(self.trial, outcome)
         message = outcome if isinstance(outcome, str) else f"{outcome:.4g}"
@@ -220,15 +207,8 @@ class Tuner:
 
     def put_back(self, folder: Path) -> None:
         """Queues the trial again, under another number, with its settings and its folder. Main rank only."""
-        import optuna
-
         self.study.enqueue_trial(self.trial.params, user_attrs={"folder": folder.name})
-        self.study.tell(self.trial, state=optuna.trial.TrialState.FAIL)
-
-    def _done(self) -> list[optuna.trial.FrozenTrial]:
-        """Returns the trials that have a value or were pruned."""
-        trials = self.study.get_trials(deepcopy=False)
-        return [trial for trial in trials if trial.state.name in ("COMPLETE", "PRUNED")]
+        self.study.tell(self.trial, state=TrialState.FAIL)
 
     def _train(self, folder: Path, settings: dict[str, str]) -> float | str:
         """Trains with every seed; returns the trial's value, or why it was pruned."""
@@ -254,23 +234,30 @@ class Tuner:
 
     def _median(self, folder: Path, count: int, step: int) -> float | None:
         """Returns the median of the scores of the first `count` seeds at a step; None if one has none."""
-        values = []
-        for seed in self._file.seeds[:count]:
-            evaluations = read_evaluations(RunFolder(folder / f"seed-{seed}"), [])
-            values += [item.score(self._space, self._key) for item in evaluations if item.step == step]
-        scores = [value for value in values if value is not None]
-        return statistics.median(scores) if len(scores) == count else None
+        runs = [read_evaluations(RunFolder(folder / f"seed-{seed}"), []) for seed in self._file.seeds[:count]]
+        scores = [item.score(self._space, self._key) for run in runs for item in run if item.step == step]
+        known = [score for score in scores if score is not None]
+        return statistics.median(known) if len(known) == count else None
 
     def _write_results(self) -> None:
         """Writes the best settings as a configuration, and a table of all trials, the best first."""
-        trials, keys, sign = self._done(), list(self._file.space), 1 if LOWER_IS_BETTER[self._key] else -1
-        complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
+        trials, keys = self.study.get_trials(deepcopy=False, states=DONE), list(self._file.space)
+        sign = 1 if LOWER_IS_BETTER[self._key] else -1
+        complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
         complete.sort(key=lambda trial: sign * (trial.value or 0.0))
         what = f"median {self._space} {self._key} over seeds {', '.join(map(str, self._file.seeds))}"
         if complete:
-            best = self._configure({key: str(value) for key, value in complete[0].params.items()})
+            best = flatten(self._configure({key: str(value) for key, value in complete[0].params.items()}))
+            best["run.name"], defaults = f"{self._file.name}-best", flatten(Config())
+            changed: dict[str, Any] = {}
+            for key in [key for key, value in best.items() if value != defaults[key]]:
+                *sections, name = key.split(".")
+                reduce(lambda place, section: place.setdefault(section, {}), sections, changed)[name] = best[key]
             header = f"# Trial {complete[0].number} of the study {self._file.name}: {what}: {complete[0].value:.4g}.\n"
-            write_text(self.folder / "best.yaml", header + _changed_settings(best, f"{self._file.name}-best"))
+            settings = yaml.safe_dump(
+                json.loads(json.dumps(changed)), sort_keys=False
+            )  # YAML's safe subset has no tuples
+            write_text(self.folder / "best.yaml", header + settings)
         rows = [["trial", "state", what, *keys], ["---"] * (3 + len(keys))]
         for trial in [*complete, *(trial for trial in trials if trial not in complete)]:
             outcome = f"{trial.value:.4g}" if trial in complete else trial.user_attrs.get("reason", "")
@@ -279,16 +266,3 @@ class Tuner:
         table = "\n".join(f"| {' | '.join(cell.replace('|', ' ') for cell in row)} |" for row in rows)
         title = f"# {self._file.name}: {len(complete)} of {len(trials)} complete"
         write_text(self.folder / "study.md", f"{title}\n\n{table}\n")
-
-
-def _changed_settings(config: Config, name: str) -> str:
-    """Returns the settings that differ from the defaults as YAML, for a run called `name`."""
-    defaults, nested = flatten(Config()), dict[str, Any]()
-    for key, value in (flatten(config) | {"run.name": name}).items():
-        if value != defaults[key]:
-            *sections, last = key.split(".")
-            inner = nested
-            for section in sections:
-                inner = inner.setdefault(section, {})
-            inner[last] = value
-    return yaml.safe_dump(json.loads(json.dumps(nested)), sort_keys=False)
