@@ -21,7 +21,7 @@ from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
 from pipeline.evaluation.extract import ALONE, ImageSet, extract_features
 from pipeline.evaluation.features import FORWARD_SIZE, FeatureExtractor
-from pipeline.evaluation.interruption import check_interrupted, interruptible, never
+from pipeline.evaluation.interruption import check_interrupted, interruptible_on_main, never
 from pipeline.evaluation.metrics.frechet import Moments, frechet_distance, frechet_extrapolated, frechet_interval
 from pipeline.evaluation.metrics.neighbours import nearest_neighbours, squared_radii
 from pipeline.evaluation.metrics.scores import KEEP, SAMPLE_SCORES, ClassScore, Options, class_floors, class_scores
@@ -87,11 +87,9 @@ def evaluate_images(
     results: dict[str, Scores] = {}
     for space in spaces:
         gather(space.states, ranks)
-        shown = ranks.gather(space.shown)
-        with interruptible(ranks, interrupted):
-            if ranks.is_main:
-                results[space.extractor.name] = space.scores(torch.cat(shown))
-    return ranks.broadcast(results)
+        work = partial(space.scores, torch.cat(ranks.gather(space.shown)))
+        results[space.extractor.name] = interruptible_on_main(ranks, interrupted, work)
+    return results
 
 
 class _Space:

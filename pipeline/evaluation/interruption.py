@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
 
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import Preempted, UserError
+
+T = TypeVar("T")
 
 
 def never() -> bool:
@@ -55,3 +58,12 @@ def interruptible(ranks: Ranks, interrupted: Callable[[], bool]) -> Iterator[Non
         raise Preempted("the evaluation was interrupted: start it again")
     if failure:
         raise failure
+
+
+def interruptible_on_main(ranks: Ranks, interrupted: Callable[[], bool], work: Callable[[], T]) -> T:
+    """Runs `work` on the main rank in an `interruptible` block; every rank returns its result."""
+    result: T | None = None
+    with interruptible(ranks, interrupted):
+        if ranks.is_main:
+            result = work()
+    return ranks.broadcast(result)  # type: ignore[return-value]

@@ -19,7 +19,7 @@ from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.features import FORWARD_SIZE, FeatureExtractor, load_all, published_weights
-from pipeline.evaluation.interruption import check_interrupted, interruptible
+from pipeline.evaluation.interruption import check_interrupted, interruptible, interruptible_on_main
 from pipeline.export.generator_file import fingerprint
 from pipeline.export.images import render_range, save_grid
 from pipeline.models.networks import AnyGenerator, Critic
@@ -99,12 +99,16 @@ class Scorer:
         if critic is not None and {"train", "test"} <= dataset.splits.keys():
             content["critic"] = self._critic_estimates(critic, images)
         if config.gan_train:
-            content["gan_train"] = self._gan_train(images)
+            from pipeline.evaluation.train_classifier import gan_train
+
+            content["gan_train"] = interruptible_on_main(
+                ranks, interrupted, lambda: gan_train(images, dataset, self.seed, self.runtime.device)
+            )
         content["features"] = content.get("features", {}) | scores
         result = facts | ({"warning": warning} if warning else {}) | content
-        with interruptible(ranks, interrupted):  # the main rank may meet a damaged shard, which ends all ranks
-            if ranks.is_main:
-                self._write(result, scores[self.extractors[0].name], images, path)
+        # The main rank may meet a damaged shard, which ends all ranks.
+        nearest = scores[self.extractors[0].name]["nearest_training_images"]
+        interruptible_on_main(ranks, interrupted, lambda: self._write(result, nearest, images, path))
         return result
 
     def _critic_estimates(self, critic: Critic, images: ImageSet) -> dict[str, object]:
@@ -121,16 +125,7 @@ class Scorer:
         generated = torch.cat(parts) if parts else self._real_shares["train"][:0]
         return critic_estimates(critic, self._real_shares | {"generated": generated}, ranks)
 
-    def _gan_train(self, images: ImageSet) -> dict[str, object]:
-        from pipeline.evaluation.train_classifier import gan_train
-
-        ranks, result = self.runtime.ranks, dict[str, object]()
-        with interruptible(ranks, self.runtime.stop.known):
-            if ranks.is_main:
-                result = gan_train(images, self.dataset, self.seed, self.runtime.device)
-        return ranks.broadcast(result)
-
-    def _write(self, result: dict[str, Any], scores: dict[str, Any], images: ImageSet, path: Path) -> None:
+    def _write(self, result: dict[str, Any], nearest: Any, images: ImageSet, path: Path) -> None:
         """Writes the scores and the pictures: a grid of real images, like one of samples, only once in a folder."""
         grid, split = real_images(path, self.dataset.fingerprint), self.config.reference
         columns = 4 if images.labels is None else 10
@@ -139,11 +134,10 @@ class Scorer:
             indices = torch.randint(self.dataset.num_images(split), (columns**2,), generator=draws)
             save_grid(load_images(self.dataset, split, indices), grid, columns)
         write_text(path, json.dumps(result, indent=1))
-        if (nearest := scores.get("nearest_training_images")) is not None:
-            indices = torch.tensor(nearest["indices"])
-            shown, real = images.render(0, len(indices)), load_images(self.dataset, "train", indices.flatten())
-            rows = torch.cat([shown.unsqueeze(1), real.view(*indices.shape, *shown.shape[1:])], dim=1)
-            save_grid(rows.flatten(0, 1), neighbours(path), columns=rows.shape[1])
+        indices = torch.tensor(nearest["indices"])
+        shown, real = images.render(0, len(indices)), load_images(self.dataset, "train", indices.flatten())
+        rows = torch.cat([shown.unsqueeze(1), real.view(*indices.shape, *shown.shape[1:])], dim=1)
+        save_grid(rows.flatten(0, 1), neighbours(path), columns=rows.shape[1])
 
 
 def _scores_in(

@@ -60,7 +60,8 @@ def train(data: Labelled, num_classes: int, *, seed: int, epochs: int, device: t
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # initial weights and dropout
         _, channels, height, width = images.shape
-        network = Classifier((channels, height, width), num_classes).to(device, memory_format=torch.channels_last)
+        network = Classifier((channels, height, width), num_classes).to(device)
+        network.to(memory_format=torch.channels_last)
         optimizer = torch.optim.Adam(network.parameters())
         batch_size = min(BATCH_SIZE, len(images))
         num_batches = len(images) // batch_size
@@ -78,7 +79,8 @@ def train(data: Labelled, num_classes: int, *, seed: int, epochs: int, device: t
                 torch.autograd.backward(F.cross_entropy(logits, labels[batch].to(device)))
                 optimizer.step()
                 schedule.step()
-    return network.eval()
+    network.eval()
+    return network
 
 
 @torch.inference_mode()

@@ -18,17 +18,6 @@ from pipeline.evaluation.metrics.neighbours import NEIGHBOURS
 from pipeline.evaluation.metrics.scores import KEEP, SAMPLE_SCORES, ClassScore, Options, class_scores
 from pipeline.evaluation.metrics.states import Batch, ClassSums, Sample, States, Sums, add, gather
 
-__all__ = [
-    "Authenticity",
-    "ClassScores",
-    "FeatureMetric",
-    "FrechetDistance",
-    "InceptionScore",
-    "KernelDistance",
-    "ManifoldScores",
-    "SlicedWasserstein",
-]
-
 
 class FeatureMetric(Metric):
     """A score of generated images (`real=False`) against real ones: `score`, a function of the states of both sides.
@@ -77,7 +66,7 @@ class FeatureMetric(Metric):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Adds a batch and returns the score of this rank's batch alone."""
         self.update(*args, **kwargs)
-        batch = self.clone()
+        batch = copy.deepcopy(self)
         batch.reset()
         batch.update(*args, **kwargs)
         return batch._score_of(Ranks())
