@@ -192,7 +192,7 @@ TABLE = {
         world_size=2,
     ),
     "more ranks than lanes": Bad(
-        r"data.lanes 8 cannot be shared evenly at world size 16 .*",
+        r"data.lanes 8 cannot be shared evenly at world size 16, .*",
         {"data": {"source": "streaming", "lanes": 8}},
         world_size=16,
     ),

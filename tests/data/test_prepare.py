@@ -300,10 +300,7 @@ def test_a_silent_mirror_is_given_up_and_what_arrived_is_kept(
     mirror.failing["t10k-images-idx3-ubyte.gz"] = "stalled"
     result = run("mnist", "--root", tmp_path)
     assert result.returncode == 2
-    assert (
-        f"({mirror.url}: t10k-images-idx3-ubyte.gz did not arrive intact: timed out; npm"
-        in result.stderr.splitlines()[-1]
-    )
+    assert ".gz did not arrive intact: timed out; npm" in result.stderr.splitlines()[-1]
     mirror.let_go.set()
     mirror.requests.clear()
     mirror.failing.clear()

@@ -225,7 +225,7 @@ def test_a_resumed_lane_reads_from_its_own_shard_on(tmp_path: Path, monkeypatch:
     ("settings", "words"),
     [
         ({"lanes": 5}, ["data.lanes 5", "batch_size 24"]),
-        ({"lanes": 4, "workers": 3}, ["data.lanes 4", "world size 1 ", "data.workers 3", "multiple of 3"]),
+        ({"lanes": 4, "workers": 3}, ["data.lanes 4", "world size 1,", "data.workers 3", "multiple of 3"]),
         ({"lanes": 4, "world_size": 3}, ["data.lanes 4", "world size 3"]),
         ({"lanes": 12, "world_size": 4, "workers": 2}, ["data.lanes 12", "multiple of 8"]),
         ({"lanes": 24}, ["data.lanes 24", "20 images"]),
