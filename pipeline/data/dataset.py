@@ -229,7 +229,7 @@ def _advice(folder: str) -> str:
     """Returns the end of the message that a folder has no manifest: what to do."""
     kinds = (mimetypes.guess_type(file.name)[0] for file in Path(folder).rglob("*"))
     if any(kind and kind.startswith("image/") for kind in kinds):
-        return f": {folder} holds images; run gan-pipeline prepare folder {folder} --name NAME, then give NAME"
+        return f": {folder} holds images; run gan-pipeline prepare folder {folder} --name NAME, then data.dataset NAME"
     return f": prepare it (gan-pipeline prepare), or give {', '.join(KNOWN)} or its folder"
 
 

@@ -176,7 +176,11 @@ def test_a_missing_dataset_is_named(tmp_path: Path) -> None:
         folder = tmp_path / name
         folder.parent.mkdir()
         folder.touch()
-        words = f"run gan-pipeline prepare folder {folder.parent} --name NAME, then give NAME" if kind else "prepare it"
+        words = (
+            f"run gan-pipeline prepare folder {folder.parent} --name NAME, then data.dataset NAME"
+            if kind
+            else "prepare it"
+        )
         with pytest.raises(DataError, match=rf"dataset\.json does not exist: .*{words}"):
             open_dataset(DataConfig(dataset=str(folder.parent)))
 

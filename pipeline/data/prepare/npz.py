@@ -60,11 +60,10 @@ def prepare_npz(
     if "test" not in files and any(NAMES.get(array.lower(), ("",))[0] == "test" for array in content["train"][2]):
         files["test"] = files["train"]
         content["test"] = load_npz(files["test"], "test")
-    remarks, unread = Remarks(), dict[Path, set[str]]()
-    for split, path in files.items():
-        unread[path] = unread.get(path, content[split][2]) & content[split][2]
-    for path, names in unread.items():
-        for array in sorted(names):
+    remarks = Remarks()
+    for path in dict.fromkeys(files.values()):
+        unread = [content[split][2] for split in files if files[split] == path]
+        for array in sorted(set.intersection(*unread)):
             remarks.add("left out", "array", f"{array!r} in {path}")
     splits = {
         split: Rows(rows_of(path, *content[split][:2]), str(path), len(content[split][0]))
