@@ -128,7 +128,9 @@ def test_fashion_mnist_is_fetched_when_it_is_first_used(
     clothes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = DataConfig(dataset="fashion_mnist", root=str(tmp_path / "data"))
-    with pytest.raises(DataError, match=r"Fashion-MNIST could not be .*prepare.py fashion_mnist --from FOLDER"):
+    with pytest.raises(
+        DataError, match=r"Fashion-MNIST could not be .*gan-pipeline prepare fashion_mnist --from FOLDER"
+    ):
         open_dataset(config)
     for mirror in serving(clothes):
         monkeypatch.setattr(FashionMNIST, "mirrors", [mirror.url])
@@ -221,7 +223,7 @@ def test_stacked_mnist_is_made_when_it_is_first_used(
     few = replace(known.STACKED_MNIST, num_images={"train": 8, "test": 4})
     monkeypatch.setitem(known.DATASETS, "stacked_mnist", few)
     monkeypatch.setattr(known.IdxDataset, "origins", lambda self: {})
-    with pytest.raises(DataError, match=r"MNIST could not be .*prepare.py mnist --from FOLDER"):
+    with pytest.raises(DataError, match=r"MNIST could not be .*gan-pipeline prepare mnist --from FOLDER"):
         open_dataset(config)
     assert not (tmp_path / "data" / "stacked_mnist").exists()
     prepare_known("mnist", tmp_path / "data", digits)
@@ -310,7 +312,7 @@ def test_cifar10_is_fetched_when_it_is_first_used(
     binary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = DataConfig(dataset="cifar10", root=str(tmp_path / "data"))
-    with pytest.raises(DataError, match=r"CIFAR-10 could not be .*prepare.py cifar10 --from FOLDER"):
+    with pytest.raises(DataError, match=r"CIFAR-10 could not be .*gan-pipeline prepare cifar10 --from FOLDER"):
         open_dataset(config)
     (tmp_path / "home").mkdir()
     pack(binary, tmp_path / "home", monkeypatch)

@@ -56,11 +56,6 @@ class KnownDataset:
     checksums: Mapping[str, str]
     """SHA-256 of its files by their names."""
 
-    @property
-    def folder_name(self) -> str:
-        """The name of its folder, and of the dataset there."""
-        return self.name
-
     def splits(self, root: Path, source: Path | None) -> dict[str, Split]:
         """Returns the splits, read from files in the folder `source` or, without it, from files that are fetched into a
         hidden folder in `root`. Raises DataError when they cannot be had."""
@@ -132,7 +127,8 @@ class Cifar10(KnownDataset):
             files = {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
             print_line(f"{folder}: sizes and classes are checked; checksums of these files are not published")
         if missing := [name for name in names if name not in files]:
-            raise DataError(f"{archive if archive.exists() else folder} lacks {', '.join(missing)}")
+            where = archive if archive.exists() else f"{folder} has no {ARCHIVE}, and"
+            raise DataError(f"{where} lacks {', '.join(missing)}")
         if tuple(files[CLASSES_FILE].decode("ascii", "replace").split()) != self.class_names:
             raise DataError(f"{CLASSES_FILE} is damaged: it does not list {', '.join(self.class_names)}")
         return {split: self._split(split, {name: files[name] for name in part}) for split, part in parts.items()}
@@ -166,10 +162,6 @@ class StackedMnist(KnownDataset):
     """
 
     seed: int = 0
-
-    @property
-    def folder_name(self) -> str:
-        return f"{self.name}-{self.seed}" if self.seed else self.name
 
     def splits(self, root: Path, source: Path | None) -> dict[str, Split]:
         digits = prepare_known("mnist", root, source)
@@ -205,7 +197,7 @@ def prepare_known(
     if isinstance(known, StackedMnist):
         counts = dict(zip(known.num_images, num_images, strict=True)) if num_images else known.num_images
         known = replace(known, num_images=counts, seed=seed)
-    folder = root / known.folder_name
+    folder = root / (f"{name}-{seed}" if seed else name)
 
     def is_same(dataset: Dataset) -> bool:
         num_images = {split: dataset.num_images(split) for split in dataset.splits}
@@ -251,7 +243,7 @@ def _fetch(known: KnownDataset, downloads: Path) -> dict[str, Split]:
             failures.append(f"{origin}: {' '.join(str(error).split())}")
     raise DataError(
         f"{known.title} could not be fetched ({'; '.join(failures)}). Put {', '.join(known.checksums)} into a folder "
-        f"and run: python pipeline/prepare.py {known.name} --from FOLDER"
+        f"and run: gan-pipeline prepare {known.name} --from FOLDER"
     )
 
 
