@@ -85,47 +85,37 @@ def _make(
 def check_user_networks(config: Config, image_shape: ImageShape, num_classes: int) -> None:
     """Tries the user's own networks, if there are any, on a few images on the CPU. Raises UserError if one does not do
     what the head of this file says, or can't be trained with these settings."""
-    arguments, dtype = (config.network, image_shape, num_classes, torch.Generator()), dtype_of(config)
-    if config.network.generator is not None:
-        _check_generator(config, build_generator(*arguments).to(dtype))
-    if config.network.critic is not None:
-        critic = build_critic(*arguments).to(dtype)
-        images = torch.rand(TRIAL_IMAGES, *image_shape, dtype=dtype, generator=torch.Generator())
-        _check_critic(config, critic, images, num_classes)
-
-
-def _check_generator(config: Config, generator: AnyGenerator) -> None:
-    key = "network.generator"
-    if config.runtime.accumulation > 1:
-        raise UserError(
-            f"runtime.accumulation is {config.runtime.accumulation}: {key}, a network of your own, can't be taken in "
-            "parts: set it to 1"
-        )
-    _check_norms(key, generator)
-    shape = TRIAL_IMAGES, config.network.latent_dim
-    latents = torch.linspace(-1, 1, shape[0] * shape[1], dtype=dtype_of(config)).view(shape)
-    images = _call(key, generator, latents, torch.arange(TRIAL_IMAGES) % max(generator.num_classes, 1))
-    _check_shape(key, "images", images, (TRIAL_IMAGES, *generator.image_shape))
-    if not 0 <= images.min() <= images.max() <= 1:
+    network, dtype, accumulation = config.network, dtype_of(config), config.runtime.accumulation
+    arguments, shape = (network, image_shape, num_classes, torch.Generator()), (TRIAL_IMAGES, *image_shape)
+    if network.generator is not None:
+        key, generator = "network.generator", build_generator(*arguments).to(dtype)
+        if accumulation > 1:
+            raise UserError(
+                f"runtime.accumulation is {accumulation}: {key}, a network of your own, can't be taken in parts: set "
+                "it to 1"
+            )
+        _check_norms(key, generator)
+        latents = torch.linspace(-1, 1, TRIAL_IMAGES * network.latent_dim, dtype=dtype).view(TRIAL_IMAGES, -1)
+        images = _call(key, generator, latents, torch.arange(TRIAL_IMAGES) % max(num_classes, 1))
+        _check_shape(key, "images", images, shape)
         low, high = images.min().item(), images.max().item()
-        raise UserError(f"{key} makes pixels from {low:.3g} to {high:.3g}: end it in [0, 1], with a sigmoid say")
-    _check_gradients(key, generator, images)
-
-
-def _check_critic(config: Config, critic: nn.Module, images: Tensor, num_classes: int) -> None:
-    key = "network.critic"
-    if _check_norms(key, critic) and (penalises(config.training) or config.runtime.accumulation > 1):
-        raise UserError(
-            f"{key} has batch norm: gradient penalties and runtime.accumulation need scores that depend on one image "
-            "alone (Gulrajani et al. 2017, section 4); use another norm"
-        )
-    scores, logits = _call(key, critic, images)
-    _check_shape(key, "scores", scores, (TRIAL_IMAGES,))
-    if num_classes:
-        _check_shape(key, "logits", logits, (TRIAL_IMAGES, num_classes))
-    elif logits is not None:
-        raise UserError(f"{key} gives logits, but there are no classes to tell apart: give None")
-    _check_gradients(key, critic, scores if logits is None else scores + logits.sum(1))
+        if not 0 <= low <= high <= 1:
+            raise UserError(f"{key} makes pixels from {low:.3g} to {high:.3g}: end it in [0, 1], with a sigmoid say")
+        _check_gradients(key, generator, images)
+    if network.critic is not None:
+        key, critic = "network.critic", build_critic(*arguments).to(dtype)
+        if _check_norms(key, critic) and (penalises(config.training) or accumulation > 1):
+            raise UserError(
+                f"{key} has batch norm: gradient penalties and runtime.accumulation need scores that depend on one "
+                "image alone (Gulrajani et al. 2017, section 4); use another norm"
+            )
+        scores, logits = _call(key, critic, torch.rand(shape, dtype=dtype, generator=torch.Generator()))
+        _check_shape(key, "scores", scores, (TRIAL_IMAGES,))
+        if num_classes:
+            _check_shape(key, "logits", logits, (TRIAL_IMAGES, num_classes))
+        elif logits is not None:
+            raise UserError(f"{key} gives logits, but there are no classes to tell apart: give None")
+        _check_gradients(key, critic, scores if logits is None else scores + logits.sum(1))
 
 
 def _call(key: str, network: nn.Module, *inputs: Tensor) -> Any:

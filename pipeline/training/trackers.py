@@ -3,6 +3,7 @@ holds. A run without run.trackers does not load this file."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,9 @@ class Trackers:
         return self._runtime.ranks.is_main and (is_new or step >= self._first_step) and path.exists()
 
     def _open(self) -> None:
-        run, folder, identities = self._config.run, self._folder, self._read_identities()
+        run, folder, identities = self._config.run, self._folder, dict[str, str]()  # what trackers call this run
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            identities |= json.loads(folder.tracker_runs.read_text())
         for name in run.trackers:
             arguments = self._identify(name, identities) | run.tracker_options.get(name, {})
             write_text(folder.tracker_runs, json.dumps(identities))
@@ -87,13 +90,6 @@ class Trackers:
             if name == "mlflow":
                 identities[name] = tracker.tracker.info.run_id
                 write_text(folder.tracker_runs, json.dumps(identities))
-
-    def _read_identities(self) -> dict[str, str]:
-        """Returns the trackers' names of this run, which it got at its first launch."""
-        try:
-            return dict(json.loads(self._folder.tracker_runs.read_text()))
-        except (OSError, ValueError, TypeError):
-            return {}
 
     def _identify(self, name: str, identities: dict[str, str]) -> dict[str, Any]:
         """Returns the arguments with which a tracker continues the run that it has of this one."""

@@ -7,6 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.checks.settings import Plan, refuse
@@ -276,33 +277,29 @@ class Trainer:
         return self.state.copied_generator(self.config.evaluation.weights)
 
 
+@dataclass
 class Saver:
     """Saves a run's state beside the training.
 
     A save that fails is reported and tried again at the next cadence, up to run.max_save_failures in a row. Every rank
     sees the same outcome at the same step, so the ranks stay in step. Its methods raise TrainingFailed on all ranks
     when the state must not be saved or saving has failed too often.
-
-    Args:
-        progress: returns what a resumed run needs beside the state, as JSON-serialisable values.
-        damage: returns why this rank must not save, whatever its state is, as a message; None: it may.
-        best_of: returns which of some steps has the best checkpoint, to keep it; None: none of them.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        state: TrainingState,
-        runtime: Runtime,
-        progress: Callable[[], dict[str, Any]],
-        damage: Callable[[], str | None],
-        best_of: Callable[[list[int]], int | None],
-    ) -> None:
-        self._state, self._runtime, self._progress, self._damage = state, runtime, progress, damage
-        run, clip_value = config.run, config.training.clip_value
-        self._allowed_failures = run.max_save_failures
-        bounds: dict[str, Any] = {"keep_last": run.keep_last, "keep_every": run.keep_every, "clip_value": clip_value}
-        self.writer = CheckpointWriter(RunFolder(config.folder), runtime.ranks, best_of=best_of, **bounds)
+    config: Config
+    state: TrainingState
+    runtime: Runtime
+    progress: Callable[[], dict[str, Any]]
+    """Returns what a resumed run needs beside the state, as JSON-serialisable values."""
+    damage: Callable[[], str | None]
+    """Returns why this rank must not save, whatever its state is, as a message; None: it may."""
+    best_of: Callable[[list[int]], int | None]
+    """Returns which of some steps has the best checkpoint, to keep it; None: none of them."""
+
+    def __post_init__(self) -> None:
+        run, clip_value = self.config.run, self.config.training.clip_value
+        rules: dict[str, Any] = {"keep_last": run.keep_last, "keep_every": run.keep_every, "clip_value": clip_value}
+        self.writer = CheckpointWriter(RunFolder(self.config.folder), self.runtime.ranks, best_of=self.best_of, **rules)
         self._reported_step: int | None = None
 
     def begin(self, step: int) -> None:
@@ -313,21 +310,21 @@ class Saver:
         """Prints a line about a checkpoint that was completed since the last call."""
         if (step := self.writer.committed_step) != self._reported_step:
             self._reported_step = step
-            self._runtime.print(f"step {step}: saved")
+            self.runtime.print(f"step {step}: saved")
 
     def save(self) -> None:
         """Starts a checkpoint, after noting how the one before it ended."""
-        state = self._state
-        self._note_outcome(lambda: self.writer.save(state.tensors(), state.step, self._progress(), self._damage()))
+        state = self.state
+        self._note_outcome(lambda: self.writer.save(state.tensors(), state.step, self.progress(), self.damage()))
 
     def save_now(self) -> None:
         """Returns when the present step is on the disk."""
         self._note_outcome(self.writer.finish)
-        if self.writer.committed_step != self._state.step:
+        if self.writer.committed_step != self.state.step:
             self.save()
             self._note_outcome(self.writer.finish)
-        if self.writer.committed_step != self._state.step:
-            self.fail(f"step {self._state.step} could not be saved")
+        if self.writer.committed_step != self.state.step:
+            self.fail(f"step {self.state.step} could not be saved")
         self.report()
 
     def fail(self, reason: str) -> NoReturn:
@@ -342,9 +339,9 @@ class Saver:
         try:
             save()
         except IntegrityError as error:
-            self.fail(f"step {self._state.step}: must not be saved, {error}")
+            self.fail(f"step {self.state.step}: must not be saved, {error}")
         except OSError as error:
-            failures, allowed = self.writer.failures_in_a_row, self._allowed_failures
-            self._runtime.print(f"checkpoint failed ({failures} in a row, {allowed} tolerated): {error}")
+            failures, allowed = self.writer.failures_in_a_row, self.config.run.max_save_failures
+            self.runtime.print(f"checkpoint failed ({failures} in a row, {allowed} tolerated): {error}")
             if failures > allowed:
                 self.fail(f"checkpoints can't be written: {error}")
