@@ -155,8 +155,7 @@ class Trainer:
                 "doubled; score and export them as they are, and train others under another run.name"
             )
         if checkpoint is not None and checkpoint.step >= self._last_step and folder.export.exists():
-            steps = f"{folder.path} has its {checkpoint.step:,} steps already"
-            remarks.append(f"{steps}: for more, give a greater --training.steps")
+            remarks.append(f"{folder.path} has its {checkpoint.step:,} steps already: for more, raise --training.steps")
         else:
             if checkpoint is not None:
                 remarks.append(f"going on from {checkpoint.folder}, saved at world size {checkpoint.world_size}")

@@ -46,7 +46,7 @@ def test_a_finished_run_says_that_it_has_its_steps_and_stays_as_it_is(
             capsys.readouterr()
             assert train(changed(config, training={"steps": steps})).status == "finished, 4 steps"
             output = capsys.readouterr().err
-            assert f"{folder.path} has its 4 steps already: for more, give a greater --training.steps" in output
+            assert f"{folder.path} has its 4 steps already: for more, raise --training.steps" in output
             assert "going on" not in output
             assert [path.read_bytes() for path in paths] == files
         assert train(changed(config, training={"steps": 5})).status == "finished, 5 steps"
