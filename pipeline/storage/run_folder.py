@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -24,11 +25,14 @@ PACKAGES = ("torch", "accelerate", "webdataset", "torchmetrics", "torch-fidelity
 MANIFEST = "manifest.json"  # describes the other files of a checkpoint
 
 
+@dataclass
 class RunFolder:
     """The folder `runs/NAME`, whether it exists or not. Files that belong to a step carry its number."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: Path
+
+    def __post_init__(self) -> None:
+        path = self.path
         self.config = path / "config.yaml"
         """All settings, as YAML. A folder with this file is a run."""
         self.environment = path / "environment.json"
