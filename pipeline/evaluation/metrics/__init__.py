@@ -91,10 +91,9 @@ class FrechetDistance(FeatureMetric):
 
 class SampleMetric(FeatureMetric):
     """The score `name` of SAMPLE_SCORES, of at most `keep` images of either side and at most `scored` generated ones
-    (by default `keep`); NaN for too few. `seed` and `neighbours` are those of `scores.Options`."""
+    (by default as many as that table says); NaN for too few. `seed` and `neighbours` are those of `scores.Options`."""
 
     name: str
-    keep, scored = KEEP, 0  # the defaults
 
     def __init__(
         self,
@@ -106,13 +105,15 @@ class SampleMetric(FeatureMetric):
         neighbours: int = NEIGHBOURS,
         **options: Any,
     ) -> None:
-        self.rows, keep = SAMPLE_SCORES[self.name].rows, keep or self.keep
-        super().__init__({self.rows: Sample(num_features, keep, self.rows)}, **options)
-        self.most_fake, self.options = scored or self.scored or keep, Options(seed, neighbours)
+        score = SAMPLE_SCORES[self.name]
+        keep = keep or (score.most_fake if score.equal else KEEP)
+        super().__init__({score.rows: Sample(num_features, keep, score.rows)}, **options)
+        self.most_fake = scored or (keep if score.equal else score.most_fake)
+        self.options = Options(seed, neighbours)
 
     def score(self, fake: States, real: States) -> dict[str, float]:
-        function = SAMPLE_SCORES[self.name]
-        return function(fake[self.rows], real[self.rows], self.options, self.most_fake)[0]
+        score = SAMPLE_SCORES[self.name]
+        return score(fake[score.rows], real[score.rows], self.options, self.most_fake)[0]
 
 
 class KernelDistance(SampleMetric):
@@ -124,19 +125,19 @@ class KernelDistance(SampleMetric):
 class ManifoldScores(SampleMetric):
     """ "precision", "recall", "density" and "coverage", of equally many images of either side."""
 
-    name, keep, higher_is_better = "manifold", 10_000, True
+    name, higher_is_better = "manifold", True
 
 
 class SlicedWasserstein(SampleMetric):
     """ "sliced_wasserstein", of equally many images of either side."""
 
-    name, keep, higher_is_better = "sliced_wasserstein", 10_000, False
+    name, higher_is_better = "sliced_wasserstein", False
 
 
 class Authenticity(SampleMetric):
     """ "authenticity" of 1,000 generated images, or `scored`, among the training images, which are the real side."""
 
-    name, scored, higher_is_better = "authenticity", 1_000, True
+    name, higher_is_better = "authenticity", True
 
 
 class InceptionScore(SampleMetric):
