@@ -18,6 +18,7 @@ from pipeline.data.resident import load_split
 from pipeline.evaluation.evaluate import evaluate_images
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.features.classifier import MnistFeatures
+from pipeline.reporting import counted
 from pipeline.reporting.read import read_run
 from tests.jobs import ROOT, environment, flags, launch, tiny_config
 
@@ -54,7 +55,7 @@ def test_a_run_is_scored_alike_by_one_rank_and_by_two(stacked: Dataset, tmp_path
         if isinstance(value, float):
             assert others[key] == pytest.approx(value, rel=1e-6), key
     assert others["class_histogram"] == scores["class_histogram"]
-    assert f"{scores['modes']:.0f} modes, KL {scores['mode_kl']:.2f}" in result.stderr
+    assert f"{counted(scores['modes'], 'mode')}, KL {scores['mode_kl']:.2f}" in result.stderr
     assert read_run(run).scored("mnist", "mode_kl").values == [scores["mode_kl"]]
     assert f"KL from uniform {scores['mode_kl']:.2f}" in (run / "report.md").read_text()
 
