@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from statistics import median
@@ -228,12 +228,13 @@ def _evaluation_rate(trainer: Trainer) -> float | None:
 
 
 def measure_neighbour(trainer: Trainer) -> float:
-    """Measures how many times as long steps take beside another process on this machine that never waits.
+    """Measures how many times as long steps take beside another process that never waits and may use any of the cores.
 
-    It takes 20 seconds: OpenMP's threads need some to notice that they are not alone, or are again
-    (`distributed/cpu.py`).
+    It has a session of its own, as another user's process has, because Linux shares cores out by session. It takes 20
+    seconds: OpenMP's threads need some to notice that they are not alone, or are again (`distributed/cpu.py`).
     """
-    ranks, seconds = trainer.runtime.ranks, Seconds(beside=[], alone=[])
+    ranks, cores, seconds = trainer.runtime.ranks, trainer.runtime.cores, Seconds(beside=[], alone=[])
+    program = f"import os; os.sched_setaffinity(0, {cores})\nwhile os.getppid() == {os.getpid()}: pass"
 
     def step_seconds(at_least: float) -> float:
         started, steps = time.perf_counter(), 0
@@ -244,25 +245,14 @@ def measure_neighbour(trainer: Trainer) -> float:
 
     for _ in range(NEIGHBOUR_ROUNDS):
         for name, rounds in seconds.items():
-            with _busy_process(trainer.runtime.cores) if name == "beside" and ranks.is_main else nullcontext():
+            with ExitStack() as neighbours:
+                if name == "beside" and ranks.is_main:
+                    other = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
+                    neighbours.enter_context(other)  # waits for its end
+                    neighbours.callback(other.kill)
                 step_seconds(SETTLING_SECONDS)
                 rounds.append(step_seconds(NEIGHBOUR_SECONDS))
     return ranks.on_main(lambda: ratio(seconds["beside"], seconds["alone"]))
-
-
-@contextmanager
-def _busy_process(cores: list[int]) -> Iterator[None]:
-    """Runs an endless loop in another process that may use any of the cores. It has a session of its own, as another
-    user's process has, because Linux shares cores out by session. It ends with this process."""
-    program = f"import os; os.sched_setaffinity(0, {cores})\nwhile os.getppid() == {os.getpid()}: pass"
-    process = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
-    try:
-        yield
-        if process.poll() is not None:
-            raise RuntimeError(f"the process beside the steps ended with {process.returncode}")
-    finally:
-        process.kill()
-        process.wait()
 
 
 def measure_kernels(trainer: Trainer) -> list[dict[str, Any]]:

@@ -45,14 +45,14 @@ class Comparison:
     @cached_property
     def values(self) -> dict[str, dict[str, float | None]]:
         """Letter -> key of COLUMNS -> value. The scores are the newest ones."""
-        return {letter: self._values(run) for letter, run in self.runs.items()}
-
-    def _values(self, run: Run) -> dict[str, float | None]:
-        newest = run.newest(self.features)
-        scores = {key: newest.score(self.features, key) if newest else None for key in SCORES}
-        if newest and newest.neighbours(self.features) != self.usual_k:
-            scores |= dict.fromkeys(OF_NEIGHBOURS)
-        return scores | {"step": newest.step if newest else None} | run.timing
+        values = {}
+        for letter, run in self.runs.items():
+            newest = run.newest(self.features)
+            scores = {key: newest.score(self.features, key) if newest else None for key in SCORES}
+            if newest and newest.neighbours(self.features) != self.usual_k:
+                scores |= dict.fromkeys(OF_NEIGHBOURS)
+            values[letter] = scores | {"step": newest.step if newest else None} | run.timing
+        return values
 
     @property
     def usual_k(self) -> object:

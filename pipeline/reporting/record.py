@@ -30,8 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     runs = [read_run(path) for path in options.runs]
     seconds = [seconds_to_fid(run, options.target) for run in runs]
-    for run, value in zip(runs, seconds, strict=True):
-        print(f"{run.folder.path}: {_text(value)}")
+    print(*(f"{run.folder.path}: {_text(value)}" for run, value in zip(runs, seconds, strict=True)), sep="\n")
     commit, device = (runs[0].environment.get(key) for key in ("git_commit", "device"))
     middle, worst = statistics.median(seconds), max(seconds)
     today = f"{datetime.now(UTC):%Y-%m-%d}"

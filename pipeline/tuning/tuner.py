@@ -1,10 +1,7 @@
 """Searches settings: a worker of a study, which any number of workers share through a journal on a common file system.
 
-A trial trains the same settings with every seed of the study, one after the other in this process. Its value is the
-median of their last scores; it is pruned where the median of its seeds so far is worse than that of other trials at the
-same step. Optuna proposes the settings and writes the journal. A worker that is asked to stop puts its trial back into
-the queue, and the next one goes on from the trial's last checkpoint. The trial of a worker that was killed is left out:
-another takes its place.
+A trial trains the same settings with every seed of the study, one after the other in this process. Optuna proposes the
+settings, prunes trials and writes the journal. README.md beside this file says what becomes of a trial.
 """
 
 from __future__ import annotations
