@@ -145,9 +145,10 @@ def read_generator(path: Path, weights: str, code: str | None = None) -> tuple[A
     return _read_export(path, code)
 
 
-def warm_start(source: str, generator: AnyGenerator, ema: AnyGenerator, critic: nn.Module) -> None:
+def warm_start(source: str, generator: AnyGenerator, ema: AnyGenerator, critic: nn.Module) -> str:
     """Gives networks that were not trained yet the weights of `source` (see `read_generator`), for `run.start_from`. A
-    checkpoint's go to each of the three; a single generator's to generator and average, and the critic stays.
+    checkpoint's go to each of the three; a single generator's to generator and average, and the critic stays. Returns a
+    line that says so.
 
     Raises:
         UserError: It holds no generator, or does not fit the networks.
@@ -155,19 +156,19 @@ def warm_start(source: str, generator: AnyGenerator, ema: AnyGenerator, critic: 
     path, networks = Path(source), {"generator": generator, "ema": ema, "critic": critic}
     if path.is_dir() and not is_export(path):
         tensors = _checkpoint_in(path).tensors()
+        states = {role: _under(role, tensors) for role in networks}
     else:
-        state = load_generator(path, code=generator.config.generator).state_dict()
-        tensors = {f"{role}.{name}": value for role in ("generator", "ema") for name, value in state.items()}
-    for role, network in networks.items():
-        if weights := _under(role, tensors):
-            try:
-                network.load_state_dict(weights)
-            except RuntimeError as error:
-                reason = str(error).splitlines()[-1].strip("\t .")
-                raise UserError(
-                    f"run.start_from is {source}: its {role} does not fit this run's ({reason}): give one with the "
-                    "same network settings and images, or for another critic an export, which has none"
-                ) from None
+        states = dict.fromkeys(("generator", "ema"), load_generator(path, code=generator.config.generator).state_dict())
+    for role, state in states.items():
+        try:
+            networks[role].load_state_dict(state)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip("\t .")
+            raise UserError(
+                f"run.start_from is {source}: its {role} does not fit this run's ({reason}): give one with the same "
+                "network settings and images, or for another critic an export, which has none"
+            ) from None
+    return f"begins with the weights of {source}: {', '.join(states)}"
 
 
 def _checkpoint_in(path: Path) -> Checkpoint:

@@ -60,8 +60,7 @@ class Trainer:
         if (start := config.run.start_from) and ranks.on_main(lambda: newest_intact(self.folder)[0]) is None:
             from pipeline.export.generator_file import warm_start
 
-            warm_start(start, self.state.generator, self.state.ema, self.state.critic)
-            runtime.print(f"begins with the weights of {start}")
+            runtime.print(warm_start(start, self.state.generator, self.state.ema, self.state.critic))
         if num_classes:
             self.state.generator.class_names = self.state.ema.class_names = self.dataset.class_names
         self._source = open_source(config, self.dataset, ranks, runtime.device)

@@ -67,7 +67,8 @@ def test_a_generator_alone_starts_generator_and_average(first: RunFolder) -> Non
     scores = critic.score.weight.clone()
     for network in (generator, average):
         torch.nn.init.zeros_(network.get_parameter("dense.weight"))
-    warm_start(str(first.export), generator, average, critic)
+    message = warm_start(str(first.export), generator, average, critic)
+    assert message == f"begins with the weights of {first.export}: generator, ema"
     for network in (generator, average):
         assert all(torch.equal(value, exported.state_dict()[name]) for name, value in network.state_dict().items())
     assert torch.equal(critic.score.weight, scores)
