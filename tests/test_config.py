@@ -77,6 +77,8 @@ def test_the_packages_files_go_by_their_names(tmp_path: Path, monkeypatch: pytes
         UserError, match="--config is lsgam: no such file, and none of the package's: acgan, cifar10, emoji,"
     ):
         from_arguments("--config", "lsgam")
+    (tmp_path / "gan").mkdir()
+    assert from_arguments("--config", "gan").run.name == "gan", "a folder is no file"
     (tmp_path / "lsgan").write_text("training: {objective: gan}")
     assert from_arguments("--config", "lsgan").training.objective == "gan", "a file that is there comes first"
 

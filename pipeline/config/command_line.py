@@ -120,7 +120,7 @@ def _refuse(key: str, keys: Sequence[str], where: str = "") -> NoReturn:
 def _find_file(name: str) -> Path:
     """Returns the file of this path; if there is none, the package's: `quickstart` or `configs/quickstart.yaml`."""
     path, known = Path(name), {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
-    if path.exists():
+    if path.exists() and not path.is_dir():
         return path
     if (stem := name.removeprefix("configs/").removesuffix(".yaml")) not in known:
         raise UserError(f"--config is {name}: no such file, and none of the package's: {', '.join(known)}")
