@@ -76,7 +76,7 @@ class Evaluation:
         """Returns metric -> number of images that it took."""
         return _mapping(self.features.get(features, {}).get("images"))
 
-    def provenance(self, features: str) -> dict[str, Any]:
+    def provenance(self, features: str) -> dict[str, object]:
         """Returns what the scores were computed with: extractor, dataset and others."""
         return _mapping(self.features.get(features, {}).get("provenance"))
 

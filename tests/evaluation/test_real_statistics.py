@@ -226,18 +226,18 @@ def test_a_second_evaluation_computes_no_score_of_real_images(
 
 
 WRITING = """
-import sys, safetensors, torch
+import sys, torch
 from pipeline.data import load_dataset
 from pipeline.evaluation.features.classifier import MnistFeatures
-from pipeline.evaluation.real_statistics import real_statistics, _read, _write
+from pipeline.evaluation.real_statistics import _File, real_statistics
 dataset = load_dataset(sys.argv[1])
-real_statistics(dataset, "test", MnistFeatures(torch.device("cpu")))
-path = next(path for path in (dataset.folder / "features").iterdir() if path.suffix == ".safetensors")
-key = safetensors.safe_open(path, "pt").metadata()["key"]
-tensors = _read(path, key)
+extractor = MnistFeatures(torch.device("cpu"))
+real_statistics(dataset, "test", extractor)
+file = _File(dataset, extractor, "test")
+tensors = file.read()
 for _ in range(10):
-    _write(path, key, tensors)
-    assert _read(path, key) is not None
+    file.write(tensors)
+    assert file.read() is not None
 """
 
 
