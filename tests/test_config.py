@@ -278,6 +278,7 @@ def test_help_shows_on_a_page_what_people_change_first(
     assert all(len(line) <= 80 for line in text.splitlines() if line.startswith(" "))
     assert len(shown) == (5 if program == "evaluate" else 10)
     assert set(shown) <= set(flatten(Config()))
+    assert program == "evaluate" or "training.critic_optimizer.learning_rate" in shown
     assert "<class" not in text
     assert "--help-all lists all" in text
 

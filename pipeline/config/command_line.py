@@ -26,7 +26,7 @@ MAX_YAML_BYTES = 2**20
 SHIPPED = Path(__file__).parents[1] / "configs"
 FIRST = (
     *("run.name", "data.dataset", "training.objective", "training.steps", "training.seed", "training.batch_size"),
-    *("training.n_critic", "evaluation.every", "evaluation.features", "runtime.device"),
+    *("training.n_critic", "training.critic_optimizer.learning_rate", "evaluation.every", "evaluation.features"),
 )
 """The settings that people change first."""
 
