@@ -45,6 +45,21 @@ def test_a_curve_has_most_of_the_height_and_a_near_floor_is_shown(
     assert [max(places) < float(level) for level in levels] == [min(values) > floor] * to_scale
 
 
+def test_a_chart_of_one_point_begins_at_0_and_none_without_negative_values_goes_below() -> None:
+    def marks(values: list[float], width: float = 0.0) -> list[float]:
+        steps, band = [float(i) for i in range(len(values))], [(value - width, value + width) for value in values]
+        chart = str(line_chart("Title", {"a": Curve(steps, values, band)}))
+        group = chart.split("text-anchor: end")[1:]
+        return [float(text.split(">")[1].split("<")[0].replace("\u2212", "-")) for text in group]
+
+    assert marks([0.00183608], 1e-7)[0] == 0
+    assert marks([0.00183608], 1e-7)[-1] > 0.001
+    assert marks([-5.0])[0] < -5 <= 0 <= marks([-5.0])[-1]
+    assert marks([0.0])[0] == 0
+    assert marks([0.003, 0.0004], 0.0003)[0] == 0
+    assert marks([0.003, -0.002])[0] < 0
+
+
 def test_smoothing_keeps_a_constant_and_flattens_noise() -> None:
     def heights(values: list[float]) -> list[list[float]]:
         """Vertical positions of the raw and of the smoothed curve."""
