@@ -128,28 +128,28 @@ class Scorer:
     def _write(self, result: dict[str, Any], nearest: Any, images: ImageSet, path: Path) -> None:
         """Writes the scores and the pictures: a grid of real images, like one of samples, only once in a folder."""
         grid, split = real_images(path, self.dataset.fingerprint), self.config.reference
-        columns = 4 if images.labels is None else 10
+        rows, columns = (4, 4) if images.labels is None else (min(10, self.dataset.num_classes or 10), 10)
         if not grid.exists():
             draws = seeded(self.seed, "real images shown")
-            indices = torch.randint(self.dataset.num_images(split), (columns**2,), generator=draws)
+            indices = torch.randint(self.dataset.num_images(split), (rows * columns,), generator=draws)
             save_grid(load_images(self.dataset, split, indices), grid, columns)
         write_text(path, json.dumps(result, indent=1))
         indices = torch.tensor(nearest["indices"])
         shown, real = images.render(0, len(indices)), load_images(self.dataset, "train", indices.flatten())
-        rows = torch.cat([shown.unsqueeze(1), real.view(*indices.shape, *shown.shape[1:])], dim=1)
-        save_grid(rows.flatten(0, 1), neighbours(path), columns=rows.shape[1])
+        beside = torch.cat([shown.unsqueeze(1), real.view(*indices.shape, *shown.shape[1:])], dim=1)
+        save_grid(beside.flatten(0, 1), neighbours(path), columns=beside.shape[1])
 
 
 def _scores_in(
     path: Path, facts: dict[str, Any], extractors: Sequence[FeatureExtractor], neighbours: int
 ) -> dict[str, Any]:
-    """Returns what `path` holds of the images that `facts` describe: "features", "critic", "gan_train". Raises
-    UserError if these are of other images, extractors or numbers of neighbours."""
+    """Returns what `path` holds of the images that `facts` describe: "features", "critic", "gan_train", and the
+    "timing" of a training. Raises UserError if these are of other images, extractors or numbers of neighbours."""
     if not path.exists():
         return {}
     try:
         before = json.loads(path.read_text())
-        content = {key: dict(before[key]) for key in ("features", "critic", "gan_train") if key in before}
+        content = {key: dict(before[key]) for key in ("features", "critic", "gan_train", "timing") if key in before}
         pairs = [(key, before.get(key), value) for key, value in facts.items() if key != "target"]
         for extractor in extractors:
             if scores := content["features"].get(extractor.name):

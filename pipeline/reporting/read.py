@@ -69,7 +69,7 @@ class Evaluation:
         return str(self.settings.get("warning") or few_images(self.settings.get("num_images")) or "")
 
     def about(self, key: str) -> dict[str, object]:
-        """Returns the values of "critic" or "gan_train", which need no feature space; empty if there are none."""
+        """Returns the values of "critic", "gan_train" or "timing", which need no feature space; empty without them."""
         return _mapping(self.settings.get(key))
 
     def images(self, features: str) -> dict[str, object]:
@@ -210,12 +210,14 @@ class Run:
 
     @property
     def timing(self) -> dict[str, float | None]:
-        """Times up to the newest checkpoint or line of the log. Waiting for data is a part of training, evaluation is
-        not. `device_seconds` is the whole time on as many cores or GPUs as the newest launch had."""
+        """Times up to the newest checkpoint, line of the log or evaluation. Waiting for data is a part of training,
+        evaluation is not. `device_seconds` is the whole time on as many cores or GPUs as the newest launch had."""
         training, evaluation = (
             max([*self.logged(key).values[-1:], finite(self.progress.get(key)) or 0.0])
             for key in ("elapsed_seconds", "evaluation_seconds")
         )
+        # The last one ends after the log's last line and the checkpoint of its step.
+        evaluation = max(evaluation, sum(finite(item.about("timing").get("seconds")) or 0 for item in self.evaluations))
         waits, speeds = self.logged("data_wait_seconds").values, self.logged("images_per_second").values
         total = training + evaluation
         return {

@@ -255,11 +255,12 @@ class Trainer:
             try:
                 with runtime.tolerating(f"step {step}: evaluation"):
                     facts = {"step": step, "weights": self.config.evaluation.weights}
-                    copied = self.state.copied_critic()
-                    critic = copied if isinstance(copied, Critic) else None  # a user's critic is not scored
-                    scores = scorer.score_generator(self._copied_generator(), path, facts, critic)["features"]
-                    fids = ", ".join(f"{space} FID {values['fid']:.2f}" for space, values in scores.items())
+                    critic = copied if isinstance(copied := self.state.copied_critic(), Critic) else None
+                    scores = scorer.score_generator(self._copied_generator(), path, facts, critic)
+                    fids = ", ".join(f"{space} FID {each['fid']:.2f}" for space, each in scores["features"].items())
                     self._bar.add_evaluation(seconds := time.monotonic() - started)
+                    if runtime.ranks.is_main:
+                        write_text(path, json.dumps(scores | {"timing": {"seconds": seconds}}, indent=1))
                     runtime.print(f"step {step}: {fids}, scored in {seconds:.0f} s")
                     self._comment()
             except Preempted:

@@ -19,6 +19,7 @@ from pipeline.config import Config, OptimizerConfig
 from pipeline.data import Dataset
 from pipeline.data.resident import load_split
 from pipeline.export.generator_file import load_generator
+from pipeline.reporting.read import read_run
 from pipeline.storage.checkpoint import find
 from pipeline.storage.run_folder import RunFolder
 from tests.distributed.interrupting import job
@@ -67,6 +68,8 @@ def test_a_run_leaves_everything_that_the_readme_lists(run: Path) -> None:
 def test_the_evaluation_has_the_designs_form(run: Path) -> None:
     result = json.loads((run / "evaluation/step-00000020.json").read_text())
     assert (result["step"], result["num_images"]) == (20, 501)
+    assert result["timing"]["seconds"] > 0
+    assert (read_run(run).timing["evaluation_share"] or 0) > 0, "the only evaluation ends after the log and the save"
     scores = result["features"]["mnist"]
     for key in (
         "fid",
@@ -99,6 +102,7 @@ def test_evaluating_again_gives_the_same_scores_for_another_number_of_ranks(run:
     # Of the live critic of two processes, and of the checkpoint's.
     assert after["critic"]["mean_scores"] == pytest.approx(before["critic"]["mean_scores"], rel=1e-4)
     assert after["critic"]["images"] == {"train": 2000, "test": 2000, "generated": 501}
+    assert after["timing"] == before["timing"]
     assert (run / "evaluation/step-00000010.json").exists()
 
 

@@ -106,6 +106,10 @@ def test_times_are_those_of_the_newest_checkpoint_where_the_log_ends_before_an_e
     assert after["device_seconds"] == 4 * 1150
     manifest.write_text("{")
     assert read_run(run).timing == before
+    for step, seconds in ((1000, 50.0), (2000, 50.0), (3000, 250.0)):
+        path = run / f"evaluation/step-{step:08d}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"timing": {"seconds": seconds}}))
+    assert read_run(run).timing["evaluation_share"] == 350 / 1250
     assert "manifest.json is damaged" in read_run(run).notes
 
 
