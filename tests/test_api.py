@@ -284,7 +284,7 @@ def test_a_notebook(mnist_dataset: Dataset, scored_digits: Dataset, tmp_path: Pa
     fids = read_run(tmp_path / "runs/notebook").scored("mnist", "fid")
     assert fids.steps == [250, 500]
     assert fids.values[1] < fids.values[0] < 400  # noise has 1,960
-    assert (tmp_path / "wgan_mnist.h5").is_file()
+    assert (tmp_path / "runs/notebook/wgan_mnist.h5").is_file()
     outputs = [json.dumps(cell.outputs) for cell in cells]
     [error] = [output for output in cells[1].outputs if output.output_type == "error"]
     message = r"Preempted: stopped after step (\d+), which is saved: the same command goes on from there"
