@@ -45,6 +45,8 @@ class Scorer:
             if weights := published_weights(name):
                 runtime.ranks.on_main(partial(weights.fetch, config))
         self.extractors = load_all(config, dataset, runtime.device)
+        for warning in filter(None, (extractor.warning for extractor in self.extractors)):
+            runtime.print(warning)
         self._real_shares: dict[str, Tensor] = {}
 
     def score_generator(

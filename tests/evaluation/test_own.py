@@ -13,15 +13,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pipeline.config import EvaluationConfig
+from pipeline.config import EvaluationConfig, RuntimeConfig
 from pipeline.data import Dataset, load_dataset
 from pipeline.data.prepare import prepare_npz
 from pipeline.data.resident import load_split
+from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
+from pipeline.evaluation import train_classifier
 from pipeline.evaluation.evaluate import evaluate_images
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.features import FeatureExtractor, load_features
+from pipeline.evaluation.features.classifier import Classifier, near_chance
+from pipeline.evaluation.scorer import Scorer
 from pipeline.evaluation.train_classifier import write_classifier
+from tests.jobs import restoring_process
 
 CPU = torch.device("cpu")
 
@@ -80,8 +85,8 @@ def test_it_learns_classes_of_any_shape(
 ) -> None:
     dataset = bright_quarters(tmp_path, shape, counts, seed)
     path = train(dataset, seed=seed)
-    tested = counts.get("test", 64)  # a tenth, where there is no test split
-    told = re.fullmatch(rf"test accuracy (\d+\.\d\d)% \({tested} images\): {path}\n", capsys.readouterr().out)
+    tested = f"{counts['test']} images" if "test" in counts else "64 images held out of train"  # a tenth
+    told = re.fullmatch(rf"test accuracy (\d+\.\d\d)% \({tested}\): {path}\n", capsys.readouterr().out)
     assert told is not None
     assert float(told[1]) >= 97
     own = load_own(dataset)
@@ -130,6 +135,40 @@ def test_the_fingerprint_is_that_of_weights_and_dataset(dataset: Dataset, traine
     renamed = dataclasses.replace(dataset, name="renamed")
     save_file(load_file(path), path, metadata | {"dataset": renamed.fingerprint})
     assert load_own(renamed).fingerprint != before
+
+
+def test_a_small_dataset_gets_more_epochs_and_a_large_one_ten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    dataset, asked = bright_quarters(tmp_path, (1, 8, 8), {"train": 600}), list[int]()
+
+    def train(*data: object, epochs: int, **others: object) -> Classifier:
+        asked.append(epochs)
+        return Classifier((1, 8, 8), 4).eval()
+
+    monkeypatch.setattr(train_classifier, "train", train)
+    for epochs, least in ((None, 2_000), (None, 30), (3, 2_000)):
+        monkeypatch.setattr(train_classifier, "LEAST_UPDATES", least)
+        write_classifier(str(dataset.folder), tmp_path / f"{len(asked)}.safetensors", epochs=epochs, device="cpu")
+    assert asked == [500, 10, 3], "540 images are four batches"
+
+
+def test_features_of_a_classifier_that_guesses_are_warned_of_when_it_is_trained_and_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = bright_quarters(tmp_path, (1, 8, 8), {"train": 40})
+    monkeypatch.setattr(train_classifier, "accuracy", lambda *_: 0.275)
+    train(dataset, epochs=1)
+    warning = (
+        "test accuracy 27.5% where guessing has 25.0%: features `own` mean little, try train-classifier with more than "
+        "1 --epochs, or more images\n"
+    )
+    assert capsys.readouterr().err == warning
+    with restoring_process():
+        Scorer(EvaluationConfig(features=["own"]), dataset, Runtime(RuntimeConfig(device="cpu", threads=1)), 0)
+    assert warning in "".join(capsys.readouterr())
+    # Halfway between guessing and knowing of two classes; of many, three times what guessing has.
+    for num_classes, accuracy in ((2, 0.75), (4, 0.625), (10, 0.3)):
+        assert near_chance(accuracy, num_classes, "") is None
+        assert near_chance(accuracy - 0.001, num_classes, "") is not None
 
 
 def test_without_a_classifier_the_command_is_named(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ class FeatureExtractor(ABC):
         facts: What a reader of the scores should know about the network; written beside them.
         fingerprint: SHA-256 of the weights and of the version of the code around them. Scores with different
             fingerprints do not compare.
+        warning: What is said before anything is scored, if the features mean little.
         published: Moments of these features that somebody published, which images are compared with as well.
     """
 
@@ -56,6 +57,7 @@ class FeatureExtractor(ABC):
     num_classes: int
     class_names: tuple[str, ...] = ()
     facts: Mapping[str, object] = {}
+    warning: str | None = None
     published: Moments | None = None
 
     def __init__(self, version: str, weights: bytes, device: torch.device) -> None:

@@ -80,7 +80,8 @@ class ClassifierFeatures(FeatureExtractor):
         device: torch.device,
     ) -> None:
         self.class_names, self.num_classes = class_names, len(class_names)
-        self.facts = {"classifier_test_accuracy": float(metadata["test_accuracy"])}
+        self.facts = {"classifier_test_accuracy": (accuracy := float(metadata["test_accuracy"]))}
+        self.warning = near_chance(accuracy, self.num_classes, metadata.get("command", ""))
         super().__init__("1", identity, device)
         self.network = Classifier(image_shape, self.num_classes)
         self.network.load_state_dict(tensors)
@@ -134,6 +135,16 @@ def load_mnist(dataset: Dataset, device: torch.device) -> FeatureExtractor:
 def training_command(dataset: Dataset) -> str:
     """Returns the command that trains a dataset's classifier."""
     return f"gan-pipeline train-classifier --dataset {dataset.folder}"
+
+
+def near_chance(accuracy: float, num_classes: int, command: str) -> str | None:
+    """Returns a warning if a classifier that `command` trained knows little more than guessing does."""
+    chance, epochs = 1 / num_classes, command.rpartition("--epochs ")[2]
+    if accuracy >= min((1 + chance) / 2, 3 * chance):
+        return None
+    more = f"more than {epochs}" if epochs.isdecimal() else "more"
+    text = f"test accuracy {accuracy:.1%} where guessing has {chance:.1%}: features `own` mean little"
+    return f"{text}, try train-classifier with {more} --epochs, or more images"
 
 
 def classifier_path(dataset: Dataset) -> Path:
