@@ -37,6 +37,9 @@ class Parser(ArgumentParser):
     first: tuple[str, ...] = ()
     """The settings that `--help` shows, of those that `make_parser` adds; the rest is in `--help-all`."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises UserError."""
         from pipeline.config.messages import shorten
@@ -55,7 +58,6 @@ def make_parser(description: str, first: tuple[str, ...] = FIRST) -> Parser:
         description=description,
         usage="%(prog)s [--config FILE] [--KEY VALUE ...]",
         epilog="--help-all lists all settings.",
-        allow_abbrev=False,
     )
     parser.first = first
     parser.add_argument("--help-all", action="help", help="show every setting and exit")
@@ -183,4 +185,7 @@ def import_object(key: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{key} is {name!r}: {error}") from None
+        hint = ""
+        if getattr(error, "name", None) == module:
+            hint = "; leave out .py" if module.endswith(".py") else f"; it was looked for in {folder}"
+        raise UserError(f"{key} is {name!r}: {error}{hint}") from None

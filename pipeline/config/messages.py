@@ -7,7 +7,7 @@ import sys
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pipeline.compat import arguments_of
 from pipeline.config.command_line import SHIPPED, Parser
@@ -39,6 +39,9 @@ ELSEWHERE = {
 
 class PlainParser(ArgumentParser):
     """argparse's parser, whose errors are one line as well."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError."""
@@ -90,6 +93,10 @@ def shorten(message: str, keys: Sequence[str]) -> str:
         name = stray.split()[0].lstrip("-")
         meant = f"--{name}" if name.partition("=")[0] in keys else ""
         meant = meant or (f"--config {name}" if (SHIPPED / f"{name}.yaml").exists() else "")
+        if not meant and stray[:2] == "--":
+            meant = "".join(f"--{known}" for known in get_close_matches(name.partition("=")[0], keys, 1))
+        elif not meant and "generator" in keys:
+            meant = f"-g {name}"
         return f"{stray} is not understood" + (f": did you mean {meant}?" if meant else f"; {HELP}")
     if "are required" in line:
         line = re.sub(r"\w+\.(?=\w)", "", line)  # of a program with commands jsonargparse says COMMAND.NAME

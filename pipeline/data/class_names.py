@@ -105,7 +105,10 @@ def class_asked_for(name: str, class_names: Sequence[str], num_classes: int, sou
         UserError: there is no such class.
     """
     if not num_classes:
-        raise UserError(f"--class is {name}: {source} has no classes, leave it away")
+        raise UserError(
+            f"--class is {name}: {source} has no classes, leave it away (classes are learnt with --config "
+            "quickstart, or --training.objective acgan or acwgan)"
+        )
     label = find_class(name, class_names)
     named_by_numbers = any(NUMBER.fullmatch(look(other)) for other in class_names)
     if label is None and not named_by_numbers and re.fullmatch(r"\d{1,9}", name) and int(name) < num_classes:

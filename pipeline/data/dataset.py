@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 from pipeline.errors import UserError, describe_error
+from pipeline.storage.files import near
 
 if TYPE_CHECKING:
     from pipeline.config import DataConfig
@@ -192,7 +193,9 @@ def existing_dataset(config: DataConfig) -> Dataset | None:
     if is_known and not is_in_root:
         return None
     by_name = is_known or (is_in_root and not (Path(config.dataset) / FILE_NAME).exists())
-    dataset = load_dataset(folder if by_name else config.dataset, allow_shell_urls=config.allow_shell_urls)
+    dataset = load_dataset(
+        folder if by_name else config.dataset, allow_shell_urls=config.allow_shell_urls, root=config.root
+    )
     if is_known and dataset.kind != config.dataset:
         raise DataError(
             f"{folder} holds images of kind {dataset.kind}, not {config.dataset}: name them by their path "
@@ -201,8 +204,8 @@ def existing_dataset(config: DataConfig) -> Dataset | None:
     return dataset
 
 
-def load_dataset(folder_or_url: str | Path, *, allow_shell_urls: bool = False) -> Dataset:
-    """Reads and checks `dataset.json`; no shard is opened.
+def load_dataset(folder_or_url: str | Path, *, allow_shell_urls: bool = False, root: str = "data") -> Dataset:
+    """Reads and checks `dataset.json`; no shard is opened. `root` is where similar names are looked for.
 
     Raises DataError when the manifest is missing, damaged or of another version, and UserError when a URL in it would
     run a command and `allow_shell_urls` is false.
@@ -214,7 +217,7 @@ def load_dataset(folder_or_url: str | Path, *, allow_shell_urls: bool = False) -
         try:
             content = read_bytes(location)
         except FileNotFoundError:
-            raise DataError(f"{location} does not exist{_advice(base)}") from None
+            raise DataError(f"{location} does not exist{_advice(base, root)}") from None
     with naming(f"{location} cannot be used", "; prepare the dataset again"):
         dataset = _parse(json.loads(content), Path(base), base if scheme(base) else "")
     for shards in dataset.splits.values():
@@ -225,12 +228,13 @@ def load_dataset(folder_or_url: str | Path, *, allow_shell_urls: bool = False) -
     return dataset
 
 
-def _advice(folder: str) -> str:
+def _advice(folder: str, root: str) -> str:
     """Returns the end of the message that a folder has no manifest: what to do."""
     kinds = (mimetypes.guess_type(file.name)[0] for file in Path(folder).rglob("*"))
     if any(kind and kind.startswith("image/") for kind in kinds):
         return f": {folder} holds images; run gan-pipeline prepare folder {folder} --name NAME, then data.dataset NAME"
-    return f": prepare it (gan-pipeline prepare), or give {', '.join(KNOWN)} or its folder"
+    similar = near(Path(folder)) or near(Path(root, folder))
+    return f"{similar}: prepare it (gan-pipeline prepare), or give {', '.join(KNOWN)} or its folder"
 
 
 def _parse(manifest: Any, folder: Path, base_url: str) -> Dataset:

@@ -30,7 +30,7 @@ from pipeline.reporting import counted, number
 from pipeline.reporting.page import write_report
 from pipeline.reporting.read import Evaluation
 from pipeline.storage.checkpoint import CheckpointError, find
-from pipeline.storage.files import make_folder
+from pipeline.storage.files import make_folder, near
 from pipeline.storage.run_folder import RunFolder, scores_of
 
 
@@ -45,7 +45,10 @@ def real_dataset(
         yield ranks.on_main(lambda: open_dataset(config.data))
         return
     if "own" in config.evaluation.features:
-        raise UserError(f"the 'own' features are those of a dataset: prepare one of {images}, and train its classifier")
+        raise UserError(
+            f"the 'own' features are those of a prepared dataset with classes, and {images} is none: "
+            "gan-pipeline evaluate FOLDER --data.dataset data/NAME scores in them"
+        )
     from pipeline.data.prepare import prepare_folder, prepare_npz
 
     with ExitStack() as until_scored:
@@ -113,7 +116,7 @@ def score_target(
         facts["images_fingerprint"] = sha256(f"{dataset.fingerprint} {target}".encode()).hexdigest()
         result = scorer.score(ImageSet.of_tensor(tensor, classes if dataset.num_classes else None), path, facts)
     else:
-        raise UserError(f"{target}: there is nothing of that name; give {TARGET}")
+        raise UserError(f"{target}: there is nothing of that name{near(target)}; give {TARGET}")
     runtime.print(f"{path}: {facts['target']} against {dataset.name}: {_summary(result)}")
     return [result]
 

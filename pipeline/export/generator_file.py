@@ -20,7 +20,7 @@ from pipeline.errors import UserError, describe_error
 from pipeline.models.networks import AnyGenerator, Critic, Generator, generator_of_spec, preserve_global_rng
 from pipeline.models.spectral_norm import SINGULAR_VECTORS, use_spectral_norm
 from pipeline.storage.checkpoint import Checkpoint, find, read_checkpoint, sha256_of_tensor
-from pipeline.storage.files import read_tensors, replacing, write_tensors
+from pipeline.storage.files import near, read_tensors, replacing, write_tensors
 from pipeline.storage.run_folder import RunFolder
 
 FORMAT = "gan-pipeline generator 2"
@@ -223,7 +223,8 @@ def _read_export(path: Path, code: str | None) -> tuple[AnyGenerator, dict[str, 
         names, provenance = json.loads(header.get(CLASS_NAMES, "[]")), json.loads(header.get("provenance", "{}"))
         return _load(generator, tensors, names), dict(provenance)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give an export, e.g. runs/NAME/export/generator.safetensors") from None
+        advice = f"no such file or folder{near(path)}; give a run's folder, e.g. runs/NAME, or an export"
+        raise UserError(f"{path}: {advice}") from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not a generator export of this pipeline ({reason})") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,3 +95,10 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def near(path: Path) -> str:
+    """Returns " (did you mean FOLDER/NAME?)", with the most similar name in the folder of a path that is not there;
+    empty if none is similar."""
+    names = get_close_matches(path.name, [entry.name for entry in path.parent.glob("[!.]*")], 1)
+    return "".join(f" (did you mean {path.with_name(name)}?)" for name in names)

@@ -169,6 +169,12 @@ def test_a_missing_dataset_is_named(tmp_path: Path) -> None:
         match=r"nowhere/dataset.json does not exist: prepare it .* or give mnist, fashion_mnist, cifar10, .* or",
     ):
         open_dataset(DataConfig(dataset=str(tmp_path / "nowhere")))
+    (tmp_path / "mine").mkdir()
+    for name, root in ((tmp_path / "minee", "data"), ("minee", tmp_path)):
+        with pytest.raises(
+            DataError, match=rf"minee/dataset.json does not exist \(did you mean {tmp_path}/mine\?\): prep"
+        ):
+            open_dataset(DataConfig(dataset=str(name), root=str(root)))
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"file/dataset.json"):
         open_dataset(DataConfig(dataset=str(tmp_path / "file")))

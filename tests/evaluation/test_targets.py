@@ -385,7 +385,10 @@ def test_two_folders_are_scored_as_one_against_a_dataset_of_the_other(
         (("real",), "the 'mnist' features know MNIST's digits alone, and dataset real is of kind own"),
         (("classes",), r"use evaluation\.features \[own\] \(made by gan-pipeline train-classifier --dataset classes\)"),
         (("none", "--kind", "mnist"), "none is not a folder"),
-        (("real", "--evaluation.features", "[own]"), "prepare one of real, and train its classifier"),
+        (
+            ("real", "--evaluation.features", "[own]"),
+            "real is none: gan-pipeline evaluate FOLDER --data.dataset data/NAME scores in them$",
+        ),
         (("data", "--kind", "mnist"), "data holds no image file"),
     ):
         with pytest.raises(UserError, match=words):

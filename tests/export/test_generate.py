@@ -78,6 +78,7 @@ def test_a_class_is_drawn_by_its_name(tmp_path: Path) -> None:
 
 NAMELESS = "has the classes 0 to 11 and does not hold their names"
 """An export as it was written before it held names."""
+NO_CLASSES = "has no classes, leave it away (classes are learnt with --config quickstart, or --training.objective acgan"
 
 
 @pytest.mark.parametrize(("label", "reason"), [(12, NAMELESS), (-1, NAMELESS), ("cat", NAMELESS), (0, "")])
@@ -86,9 +87,25 @@ def test_a_class_that_is_not_there_is_refused(
 ) -> None:
     path = classed_export if reason else export
     result = generate("-g", path, f"--class={label}", "--out", tmp_path / "out.png")
-    expected = f"error: --class is {label}: {path} {reason or 'has no classes, leave it away'}\n"
+    expected = f"error: --class is {label}: {path} {reason or NO_CLASSES + ' or acwgan)'}\n"
     assert (result.returncode, result.stderr) == (2, expected)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_meant_is_offered(tmp_path: Path) -> None:
+    (tmp_path / "quickstart").mkdir()
+    for arguments, message in (
+        (
+            ("-g", tmp_path / "quickstrat"),
+            f"no such file or folder (did you mean {tmp_path}/quickstart?); give a run's",
+        ),
+        (("runs/quickstart",), "runs/quickstart is not understood: did you mean -g runs/quickstart?\n"),
+        (("-g", "runs/quickstart", "--cla", "7"), "--cla 7 is not understood: did you mean --class?\n"),
+    ):
+        result = generate(*arguments, "--out", tmp_path / "out.png")
+        assert result.returncode == 2
+        assert message in result.stderr
+        assert len(result.stderr.splitlines()) == 1
 
 
 def test_a_picture_is_named_for_what_it_holds(export: Path, tmp_path: Path) -> None:

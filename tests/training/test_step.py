@@ -375,7 +375,8 @@ def test_spectral_norm_may_take_the_place_of_the_clip() -> None:
     [
         ("nonsense", "choose one of wgan, .*, or give module:NAME of your own"),
         ("math:nothing", "no attribute 'nothing'"),
-        ("nothing_at_all:x", "No module named 'nothing_at_all'"),
+        ("nothing_at_all:x", "No module named 'nothing_at_all'; it was looked for in /"),
+        ("tests.guide.py:x", "; leave out .py$"),
         ("math:pi", "that is a float, not an Objective or PairedObjective"),
     ],
 )
