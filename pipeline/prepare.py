@@ -1,5 +1,6 @@
 """Prepares a dataset: a known one, image files, arrays, tables, the Hugging Face Hub's, or WebDataset shards."""
 
+import sys
 from pathlib import Path
 
 from jsonargparse.typing import PositiveInt
@@ -10,6 +11,8 @@ from pipeline.data import KINDS, KNOWN, prepare
 from pipeline.data.dataset import LABELS, Reading
 from pipeline.data.images import Resizing, add_options
 from pipeline.distributed.launcher import run_program
+from pipeline.errors import UserError
+from pipeline.models.networks import check_sides
 
 
 def main() -> None:
@@ -52,7 +55,12 @@ def main() -> None:
         options["columns"] = options.pop("image"), options.pop("label")
     if source == "shards":
         options["reading"] = Reading(options.pop("image_key").lower(), options.pop("labels"))
-    print(prepare.SOURCES[source][0](root, options.pop("name"), splits, sizes, **options).folder)
+    dataset = prepare.SOURCES[source][0](root, options.pop("name"), splits, sizes, **options)
+    print(dataset.folder)
+    try:
+        check_sides(*dataset.image_shape[1:])
+    except UserError as error:
+        print(f"for evaluation, or networks of your own, alone: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -463,6 +463,7 @@ def test_a_folder_of_classes(tmp_path: Path) -> None:
     result = run(*arguments)
     assert result.returncode == 0, result.stderr
     assert f"1 unsupported file (first: {source}/notes.txt)" in result.stderr
+    assert "for evaluation, or networks of your own, alone: images of 4 x 6 (height x width)" in result.stderr
     dataset = load_dataset(tmp_path / "data" / "pets")
     assert (dataset.image_shape, dataset.class_names) == ((1, 4, 6), ("cat", "horse"))
     assert [shard.num_images for shard in dataset.shards("train")] == [10, 10, 10, 2]
@@ -479,7 +480,7 @@ def test_a_folder_of_classes(tmp_path: Path) -> None:
     save(source / "cat" / "000.png", np.full((4, 6), 255))
     result = run(*arguments)
     assert result.returncode == 2
-    assert "holds another dataset" in result.stderr.splitlines()[-1]
+    assert "holds another dataset (other images, labels or names): move it away" in result.stderr.splitlines()[-1]
     assert snapshot(dataset.folder) == before
     assert {path.name for path in (tmp_path / "data").iterdir()} == {"pets"}
 
@@ -651,7 +652,7 @@ def test_what_the_images_are_is_said_by_who_prepares_them(tmp_path: Path, mnist_
         assert load_dataset(tmp_path / "data" / name).kind == "fashion_mnist"
         again = run(*arguments)
         assert again.returncode == 2
-        assert "holds another dataset" in again.stderr
+        assert "holds another dataset (kind fashion_mnist there, kind own here): move it away" in again.stderr
 
 
 def test_what_is_wrong_in_an_npz_is_named(tmp_path: Path) -> None:
@@ -814,7 +815,8 @@ def test_labels_and_images_of_existing_shards_are_those_that_were_asked_for(tmp_
     dataset = load_dataset(tmp_path / "data" / "x")
     assert (dataset.class_names, dataset.reading) == ((), ("x.png", "members"))
     assert load_split(dataset, "train")[0][:, 0, 2, 4].tolist() == [0, 1, 2, 0, 1, 2, 100]
-    assert "holds another dataset" in run(*arguments, "--image-key", "tif").stderr
+    assert "holds another dataset (other images, labels or names)" in run(*arguments, "--image-key", "tif").stderr
+    assert "unrecognized arguments: --image" in run(*arguments, "--image", "tif").stderr
 
     chosen = (*arguments[:-1], "y", "--image-key", "tif", "--labels", "folder", "--test", tmp_path / "test.tar")
     result = run(*chosen)

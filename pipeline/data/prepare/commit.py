@@ -28,6 +28,7 @@ from pipeline.data.class_names import classes_of_labels
 from pipeline.data.dataset import (
     FILE_NAME,
     KNOWN,
+    SPLITS,
     DataError,
     Dataset,
     ImageShape,
@@ -215,9 +216,7 @@ def commit(dataset: Dataset, temporary: Path, remarks: Remarks) -> Dataset:
     """
     folder = dataset.folder
     if folder.exists():
-        same = (dataset.fingerprint, dataset.kind)
-        otherwise = "another dataset: move it away, or choose another name or root"
-        return keep_existing(folder, lambda existing: (existing.fingerprint, existing.kind) == same, otherwise)
+        return keep_existing(folder, lambda existing: _other_content(existing, dataset))
     (temporary / FILE_NAME).write_text(json.dumps(to_json(dataset), indent=1) + "\n")
     # A folder of this name counts as a complete dataset. After a power cut it must not be there without its content, so
     # first the bytes of all files, then their names in the folder, and only then its new name are flushed to the disk.
@@ -236,17 +235,38 @@ def commit(dataset: Dataset, temporary: Path, remarks: Remarks) -> Dataset:
     return dataset
 
 
-def keep_existing(folder: Path, is_same: Callable[[Dataset], bool], otherwise: str) -> Dataset:
+def _other_content(existing: Dataset, dataset: Dataset) -> str:
+    """Returns how a dataset that has the name already differs from the one to commit; empty if it does not."""
+    if (existing.fingerprint, existing.kind) == (dataset.fingerprint, dataset.kind):
+        return ""
+    there, here = (
+        (
+            "x".join(map(str, each.image_shape)),
+            *(counted(each.num_images(split) if split in each.splits else 0, f"{split} image") for split in SPLITS),
+            counted(each.num_classes, "class"),
+            f"kind {each.kind}",
+        )
+        for each in (existing, dataset)
+    )
+    differing = [f"{old} there, {new} here" for old, new in zip(there, here, strict=True) if old != new]
+    return (
+        f"another dataset ({'; '.join(differing) or 'other images, labels or names'}): move it away, or choose "
+        "another name or root"
+    )
+
+
+def keep_existing(folder: Path, other_content: Callable[[Dataset], str]) -> Dataset:
     """Returns the dataset that has the name already, once all its shards are verified.
 
-    Raises DataError when a shard is not what the manifest says, and that the folder holds `otherwise` unless `is_same`.
+    Raises DataError when a shard is not what the manifest says, and that the folder holds its `other_content` if that
+    is not empty.
     """
     if not (folder / FILE_NAME).exists():
         raise DataError(f"{folder} exists and is not a dataset: move it away, or choose another root")
     # Only its content is compared, so a pipe: URL that the user allowed once need not be allowed again.
     existing = load_dataset(folder, allow_shell_urls=True)
-    if not is_same(existing):
-        raise DataError(f"{folder} holds {otherwise}")
+    if other := other_content(existing):
+        raise DataError(f"{folder} holds {other}")
     for shard in (shard for shards in existing.splits.values() for shard in shards):
         read_shard(existing, shard)
     print_line(f"{folder} is there already, complete and verified: left as it is")

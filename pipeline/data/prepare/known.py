@@ -199,15 +199,15 @@ def prepare_known(
         known = replace(known, num_images=counts, seed=seed)
     folder = root / (f"{name}-{seed}" if seed else name)
 
-    def is_same(dataset: Dataset) -> bool:
+    def other_content(dataset: Dataset) -> str:
         num_images = {split: dataset.num_images(split) for split in dataset.splits}
         facts = (dataset.kind, dataset.image_shape, dataset.class_names, num_images)
-        return facts == (known.name, known.image_shape, known.class_names, known.num_images)
+        is_same = facts == (known.name, known.image_shape, known.class_names, known.num_images)
+        return "" if is_same else f"something else than {known.title}: move it away, or choose another root"
 
     with preparing(folder) as temporary:
         if folder.exists():
-            otherwise = f"something else than {known.title}: move it away, or choose another root"
-            return keep_existing(folder, is_same, otherwise)
+            return keep_existing(folder, other_content)
         shards = write_shards(temporary, known.splits(root, source), sizes, shuffle=False)
         dataset = Dataset(folder, folder.name, known.image_shape, known.class_names, shards, kind=known.name)
         commit(dataset, temporary, Remarks())
