@@ -100,5 +100,6 @@ def fsync(path: Path) -> None:
 def near(path: Path) -> str:
     """Returns " (did you mean FOLDER/NAME?)", with the most similar name in the folder of a path that is not there;
     empty if none is similar."""
-    names = get_close_matches(path.name, [entry.name for entry in path.parent.glob("[!.]*")], 1)
+    beside = [] if path.exists() else [entry.name for entry in path.parent.glob("[!.]*")]
+    names = get_close_matches(path.name, beside, 1)
     return "".join(f" (did you mean {path.with_name(name)}?)" for name in names)
