@@ -64,8 +64,7 @@ def line_chart(
             axes.axhline(floor, color=INK, linewidth=1, linestyle="--")
         bottom, top = axes.dataLim.intervaly
         if all(len(curve.steps) == 1 for curve in curves.values()) and not is_log:  # else a range of rounding errors
-            ends = min(0, 1.2 * bottom), max(0, 1.2 * top)
-            axes.set_ylim(ends if any(ends) else (0, 1))
+            axes.set_ylim(min(0, 1.2 * bottom), max(0, 1.2 * top) if bottom or top else 1)
         elif axes.get_ylim()[0] < 0 <= bottom:
             axes.set_ylim(bottom=0)
         axes.xaxis.set(major_locator=MaxNLocator(6, integer=True), major_formatter=EngFormatter(sep=""))
