@@ -1,6 +1,5 @@
 """Prepares a dataset: a known one, image files, arrays, tables, the Hugging Face Hub's, or WebDataset shards."""
 
-import sys
 from pathlib import Path
 
 from jsonargparse.typing import PositiveInt
@@ -11,8 +10,6 @@ from pipeline.data import KINDS, KNOWN, prepare
 from pipeline.data.dataset import LABELS, Reading
 from pipeline.data.images import Resizing, add_options
 from pipeline.distributed.launcher import run_program
-from pipeline.errors import UserError
-from pipeline.models.networks import check_sides
 
 
 def main() -> None:
@@ -55,12 +52,7 @@ def main() -> None:
         options["columns"] = options.pop("image"), options.pop("label")
     if source == "shards":
         options["reading"] = Reading(options.pop("image_key").lower(), options.pop("labels"))
-    dataset = prepare.SOURCES[source][0](root, options.pop("name"), splits, sizes, **options)
-    print(dataset.folder)
-    try:
-        check_sides(*dataset.image_shape[1:])
-    except UserError as error:
-        print(f"for evaluation, or networks of your own, alone: {error}", file=sys.stderr)
+    print(prepare.warn_of_size(prepare.SOURCES[source][0](root, options.pop("name"), splits, sizes, **options)).folder)
 
 
 if __name__ == "__main__":

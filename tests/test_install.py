@@ -109,7 +109,7 @@ def test_the_exports_help_is_whole_sentences() -> None:
         shown = subprocess.run([sys.executable, "-m", *start, "--help"], cwd=ROOT, capture_output=True, text=True)
         text = " ".join(shown.stdout.split())
         assert text.startswith("usage: gan-pipeline export ")
-        assert re.search(r"as an animation\. positional arguments:", text)
+        assert re.search(r"or its images\. positional arguments:", text)
 
 
 def test_constraints_are_of_what_is_needed_and_allowed() -> None:

@@ -84,7 +84,7 @@ def test_the_script_of_results_trains_what_is_not_done_and_makes_a_table(
     runs = [read_run(tmp_path / f"results-0.001/{name}-seed-3") for name in ("rpgan", "wgan_gp")]
     assert [(run.step, run.config["training.objective"], run.config["network.width"]) for run in runs] == [
         (2, "rpgan", 0.25),
-        (1, "wgan_gp", 0.25),
+        (2, "wgan_gp", 0.25),
     ]
     assert [
         runs[0].config[f"training.{key}"] for key in ("penalty_annealing", "critic_optimizer.annealing_updates")

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 
 from pipeline.data.dataset import Dataset
-from pipeline.data.prepare.commit import ShardSizes
+from pipeline.data.prepare.commit import ShardSizes, print_line
 from pipeline.data.prepare.folder import prepare_folder
 from pipeline.data.prepare.known import prepare_known, prepare_mnist
 from pipeline.data.prepare.npz import prepare_npz
 from pipeline.data.prepare.shards import index_shards
 from pipeline.data.prepare.tables import prepare_dataset, prepare_hf, prepare_parquet
+from pipeline.errors import UserError
 
 SOURCES: dict[str, tuple[Callable[..., Dataset], str]] = {
     "folder": (prepare_folder, "image files; classes are subfolders"),
@@ -22,6 +23,18 @@ SOURCES: dict[str, tuple[Callable[..., Dataset], str]] = {
 }
 """The subcommands for a user's images, with the text of their help."""
 
+
+def warn_of_size(dataset: Dataset) -> Dataset:
+    """Returns the dataset, and prints a line if the generator does not reach its images' size."""
+    from pipeline.models.networks import check_sides
+
+    try:
+        check_sides(*dataset.image_shape[1:])
+    except UserError as error:
+        print_line(f"for evaluation, or networks of your own, alone: {error}")
+    return dataset
+
+
 __all__ = [
     "SOURCES",
     "ShardSizes",
@@ -31,4 +44,5 @@ __all__ = [
     "prepare_known",
     "prepare_mnist",
     "prepare_npz",
+    "warn_of_size",
 ]
