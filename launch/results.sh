@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# README's table and picture of results: every objective on the quickstart's networks, as many steps as 150 s on two
-# cores take, three seeds. An hour and a quarter in all; given again it goes on.
+# README's table and picture of results: every objective on the quickstart's networks for as long as 2,600 of its
+# steps take (90 to 150 s on two cores), three seeds. 40 to 75 minutes in all; given again it goes on.
 #   launch/results.sh [SCALE [SEED,SEED,... [NAME,NAME,...]]] [-- --KEY VALUE ...]
 # SCALE (1) multiplies the steps. The runs are in runs/results-SCALE, and beside them comparison.md, the table,
 # comparison.png, a grid of each objective's run with the median FID, and comparison.html with all of it.
