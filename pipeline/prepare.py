@@ -37,7 +37,7 @@ def main() -> None:
     for command in commands.choices.values():
         command.add_argument("--root", type=Path, default=Path("data"), help="folder of the datasets (default: data)")
         for size, default in prepare.ShardSizes()._asdict().items():
-            command.add_argument(f"--{size}", type=PositiveInt, default=default, metavar="N", help="of new shards")
+            command.add_argument(f"--{size}", type=PositiveInt, default=default, metavar="N", help="in shards to write")
     options = vars(parser.parse_args())
     source, root = options.pop("source"), options.pop("root")
     sizes = prepare.ShardSizes(options.pop("images_per_block"), options.pop("images_per_shard"))

@@ -81,7 +81,7 @@ def test_report_says_everything_verdict_first(run: Path) -> None:
         "Modes 10 KL of modes 0.0721 floor 0.00188",
         "95% interval for the mean KL of modes of as many images. Floor, what real images in the place of the "
         "generated ones have: 0.00188",
-        "GAN-test 91.5% of the images show the class that was asked for, as the classifier sees them",
+        "GAN-test 91.5% show the class asked for",
         "GAN-train 87.6% of real images are told right by a classifier of 10,000 generated images",
         "In the last evaluation it scores unseen images lower than those it trains on, by 15.0% of its distance from "
         "these to generated ones (standard error 2.1%). "
