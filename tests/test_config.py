@@ -150,6 +150,7 @@ def test_values_out_of_range_are_refused_by_name(section: str, changes: dict[str
         (["--batch_size=8"], r"did you mean training.batch_size or evaluation.batch_size\?$"),
         (["--training.batch=8"], r"did you mean training.batch_size\?$"),
         (["--epochs", "3"], r"did you mean training.steps\?$"),
+        (["--dataset", "shapes"], r"did you mean data.dataset\?$"),
         (["--network.z_dim", "64"], r"did you mean network.latent_dim\?$"),
         (["--num_workers=2"], r"did you mean data.workers\?$"),
         (["--zzz"], "^zzz is no setting: --help-all lists them$"),

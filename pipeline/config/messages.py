@@ -66,7 +66,8 @@ def unknown(key: str, keys: Sequence[str]) -> str:
     section (or, without a section, an argument of the program), or else the most similar name of any."""
     section, _, name = key.rpartition(".")
     parts = [known.rpartition(".")[::2] for known in keys]
-    similar = get_close_matches(ELSEWHERE.get(name, name), {last for _, last in parts}, n=9, cutoff=0.7)
+    wanted, names = ELSEWHERE.get(name, name), {last for _, last in parts}
+    similar = [wanted] if wanted in names else get_close_matches(wanted, names, n=9, cutoff=0.7)
     meant = [f"{section}.{last}".strip(".") for last in similar if (section, last) in parts][:1]
     meant = meant or [known for known, (_, last) in zip(keys, parts, strict=True) if last in similar[:1]]
     return f"{key} is no setting: " + (f"did you mean {' or '.join(meant)}?" if meant else "--help-all lists them")
