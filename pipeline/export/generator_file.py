@@ -19,7 +19,7 @@ from pipeline.config import NetworkConfig
 from pipeline.errors import UserError, describe_error
 from pipeline.models.networks import AnyGenerator, Critic, Generator, generator_of_spec, preserve_global_rng
 from pipeline.models.spectral_norm import SINGULAR_VECTORS, use_spectral_norm
-from pipeline.storage.checkpoint import Checkpoint, find, read_checkpoint, sha256_of_tensor
+from pipeline.storage.checkpoint import Checkpoint, find, read_checkpoint, sha256_of_tensor, under
 from pipeline.storage.files import near, read_tensors, replacing, write_tensors
 from pipeline.storage.run_folder import RunFolder
 
@@ -156,7 +156,7 @@ def warm_start(source: str, generator: AnyGenerator, ema: AnyGenerator, critic: 
     path, networks = Path(source), {"generator": generator, "ema": ema, "critic": critic}
     if path.is_dir() and not is_export(path):
         tensors = _checkpoint_in(path).tensors()
-        states = {role: _under(role, tensors) for role in networks}
+        states = {role: under(tensors, role) for role in networks}
     else:
         states = dict.fromkeys(("generator", "ema"), load_generator(path, code=generator.config.generator).state_dict())
     for role, state in states.items():
@@ -177,14 +177,9 @@ def _checkpoint_in(path: Path) -> Checkpoint:
     return find(run) if run.has_begun else read_checkpoint(path).verify()
 
 
-def _under(role: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of a checkpoint that are one network's, by their names in it."""
-    return {name.removeprefix(f"{role}."): value for name, value in tensors.items() if name.startswith(f"{role}.")}
-
-
 def generator_of(checkpoint: Checkpoint, weights: str, code: str | None = None) -> AnyGenerator:
     """Returns the generator of a checkpoint, on the CPU in eval mode; for the arguments see `read_generator`."""
-    state = _under("ema" if weights == "ema" else "generator", checkpoint.tensors())
+    state = under(checkpoint.tensors(), "ema" if weights == "ema" else "generator")
     generator = generator_of_spec(checkpoint.progress["generator"], code, checkpoint.folder)
     return _load(generator, state, checkpoint.progress.get(CLASS_NAMES, []))
 
@@ -192,7 +187,7 @@ def generator_of(checkpoint: Checkpoint, weights: str, code: str | None = None) 
 @preserve_global_rng
 def critic_of(checkpoint: Checkpoint) -> Critic | None:
     """Returns the critic of a checkpoint, on the CPU; None if it is a user's own network."""
-    state = _under("critic", checkpoint.tensors())
+    state = under(checkpoint.tensors(), "critic")
     biases = state.get("score.bias")
     if biases is None:
         return None

@@ -127,6 +127,11 @@ def committed(run: RunFolder) -> list[Path]:
     return [run.checkpoint(step) for step in run.saved_steps()]
 
 
+def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Returns the tensors whose names begin with `prefix` and a dot, under the rest of their names."""
+    return {name.removeprefix(f"{prefix}."): value for name, value in tensors.items() if name.startswith(f"{prefix}.")}
+
+
 def newest_intact(run: RunFolder) -> tuple[Checkpoint | None, list[str]]:
     """Returns the newest checkpoint that verifies, and a message about each newer one that does not."""
     damaged: list[str] = []

@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.models.networks import AnyGenerator, Critic, Generator, build_critic, build_generator, dtype_of
 from pipeline.models.spectral_norm import use_spectral_norm
 from pipeline.rng import seeded
+from pipeline.storage.checkpoint import under
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -78,17 +79,17 @@ class TrainingState:
             UserError: a tensor is missing, left over, or of another shape or dtype.
         """
         for role in ("generator", "critic", "ema"):
-            network, saved = getattr(self, role), _under(tensors, role)
+            network, saved = getattr(self, role), under(tensors, role)
             _check_same(role, saved, network.state_dict())
             network.load_state_dict(saved)
-        scale = _under(tensors, "scaler")
+        scale = under(tensors, "scaler")
         for role in ("generator", "critic"):
-            optimizer, saved = getattr(self, f"{role}_optimizer"), _under(tensors, f"{role}_optimizer")
+            optimizer, saved = getattr(self, f"{role}_optimizer"), under(tensors, f"{role}_optimizer")
             if scale and not saved:
                 continue  # saved before the first update that did not overflow at fp16's first loss scales
             state: dict[int, dict[str, Tensor]] = {}
             for index, (name, parameter) in enumerate(getattr(self, role).named_parameters()):
-                state[index] = _under(saved, name)
+                state[index] = under(saved, name)
                 moments = {key: value for key, value in state[index].items() if key != "step"}
                 if not moments:
                     raise UserError(f"the checkpoint has no state of {role}_optimizer for {name}")
@@ -189,11 +190,6 @@ def build_optimizer(config: OptimizerConfig, network: nn.Module, capturable: boo
         fused = weight.is_cuda and weight.dtype == torch.float32  # its kernel takes a captured rate in float32 alone
         return torch.optim.Adam(network.parameters(), betas=config.betas, fused=fused, foreach=not fused, **common)
     return torch.optim.RMSprop(network.parameters(), alpha=config.rho, foreach=True, **common)
-
-
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Returns the tensors whose names begin with `prefix` and a dot, under the rest of their names."""
-    return {name.removeprefix(f"{prefix}."): value for name, value in tensors.items() if name.startswith(f"{prefix}.")}
 
 
 def _check_same(role: str, *states: dict[str, Tensor]) -> None:
