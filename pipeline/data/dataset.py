@@ -10,7 +10,6 @@ from __future__ import annotations
 import http.client
 import json
 import math
-import mimetypes
 import re
 import time
 import urllib.error
@@ -230,8 +229,9 @@ def load_dataset(folder_or_url: str | Path, *, allow_shell_urls: bool = False, r
 
 def _advice(folder: str, root: str) -> str:
     """Returns the end of the message that a folder has no manifest: what to do."""
-    kinds = (mimetypes.guess_type(file.name)[0] for file in Path(folder).rglob("*"))
-    if any(kind and kind.startswith("image/") for kind in kinds):
+    from pipeline.data.samples import IMAGE_FILE_SUFFIXES  # here: it imports this module
+
+    if any(file.suffix.lower() in IMAGE_FILE_SUFFIXES for file in Path(folder).rglob("*")):
         return f": {folder} holds images; run gan-pipeline prepare folder {folder} --name NAME, then data.dataset NAME"
     similar = near(Path(folder)) or near(Path(root, folder))
     return f"{similar}: prepare it (gan-pipeline prepare), or give {', '.join(KNOWN)} or its folder"
