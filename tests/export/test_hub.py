@@ -22,9 +22,10 @@ from pipeline.config import Config, to_yaml
 from pipeline.errors import UserError
 from pipeline.evaluation import TARGET
 from pipeline.export.__main__ import convert
-from pipeline.export.generator_file import fingerprint, load_generator, read_generator, save_export
+from pipeline.export.generator_file import fingerprint, load_generator, read_generator, save_export, warm_start
 from pipeline.export.hub import push
 from pipeline.export.images import render_range
+from pipeline.models.networks import Critic
 from pipeline.storage.run_folder import RunFolder
 from tests.export.generators import random_generator, saved_run
 from tests.jobs import ROOT, changed, environment
@@ -234,6 +235,12 @@ def test_a_generator_on_the_hub_is_read_wherever_a_path_is_given(
     monkeypatch.setattr("pipeline.export.hub.hf_hub_download", fetch)
     for name in ("hf://me/digits", Path("hf://me/digits"), "hf://me/digits@v1"):
         assert fingerprint(load_generator(name)) == fingerprint(load_generator(export))
+    generator, average = load_generator(export), load_generator(export)
+    torch.nn.init.zeros_(generator.get_parameter("dense.weight"))
+    critic = Critic(generator.config, (1, 28, 28))
+    message = warm_start("hf://me/digits", generator, average, critic)
+    assert message == "begins with the weights of hf://me/digits: generator, ema"
+    assert fingerprint(generator) == fingerprint(load_generator(export))
     assert convert(Path("hf://me/digits"), tmp_path / "copy.safetensors") == 0
     assert read_generator(tmp_path / "copy.safetensors", "ema")[1] == {"run": "test", "step": 3, "source": "digits"}
     for name, reason in (("me/letters", "404 "), ("me/digits@v2", "404 "), ("me/digits/more", "Repo id must")):
