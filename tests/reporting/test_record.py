@@ -89,3 +89,35 @@ def test_the_script_of_results_trains_what_is_not_done_and_makes_a_table(
     assert [
         runs[0].config[f"training.{key}"] for key in ("penalty_annealing", "critic_optimizer.annealing_updates")
     ] == [2, 2]
+
+
+@pytest.mark.slow
+def test_the_script_compares_a_run_with_the_log_of_the_notebook(tmp_path: Path) -> None:
+    """The losses of step s count up in steps of a hundred and then stay; of the notebook's steps the first is 0."""
+    run = make_run(tmp_path / "run")
+
+    def compare(steps: int, first: int = 1) -> subprocess.CompletedProcess[str]:
+        losses = ((step, (step - 1) // 100 if step <= 17_701 else step % 2) for step in range(first, steps + 1))
+        lines = ({"step": step, "critic_loss": loss, "generator_loss": -loss} for step, loss in losses)
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        environment = {"PYTHON_BIN": str(Path(sys.executable).parent), "PYTHONPATH": str(ROOT)}
+        command = [ROOT / "launch/notebook_log.sh", run]
+        return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+
+    def table(result: subprocess.CompletedProcess[str]) -> dict[str, list[str]]:
+        assert result.returncode == 0, result.stderr[-3000:]
+        rows = (line.strip("|").split(" | ") for line in result.stdout.splitlines()[2:])
+        return {name.strip(): [cell.strip() for cell in cells] for name, *cells in rows}
+
+    whole = table(compare(22_700))
+    assert whole["mean, steps 17,701 to 22,699"] == ["-0.002253", "0.499900", "-0.010701", "-0.499900"]
+    assert whole["5th percentile, steps 17,701 to 22,699"] == ["-0.005377", "0.000000", "", "-1.000000"]
+    assert whole["mean, 701 to 1,700"] == ["", "11.510000", "", "-11.510000"]
+    assert whole["mean, 21,701 to 22,699"] == ["-0.001947", "0.499499", "-0.010165", "-0.499499"]
+    assert (run / "notebook_log.png").read_bytes().startswith(b"\x89PNG")
+    part = table(compare(1_800))
+    assert part["mean, steps 17,701 to 22,699"] == ["-0.002253", "", "-0.010701", ""]
+    assert list(part)[-1] == "mean, 701 to 1,700"
+    refused = compare(20, first=2)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "train with --run.log_every 1" in refused.stderr
