@@ -162,6 +162,7 @@ def report(run: RunFolder, resumed: Watched, middle: int) -> None:
 def main() -> None:
     given = parse()
     size = given.images * SIDE * SIDE * 3
+    given.folder.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(given.folder).free) < 1.3 * size + 2**31:
         sys.exit(f"{given.folder} has {free / 1e9:.0f} GB free: {given.images:,} images take {size / 1e9:.1f} and more")
     root = Path(tempfile.mkdtemp(prefix="at-scale-", dir=given.folder))
