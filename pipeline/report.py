@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(write_report(runs[0]))
     else:
         together = Path(os.path.commonpath([run.resolve().parent for run in runs]))
+        together = together.relative_to(Path.cwd()) if together.is_relative_to(Path.cwd()) else together
         print(compare(runs, options.out or comparison(together)))
 
 

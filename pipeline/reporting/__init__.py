@@ -91,3 +91,8 @@ SCORES = {
 }
 """The columns of a report's table of evaluations, by the names in files of scores. Checkpoints (`run.keep_best`) and
 settings (`tune.py`) are chosen by those with a direction."""
+LOGGED = (
+    *("step", "critic_loss", "generator_loss", "critic_grad_norm", "generator_grad_norm", "clipped_fraction"),
+    *("wasserstein_estimate", "images_per_second", "data_wait_seconds", "elapsed_seconds", "evaluation_seconds"),
+)
+"""The columns of the log; not every run has each."""

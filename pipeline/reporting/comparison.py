@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pipeline.config import Config, flatten
 from pipeline.errors import UserError
-from pipeline.reporting import MISSING, duration, number, setting
+from pipeline.reporting import MISSING, code, duration, number, setting
 from pipeline.reporting import SCORES as ALL
 from pipeline.reporting.read import OF_NEIGHBOURS, Evaluation, Run, is_run
 from pipeline.storage.run_folder import is_beside_runs
@@ -68,6 +68,17 @@ class Comparison:
     def best(self) -> int | None:
         """The place of the run with the lowest FID among those that compare; None if there are less than two."""
         return 0 if len(self.known(self.runs.keys() - self.unlike.keys(), "fid")) > 1 else None
+
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences that say which runs do not compare with the first, those for the same reason together, and why."""
+        alike: dict[str, list[str]] = {}
+        for letter, reasons in self.unlike.items():
+            alike.setdefault("; ".join(reasons), []).append(f"{letter} {self.runs[letter].name}")
+        return [
+            f"{', '.join(names)} {'does' if len(names) == 1 else 'do'} not compare with A: {reason}."
+            for reason, names in alike.items()
+        ]
 
     @cached_property
     def settings(self) -> dict[str, list[str]]:
@@ -157,11 +168,12 @@ class Comparison:
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def to_markdown(self) -> str:
-        """Returns the configurations, or the runs where none has two seeds, as a Markdown table."""
+        """Returns the configurations, or the runs where none has two seeds, as a Markdown table, and the remarks."""
         rows = self.seeds_table if self.has_seeds else self.scores_table
         lines = [rows[0].keys(), ["---"] + ["---:"] * (len(rows[0]) - 1), *(row.values() for row in rows)]
         cells = ([html.escape(cell).replace("|", "&#124;") for cell in line] for line in lines)
-        return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+        table = "".join(f"| {' | '.join(line)} |\n" for line in cells)
+        return "\n- ".join([table, *map(code, self.remarks)]).rstrip() + "\n"
 
     def to_json(self) -> str:
         """Returns the page's numbers for machines."""

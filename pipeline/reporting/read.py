@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, flatten, read_yaml
 from pipeline.errors import UserError
-from pipeline.reporting import counted, few_images, finite, number
+from pipeline.reporting import LOGGED, SCORES, counted, few_images, finite, number
 from pipeline.storage.run_folder import MANIFEST, RunFolder
 
 if TYPE_CHECKING:
@@ -55,6 +55,9 @@ class Evaluation:
         return f"<Evaluation of step {self.step}: {', '.join(fids)}>"
 
     def score(self, features: str, key: str) -> float | None:
+        """Returns a score; None if the evaluation lacks it. Raises UserError for a name that no score has."""
+        if not {key, key.rpartition("_")[0]} & {*SCORES, *(name for item in self.features.values() for name in item)}:
+            raise UserError(f"no score is called {key}: there are {', '.join(SCORES)}")
         return finite(self.features.get(features, {}).get(key))
 
     @property
@@ -87,7 +90,9 @@ class Evaluation:
     def floor(self, features: str, score: str = "fid") -> str:
         """Returns the floor of a score in words, or why there is none."""
         if (value := self.score(features, f"{score}_floor")) is not None:
-            return f"floor {number(value)}"
+            own = self.score(features, score)
+            is_below = score == "mode_kl" and own is not None and own < value
+            return f"{'below the ' * is_below}floor {number(value)}{': more even than real images' * is_below}"
         reason = "the dataset's classes are not those of the features" if score == "mode_kl" else "none was measured"
         if self.images(features).get("fid_floor", 0) is None:
             reason = f"the real images have no {OTHER_SPLIT.get(str(self.settings.get('reference')), 'other')} split"
@@ -106,7 +111,7 @@ class Evaluation:
         around = self.features[features].get(spread)
         match [finite(end) for end in around] if isinstance(around, list) else None:
             case [float() as low, float() as high]:
-                return low, high
+                return max(low, 0.0), high  # of FID and the KL of modes, which are not negative
         deviation = finite(around) or 0.0
         return value - deviation, value + deviation
 
@@ -229,7 +234,9 @@ class Run:
         }
 
     def logged(self, key: str) -> Curve:
-        """Returns a column of the log of metrics."""
+        """Returns a column of the log of metrics. Raises UserError for one that is neither in LOGGED nor in the log."""
+        if key not in LOGGED and not any(key in line for line in self.log):
+            raise UserError(f"no column of the log is called {key}: there are {', '.join(LOGGED)}")
         return _curve((finite(line["step"]), finite(line.get(key))) for line in self.log)
 
     @property

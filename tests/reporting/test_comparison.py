@@ -47,6 +47,9 @@ def test_runs_come_in_the_order_of_their_scores(tmp_path: Path) -> None:
         ]
         assert found.unlike == {"F": ["num_images is 5,000, not 10,000"]}
         assert found.best == 0
+        assert found.to_markdown().endswith(
+            " |\n\n- `F unlike does not compare with A: num_images is 5,000, not 10,000.`\n"
+        )
 
 
 def test_seeds_of_one_configuration_are_a_median_and_a_spread(tmp_path: Path) -> None:
@@ -120,7 +123,7 @@ def test_runs_are_found_by_path_pattern_and_folder(
     for name in ("runs/a", "runs/b", "runs/sweep/c", "runs/study/trial-0/d"):
         make_run(tmp_path / name)
     main(["runs/*"])
-    assert capsys.readouterr().out == f"{tmp_path}/runs/comparison.html\n"
+    assert capsys.readouterr().out == "runs/comparison.html\n"
     (tmp_path / "runs/evaluations").mkdir()
     every = [Path("runs/a"), Path("runs/b"), Path("runs/study/trial-0/d"), Path("runs/sweep/c")]
     assert find_runs([str(path) for path in sorted(Path("runs").iterdir())]) == every, "as a shell writes it out"

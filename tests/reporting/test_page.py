@@ -369,6 +369,7 @@ def test_a_best_is_named_among_scores_that_compare_alone(tmp_path: Path) -> None
     few = make_run(tmp_path / "few", 2.0, num_images=5000)
     page = Page(compare([fashion, first, second, few], tmp_path / "out.html"))
     assert marked_best(page) == ["A first"]
+    assert "Scores in mnist features; the best of those scored like A comes first." in page.text
     assert "D fashion does not compare with A: dataset is efefefef, not abababab." in page.text
     assert "C few does not compare with A: num_images is 5,000, not 10,000." in page.text
     fid_chart = re.findall(r"<svg.*?</svg>", page.source, flags=re.DOTALL)[0]
@@ -382,6 +383,10 @@ def test_a_best_is_named_among_scores_that_compare_alone(tmp_path: Path) -> None
     page = Page(compare([first, second, third], tmp_path / "out.html"))
     assert marked_best(page) == ["A first"]
     assert "C third does not compare with A: extractor is 01010101, not cdcdcdcd." in page.text
+    fewer = make_run(tmp_path / "fewer", 2.5, num_images=5000)
+    page = Page(compare([first, second, few, fewer, make_run(tmp_path / "alike")], tmp_path / "out.html"))
+    assert page.text.count("compare with A") == 1
+    assert "D few, E fewer do not compare with A: num_images is 5,000, not 10,000." in page.text
 
 
 def test_runs_without_scores_are_compared_in_the_rest(tmp_path: Path) -> None:

@@ -124,6 +124,27 @@ def test_a_plot_has_the_losses_and_each_spaces_fid(run: Path) -> None:
     assert [axes.get_title() for axes in read_run(run).plot().axes] == ["FID"]
 
 
+def test_a_name_that_no_score_or_column_has_is_refused_and_one_that_is_missing_is_none(run: Path) -> None:
+    found = read_run(run)
+    assert found.latest is not None
+    assert found.latest.score("mnist", "coverage") is None
+    assert found.latest.score("own", "fid") is None
+    assert found.latest.score("mnist", "kid_mean_floor") is None
+    assert found.logged("generator_grad_norm") == Curve([], [])
+    with pytest.raises(UserError, match="no score is called fidd: there are fid, fid_floor, "):
+        found.latest.score("mnist", "fidd")
+    with pytest.raises(UserError, match="no column of the log is called critic: there are step, critic_loss, "):
+        found.logged("critic")
+
+
+def test_a_band_ends_at_zero(run: Path) -> None:
+    path = run / "evaluation/step-00003000.json"
+    path.write_text(path.read_text().replace("[0.07, 0.0742]", "[-0.07, 0.0742]"))
+    band = read_run(run).scored("mnist", "mode_kl", "mode_kl_interval").band
+    assert band is not None
+    assert band[-1] == (0, 0.0742)
+
+
 def test_a_table_has_the_log_and_the_scores_by_step(run: Path) -> None:
     pytest.importorskip("pandas")
     with (run / "metrics.jsonl").open("a") as file:

@@ -48,6 +48,20 @@ def test_a_score_without_a_floor_says_why() -> None:
     assert Evaluation(1, {}, {"own": {"fid_floor": 1.04}}).floor("own") == "floor 1.04"
 
 
+@pytest.mark.parametrize(
+    ("divergence", "words"),
+    [
+        (0.0, "below the floor 0.00181: more even than real images"),
+        (0.00181, "floor 0.00181"),
+        (0.1, "floor 0.00181"),
+        (None, "floor 0.00181"),
+    ],
+)
+def test_a_divergence_below_its_floor_is_explained(divergence: float | None, words: str) -> None:
+    scores: dict[str, object] = {"mode_kl": divergence, "mode_kl_floor": 0.00181}
+    assert Evaluation(1, {}, {"own": scores}).floor("own", "mode_kl") == words
+
+
 def test_nouns_agree_with_their_numbers() -> None:
     assert [counted(count, "mode") for count in (1, 1.0, 0, 1000, None)] == [
         *("1 mode", "1 mode", "0 modes", "1,000 modes", "— modes")
