@@ -15,7 +15,8 @@ def main() -> None:
         "an export, a Hugging Face folder or hf://OWNER/NAME, a Keras .h5 or .keras, a checkpoint or a run's folder"
     )
     parser.add_argument("-g", "--generator", type=Path, required=True, help=source)
-    parser.add_argument("--out", type=Path | None, help="grid or strip: a PNG file; with --count: a new folder of PNGs")
+    out_help = "a PNG file (generated.png by default); with --count: a new folder of PNGs (generated)"
+    parser.add_argument("--out", type=Path | None, help=out_help)
     parser.add_argument("--count", type=int | None, help="write this many single images instead of a grid")
     label_help = "draw this class alone, by its name or its number from 0 on; image i is the seed's latent i"
     parser.add_argument("--class", type=str, default=None, help=label_help)
@@ -31,8 +32,6 @@ def main() -> None:
         raise UserError(f"--count is {count}: give a positive number, and not together with --interpolate")
     if count is None and out.suffix != ".png":
         raise UserError(f"--out is {out}: a picture is written as PNG, name it .png")
-    if out.exists():
-        raise UserError(f"{out}: exists already, choose another --out")
 
     # Imported here, so that `--help` and mistakes need no torch.
     from pipeline.data.class_names import class_asked_for
@@ -43,6 +42,8 @@ def main() -> None:
     label = None
     if (name := arguments["class"]) is not None:
         label = class_asked_for(name, generator.class_names, generator.num_classes, arguments.generator)
+    if out.exists():  # after the other mistakes, which it would hide: the default name often does
+        raise UserError(f"{out}: exists already, choose another --out")
     if count is not None:
         save_each(generator, seed, count, out, label)
     else:

@@ -210,6 +210,8 @@ def fingerprint(generator: AnyGenerator) -> str:
 
 
 def _read_export(path: Path, code: str | None) -> tuple[AnyGenerator, dict[str, Any]]:
+    if path.suffix == ".onnx":
+        raise UserError(f"{path}: ONNX is written, not read: give the run, or an export as .safetensors")
     try:
         tensors, header = read_tensors(path)
         if header.get("format") != FORMAT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from PIL import Image
@@ -13,7 +14,7 @@ from pipeline.distributed.progress import bar
 from pipeline.errors import UserError
 from pipeline.models.networks import AnyGenerator
 from pipeline.rng import evaluation_labels, evaluation_latents
-from pipeline.storage.files import replacing
+from pipeline.storage.files import make_folder, replacing
 from pipeline.storage.run_folder import RunFolder
 
 BATCH = 500
@@ -36,7 +37,7 @@ def render(generator: AnyGenerator, latents: Tensor, labels: Tensor | None = Non
 
 def render_range(generator: AnyGenerator, seed: int, start: int, stop: int, label: int | None = None) -> Tensor:
     """Returns images number start, ..., stop - 1 of a seed, uint8 (n, C, H, W). Image i is a function of (seed, i, its
-    class). The classes take turns, or all are `label`."""
+    class). The classes take turns, or all are `label`. Raises UserError if there is no such class."""
     latents = evaluation_latents(seed, start, stop, generator.config.latent_dim)
     return render(generator, latents, _labels(generator, start, stop, label))
 
@@ -67,6 +68,8 @@ def interpolate(generator: AnyGenerator, seed: int, rows: int, columns: int, lab
 
 
 def _labels(generator: AnyGenerator, start: int, stop: int, label: int | None) -> Tensor:
+    if label is not None and generator.num_classes and not 0 <= label < generator.num_classes:
+        raise UserError(f"label is {label}: the classes are 0 to {generator.num_classes - 1}")
     if label is None:
         return evaluation_labels(start, stop, generator.num_classes or 1)  # without classes nothing reads them
     return torch.full((stop - start,), label)
@@ -115,9 +118,13 @@ def save_animation(run: Path, path: Path) -> None:
 
 
 def save_each(generator: AnyGenerator, seed: int, count: int, folder: Path, label: int | None = None) -> None:
-    """Writes images 0, ..., count - 1 of `render_range` as 000000.png, ... in a new folder."""
-    folder.mkdir(parents=True)
-    for start in bar(iterable=range(0, count, BATCH), unit=f"{BATCH} images"):
-        images = render_range(generator, seed, start, min(start + BATCH, count), label)
-        for index, image in enumerate(images.permute(0, 2, 3, 1).squeeze(-1).numpy(), start):
-            Image.fromarray(image).save(folder / f"{index:06d}.png")
+    """Writes images 0, ..., count - 1 of `render_range` as 000000.png, ... in a new folder, which gets its name when
+    all are there: an interrupt leaves nothing."""
+    make_folder(folder.parent)
+    with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        (new := Path(temporary, folder.name)).mkdir()  # within it, since its own permissions are the owner's alone
+        for start in bar(iterable=range(0, count, BATCH), unit=f"{BATCH} images"):
+            images = render_range(generator, seed, start, min(start + BATCH, count), label)
+            for index, image in enumerate(images.permute(0, 2, 3, 1).squeeze(-1).numpy(), start):
+                Image.fromarray(image).save(new / f"{index:06d}.png")
+        new.rename(folder)

@@ -337,7 +337,7 @@ def generator_of_spec(spec: dict[str, Any], code: str | None, source: Path) -> A
     if code is None:
         raise UserError(
             f"{source}: holds a network of its user's own, {named}: if you trust that code, name it with "
-            f"--network.generator {named}"
+            f"--network.generator {named} (in Python: code={named!r})"
         )
     return build_generator(NetworkConfig(**network, generator=code), image_shape, num_classes)
 

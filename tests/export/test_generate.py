@@ -74,6 +74,8 @@ def test_a_class_is_drawn_by_its_name(tmp_path: Path) -> None:
     expected_line = f"error: --class is twelve: {path} has no such class, it has {names}\n"
     assert (result.returncode, result.stderr) == (2, expected_line)
     assert not (tmp_path / "twelve.png").exists()
+    hidden = generate("-g", path, "--class", "twelve", "--out", tmp_path / "grid.png")
+    assert hidden.stderr == expected_line, "not that the picture exists"
 
 
 NAMELESS = "has the classes 0 to 11 and does not hold their names"
@@ -130,10 +132,11 @@ def test_a_name_that_a_terminal_would_obey_is_written_out(tmp_path: Path) -> Non
 
 
 def test_the_program_tells_a_bad_file_in_one_line(tmp_path: Path) -> None:
-    result = generate("-g", tmp_path / "nothing.safetensors", "--out", tmp_path / "out.png")
-    assert result.returncode == 2
-    assert result.stderr.startswith(f"error: {tmp_path / 'nothing.safetensors'}: no such file")
-    assert len(result.stderr.splitlines()) == 1
+    for name, words in (("nothing.safetensors", "no such file"), ("g.onnx", "ONNX is written, not read: give the run")):
+        result = generate("-g", tmp_path / name, "--out", tmp_path / "out.png")
+        assert result.returncode == 2
+        assert result.stderr.startswith(f"error: {tmp_path / name}: {words}")
+        assert len(result.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from pipeline.config import NetworkConfig
 from pipeline.errors import UserError
 from pipeline.export.__main__ import convert
 from pipeline.export.generator_file import load_generator
-from pipeline.export.images import interpolate, render, render_range, sample_grid, save_grid
+from pipeline.export.images import interpolate, render, render_range, sample_grid, save_each, save_grid
 from pipeline.models.networks import AnyGenerator
 from pipeline.rng import evaluation_latents
 from pipeline.storage.run_folder import RunFolder
@@ -47,8 +48,34 @@ def test_an_image_of_a_class_depends_on_the_seed_and_its_number_alone(classed_ex
     mixed = render_range(generator, 5, 0, 40)
     same = [bool((sevens[i].int() - mixed[i].int()).abs().max() <= 1) for i in range(40)]
     assert same == [i % 12 == 7 for i in range(40)]
+    for label in (12, -1):
+        with pytest.raises(UserError, match=f"label is {label}: the classes are 0 to 11"):
+            render_range(generator, 5, 0, 1, label=label)
     strip = interpolate(generator, 5, 2, 3, label=7)
     torch.testing.assert_close(strip[[0, 3]].int(), sevens[:2].int(), rtol=0, atol=1)
+
+
+def test_single_images_that_are_interrupted_leave_nothing(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.export.images.BATCH", 2)
+    generator, renders = load_generator(export), iter([render_range])
+
+    def interrupted(*arguments: Any) -> torch.Tensor:
+        for render_once in renders:
+            return render_once(*arguments)
+        assert len(list(tmp_path.rglob("*.png"))) == 2
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.export.images.render_range", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_each(generator, 0, 3, tmp_path / "images")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    save_each(generator, 0, 3, tmp_path / "images")
+    assert len(list((tmp_path / "images").iterdir())) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+    assert (tmp_path / "images").stat().st_mode & 0o077, "as a folder of this user usually is"
 
 
 def test_a_grid_has_a_row_a_class_up_to_ten(export: Path, classed_export: Path) -> None:
