@@ -148,7 +148,7 @@ def evaluate(
     from pipeline.distributed.failures import closing
     from pipeline.distributed.process import Runtime, restoring_process
     from pipeline.evaluation.scorer import Scorer
-    from pipeline.evaluation.targets import real_dataset, score_target
+    from pipeline.evaluation.targets import check_run, real_dataset, score_target
     from pipeline.storage.run_folder import RunFolder, scores_of
 
     run = RunFolder(Path(target))
@@ -162,6 +162,7 @@ def evaluate(
         closing(Runtime(config.runtime), config) as runtime,
         real_dataset(real, config, runtime.ranks, kind, crop, size) as dataset,
     ):
+        runtime.ranks.on_main(lambda: check_run(run, dataset))
         scorer = Scorer(config.evaluation, dataset, runtime, config.training.seed)
         wanted = [None] if steps == "newest" else None if steps == "all" else list(steps)
         code = config.network.generator

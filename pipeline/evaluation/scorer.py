@@ -53,11 +53,7 @@ class Scorer:
         self, generator: AnyGenerator, path: Path, facts: dict[str, Any], critic: Critic | None = None
     ) -> dict[str, Any]:
         """Scores the evaluation images 0, ..., num_images - 1 of a generator in eval mode: see `score`."""
-        if (shape := tuple(generator.image_shape)) != self.dataset.image_shape:
-            raise UserError(
-                f"the generator makes images of {' x '.join(map(str, shape))}, the dataset {self.dataset.name} has "
-                f"{' x '.join(map(str, self.dataset.image_shape))}: they cannot be compared"
-            )
+        check_shape(generator.image_shape, self.dataset)
         count, facts = self.config.num_images, facts | {"images_fingerprint": fingerprint(generator)}
         labels = evaluation_labels(0, count, generator.num_classes) if generator.num_classes else None
         return self.score(ImageSet(count, partial(render_range, generator, self.seed), labels), path, facts, critic)
@@ -142,6 +138,15 @@ class Scorer:
         save_grid(beside.flatten(0, 1), neighbours(path), columns=beside.shape[1])
 
 
+def check_shape(shape: Sequence[int], dataset: Dataset) -> None:
+    """Raises UserError if a generator's images, of this shape (C, H, W), are not like the dataset's."""
+    if tuple(shape) != dataset.image_shape:
+        raise UserError(
+            f"the generator makes images of {' x '.join(map(str, shape))}, the dataset {dataset.name} has "
+            f"{' x '.join(map(str, dataset.image_shape))}: they cannot be compared"
+        )
+
+
 def _scores_in(
     path: Path, facts: dict[str, Any], extractors: Sequence[FeatureExtractor], neighbours: int
 ) -> dict[str, Any]:
@@ -161,7 +166,8 @@ def _scores_in(
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is damaged ({error}): delete it") from None
     if differing := [f"{key} is {_shown(old)} there and {_shown(new)} here" for key, old, new in pairs if old != new]:
-        raise UserError(f"{path}: holds other scores ({'; '.join(differing)}): name another file with --out")
+        of = f", of {before['target']}," if before.get("target", facts.get("target")) != facts.get("target") else ""
+        raise UserError(f"{path}: holds other scores{of} ({'; '.join(differing)}): name another file with --out")
     return content
 
 

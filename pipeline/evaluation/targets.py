@@ -24,12 +24,12 @@ from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
 from pipeline.evaluation import TARGET
 from pipeline.evaluation.extract import ImageSet
-from pipeline.evaluation.scorer import Scorer
+from pipeline.evaluation.scorer import Scorer, check_shape
 from pipeline.export.generator_file import critic_of, generator_of, is_export, load_generator
-from pipeline.reporting import counted, number
+from pipeline.reporting import counted, number, percent
 from pipeline.reporting.page import write_report
 from pipeline.reporting.read import Evaluation
-from pipeline.storage.checkpoint import CheckpointError, find
+from pipeline.storage.checkpoint import CheckpointError, find, read_checkpoint
 from pipeline.storage.files import make_folder, near
 from pipeline.storage.run_folder import RunFolder, scores_of
 
@@ -67,6 +67,14 @@ def real_dataset(
             raise type(error)(str(error).replace(str(dataset.folder), str(images))) from None
 
 
+def check_run(run: RunFolder, dataset: Dataset) -> None:
+    """Raises UserError if a run's newest checkpoint makes images of another shape than the dataset's. The features of
+    the dataset are loaded after this, since what they lack would then be of no use."""
+    with suppress(CheckpointError):  # which is told where it is scored
+        for step in run.saved_steps()[-1:]:
+            check_shape(read_checkpoint(run.checkpoint(step)).progress["generator"]["image_shape"], dataset)
+
+
 def score_target(
     target: Path,
     scorer: Scorer,
@@ -102,7 +110,7 @@ def score_target(
         generator = load_generator(target, scorer.config.weights, code).to(runtime.device)
         path = out or _beside_others(path, scorer)
         result = scorer.score_generator(generator, path, facts)
-    elif target.exists():
+    elif target.is_dir() or (target.suffix == ".npz" and target.exists()):
         split = open_images(target, dataset, remarks := Remarks(), crop=crop, size=size)
         if remarks:
             runtime.print(f"{target}: {remarks}")
@@ -116,7 +124,8 @@ def score_target(
         facts["images_fingerprint"] = sha256(f"{dataset.fingerprint} {target}".encode()).hexdigest()
         result = scorer.score(ImageSet.of_tensor(tensor, classes if dataset.num_classes else None), path, facts)
     else:
-        raise UserError(f"{target}: there is nothing of that name{near(target)}; give {TARGET}")
+        what = "is none of what can be scored" if target.exists() else f"there is nothing of that name{near(target)}"
+        raise UserError(f"{target}: {what}; give {TARGET}")
     runtime.print(f"{path}: {facts['target']} against {dataset.name}: {_summary(result)}")
     return [result]
 
@@ -179,8 +188,11 @@ def _summary(result: dict[str, Any]) -> str:
     evaluation, texts = Evaluation(0, result, result["features"]), []
     for name, scores in result["features"].items():
         texts.append(f"{name} FID {scores['fid']:.2f} ({evaluation.floor(name)})")
-        if scores["is_mean"] is not None:
-            texts[-1] += f", IS {number(scores['is_mean'])}"
+        for title, key in (("IS", "is_mean"), ("KID", "kid_mean"), ("precision", "precision"), ("recall", "recall")):
+            if scores.get(key) is not None:
+                texts[-1] += f", {title} {number(scores[key])}"
         if modes := scores.get("modes"):
             texts[-1] += f", {counted(modes, 'mode')}, KL {number(scores['mode_kl'])}"
+    if learned := evaluation.about("gan_train"):
+        texts.append(f"GAN-train {percent(learned['accuracy'])}")
     return "; ".join(texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ def test_it_takes_the_first_images_and_can_be_interrupted(quarters: Dataset, mon
     assert rendered == [(0, 500), (500, 700)]
 
 
-def test_scores_hold_it_where_it_is_asked_for(digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_hold_it_where_it_is_asked_for(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(train_classifier, "GAN_TRAIN_EPOCHS", 1)
     root, path = tmp_path / "runs", tmp_path / "runs/evaluations/acgan.safetensors.json"
     save_export(random_generator(10), tmp_path / "acgan.safetensors", {})
@@ -83,5 +86,6 @@ def test_scores_hold_it_where_it_is_asked_for(digits: Dataset, tmp_path: Path, m
         found = json.loads(path.read_text())["gan_train"]
         assert 0 < found.pop("accuracy") < 0.6, "random images teach nothing"
         assert found == {"images": 200, "real_images": 610}
+        assert re.search(r"recall [\d.]+, \d+ modes?, KL [\d.]+; GAN-train [\d.]+%\n$", capfd.readouterr().err)
         score_target(tmp_path / "acgan.safetensors", plain, None, None, root)
         assert "gan_train" in json.loads(path.read_text()), "what was measured before is kept"

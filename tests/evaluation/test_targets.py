@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline import configure, evaluate
 from pipeline.benchmarking.fidelity import fidelity_scores
 from pipeline.config import EvaluationConfig, RuntimeConfig
 from pipeline.data import Dataset
@@ -145,6 +146,10 @@ def test_a_refilled_folder_of_the_same_name_and_count_is_refused(
     score(target, scorer, tmp_path)
     assert content(out) == json.loads(before)
     if kind == "folder":
+        (tmp_path / "theirs").mkdir()
+        (other := tmp_path / "theirs/pictures").symlink_to(target)
+        with pytest.raises(UserError, match=rf"pictures\.json: holds other scores, of {target}, \(size is"):
+            score_target(other, scorer, [None], out, tmp_path / "runs", size=28)
         shutil.move(target, tmp_path / "moved")
         score(tmp_path / "moved", scorer, tmp_path, out=out)
         assert content(out) == json.loads(before) | {"target": str(tmp_path / "moved")}
@@ -334,6 +339,21 @@ def test_a_generator_of_other_images_is_refused(scorer: Scorer, tmp_path: Path) 
         scorer.score_generator(random_generator(), tmp_path / "scores.json", {})
 
 
+def test_a_run_of_other_images_is_refused_before_the_features_of_the_dataset_are_missed(
+    digits: Dataset, tmp_path: Path
+) -> None:
+    saved_run(run := RunFolder(tmp_path / "runs/photos"), random_generator(shape=(3, 32, 32)), "ab" * 32, 10)
+    settings = {"data.dataset": digits.folder, "evaluation.features": ["own"], "runtime.device": "cpu"}
+    with pytest.raises(UserError, match="makes images of 3 x 32 x 32, the dataset digits has 1 x"):
+        evaluate(run.path, configure(None, settings))
+
+
+def test_a_file_that_holds_no_images_is_told_what_can_be_scored(scorer: Scorer, tmp_path: Path) -> None:
+    (path := tmp_path / "README.md").write_text("words")
+    with pytest.raises(UserError, match=f"{path}: is none of what can be scored; give a run's folder, an exported"):
+        score(path, scorer, tmp_path)
+
+
 def test_published_statistics_are_for_inception(digits: Dataset, runtime: Runtime) -> None:
     with pytest.raises(UserError, match=r"reference_statistics is a.npz, .* \['mnist'\] must name inception"):
         Scorer(EvaluationConfig(reference_statistics="a.npz"), digits, runtime, 0)
@@ -361,7 +381,7 @@ def test_two_folders_are_scored_as_one_against_a_dataset_of_the_other(
     err = capsys.readouterr().err
     last, no_floor = err.splitlines()[-1], r"\(no floor, because the real images have no test split\), IS [\d.]+"
     where = f"{tmp_path}/runs/evaluations/ours-real.json: ours against real: mnist FID "
-    assert re.fullmatch(rf"{where}[\d.]+ {no_floor}", last), last
+    assert re.fullmatch(rf"{where}[\d.]+ {no_floor}, KID [\d.]+, precision [\d.]+, recall [\d.]+", last), last
     assert ".real-" not in err
     scores = content(tmp_path / "runs" / "evaluations" / "ours-real.json")
     assert (scores["dataset"], scores["target"], scores["num_images"]) == ("real", "ours", NUM_IMAGES)
