@@ -1,4 +1,4 @@
-"""Networks that no run can take, and some that look odd and are sound."""
+"""Networks and objectives that no run can take, and some networks that look odd and are sound."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config import NetworkConfig
+from pipeline.models.objectives import Objective, PairedObjective
 
 Shape = tuple[int, int, int]
 number = 3
+sound = Objective(torch.mean, torch.mean, torch.mean, classifies=True)
+unreduced = Objective(torch.mean, lambda scores: 1 + scores, torch.mean)
+of_numbers = Objective(torch.mean, torch.mean, lambda scores: scores.mean().item())  # type: ignore[arg-type, return-value]
+of_one = PairedObjective(lambda scores: scores.mean(), lambda scores: scores.mean())  # type: ignore[arg-type, misc]
 
 
 def nothing(network: NetworkConfig, image_shape: Shape, num_classes: int) -> None:

@@ -20,7 +20,7 @@ from pipeline.config import Config, flatten, import_object, read_yaml
 from pipeline.data import Dataset, check_source, source_kind
 from pipeline.distributed.process import check_trackers, choose_device
 from pipeline.errors import UserError
-from pipeline.models.networks import build_for_sizes
+from pipeline.models.networks import build_for_sizes, dtype_of
 from pipeline.models.objectives import choose
 from pipeline.storage.checkpoint import committed
 from pipeline.storage.run_folder import RunFolder
@@ -58,12 +58,19 @@ def check_runtime(plan: Plan) -> str:
 
 
 def check_objective(plan: Plan) -> str:
-    """Checks the keys that go with an objective, and that there are labels if it needs them."""
+    """Checks the keys that go with an objective, one of the user's own, and that there are labels if it needs them."""
     training, dataset = plan.config.training, plan.dataset
-    classifies = choose(training).classifies
-    if classifies and dataset is not None and dataset.num_classes < 2:
-        raise UserError(f"training.objective is {training.objective}, but {dataset.name} has no labels")
-    if plan.config.evaluation.gan_train and not classifies:
+    objective = choose(training)
+    if ":" in training.objective:
+        from pipeline.models.user_networks import check_user_objective
+
+        check_user_objective(training.objective, objective, dtype_of(plan.config))
+    if objective.classifies and dataset is not None and dataset.num_classes < 2:
+        plain = training.objective.removeprefix("ac")  # the same losses without those of classes
+        fix = "leave out classifies=True" if ":" in plain else f"take --training.objective {plain}"
+        reason = "one class alone" if dataset.num_classes else "no labels"
+        raise UserError(f"training.objective is {training.objective}, but {dataset.name} has {reason}: {fix}")
+    if plan.config.evaluation.gan_train and not objective.classifies:
         raise UserError(
             f"evaluation.gan_train is true, but training.objective {training.objective} makes images of no class: "
             "set it to false, or use acgan or acwgan"

@@ -100,7 +100,7 @@ def source_kind(config: DataConfig, dataset: Dataset) -> str:
 
 
 def check_source(config: Config, dataset: Dataset | None, world_size: int) -> None:
-    """Raises UserError when the batch cannot be shared among the ranks, or streamed among lanes and workers.
+    """Raises UserError when the batch is larger than the dataset, or cannot be shared among ranks, lanes and workers.
 
     Reads nothing. Without a dataset (one that will be prepared on first use) only the ranks are checked.
     """
@@ -110,6 +110,9 @@ def check_source(config: Config, dataset: Dataset | None, world_size: int) -> No
             f"training.batch_size {batch_size} cannot be shared among {world_size} processes: "
             "choose a batch size that the number of processes divides"
         )
+    if dataset is not None and batch_size > (num_images := dataset.num_images("train")):
+        text = f"training.batch_size {batch_size} is more than the {num_images} training images of {dataset.name}"
+        raise UserError(f"{text}: lower it")
     if dataset is None or source_kind(config.data, dataset) == "resident":
         return
     streams = world_size * max(workers, 1)
@@ -118,5 +121,3 @@ def check_source(config: Config, dataset: Dataset | None, world_size: int) -> No
             f"data.lanes {lanes} cannot be shared evenly at world size {world_size}, data.workers {workers}: choose "
             f"a multiple of {streams} that divides training.batch_size {batch_size}"
         )
-    if (num_images := dataset.num_images("train")) < lanes:
-        raise UserError(f"data.lanes {lanes} is more than the {num_images} images of dataset {dataset.name}")

@@ -1,4 +1,5 @@
-"""Networks of the user's own (`network.generator`, `network.critic`): how they are built, and tried before a run.
+"""Networks of the user's own (`network.generator`, `network.critic`): how they are built, and tried before a run, as
+losses of the user's own are.
 
 The NAME of `module:NAME` is called as the reference's classes are, with the network's settings, the images' shape
 (C, H, W) and the number of classes (0: none), and returns a torch.nn.Module:
@@ -13,6 +14,7 @@ seed of the run. They must run on a CPU too, where they are tried first and wher
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from pipeline.config import Config, NetworkConfig, import_object
 from pipeline.errors import UserError, describe_error
 from pipeline.models.networks import AnyGenerator, ImageShape, build_critic, build_generator, dtype_of
-from pipeline.models.objectives import penalises
+from pipeline.models.objectives import AnyObjective, penalises
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 """The batch norms that `distributed/batch_norm.py` can replace by ones over all ranks."""
@@ -118,14 +120,25 @@ def check_user_networks(config: Config, image_shape: ImageShape, num_classes: in
         _check_gradients(key, critic, scores if logits is None else scores + logits.sum(1))
 
 
-def _call(key: str, network: nn.Module, *inputs: Tensor) -> Any:
-    """Returns what a network in training mode gives. Raises UserError if it fails or draws random numbers."""
+def check_user_objective(name: str, objective: AnyObjective, dtype: torch.dtype) -> None:
+    """Tries each loss of the user's own objective on a few scores. Raises UserError if it does not make one number."""
+    names = ("critic_loss", "generator_loss") if objective.paired else ("real_loss", "fake_loss", "generator_loss")
+    scores = torch.linspace(-1, 1, TRIAL_IMAGES, dtype=dtype, requires_grad=True)
+    for key, loss in ((f"training.objective {name}: {loss}", getattr(objective, loss)) for loss in names):
+        value = _call(key, loss, *[scores] * (1 + objective.paired))
+        if not isinstance(value, Tensor) or value.shape:
+            actual = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise UserError(f"{key} returns {actual}: return a scalar tensor, such as the mean (.mean())")
+
+
+def _call(key: str, network: Callable[..., Any], *inputs: Tensor) -> Any:
+    """Returns what a network in training mode, or a loss, gives. Raises UserError if it fails or draws at random."""
     with torch.random.fork_rng(devices=[]):
         before = torch.get_rng_state()
         try:
             outputs = network(*inputs)
         except Exception as error:  # the user's code may raise anything
-            given = f"{inputs[0].dtype} {list(inputs[0].shape)}"
+            given = " and ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in inputs)
             raise UserError(f"{key} was given {given} and failed ({describe_error(error)})") from error
         if not torch.equal(before, torch.get_rng_state()):
             raise UserError(

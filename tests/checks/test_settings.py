@@ -94,7 +94,7 @@ ODD_NETWORKS = {
     "generator": {
         "Missing": r" is 'tests.odd_networks:Missing': module .* has no attribute .*",
         "Picky": r": .*:Picky could not be made \(KeyError: 'hidden'\)",
-        "Failing": r" was given torch.float32 \[4, 100\] and failed \(.*: no such layer\)",
+        "Failing": r" was given torch.float32 \[4, 100\] and torch.int64 \[4\] and failed \(.*: no such layer\)",
         "Tall": r" gives images of shape \[4, 1, 16, 4\], where \[4, 1, 8, 8\] are .*",
         "Noisy": r" draws random numbers when it is called \(dropout, noise\), .*",
         "Bright": r" makes pixels from 5 to 6: end it in \[0, 1\], with a sigmoid say",
@@ -166,12 +166,31 @@ TABLE = {
         {"training": {"penalty_annealing": 10}},
         subject="training.objective",
     ),
-    "classes without labels": Bad(
-        r"training.objective is acgan, but tiny has no labels",
-        {"training": {"objective": "acgan", **FREE}},
-        dataset={"class_names": ()},
-        subject="training.objective",
-    ),
+    **{
+        f"an objective of one's own: {name}": Bad(
+            rf"training.objective tests.odd_networks:{name}: {message}",
+            {"training": {"objective": f"tests.odd_networks:{name}", **FREE}},
+            subject="training.objective",
+        )
+        for name, message in {
+            "unreduced": r"fake_loss returns shape \[4\]: return a scalar tensor, such as the mean \(.mean\(\)\)",
+            "of_numbers": r"generator_loss returns a float: return a scalar tensor, .*",
+            "of_one": r"critic_loss was given torch.float32 \[4\] and torch.float32 \[4\] and failed \(TypeError: .*",
+        }.items()
+    },
+    **{
+        f"{objective} of {count} classes": Bad(
+            rf"training.objective is {objective}, but tiny has {reason}: {fix}",
+            {"training": {"objective": objective, "clip_value": 0.01 if objective == "acwgan" else None}},
+            dataset={"class_names": ("one",)[:count]},
+            subject="training.objective",
+        )
+        for objective, count, reason, fix in (
+            ("acgan", 0, "no labels", "take --training.objective gan"),
+            ("acwgan", 1, "one class alone", "take --training.objective wgan"),
+            ("tests.odd_networks:sound", 0, "no labels", "leave out classifies=True"),
+        )
+    },
     "learning from images of no class": Bad(
         r"evaluation.gan_train is true, but training.objective wgan makes images of no class: set it to false, or .*",
         {"evaluation": {"gan_train": True}},
@@ -196,9 +215,9 @@ TABLE = {
         {"data": {"source": "streaming", "lanes": 8}},
         world_size=16,
     ),
-    "more lanes than images": Bad(
-        r"data.lanes 640 is more than the 600 images of dataset tiny",
-        {"data": {"source": "streaming", "lanes": 640}, "training": {"batch_size": 640}},
+    "a batch of more than all images": Bad(
+        r"training.batch_size 608 is more than the 600 training images of tiny: lower it",
+        {"training": {"batch_size": 608}},
     ),
     "images that can't be doubled into": Bad(
         r"images of 10 x 8 \(height x width\): .* \(prepare the dataset with --size 8 or --size 12\)",

@@ -23,11 +23,11 @@ from tests.jobs import ROOT, changed, flags, launch, tiny_config
     ids=["training", "evaluation"],
 )
 def test_what_to_lower_is_named_when_memory_runs_out(
-    batch_size: int, evaluation: dict[str, Any], fix: str, digits: Dataset, tmp_path: Path
+    batch_size: int, evaluation: dict[str, Any], fix: str, digits: Dataset, mnist_dataset: Dataset, tmp_path: Path
 ) -> None:
     config = tiny_config(
         run={"root": str(tmp_path)},
-        data={"dataset": str(digits.folder)},
+        data={"dataset": str((digits if evaluation else mnist_dataset).folder)},
         training={"steps": 1, "batch_size": batch_size},
         evaluation=evaluation,
     )
