@@ -38,6 +38,9 @@ number = 7
 def wrong():
     return torch.nn.Flatten(0)
 
+def of_images(images):
+    return images.flatten(1)
+
 class Failing(torch.nn.Module):
     def forward(self, images):
         raise RuntimeError("first line\\nno such device")
@@ -87,6 +90,7 @@ def test_a_module_by_name_is_a_feature_space(digits: Dataset, module: str, tmp_p
             "wrong",
             r"was given uint8 \[2, 1, 28, 28\] and failed \(ValueError: it returned \[1568\], not a row for",
         ),
+        ("of_images", r"is called without arguments, to return a torch module, and failed \(TypeError: of_images\(\) "),
         ("Failing", r"and failed \(RuntimeError: no such device\)"),
     ],
 )

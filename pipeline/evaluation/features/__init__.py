@@ -106,7 +106,11 @@ class CustomFeatures(FeatureExtractor):
     def __init__(self, name: str, image_shape: tuple[int, int, int], device: torch.device) -> None:
         network = import_object("evaluation.features", name)
         if not isinstance(network, nn.Module) and callable(network):
-            network = network()
+            try:
+                network = network()
+            except Exception as error:  # the user's code may raise anything
+                text = f"{name} is called without arguments, to return a torch module, and failed"
+                raise UserError(f"evaluation.features: {text} ({describe_error(error)})") from error
         if not isinstance(network, nn.Module):
             raise UserError(
                 f"evaluation.features holds {name!r}: that is a {type(network).__name__}, not a torch module"
