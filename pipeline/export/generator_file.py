@@ -155,15 +155,19 @@ def warm_start(source: str, generator: AnyGenerator, ema: AnyGenerator, critic: 
     """
     path, networks = Path(source), {"generator": generator, "ema": ema, "critic": critic}
     if path.is_dir() and not is_export(path):
-        tensors = _checkpoint_in(path).tensors()
+        checkpoint = _checkpoint_in(path)
+        there, tensors = checkpoint.progress["generator"], checkpoint.tensors()
         states = {role: under(tensors, role) for role in networks}
     else:
-        states = dict.fromkeys(("generator", "ema"), load_generator(path, code=generator.config.generator).state_dict())
+        loaded = load_generator(path, code=generator.config.generator)
+        there, states = loaded.spec(), dict.fromkeys(("generator", "ema"), loaded.state_dict())
     for role, state in states.items():
         try:
             networks[role].load_state_dict(state)
         except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip("\t .")
+            different = [(key, there.get(key), value) for key, value in generator.spec().items()]
+            reasons = [f"{key} is {old} there and {new} here" for key, old, new in different if old != new]
+            reason = "; ".join(reasons) or str(error).splitlines()[-1].strip("\t .")
             raise UserError(
                 f"run.start_from is {source}: its {role} does not fit this run's ({reason}): give one with the same "
                 "network settings and images, or for another critic an export, which has none"

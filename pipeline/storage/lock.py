@@ -104,7 +104,12 @@ class Lock:
 
 def lock_run(run: RunFolder) -> Lock:
     """Takes the lock of a run, whose folder is made if necessary. Raises UserError, which names the process, if another
-    one holds it."""
+    one holds it, or if there can't be such a folder."""
+    try:
+        make_folder(run.path)
+    except OSError as error:
+        reason = f"{run.path} can't be made ({error.strerror})"
+        raise UserError(f"run.root is {run.path.parent}: {reason}, choose another") from None
     try:
         return Lock(run.lock)
     except LockHeld as holder:

@@ -76,6 +76,14 @@ def test_a_dead_owner_in_a_container_or_before_a_restart_is_replaced(changed: st
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_cannot_be_made_is_run_roots(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        UserError, match=rf"run.root is {tmp_path}/file: .*file/run can't be made \(Not a directory\), c"
+    ):
+        lock_run(RunFolder(tmp_path / "file/run"))
+
+
 def test_a_lock_of_an_earlier_version_is_replaced(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text(json.dumps({"host": os.uname().nodename, "pid": 2**22 + 5, "started": 1.0}))
     lock_run(RunFolder(tmp_path)).release()
