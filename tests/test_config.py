@@ -73,10 +73,9 @@ def test_the_packages_files_go_by_their_names(tmp_path: Path, monkeypatch: pytes
     for name in ("lsgan", "configs/lsgan.yaml"):
         assert from_arguments("--config", name) == configure(name) == expected
         assert from_arguments(f"--config={name}", "--training.seed", "3").training.seed == 3
-    with pytest.raises(
-        UserError, match="--config is lsgam: no such file, and none of the package's: acgan, cifar10, emoji,"
-    ):
-        from_arguments("--config", "lsgam")
+    for wrong in ("lsgam", "lsgan.yml", "configs/lsgan.yml"):
+        with pytest.raises(UserError, match=rf"--config is {wrong}: no such file: did you mean lsgan\?$"):
+            from_arguments("--config", wrong)
     (tmp_path / "gan").mkdir()
     assert from_arguments("--config", "gan").run.name == "gan", "a folder is no file"
     (tmp_path / "lsgan").write_text("training: {objective: gan}")
@@ -86,6 +85,12 @@ def test_the_packages_files_go_by_their_names(tmp_path: Path, monkeypatch: pytes
 def test_a_file_that_is_not_there_is_named() -> None:
     with pytest.raises(UserError, match=r"--config is nowhere.yaml: no such file, and none of the package's: acgan,"):
         from_arguments("--config", "nowhere.yaml")
+
+
+def test_a_study_is_told_from_a_file_of_settings() -> None:
+    study = str(ROOT / "configs/studies/tune-quickstart.yaml")
+    with pytest.raises(UserError, match=f"{study}: is a study of settings: give it to gan-pipeline tune"):
+        from_arguments("--config", study)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +159,11 @@ def test_values_out_of_range_are_refused_by_name(section: str, changes: dict[str
         (["--network.z_dim", "64"], r"did you mean network.latent_dim\?$"),
         (["--num_workers=2"], r"did you mean data.workers\?$"),
         (["--zzz"], "^zzz is no setting: --help-all lists them$"),
+        (["--version"], "^version is no setting: --help-all lists them$"),
+        (["--helpall"], r"did you mean --help-all\?$"),
+        (["--training.critic_optimizer.name", "adm"], "training.critic_optimizer has algorithm, learning_rate, decay,"),
+        (["--config", "lsgan", "--evaluation.features", "own"], r"own: it must be a list, like '\[own\]'; .* --help$"),
+        (["--config", "quickstart", "--training.steps", "ten"], "a whole number; look at --help$"),
         (["--training.n_critic", "many"], "^training.n_critic is many: it must be a whole number; look at --help$"),
         (["--training.clip_value", "many"], "^training.clip_value is many: it must be a number or null; look at"),
         (["--training.critic_updates", "both"], "^training.critic_updates is both: it must be one of joint, separate;"),
@@ -212,6 +222,10 @@ def test_an_unknown_key_in_a_file_is_refused(tmp_path: Path) -> None:
     path.write_text("trainings:\n  n_critic: 3\n")
     with pytest.raises(UserError, match=r"bad.yaml: trainings is no setting: did you mean training\?"):
         from_arguments("--config", str(path))
+    parser = make_parser("test")
+    parser.add_argument("--step", type=int)
+    with pytest.raises(UserError, match=r"^steps is no setting: did you mean --step\?$"):
+        parse(parser, ["--steps", "7"])
     path.write_text("training:\n  n_critic: many\n")
     with pytest.raises(
         UserError, match=r"^training.n_critic is many: it must be a whole number; look at --help and .*bad"

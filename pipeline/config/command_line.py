@@ -74,8 +74,12 @@ def parse(parser: Parser, arguments: Sequence[str] | None = None) -> tuple[Confi
     try:
         namespace = parser.instantiate(parser.parse_args(ordered))
     except UserError as error:
-        files = [f" and {value}" for name, value in pairwise(ordered) if name == "--config"]
-        raise UserError(f"{error}{''.join(files) if str(error).endswith('--help') else ''}") from None
+        key, files = str(error).partition(" is ")[0], [value for name, value in pairwise(ordered) if name == "--config"]
+        if str(error).endswith("--help") and not any(argument.startswith(f"--{key}") for argument in ordered):
+            error = UserError(
+                " and ".join([str(error), *(file for file in files if _holds(read_yaml(Path(file)), key))])
+            )
+        raise error from None
     return Config(**{item.name: namespace[item.name] for item in dataclasses.fields(Config)}), namespace
 
 
@@ -87,6 +91,12 @@ def configure(file: str | Path | None = None, settings: Mapping[str, object] = M
     for key, value in settings.items():
         arguments.append(f"--{key}={value if isinstance(value, str | Path) else json.dumps(value, default=str)}")
     return parse(make_parser("configure"), arguments)[0]
+
+
+def _holds(content: Any, key: str) -> bool:
+    """Returns whether a file's content has a value for a dotted key."""
+    name, _, rest = key.partition(".")
+    return isinstance(content, dict) and name in content and (not rest or _holds(content[name], rest))
 
 
 def _keys(parser: Parser) -> list[str]:
@@ -104,7 +114,10 @@ def _files_first(parser: Parser, arguments: Sequence[str]) -> list[str]:
         key = name.removeprefix("--").removesuffix("+")  # KEY+ appends to a list
         if name == "--config" and (value := value or next(remaining, "")):
             path = _find_file(value)
-            _check_keys(path, read_yaml(path), keys)
+            content = read_yaml(path)
+            if {"score", "space"} <= content.keys():
+                raise UserError(f"{path}: is a study of settings: give it to gan-pipeline tune, before --config")
+            _check_keys(path, content, keys)
             files += ["--config", str(path)]
         elif name[:2] == "--" and key and key not in keys and not key.startswith(mappings):
             _refuse(key, keys)
@@ -125,7 +138,11 @@ def _find_file(name: str) -> Path:
     if path.exists() and not path.is_dir():
         return path
     if (stem := name.removeprefix("configs/").removesuffix(".yaml")) not in known:
-        raise UserError(f"--config is {name}: no such file, and none of the package's: {', '.join(known)}")
+        from difflib import get_close_matches
+
+        similar = get_close_matches(path.stem, known, 1)
+        fix = f": did you mean {similar[0]}?" if similar else f", and none of the package's: {', '.join(known)}"
+        raise UserError(f"--config is {name}: no such file{fix}")
     return known[stem]
 
 

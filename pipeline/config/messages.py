@@ -67,9 +67,15 @@ def unknown(key: str, keys: Sequence[str]) -> str:
     section, _, name = key.rpartition(".")
     parts = [known.rpartition(".")[::2] for known in keys]
     wanted, names = ELSEWHERE.get(name, name), {last for _, last in parts}
-    similar = [wanted] if wanted in names else get_close_matches(wanted, names, n=9, cutoff=0.7)
+    similar = [wanted] if wanted in names else get_close_matches(wanted, names, n=9, cutoff=0.75)
     meant = [f"{section}.{last}".strip(".") for last in similar if (section, last) in parts][:1]
+    beside = [last for before, last in parts if before == section]
+    if not section and not meant:  # an argument of the program's, such as --step, comes before training.steps
+        meant = get_close_matches(name, beside, 1, 0.85)
+    if "." in section and beside and not meant:
+        return f"{key} is no setting: {section} has {', '.join(beside)}"
     meant = meant or [known for known, (_, last) in zip(keys, parts, strict=True) if last in similar[:1]]
+    meant = [known if "." in known or hasattr(Config, known) else f"--{known}" for known in meant]
     return f"{key} is no setting: " + (f"did you mean {' or '.join(meant)}?" if meant else "--help-all lists them")
 
 
@@ -89,7 +95,10 @@ def shorten(message: str, keys: Sequence[str]) -> str:
         types = TYPES | ({"typing": f"one of {choices[1].replace(chr(39), '')}"} if choices else {})
         kinds = [types.get(kind, kind) for kind in re.findall(r"(?:Expected a|of type) (?:<class ')?(\w+)\b", tried)]
         value = re.sub(r" does not .*|invalid .*: ", "", value)
-        return f"{key} is {'null' if value == 'None' else value or 'empty'}: it must be {' or '.join(kinds)}; {HELP}"
+        kind = " or ".join(kinds).replace(
+            "[A, B]", f"'[{value}]'" if re.fullmatch(r"[a-z_][\w:.,-]*", value) else "[A, B]"
+        )
+        return f"{key} is {'null' if value == 'None' else value or 'empty'}: it must be {kind}; {HELP}"
     if (stray := line.removeprefix("unrecognized arguments: ")) != line:
         name = stray.split()[0].lstrip("-")
         meant = f"--{name}" if name.partition("=")[0] in keys else ""
