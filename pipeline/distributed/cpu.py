@@ -44,6 +44,7 @@ def use_cpu(cores: Sequence[int], threads: int | None) -> None:
     torch.set_flush_denormal(True)
     torch.set_num_threads(threads or max(1, len(cores) // read_number("LOCAL_WORLD_SIZE", 1)))
     bind_to_share(cores)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler calls a GPU that is not there an error
     # glibc returns large freed blocks to the system, and the next tensor faults their pages in again: a sixth of a step
     # of small networks.
     _call_glibc("mallopt", MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
