@@ -11,7 +11,12 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
   options+=("$1"); shift
 done
 [ $# -eq 0 ] || shift
-command=("${PYTHON:-python3}" -m pytest -p no:cacheprovider -W default -rs -m gpu tests/gpu "${options[@]}" "--settings=${*@Q}")
+python=${PYTHON:-python3}
+if ! "$python" -c "import pytest" 2>/dev/null; then
+  echo "error: $python has no pytest: $python -m pip install pytest, or name another PYTHON" >&2
+  exit 2
+fi
+command=("$python" -m pytest -p no:cacheprovider -W default -rs -m gpu --need-gpu tests/gpu "${options[@]}" "--settings=${*@Q}")
 # A kernel that hangs can't be interrupted from Python.
 [ -z "$seconds" ] || command=(timeout -k 8 "$seconds" "${command[@]}")
 exec "${command[@]}"

@@ -17,6 +17,10 @@ while [ $# -gt 0 ]; do
 done
 python=${PYTHON:-python3}
 [ -x .venv/bin/python ] || "$python" -m venv .venv
+if [ -n "${PYTHON:-}" ] && [ "$("$PYTHON" -V)" != "$(.venv/bin/python -V)" ]; then
+  echo "error: PYTHON is $PYTHON, but .venv has $(.venv/bin/python -V): delete .venv, and it is made anew" >&2
+  exit 2
+fi
 .venv/bin/python -m pip install --quiet -e '.[dev]'
 sync  # gigabytes were just written: an fsync of a test would wait for all of them, while its ranks wait for each other
 processes=${TEST_PROCESSES:-$(($(nproc) + 1))}  # one more than cores: some tests wait
@@ -24,8 +28,9 @@ export OMP_NUM_THREADS=1  # the tests run side by side; nproc would count by it
 tests() {
   .venv/bin/pytest -n "$processes" --dist loadfile --no-loadscope-reorder "${order[@]}" "$@"
 }
-.venv/bin/ruff format --check .
-.venv/bin/ruff check .
+code=(README.md .github configs launch pipeline tests)  # not what somebody keeps beside them, such as my_losses.py
+.venv/bin/ruff format --check "${code[@]}"
+.venv/bin/ruff check "${code[@]}"
 types=$(mktemp) status=0
 trap 'rm -f "$types"' EXIT
 .venv/bin/mypy >"$types" 2>&1 &

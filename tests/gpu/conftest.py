@@ -1,5 +1,5 @@
-"""What a GPU must show: `launch/gpu_check.sh`, or `pytest -m gpu tests/gpu`. Without a CUDA device all of it is
-skipped.
+"""What a GPU must show: `launch/gpu_check.sh`, which fails without a CUDA device, or `pytest -m gpu tests/gpu`, which
+skips all of it then.
 
 The tests stand in the order of their value: correctness, processes, speed. With `--seconds N` a test that would not fit
 into what is left of N seconds is skipped by name. `--json FILE` is written anew after each test, so that a cut at any
@@ -26,6 +26,7 @@ from tests.jobs import restoring_process
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gpu")
     group.addoption("--seconds", type=float, help="start no GPU test that does not fit into what is left of these")
+    group.addoption("--need-gpu", action="store_true", help="fail without a CUDA device, in the place of skipping")
     group.addoption("--json", type=Path, help="file for outcomes and figures, which must not exist")
     group.addoption("--settings", default="", help="settings of the pipeline for every run, as on a command line")
 
@@ -61,6 +62,10 @@ RESULTS = pytest.StashKey[Results]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("need_gpu", False) and not torch.cuda.is_available():
+        raise pytest.UsageError(
+            f"no CUDA device seen by torch {torch.__version__}: install a torch that fits the driver"
+        )
     config.stash[RESULTS] = Results(config)
     config.pluginmanager.register(Reporter(config.stash[RESULTS]))
 
