@@ -140,13 +140,15 @@ def test_settings_by_their_keys(tmp_path: Path) -> None:
     assert (config.training.objective, config.training.gradient_penalty) == ("lsgan", 10)
     for key, value, message in [
         ("training.steps", 0, "training.steps is 0: it must be at least 1"),
-        ("training.steps", "many", "training.steps"),
+        ("training.steps", "many", "^training.steps is many: it must be a whole number$"),
         ("training.pace", 1, "training.pace"),
     ]:
         with pytest.raises(UserError, match=message):
             configure(None, {key: value})
     with pytest.raises(UserError, match=r"nothing\.yaml: no such file"):
         configure(tmp_path / "nothing.yaml")
+    with pytest.raises(UserError, match=r"^{'run.name': 'x'} is no file: give its path or name before the settings"):
+        train({"run.name": "x"})  # type: ignore[arg-type]
     assert configure("quickstart", {"data.dataset": tmp_path}).data.dataset == str(tmp_path)
     with pytest.raises(UserError, match=r"^trainig.steps is no setting: did you mean training.steps\?$"):
         train("quickstart", {"trainig.steps": 5})

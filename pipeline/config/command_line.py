@@ -87,10 +87,17 @@ def configure(file: str | Path | None = None, settings: Mapping[str, object] = M
     """Returns the configuration of a YAML file (a path, or the name of one of the package's) or else the defaults, with
     `settings` in place of some of its values: `configure("quickstart", {"run.name": "first", "training.steps": 500})`.
     Raises UserError naming the key, the value and the fix."""
+    if not isinstance(file, str | Path | None):
+        raise UserError(
+            f'{file!r} is no file: give its path or name before the settings, as in ("quickstart", {{...}})'
+        )
     arguments = [] if file is None else ["--config", str(file)]
     for key, value in settings.items():
         arguments.append(f"--{key}={value if isinstance(value, str | Path) else json.dumps(value, default=str)}")
-    return parse(make_parser("configure"), arguments)[0]
+    try:
+        return parse(make_parser("configure"), arguments)[0]
+    except UserError as error:
+        raise UserError(str(error).partition("; look at --help")[0]) from None  # which Python has not
 
 
 def _holds(content: Any, key: str) -> bool:

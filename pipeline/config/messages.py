@@ -110,4 +110,5 @@ def shorten(message: str, keys: Sequence[str]) -> str:
         return f"{stray} is not understood" + (f": did you mean {meant}?" if meant else f"; {HELP}")
     if "are required" in line:
         line = re.sub(r"\w+\.(?=\w)", "", line)  # of a program with commands jsonargparse says COMMAND.NAME
+        line = line.replace(": generator", ": -g GENERATOR")  # of an option it says the name alone
     return f"{line}; {HELP}"

@@ -101,6 +101,7 @@ def test_what_was_meant_is_offered(tmp_path: Path) -> None:
             ("-g", tmp_path / "quickstrat"),
             f"no such file or folder (did you mean {tmp_path}/quickstart?); give a run's",
         ),
+        ((), "the following arguments are required: -g GENERATOR; look at --help\n"),
         (("runs/quickstart",), "runs/quickstart is not understood: did you mean -g runs/quickstart?\n"),
         (("-g", "runs/quickstart", "--cla", "7"), "--cla 7 is not understood: did you mean --class?\n"),
     ):
