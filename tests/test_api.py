@@ -147,7 +147,7 @@ def test_settings_by_their_keys(tmp_path: Path) -> None:
             configure(None, {key: value})
     with pytest.raises(UserError, match=r"nothing\.yaml: no such file"):
         configure(tmp_path / "nothing.yaml")
-    with pytest.raises(UserError, match=r"^{'run.name': 'x'} is no file: give its path or name before the settings"):
+    with pytest.raises(UserError, match=r"^{'run.name': 'x'} is no file: give its path or name first, as in"):
         train({"run.name": "x"})  # type: ignore[arg-type]
     assert configure("quickstart", {"data.dataset": tmp_path}).data.dataset == str(tmp_path)
     with pytest.raises(UserError, match=r"^trainig.steps is no setting: did you mean training.steps\?$"):

@@ -88,9 +88,7 @@ def configure(file: str | Path | None = None, settings: Mapping[str, object] = M
     `settings` in place of some of its values: `configure("quickstart", {"run.name": "first", "training.steps": 500})`.
     Raises UserError naming the key, the value and the fix."""
     if not isinstance(file, str | Path | None):
-        raise UserError(
-            f'{file!r} is no file: give its path or name before the settings, as in ("quickstart", {{...}})'
-        )
+        raise UserError(f'{file!r} is no file: give its path or name first, as in ("quickstart", {{...}})')
     arguments = [] if file is None else ["--config", str(file)]
     for key, value in settings.items():
         arguments.append(f"--{key}={value if isinstance(value, str | Path) else json.dumps(value, default=str)}")
