@@ -11,6 +11,7 @@ from pipeline.errors import UserError
 
 def main() -> None:
     parser = make_parser("Search settings for the best score; several of these work on one study.")
+    parser.usage = "%(prog)s STUDY.yaml [--config FILE] [--KEY VALUE ...]"
     parser.add_argument("study", type=Path, help="YAML file like those in configs/studies/")
     config, arguments = parse(parser)
 

@@ -20,6 +20,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from pipeline.config import Config, flatten, read_yaml
+from pipeline.config.messages import unknown
 from pipeline.distributed.process import Runtime
 from pipeline.errors import LocalError, Preempted, TrainingFailed, UserError
 from pipeline.evaluation.selection import LOWER_IS_BETTER, named_score
@@ -33,6 +34,8 @@ STARTUP_TRIALS = 5
 """Number of trials that are drawn at random and never pruned, before there is something to compare with."""
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 RANGES = "write it as {log: [LOW, HIGH]}, {uniform: [LOW, HIGH]}, {int: [LOW, HIGH]} or {choice: [VALUE, VALUE]}"
+ENTRIES = {"score": "NAME, like fid", "seeds": "[N, ...]", "trials": "N", "space": "{KEY: RANGE, ...}"}
+"""The keys of a study's file, and what stands there."""
 Configure = Callable[[Mapping[str, str]], Config]
 """Makes the study's configuration with some settings (dotted key -> text as on the command line) replaced."""
 
@@ -69,8 +72,10 @@ class StudyFile(NamedTuple):
             raise UserError("evaluation.every is null: a study needs evaluations, set it to a number of steps")
         named_score(self.score, config.evaluation.features, "score")
         for key, allowed in self.space.items():
-            if key not in flatten(config) or key.startswith("run.") or key == "training.seed":
-                raise UserError(f"space.{key} is no setting that can be searched: see train.py --help")
+            if key not in flatten(config):
+                raise UserError(f"space.{unknown(key, [*flatten(config)])}")
+            if key.startswith("run.") or key == "training.seed":
+                raise UserError(f"space.{key} cannot be searched: leave it out (each trial trains with all seeds)")
             for value in allowed.values:
                 configure({key: str(value)})
 
@@ -89,13 +94,22 @@ class StudyFile(NamedTuple):
 
 def read_study(path: Path) -> StudyFile:
     """Reads a study's file, whose name without the suffix is the study's. Raises UserError if it holds no study."""
-    match content := read_yaml(path):
-        case {"score": str() as score, "seeds": [*seeds], "trials": int() as trials, "space": dict() as space} if (
-            len(content) == 4 and seeds and all(type(seed) is int for seed in seeds) and trials > 0 and space
-        ):
-            ranges = {str(key): _read_range(f"{path}: space.{key}", value) for key, value in space.items()}
-            return StudyFile(path.stem, score, tuple(dict.fromkeys(seeds)), trials, ranges)
-    raise UserError(f"{path}: give score: NAME, seeds: [N, ...], trials: N, space: {{KEY: RANGE, ...}}, nothing else")
+    content = read_yaml(path)
+    entries: list[Any] = [content.get(key) for key in ENTRIES]
+    score, seeds, trials, space = entries
+    is_right = {
+        "score": isinstance(score, str),
+        "seeds": isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds),
+        "trials": type(trials) is int and trials > 0,
+        "space": isinstance(space, dict) and space,
+    }
+    for key in [*content, *ENTRIES]:
+        if key not in ENTRIES:
+            raise UserError(f"{path}: {key} is no part of a study, which has {', '.join(ENTRIES)}: give it to --config")
+        if not is_right[key]:
+            raise UserError(f"{path}: {key} is {content.get(key, 'missing')}: write {key}: {ENTRIES[key]}")
+    ranges = {str(key): _read_range(f"{path}: space.{key}", value) for key, value in space.items()}
+    return StudyFile(path.stem, score, tuple(dict.fromkeys(seeds)), trials, ranges)
 
 
 def _read_range(where: str, content: Any) -> Range:
@@ -117,7 +131,7 @@ def _read_range(where: str, content: Any) -> Range:
 class Tuner:
     """A worker of a study. Every rank makes the same calls; only the main rank has the `study` and the `trial`.
 
-    `folder` gets `study.journal`, a folder of runs for each trial, `best.yaml` (a --config file) and `study.md`.
+    `folder` gets `study.journal`, the runs `trial-NUMBER-seed-SEED`, `best.yaml` (a --config file) and `study.md`.
 
     Raises:
         UserError: the study began with other settings, or the file is wrong (`StudyFile.check`).
@@ -152,7 +166,7 @@ class Tuner:
                 raise
             finally:
                 self._runtime.before_close.close()  # a captured CUDA graph goes with its trial
-        ranks.on_main(self._write_results)
+        self._runtime.print(ranks.on_main(self._write_results))
 
     def _open(self) -> None:
         if RunFolder(self.folder).config.exists():
@@ -198,8 +212,8 @@ class Tuner:
             self.study.tell(self.trial, state=TrialState.PRUNED)
         else:
             self.study.tell(self.trial, outcome)
-        message = outcome if isinstance(outcome, str) else f"{outcome:.4g}"
-        self._runtime.print(f"trial {self.trial.number}: {message}")
+        message = outcome if isinstance(outcome, str) else f"{self._space} {self._key} {outcome:.4g}"
+        self._runtime.print(f"trial {self.trial.number} of {self._file.trials}: {message}")
         self._write_results()
 
     def put_back(self, folder: Path) -> None:
@@ -212,8 +226,8 @@ class Tuner:
         ranks, seeds = self._runtime.ranks, self._file.seeds
         last_step = self._config.training.steps
         for index, seed in enumerate(seeds):
-            run = {"run.root": str(folder), "run.name": f"seed-{seed}", "run.trackers": "[]", "run.patience": "null"}
-            config = self._configure({**settings, **run, "training.seed": str(seed)})
+            run = {"run.root": str(folder.parent), "run.name": f"{folder.name}-seed-{seed}", "training.seed": str(seed)}
+            config = self._configure({**settings, **run, "run.trackers": "[]", "run.patience": "null"})
             trainer = Trainer(config, self._runtime, partial(self._is_worse, folder, index))
             trainer.run()
             step, is_last = trainer.state.step, index + 1 == len(seeds)
@@ -231,19 +245,23 @@ class Tuner:
 
     def _median(self, folder: Path, count: int, step: int) -> float | None:
         """Returns the median of the scores of the first `count` seeds at a step; None if one has none."""
-        runs = [read_evaluations(RunFolder(folder / f"seed-{seed}"), []) for seed in self._file.seeds[:count]]
+        folders = [folder.with_name(f"{folder.name}-seed-{seed}") for seed in self._file.seeds[:count]]
+        runs = [read_evaluations(RunFolder(path), []) for path in folders]
         scores = [item.score(self._space, self._key) for run in runs for item in run if item.step == step]
         known = [score for score in scores if score is not None]
         return statistics.median(known) if len(known) == count else None
 
-    def _write_results(self) -> None:
-        """Writes the best settings as a configuration, and a table of all trials, the best first."""
+    def _write_results(self) -> str:
+        """Writes the best settings as a configuration, and a table of all trials, the best first; returns a line about
+        them."""
         trials, keys = self.study.get_trials(deepcopy=False, states=DONE), list(self._file.space)
         sign = 1 if LOWER_IS_BETTER[self._key] else -1
         complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
         complete.sort(key=lambda trial: sign * (trial.value or 0.0))
         what = f"median {self._space} {self._key} over seeds {', '.join(map(str, self._file.seeds))}"
+        outcome_of_best = "none is best"
         if complete:
+            outcome_of_best = f"trial {complete[0].number} is best: --config {self.folder}/best.yaml"
             best = flatten(self._configure({key: str(value) for key, value in complete[0].params.items()}))
             best["run.name"], defaults = f"{self._file.name}-best", flatten(Config())
             changed: dict[str, Any] = {}
@@ -251,10 +269,8 @@ class Tuner:
                 *sections, name = key.split(".")
                 reduce(lambda place, section: place.setdefault(section, {}), sections, changed)[name] = best[key]
             header = f"# Trial {complete[0].number} of the study {self._file.name}: {what}: {complete[0].value:.4g}.\n"
-            settings = yaml.safe_dump(
-                json.loads(json.dumps(changed)), sort_keys=False
-            )  # YAML's safe subset has no tuples
-            write_text(self.folder / "best.yaml", header + settings)
+            plain = json.loads(json.dumps(changed))  # YAML's safe subset has no tuples
+            write_text(self.folder / "best.yaml", header + yaml.safe_dump(plain, sort_keys=False))
         rows = [["trial", "state", what, *keys], ["---"] * (3 + len(keys))]
         for trial in [*complete, *(trial for trial in trials if trial not in complete)]:
             outcome = f"{trial.value:.4g}" if trial in complete else trial.user_attrs.get("reason", "")
@@ -263,3 +279,4 @@ class Tuner:
         table = "\n".join(f"| {' | '.join(cell.replace('|', ' ') for cell in row)} |" for row in rows)
         title = f"# {self._file.name}: {len(complete)} of {len(trials)} complete"
         write_text(self.folder / "study.md", f"{title}\n\n{table}\n")
+        return f"{title[2:]}; {outcome_of_best}; all: {self.folder}/study.md"

@@ -53,18 +53,20 @@ def test_the_shipped_study_is_sound() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"trials": 0}, "give score"),
-        ({"seeds": []}, "give score"),
-        ({"space": {}}, "give score"),
-        ({"prune": True}, "give score"),
+        ({"trials": 0}, r"search.yaml: trials is 0: write trials: N$"),
+        ({"trials": "two"}, "trials is two: write"),
+        ({"seeds": []}, r"seeds is \[\]: write seeds: \[N, \.\.\.\]$"),
+        ({"score": 3}, "score is 3: write score: NAME"),
+        ({"space": {}}, "space is {}: write space: {KEY: RANGE"),
+        ({"training": {"steps": 3}}, r"training is no part of a study, which has score, seeds, trials, space: give"),
         ({"space": {"training.n_critic": {"int": [3, 1]}}}, r"space.training.n_critic is .*: write it as"),
         ({"space": {"training.n_critic": {"int": [1]}}}, "space.training.n_critic is"),
         ({"space": {"training.n_critic": [1, 2]}}, "space.training.n_critic is"),
         ({"space": {"training.clip_value": {"log": [0, 1]}}}, "space.training.clip_value is"),
         ({"space": {"training.clip_value": {"normal": [0, 1]}}}, "space.training.clip_value is"),
         ({"space": {"training.clip_value": {"choice": []}}}, "space.training.clip_value is"),
-        ({"space": {"training.seed": {"int": [0, 1]}}}, "space.training.seed is no setting that can be searched"),
-        ({"space": {"training.clip": {"uniform": [0, 1]}}}, "space.training.clip is no setting"),
+        ({"space": {"training.seed": {"int": [0, 1]}}}, "space.training.seed cannot be searched"),
+        ({"space": {"training.clip_valu": {"int": [0, 1]}}}, "space.training.clip_valu .* mean training.clip_value"),
         ({"space": {"training.n_critic": {"int": [0, 3]}}}, "training.n_critic is 0: it must be at least 1"),
         ({"score": "mnist.fids"}, "score is mnist.fids, which is no score"),
     ],
@@ -72,3 +74,8 @@ def test_the_shipped_study_is_sound() -> None:
 def test_what_is_no_study_is_refused_by_name(change: dict[str, object], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         read_study(written(tmp_path, SOUND | change)).check(configure)
+
+
+def test_an_entry_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"search.yaml: seeds is missing: write seeds: \[N"):
+        read_study(written(tmp_path, {key: value for key, value in SOUND.items() if key != "seeds"}))

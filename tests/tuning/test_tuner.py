@@ -62,7 +62,7 @@ def test_a_study_goes_on_after_its_workers_were_killed_and_stopped(digits: Datas
     another trial takes the place of the former's."""
     file = study_file(tmp_path, trials=3)
     arguments = [str(file), *flags(base(tmp_path, digits.folder))]
-    folders = [tmp_path / f"search/trial-{number:04d}/seed-0" for number in (0, 1)]
+    folders = [tmp_path / f"search/trial-{number:04d}-seed-0" for number in (0, 1)]
     logs = [tmp_path / "log-0", tmp_path / "log-1"]
     jobs = [Job(TUNE, arguments, 1, stdout=log, stderr=log) for log in logs]
     with jobs[0], jobs[1]:
@@ -84,7 +84,7 @@ def test_a_study_goes_on_after_its_workers_were_killed_and_stopped(digits: Datas
     trials = everything[2:]
     for trial in trials:
         name = trial.user_attrs.get("folder", f"trial-{trial.number:04d}")
-        runs = [RunFolder(tmp_path / f"search/{name}/seed-{seed}") for seed in (0, 1)]
+        runs = [RunFolder(tmp_path / f"search/{name}-seed-{seed}") for seed in (0, 1)]
         fids = [json.loads(run.scores(6).read_text())["features"]["mnist"]["fid"] for run in runs]
         assert trial.value == pytest.approx(sum(fids) / 2), "the median of two is their mean"
     best = min(trials, key=lambda trial: trial.value or 0.0)
@@ -95,6 +95,8 @@ def test_a_study_goes_on_after_its_workers_were_killed_and_stopped(digits: Datas
     assert f"| {best.number} | complete | {best.value:.4g} |" in table.splitlines()[4]
     again = launch(TUNE, arguments)
     assert again.returncode == 0, again.stderr
+    results = f"trial {best.number} is best: --config {tmp_path}/search/best.yaml; all: {tmp_path}/search/study.md\n"
+    assert again.stderr.endswith(f"search: 3 of 3 complete; {results}"), again.stderr
     assert len(opened(tmp_path).trials) == 5
 
 
@@ -109,11 +111,11 @@ def test_a_trial_worse_than_the_others_ends_at_that_evaluation_on_all_ranks(digi
     result = launch(TUNE, [str(file), *flags(base(tmp_path, digits.folder))], 2)
     assert result.returncode == 0, result.stderr[-3000:]
     trial = opened(tmp_path).trials[-1]
-    run = RunFolder(tmp_path / f"search/trial-{STARTUP_TRIALS:04d}/seed-0")
+    run = RunFolder(tmp_path / f"search/trial-{STARTUP_TRIALS:04d}-seed-0")
     fids = {step: json.loads(run.scores(step).read_text())["features"]["mnist"]["fid"] for step in (2, 4)}
     assert trial.intermediate_values == fids, "nothing was trained after the evaluation that pruned it"
     assert (trial.state.name, trial.user_attrs["reason"]) == ("PRUNED", "pruned at step 4 of seed 0")
-    assert not run.path.with_name("seed-1").exists()
+    assert not run.path.with_name(run.path.name.replace("seed-0", "seed-1")).exists()
     assert run.export.exists()
 
 
