@@ -107,7 +107,7 @@ def test_stacked_digits_are_seen_channel_by_channel(mnist_dataset: Dataset, extr
 
 @pytest.mark.parametrize("shape", [(3, 28, 28), (1, 32, 32), (1, 28, 29)])
 def test_mnist_features_refuse_other_shapes(shape: tuple[int, int, int]) -> None:
-    with pytest.raises(UserError, match=r"\[inception\] or \[dinov2\]") as refused:
+    with pytest.raises(UserError, match=r"\[inception\], \[dinov2\] .* or \[module:NAME\]") as refused:
         load("mnist", shape)
     assert str(shape) in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -125,8 +125,10 @@ def test_mnist_features_refuse_whatever_is_not_mnist(labelled: bool, tmp_path: P
         Scorer(config.evaluation, clothes, Runtime(config.runtime), 0)
     command = f"gan-pipeline train-classifier --dataset {clothes.folder}"
     own = f"[own] (made by {command}), " if labelled else ""
-    assert f"dataset clothes is of kind own: use evaluation.features {own}[inception] or [dinov2]" in str(refused.value)
+    assert f"dataset clothes is of kind own: use evaluation.features {own}[inception], [dinov2] (" in str(refused.value)
     assert '"kind": "mnist" into its dataset.json' in str(refused.value)
+    with pytest.raises(UserError, match=r"\[module:NAME\], a network of yours$"):  # whatever it holds, no such digits
+        load_features("mnist", replace(clothes, image_shape=(3, 32, 32)), CPU, config.evaluation)
     assert "\n" not in str(refused.value)
     with pytest.raises(UserError, match="dataset clothes is of kind own: use"):
         check_features(Plan(config, 1, clothes), "mnist")

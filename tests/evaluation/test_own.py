@@ -204,7 +204,7 @@ def test_what_can_have_no_classifier_is_refused(tmp_path: Path, trained: Dataset
     np.savez(tmp_path / "bare.npz", images=np.zeros((20, 8, 8), np.uint8))
     bare = prepare_npz(tmp_path, "bare", {"train": tmp_path / "bare.npz"})
     for refusing in (load_own, train):
-        with pytest.raises(UserError, match=r"dataset bare has no labels.* use evaluation\.features \[inception\]"):
+        with pytest.raises(UserError, match=r"dataset bare has no classes.* use .*\[inception\].* or \[module:NAME\]"):
             refusing(bare)
     with pytest.raises(UserError, match=r"behind http://host/quarters.* gan-pipeline prepare shards"):
         load_own(dataclasses.replace(trained, base_url="http://host/quarters"))

@@ -23,6 +23,7 @@ MNIST_WEIGHTS = Path(__file__).with_name("mnist_classifier.safetensors")
 MNIST_SHAPE = (1, 28, 28)
 CHANNELS = {"mnist": 1, "stacked_mnist": 3}
 """How many channels images of the kinds of datasets with a digit in each channel have."""
+OTHERS = "[inception], [dinov2] (both are downloaded) or [module:NAME], a network of yours"
 
 
 class Classifier(nn.Module):
@@ -119,13 +120,16 @@ def load_mnist(dataset: Dataset, device: torch.device) -> FeatureExtractor:
     """Returns the features of digits. Raises UserError for every dataset but MNIST and Stacked MNIST: they see a digit
     in anything."""
     own = f"[own] (made by {training_command(dataset)}), " if dataset.num_classes > 1 else ""
-    instead = f"use evaluation.features {own}[inception] or [dinov2]"
+    instead = f"use evaluation.features {own}{OTHERS}"
     if dataset.kind not in CHANNELS:
-        raise UserError(
-            f"the 'mnist' features know MNIST's digits alone, and dataset {dataset.name} is of kind {dataset.kind}: "
-            f"{instead}; or, if it does hold these digits, prepare it, or compare with it, with --kind mnist, or "
-            'write "kind": "mnist" into its dataset.json'
-        )
+        text = f"the 'mnist' features know MNIST's digits alone, and dataset {dataset.name} is of kind {dataset.kind}"
+        for kind, channels in CHANNELS.items():
+            if dataset.image_shape == (channels, *MNIST_SHAPE[1:]):
+                instead += (
+                    f"; or, if it does hold these digits, prepare it, or compare with it, with --kind {kind}, or "
+                )
+                instead += f'write "kind": "{kind}" into its dataset.json'
+        raise UserError(f"{text}: {instead}")
     shape = (CHANNELS[dataset.kind], *MNIST_SHAPE[1:])
     if dataset.image_shape != shape:
         raise UserError(f"the 'mnist' features score images of shape {shape}, not {dataset.image_shape}: {instead}")
@@ -155,8 +159,8 @@ def classifier_path(dataset: Dataset) -> Path:
     """
     if dataset.num_classes < 2:
         raise UserError(
-            f"dataset {dataset.name} has no labels, so there are no features of its own: use evaluation.features "
-            "[inception] or [dinov2]"
+            f"dataset {dataset.name} has no classes, so there are no features of its own: use evaluation.features "
+            f"{OTHERS}"
         )
     if dataset.base_url:
         raise UserError(
