@@ -233,6 +233,7 @@ def _print_error(error: BaseException, rank: int, world_size: int) -> int | None
             _print_line(f"error: {reason}; nothing more was written")
             return errors.EXIT_FAILED
         case KeyboardInterrupt():  # before a Runtime was there to take the signal
+            _print_line("stopped by an interrupt", rank)
             return errors.EXIT_INTERRUPTED
     return None
 

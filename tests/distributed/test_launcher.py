@@ -112,11 +112,20 @@ def test_an_interrupt_while_packages_are_imported_is_no_traceback(
     assert (result.returncode, result.stderr) == (code, "")
 
 
-def test_an_interrupt_at_the_interpreters_end_is_no_traceback() -> None:
-    ending = "import atexit, os, signal, time; from pipeline.distributed.launcher import run_program\n"
-    ending += "atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(30)))\nrun_program(lambda: 0)"
-    result = subprocess.run([sys.executable, "-c", ending], cwd=ROOT, capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (-2, "")
+@pytest.mark.parametrize(
+    ("program", "outcome"),
+    [
+        ("run_program(lambda: interrupt() or 0)", (130, "stopped by an interrupt\n")),
+        ("atexit.register(interrupt); run_program(lambda: 0)", (-2, "")),
+    ],
+    ids=["in main", "at the interpreter's end"],
+)
+def test_an_interrupt_is_no_traceback(program: str, outcome: tuple[int, str]) -> None:
+    code = "import atexit, os, signal, time; from pipeline.distributed.launcher import run_program\n"
+    code += f"def interrupt(): os.kill(os.getpid(), signal.SIGINT); time.sleep(30)\n{program}"
+    command = ["env", "--default-signal=INT", sys.executable, "-c", code]  # the tests may run where it is ignored
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == outcome
 
 
 def test_the_launcher_is_known_by_the_command_of_the_parent_process(tmp_path: Path) -> None:
