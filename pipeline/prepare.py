@@ -17,13 +17,13 @@ def main() -> None:
     commands = parser.add_subparsers(dest="source", required=True)
     for name in KNOWN:
         prepare.known.add_options(commands.add_parser(name, help="a known dataset, fetched and verified"), name)
-    for name, (_, what) in prepare.SOURCES.items():
+    for name, (_, metavar, what) in prepare.SOURCES.items():
         add = commands.add_parser(name, help=what).add_argument
-        metavar, several = ("PATTERN", "+") if name in ("parquet", "shards") else ("PATH or SPLIT", None)
+        several = "+" if metavar == "PATTERN" else None
         if name == "hf":
             add("origin", nargs="+", metavar="NAME", help="OWNER/NAME, or a folder; and the subset, if it has several")
-        train = ("--train", "--split") if name == "hf" else ("train",)
-        add(*train, nargs=several, metavar=metavar, default="train", help="the training images")
+        train, text = (("--train", "--split"), "split of the training images") if name == "hf" else (("train",), what)
+        add(*train, nargs=several, metavar=metavar, default="train", help=text)
         add("--test", nargs=several, metavar=metavar, help="the test images")
         for column in ("image", "label") if name in ("hf", "parquet") else ():
             add(f"--{column}", default=column, metavar="COLUMN", help=f"where the {column}s are (default: {column})")
@@ -42,7 +42,7 @@ def main() -> None:
     source, root = options.pop("source"), options.pop("root")
     sizes = prepare.ShardSizes(options.pop("images_per_block"), options.pop("images_per_shard"))
     if source in KNOWN:
-        print(prepare.prepare_known(source, root, options.pop("origin"), sizes, **options).folder)
+        prepare.finish(prepare.prepare_known(source, root, options.pop("origin"), sizes, **options))
         return
     Image.MAX_IMAGE_PIXELS = options.pop("max_pixels")
     splits = {split: value for split in ("train", "test") if (value := options.pop(split))}
@@ -52,7 +52,7 @@ def main() -> None:
         options["columns"] = options.pop("image"), options.pop("label")
     if source == "shards":
         options["reading"] = Reading(options.pop("image_key").lower(), options.pop("labels"))
-    print(prepare.warn_of_size(prepare.SOURCES[source][0](root, options.pop("name"), splits, sizes, **options)).folder)
+    prepare.finish(prepare.SOURCES[source][0](root, options.pop("name"), splits, sizes, **options))
 
 
 if __name__ == "__main__":

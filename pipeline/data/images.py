@@ -233,7 +233,7 @@ class CommonShape:
             raise DataError(f"{name} has images of {depth} channels, those before it have {before[0]}")
         if (height, width) != before[1:]:
             raise DataError(
-                f"{name} is {height} x {width}, those before it are {before[1]} x {before[2]}: "
+                f"{name} is {height} x {width} (height x width), those before it are {before[1]} x {before[2]}: "
                 "all images must have one size, and --size N makes it so"
             )
         self._shape = (is_encoded and self._channels) or max(depth, before[0]), height, width

@@ -196,7 +196,7 @@ def test_colour_profiles_are_not_applied_and_said(tmp_path: Path) -> None:
         Image.new("RGB", (4, 4), (200, 100, 50)).save(tmp_path / "in" / f"{name}.png", icc_profile=profile)
     result = prepared(tmp_path, "folder", tmp_path / "in")
     assert summary(result) == (
-        f"{tmp_path}/x: 4 train images of 3 x 4 x 4; left out: 2 colour profiles "
+        f"{tmp_path}/x: 4 train images of 3 x 4 x 4 without classes; left out: 2 colour profiles "
         f"(first: 'XYZ identity built-in' of {tmp_path}/in/b.png)"
     )
     images = load_split(load_dataset(tmp_path / "x"), "train")[0]
@@ -211,7 +211,7 @@ def prepared(root: Path, *arguments: object) -> Result:
 
 def summary(result: Result) -> str:
     """The line of what was prepared, before that of a size which the generator does not reach."""
-    return [line for line in result.stderr.splitlines() if not line.startswith("for evaluation")][-1]
+    return [line for line in result.stderr.splitlines() if not line.startswith("only networks")][-1]
 
 
 def test_what_is_left_out_of_a_folder_is_counted_and_named(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_rarer_suffixes_are_read_where_pillow_does(tmp_path: Path) -> None:
     for suffix, kind in kinds.items():
         (tmp_path / f"a.{suffix}").write_bytes(encoded(Image.new("1", (16, 16), 255).convert("L"), kind))
     result = prepared(tmp_path / "data", "folder", tmp_path)
-    assert f"x: {len(kinds)} train images of 3 x 16 x 16; left out: 1 " not in result.stderr
+    assert f"x: {len(kinds)} train images of 3 x 16 x 16 without classes; left out: 1 " not in result.stderr
     assert f"x: {len(kinds)} train images of 3 x 16 x 16" in result.stderr
 
 
@@ -346,7 +346,10 @@ def test_shards_and_arrays_are_cropped_and_resized_as_a_folder_is(tmp_path: Path
     write_shards(tmp_path, {"1": Split(2, np.array([1, 0]), blocks.__getitem__)}, ShardSizes(1, 9), shuffle=False)
     patterns = (tmp_path / "0.tar", tmp_path / "1-00000.tar")
     plain = run("shards", *patterns, "--name", "x", "--root", tmp_path)
-    assert "4 x 4, those before it are 5 x 7: all images must have one size, and --size N makes it so" in plain.stderr
+    assert (
+        "4 x 4 (height x width), those before it are 5 x 7: all images must have one size, and --size N makes it so"
+        in plain.stderr
+    )
     sizes = ("--images_per_shard", 3, "--images_per_block", 2)
     prepared(tmp_path, "shards", *patterns, "--test", patterns[1], "--crop", 2, *sizes)
     dataset = load_dataset(tmp_path / "x")

@@ -443,7 +443,7 @@ def grey_folder(folder: Path, counts: dict[str, int]) -> Path:
     return folder
 
 
-def test_a_folder_of_classes(tmp_path: Path) -> None:
+def test_a_folder_of_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = grey_folder(tmp_path / "in", {"cat": 20, "horse": 12})
     (source / "cat" / ".hidden.png").write_bytes(b"x")
     (source / "notes.txt").write_text("not an image")
@@ -463,7 +463,7 @@ def test_a_folder_of_classes(tmp_path: Path) -> None:
     result = run(*arguments)
     assert result.returncode == 0, result.stderr
     assert f"1 unsupported file (first: {source}/notes.txt)" in result.stderr
-    assert "for evaluation, or networks of your own, alone: images of 4 x 6 (height x width)" in result.stderr
+    assert "images can be scored against it: images of 4 x 6 (height x width)" in result.stderr
     dataset = load_dataset(tmp_path / "data" / "pets")
     assert (dataset.image_shape, dataset.class_names) == ((1, 4, 6), ("cat", "horse"))
     assert [shard.num_images for shard in dataset.shards("train")] == [10, 10, 10, 2]
@@ -476,7 +476,11 @@ def test_a_folder_of_classes(tmp_path: Path) -> None:
     assert sorted(load_split(dataset, "test")[1].tolist()) == [0, 0, 1, 1, 1]
 
     before = snapshot(dataset.folder)
-    assert "is there already" in run(*arguments).stderr
+    again = run(*arguments)
+    assert (again.stdout, "is there already" in again.stderr) == (f"{dataset.folder}\n", True)
+    monkeypatch.setattr(io, "StringIO", type("Terminal", (io.StringIO,), {"isatty": lambda _: True}))
+    assert run(*arguments).stdout == "", "on a terminal the summary says where the dataset is"
+    monkeypatch.undo()
     save(source / "cat" / "000.png", np.full((4, 6), 255))
     result = run(*arguments)
     assert result.returncode == 2
@@ -522,7 +526,9 @@ def test_size_crops_the_centre_and_resizes(tmp_path: Path) -> None:
     pixels[:, 16:48] = 200  # the centre square
     save(tmp_path / "in" / "wide.png", pixels)
     save(tmp_path / "in" / "tall.png", pixels.T)
-    with pytest.raises(DataError, match=r"wide\.png is 32 x 64, those before it are 64 x 32.*--size"):
+    with pytest.raises(
+        DataError, match=r"wide\.png is 32 x 64 \(height x width\), those before it are 64 x 32.*--size"
+    ):
         prepare_folder(tmp_path, "x", {"train": tmp_path / "in"})
     for size in (0, 100_000):
         with pytest.raises(DataError, match=f"--size is {size}: it must lie between 4 and 4096"):
@@ -538,7 +544,9 @@ def test_what_is_wrong_in_a_folder_is_named(tmp_path: Path) -> None:
             prepare_folder(tmp_path / "data", "x", {split: tmp_path / path for split, path in splits.items()})
         assert not (tmp_path / "data" / "x").exists()
 
-    fails("nowhere is not a folder", train="nowhere")
+    fails("nowhere does not exist", train="nowhere")
+    (tmp_path / "file.npz").touch()
+    fails("file.npz is not a folder", train="file.npz")
     (tmp_path / "empty").mkdir()
     fails("empty holds no image file", train="empty")
     grey_folder(tmp_path / "good", {"a": 2, "b": 2})
@@ -893,7 +901,7 @@ def test_what_is_wrong_in_existing_shards_is_named(tmp_path: Path) -> None:
     png_shard(tmp_path / "unlabelled.tar", 0, 3, labelled=False)
     fails(r"good\.tar has numbers as labels, but .*unlabelled\.tar has no labels", "good.tar", "unlabelled.tar")
     numbered_dataset(tmp_path, [5])
-    fails("is 2 x 2, those before it are 3 x 5", "good.tar", "numbers/train-0.tar")
+    fails(r"is 2 x 2 \(height x width\), those before it are 3 x 5", "good.tar", "numbers/train-0.tar")
     result = run("shards", f"pipe:touch {tmp_path / 'trap'}", "--name", "x", "--root", tmp_path / "data")
     assert result.returncode == 2
     assert "run a command" in result.stderr

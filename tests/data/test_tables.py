@@ -217,7 +217,10 @@ WRONG = {
         (picture(0), "dog"),
     ],
     "the train split: the labels, from 1 to 1, .*: number the classes 0 to 0": [(picture(0), 1)],
-    "row 1 of the train split is 8 x 8, those before it are 4 x 4: .* --size N": [picture(0), Image.new("L", (8, 8))],
+    r"row 1 of the train split is 8 x 8 \(height x width\), those before it are 4 x 4: .* --size N": [
+        picture(0),
+        Image.new("L", (8, 8)),
+    ],
     r"the label of row 3 .* is -1, none of its classes, 0 to 2: .*--label none": hub_dataset(0, 3).map(
         lambda row: row, features=COLUMNS
     ),

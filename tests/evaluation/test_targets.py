@@ -404,7 +404,7 @@ def test_two_folders_are_scored_as_one_against_a_dataset_of_the_other(
     for arguments, words in (
         (("real",), "the 'mnist' features know MNIST's digits alone, and dataset real is of kind own"),
         (("classes",), r"use evaluation\.features \[own\] \(made by gan-pipeline train-classifier --dataset classes\)"),
-        (("none", "--kind", "mnist"), "none is not a folder"),
+        (("none", "--kind", "mnist"), "none does not exist"),
         (
             ("real", "--evaluation.features", "[own]"),
             "real is none: gan-pipeline evaluate FOLDER --data.dataset data/NAME scores in them$",

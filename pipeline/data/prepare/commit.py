@@ -228,10 +228,10 @@ def commit(dataset: Dataset, temporary: Path, remarks: Remarks) -> Dataset:
     *others, last = dataset.splits
     counts = [f"{dataset.num_images(split):,} {split}" for split in others]
     images = ", ".join([*counts, counted(dataset.num_images(last), f"{last} image")])
-    classes = f" in {counted(dataset.num_classes, 'class')}" if dataset.num_classes else ""
+    classes = f"in {dataset.num_classes:,} classes" if dataset.num_classes > 1 else "without classes"
     ending = f"; {remarks}" if remarks else ""
     shown = dataset.name if folder.parent.name.startswith(".") else folder  # a hidden folder is a program's own
-    print_line(f"{shown}: {images} of {' x '.join(map(str, dataset.image_shape))}{classes}{ending}")
+    print_line(f"{shown}: {images} of {' x '.join(map(str, dataset.image_shape))} {classes}{ending}")
     return dataset
 
 

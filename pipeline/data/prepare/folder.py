@@ -54,7 +54,7 @@ def list_images(folder: Path, remarks: Remarks) -> list[Row]:
     """Returns the image files below a folder, sorted by path, each labelled with the subfolder that it lies in, if
     there are any. Links are followed. Raises DataError if there is no image, or if some lie beside subfolders."""
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder")
+        raise DataError(f"{folder} {'is not a folder' if folder.exists() else 'does not exist'}")
     suffixes = IMAGE_FILE_SUFFIXES & Image.registered_extensions().keys()  # not every build of Pillow has AVIF
     rows = []
     for path in _files(folder, (), remarks):
