@@ -147,6 +147,8 @@ def check_run_folder(plan: Plan) -> str:
         )
     if dataset is not None and fingerprint != dataset.fingerprint:
         raise UserError(f"{folder.path}: was trained on another version of {dataset.name}: use another run.name")
+    if folder.export.exists() and max(folder.saved_steps(), default=0) >= plan.config.training.steps:
+        return f"{folder.path} holds this run, which has its steps already: for more, raise training.steps"
     return f"{folder.path} holds this run, which will go on"
 
 

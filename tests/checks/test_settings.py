@@ -345,6 +345,14 @@ def test_a_sound_run_is_refused_by_neither(world_size: int, tiny_dataset: Path, 
         if not config.folder.exists():
             saved_run(RunFolder(config.folder), config, dataset.fingerprint)
     assert any(finding.text.endswith("holds this run, which will go on") for finding in findings)
+    run = RunFolder(config.folder)
+    run.checkpoint(config.training.steps).mkdir(parents=True)
+    run.export.parent.mkdir()
+    run.export.touch()
+    (last,) = (
+        finding for finding in examine(config, Pretended(world_size=world_size), False) if finding.subject == "run.name"
+    )
+    assert last.text.endswith("has its steps already: for more, raise training.steps")
 
 
 def test_a_run_that_got_nowhere_gives_its_name_back(tiny_dataset: Path, tmp_path: Path) -> None:
