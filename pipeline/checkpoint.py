@@ -24,7 +24,8 @@ def verify(run: Path) -> int:
 
 
 def consolidate(run: Path, out: Path, step: int | None = None) -> None:
-    """Writes one checkpoint's tensors, mirrored as the networks hold them, into one safetensors file.
+    """Writes one checkpoint's tensors, mirrored as the networks hold them, into one safetensors file: for programs of
+    your own, that look at weights and optimiser states. Commands here take runs and exports (`gan-pipeline export`).
 
     Args:
         run: The run's folder.

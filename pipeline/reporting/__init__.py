@@ -58,10 +58,10 @@ def few_images(num_images: object, num_real: int = FEW_IMAGES) -> str | None:
     count = finite(num_images)
     if count is not None and count < FEW_IMAGES:
         scored = f"{counted(count, 'image')} {'is' if count == 1 else 'are'} scored"
-        return f"only {scored}: below {FEW_IMAGES:,} a FID tells more of their number than of them"
+        return f"only {scored}: below {FEW_IMAGES:,} FID depends more on their number than on what they show"
     if num_real < FEW_IMAGES:
         real = counted(num_real, "real image")
-        return f"only {real}: FID is higher than with more, compare it only with others against them"
+        return f"only {real}: more would give lower FIDs, compare only FIDs against these same images"
     return None
 
 

@@ -73,10 +73,10 @@ def test_report_says_everything_verdict_first(run: Path) -> None:
         "ab" * 32,
         "mnist features · extractor " + "cd" * 32,
         "The first of each row is generated, beside it are the training images nearest to it, among "
-        "50,000. Twins would mean that the generator memorised. An image counts as new if another "
-        "training image is nearer to its nearest training image than it is. In mnist features 48.1% of 1,000 generated "
-        "images are new, and 47.9% of 990 real images that were not trained on. Copies would bring the share of "
-        "generated ones towards 0.",
+        "50,000. Twins would mean that the generator memorised. An image counts as a copy if it "
+        "is nearer to its nearest training image than any other training image is to that one; all others are new. "
+        "In mnist features 48.1% of 1,000 generated images are new, and 47.9% of 990 real images that were not trained "
+        "on. Copies would bring the share of generated ones towards 0.",
         "Precision 0.800 k = 3",
         "Modes 10 KL of modes 0.0721 floor 0.00188",
         "95% interval for the mean KL of modes of as many images. Floor, what real images in the place of the "
@@ -119,7 +119,7 @@ def test_scores_of_earlier_versions_are_reported(run: Path) -> None:
     page = Page(write_report(run))
     assert "floor 0.904 That is" in page.text
     assert "Precision 0.800 k = 5" in page.text
-    for word in ("infinitely", "Critic on unseen", "GAN-train", "counts as new", "KL of modes 0"):
+    for word in ("infinitely", "Critic on unseen", "GAN-train", "counts as a copy", "KL of modes 0"):
         assert word not in page.text
     assert len(page.all("svg")) == 11
     assert "infinitely" not in (run / "report.md").read_text()
@@ -429,7 +429,7 @@ def test_few_images_are_warned_of(tmp_path: Path) -> None:
     assert json.loads((enough / "report.json").read_text())["warning"] is None
     path = enough / "evaluation/step-00003000.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"warning": few_images(2000, 1999)}))
-    assert "Warning: only 1,999 real images: FID is higher than with more" in Page(write_report(enough)).text
+    assert "Warning: only 1,999 real images: more would give lower FIDs" in Page(write_report(enough)).text
     assert "- warning: `only 1,999 real images" in (enough / "report.md").read_text()
 
 

@@ -72,10 +72,11 @@ def test_few_images_are_those_below_2000() -> None:
     assert few_images(2000) is None
     assert few_images("?") is None
     assert few_images(2000, 1999) == (
-        "only 1,999 real images: FID is higher than with more, compare it only with others against them"
+        "only 1,999 real images: more would give lower FIDs, compare only FIDs against these same images"
     )
-    assert few_images(1, 1) == "only 1 image is scored: below 2,000 a FID tells more of their number than of them"
-    assert few_images(20) == "only 20 images are scored: below 2,000 a FID tells more of their number than of them"
+    rest = "below 2,000 FID depends more on their number than on what they show"
+    assert few_images(1, 1) == f"only 1 image is scored: {rest}"
+    assert few_images(20) == f"only 20 images are scored: {rest}"
 
 
 @pytest.mark.parametrize(
