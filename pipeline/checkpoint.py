@@ -24,8 +24,7 @@ def verify(run: Path) -> int:
 
 
 def consolidate(run: Path, out: Path, step: int | None = None) -> None:
-    """Writes one checkpoint's tensors, mirrored as the networks hold them, into one safetensors file: for programs of
-    your own, that look at weights and optimiser states. Commands here take runs and exports (`gan-pipeline export`).
+    """Writes a checkpoint as one safetensors file of mirrored tensors, for programs of your own; those here take runs.
 
     Args:
         run: The run's folder.

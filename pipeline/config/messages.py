@@ -110,5 +110,6 @@ def shorten(message: str, keys: Sequence[str]) -> str:
         return f"{stray} is not understood" + (f": did you mean {meant}?" if meant else f"; {HELP}")
     if "are required" in line:
         line = re.sub(r"\w+\.(?=\w)", "", line)  # of a program with commands jsonargparse says COMMAND.NAME
-        line = line.replace(": generator", ": -g GENERATOR")  # of an option it says the name alone
+        for name, option in (("generator", "-g GENERATOR"), ("dataset", "--dataset")):  # it says an option's name alone
+            line = line.replace(f": {name}", f": {option}")
     return f"{line}; {HELP}"

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from jsonargparse import auto_cli
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pipeline.config import EvaluationConfig, RuntimeConfig
+from pipeline.config import EvaluationConfig, Parser, RuntimeConfig
 from pipeline.data import Dataset, load_dataset
 from pipeline.data.prepare import prepare_npz
 from pipeline.data.resident import load_split
@@ -208,6 +209,11 @@ def test_what_can_have_no_classifier_is_refused(tmp_path: Path, trained: Dataset
             refusing(bare)
     with pytest.raises(UserError, match=r"behind http://host/quarters.* gan-pipeline prepare shards"):
         load_own(dataclasses.replace(trained, base_url="http://host/quarters"))
+
+
+def test_the_dataset_must_be_named() -> None:
+    with pytest.raises(UserError, match=r"required: --dataset; look at --help$"):
+        auto_cli(write_classifier, args=[], parser_class=Parser, as_positional=False)
 
 
 def test_a_classifier_is_never_overwritten(dataset: Dataset) -> None:
