@@ -228,9 +228,14 @@ def test_an_unknown_key_in_a_file_is_refused(tmp_path: Path) -> None:
         parse(parser, ["--steps", "7"])
     path.write_text("training:\n  n_critic: many\n")
     with pytest.raises(
-        UserError, match=r"^training.n_critic is many: it must be a whole number; look at --help and .*bad"
+        UserError, match=rf"^{path}: training.n_critic is many: it must be a whole number; look at --help$"
     ):
-        from_arguments("--config", str(path))
+        from_arguments("--config", str(path), "--config", "lsgan")
+    with pytest.raises(UserError, match=r"^training.steps is few: it must be a whole number; look at --help$"):
+        from_arguments("--config", "quickstart", "--training.steps", "few")
+    path.write_text("training:\n  n_critic: 0\n")
+    with pytest.raises(UserError, match=rf"^{path}: training.n_critic is 0: it must be at least 1$"):
+        from_arguments("--config", str(path), "--training.seed", "3")
 
 
 def test_keys_within_a_mapping_and_at_the_end_of_a_list_are_taken() -> None:

@@ -73,14 +73,12 @@ def parse(parser: Parser, arguments: Sequence[str] | None = None) -> tuple[Confi
     ordered = _files_first(parser, sys.argv[1:] if arguments is None else arguments)
     try:
         namespace = parser.instantiate(parser.parse_args(ordered))
+        return Config(**{item.name: namespace[item.name] for item in dataclasses.fields(Config)}), namespace
     except UserError as error:
-        key, files = str(error).partition(" is ")[0], [value for name, value in pairwise(ordered) if name == "--config"]
-        if str(error).endswith("--help") and not any(argument.startswith(f"--{key}") for argument in ordered):
-            error = UserError(
-                " and ".join([str(error), *(file for file in files if _holds(read_yaml(Path(file)), key))])
-            )
-        raise error from None
-    return Config(**{item.name: namespace[item.name] for item in dataclasses.fields(Config)}), namespace
+        for name, file in pairwise(ordered):
+            if name == "--config" and _holds(read_yaml(Path(file)), str(error)):
+                raise UserError(f"{file}: {error}") from None
+        raise
 
 
 def configure(file: str | Path | None = None, settings: Mapping[str, object] = MappingProxyType({})) -> Config:
@@ -98,10 +96,12 @@ def configure(file: str | Path | None = None, settings: Mapping[str, object] = M
         raise UserError(str(error).partition("; look at --help")[0]) from None  # which Python has not
 
 
-def _holds(content: Any, key: str) -> bool:
-    """Returns whether a file's content has a value for a dotted key."""
-    name, _, rest = key.partition(".")
-    return isinstance(content, dict) and name in content and (not rest or _holds(content[name], rest))
+def _holds(content: Any, message: str) -> bool:
+    """Returns whether a file's content has the value of which a message says `KEY is VALUE:`."""
+    key, *_ = message.partition(" is ")
+    for name in key.split("."):
+        content = content.get(name) if isinstance(content, dict) else None
+    return message.startswith(f"{key} is {content}:")
 
 
 def _keys(parser: Parser) -> list[str]:

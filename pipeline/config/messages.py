@@ -95,9 +95,9 @@ def shorten(message: str, keys: Sequence[str]) -> str:
         types = TYPES | ({"typing": f"one of {choices[1].replace(chr(39), '')}"} if choices else {})
         kinds = [types.get(kind, kind) for kind in re.findall(r"(?:Expected a|of type) (?:<class ')?(\w+)\b", tried)]
         value = re.sub(r" does not .*|invalid .*: ", "", value)
-        kind = " or ".join(kinds).replace(
-            "[A, B]", f"'[{value}]'" if re.fullmatch(r"[a-z_][\w:.,-]*", value) else "[A, B]"
-        )
+        kind = " or ".join(kinds)
+        if re.fullmatch(r"[a-z_][\w:.,-]*", value):
+            kind = kind.replace("[A, B]", f"'[{value}]'")
         return f"{key} is {'null' if value == 'None' else value or 'empty'}: it must be {kind}; {HELP}"
     if (stray := line.removeprefix("unrecognized arguments: ")) != line:
         name = stray.split()[0].lstrip("-")

@@ -21,6 +21,8 @@ LARGEST_MMAP_THRESHOLD = 32 * 2**20
 CROWDED = 0.1
 """Seconds of waiting per second, summed over the process's threads, above which others must want the cores. It is 0.01
 in a process alone, 0.7 beside one busy process."""
+PROFILER_LEVEL = "KINETO_LOG_LEVEL"
+"""The environment variable for the least severity of what torch's profiler prints."""
 PERIOD_SECONDS, QUIET_SECONDS = 0.5, 1.5
 """The times over which threads must wait that much until others are taken to want the cores, and must not until these
 are taken to be free again."""
@@ -44,7 +46,7 @@ def use_cpu(cores: Sequence[int], threads: int | None) -> None:
     torch.set_flush_denormal(True)
     torch.set_num_threads(threads or max(1, len(cores) // read_number("LOCAL_WORLD_SIZE", 1)))
     bind_to_share(cores)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler calls a GPU that is not there an error
+    os.environ.setdefault(PROFILER_LEVEL, "99")  # or torch's profiler calls a GPU that is not there an error
     # glibc returns large freed blocks to the system, and the next tensor faults their pages in again: a sixth of a step
     # of small networks.
     _call_glibc("mallopt", MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
@@ -62,8 +64,9 @@ def bind_to_share(cores: Sequence[int]) -> None:
 
 @contextlib.contextmanager
 def restoring_cpu() -> Iterator[None]:
-    """Restores, at the end of the block, the process's cores, its threads and what they do with subnormal numbers."""
-    cores, threads = available_cores(), torch.get_num_threads()
+    """Restores, at the end of the block, the process's cores, its threads and what they do with subnormal numbers, and
+    what the profiler prints."""
+    cores, threads, level = available_cores(), torch.get_num_threads(), os.environ.get(PROFILER_LEVEL)
     flushes = torch.tensor([1e-40]).mul(1.0).view(torch.int32).item() == 0  # torch can set this but not return it
     try:
         yield
@@ -74,6 +77,8 @@ def restoring_cpu() -> Iterator[None]:
         with contextlib.suppress(AttributeError):  # OpenMP before 5.0
             ctypes.CDLL(None).omp_pause_resource_all(1)
         torch.set_flush_denormal(flushes)
+        if level is None:
+            os.environ.pop(PROFILER_LEVEL, None)
 
 
 def release_freed_memory() -> None:
