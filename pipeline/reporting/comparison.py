@@ -93,7 +93,8 @@ class Comparison:
         configuration with the best median first."""
         groups: dict[str, list[str]] = {}
         for letter, run in self.runs.items():
-            shared = {key: value for key, value in run.config.items() if key in CONFIGURATION}
+            # Without nulls: runs of earlier versions lack the settings that came after them.
+            shared = {key: value for key, value in run.config.items() if key in CONFIGURATION and value is not None}
             if shared and letter not in self.unlike and self.known([letter], "fid"):
                 groups.setdefault(json.dumps(shared, sort_keys=True, default=str), []).append(letter)
         ordered = sorted(groups.values(), key=lambda letters: statistics.median(self.known(letters, "fid")))

@@ -26,6 +26,8 @@ def seeded(folder: Path, fid: float, seed: int, n_critic: int = 2, **run: object
     config["training"]["seed"] = seed
     config["run"] |= run
     config["runtime"]["threads"] = seed + 1  # does not alter the trajectory
+    if seed == 0:
+        del config["run"]["start_from"]  # null elsewhere; a run of an earlier version lacks it
     (path / "config.yaml").write_text(yaml.safe_dump(config))
     return path
 
