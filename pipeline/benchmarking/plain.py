@@ -140,11 +140,12 @@ class PlainTrainer:
             if inputs.mix is not None and training.gradient_penalty is not None:
                 mix = inputs.mix[index].view(-1, 1, 1, 1)
                 between = (mix * real + (1 - mix) * fake).requires_grad_()
-                loss = loss + factor * training.gradient_penalty * gradient_penalty(self.critic(between)[0], between)
+                scores = self.critic(between.view_as(between))[0]  # no leaf: torch's counter of FLOPs takes none
+                loss = loss + factor * training.gradient_penalty * gradient_penalty(scores, between)
             for weight, images in ((training.r1_penalty, real), (training.r2_penalty, fake)):
                 if weight is not None:
                     leaf = images.detach().requires_grad_()
-                    [penalty] = squared_slopes([self.critic(leaf)[0]], [leaf])
+                    [penalty] = squared_slopes([self.critic(leaf.view_as(leaf))[0]], [leaf])
                     loss = loss + factor * weight / 2 * penalty
             _update(self._critic_optimizer, fake_loss if training.critic_updates == "separate" else loss)
             if training.clip_value is not None:

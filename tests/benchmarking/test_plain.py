@@ -7,6 +7,7 @@ from typing import Literal
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.benchmarking.plain import PlainCritic, PlainGenerator, PlainTrainer, plain_state, same_padding
 from pipeline.config import Config, NetworkConfig, OptimizerConfig, TrainingConfig
@@ -78,7 +79,9 @@ def test_the_plain_port_takes_the_same_steps(
         trainer.take_step()
         real_loss, fake_loss, generator_loss = trainer.log.losses()[0].tolist()
         ours = ((real_loss + fake_loss) / 2, generator_loss)
-        assert plain.take_step() == pytest.approx(ours, rel=1e-9)
+        with FlopCounterMode(display=False) as counter:  # as the benchmark counts it
+            assert plain.take_step() == pytest.approx(ours, rel=1e-9)
+        assert counter.get_total_flops() > 0
     for plain_network, network in ((plain.generator, trainer.state.generator), (plain.critic, trainer.state.critic)):
         assert isinstance(network, Generator | Critic)
         torch.testing.assert_close(raw_weights(plain_network.state_dict()), plain_state(network), rtol=0, atol=1e-9)
