@@ -239,7 +239,7 @@ def test_the_tasks_of_an_array_work_on_one_study_and_go_on_after_a_requeue(proje
         *("search.yaml", *settings),
     )
     folder = project.folder / "runs/search"
-    first = RunFolder(folder / "trial-0000/seed-0")
+    first = RunFolder(folder / "trial-0000-seed-0")
     until(first.scores(2).exists, "the first evaluation", JOB_SECONDS, lambda: project.log(array))
     project.cluster.run("scancel", "--batch", "--signal=USR1", f"{array}_0")
     until(lambda: project.job(f"{array}_0")["Restarts"] == "1", "the requeue", JOB_SECONDS, lambda: project.log(array))
