@@ -148,8 +148,8 @@ class Comparison:
                 texts[title] = duration(value) if key == "total_seconds" else number(value)
                 if key == "device_seconds":
                     texts[title] += f"\u00a0{self.runs[letters[0]].devices[0]}\u00a0s"
-                if key in SCORES and len(known) > 1:
-                    texts[title] += f" ({number(min(known))}\u00a0to\u00a0{number(max(known))})"
+                if key in SCORES and (low := min(known)) < (high := max(known)):
+                    texts[title] += f" ({number(low)} to\u00a0{number(high)})"  # one break, for narrow columns
             elif self.known(self.runs, key):
                 texts[title] = MISSING
         return texts
