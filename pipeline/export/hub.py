@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, hf_hub_download
@@ -20,7 +19,7 @@ from pipeline.export.images import row_names, sample_grid, save_grid
 from pipeline.models.networks import AnyGenerator
 from pipeline.reporting import code, number
 from pipeline.reporting.read import Evaluation, Run, read_run
-from pipeline.storage.files import make_folder, write_text
+from pipeline.storage.files import new_folder, write_text
 from pipeline.storage.run_folder import RunFolder
 
 TASK = "unconditional-image-generation"
@@ -59,9 +58,7 @@ def write_hub_folder(
     config |= {name: settings[name] for name in ("network", "training") if name in settings}
     config |= {CLASS_NAMES: list(generator.class_names)} if generator.class_names else {}
     seed = run.config.get("training.seed") if run else 0
-    make_folder(out.parent)
-    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
-        (folder := Path(temporary, out.name)).mkdir()
+    with new_folder(out) as folder:
         save_export(generator, folder / HUB_WEIGHTS, provenance)
         write_text(folder / "config.json", json.dumps(config | {"provenance": provenance}, indent=1))
         images, columns = sample_grid(generator, seed if isinstance(seed, int) else 0)
@@ -70,7 +67,6 @@ def write_hub_folder(
             scores = {"step": evaluation.step, **evaluation.settings, "features": evaluation.features}
             write_text(folder / "scores.json", json.dumps(scores, indent=1))
         _card(generator, provenance, run, evaluation, licence, data_licence).save(folder / "README.md")
-        folder.rename(out)
 
 
 def download(path: Path) -> Path:

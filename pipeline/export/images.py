@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from PIL import Image
@@ -14,7 +13,7 @@ from pipeline.distributed.progress import bar
 from pipeline.errors import UserError
 from pipeline.models.networks import AnyGenerator
 from pipeline.rng import evaluation_labels, evaluation_latents
-from pipeline.storage.files import make_folder, replacing
+from pipeline.storage.files import new_folder, replacing
 from pipeline.storage.run_folder import RunFolder
 
 BATCH = 500
@@ -120,11 +119,8 @@ def save_animation(run: Path, path: Path) -> None:
 def save_each(generator: AnyGenerator, seed: int, count: int, folder: Path, label: int | None = None) -> None:
     """Writes images 0, ..., count - 1 of `render_range` as 000000.png, ... in a new folder, which gets its name when
     all are there: an interrupt leaves nothing."""
-    make_folder(folder.parent)
-    with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        (new := Path(temporary, folder.name)).mkdir()  # within it, since its own permissions are the owner's alone
+    with new_folder(folder) as new:
         for start in bar(iterable=range(0, count, BATCH), unit=f"{BATCH} images"):
             images = render_range(generator, seed, start, min(start + BATCH, count), label)
             for index, image in enumerate(images.permute(0, 2, 3, 1).squeeze(-1).numpy(), start):
                 Image.fromarray(image).save(new / f"{index:06d}.png")
-        new.rename(folder)

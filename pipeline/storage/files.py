@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import psutil
@@ -36,6 +37,17 @@ def replacing(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty temporary folder beside `path`, which must not exist. It gets the name `path` with all that the
+    block wrote there if the block succeeds, and is deleted otherwise. The folder of `path` is made if necessary."""
+    make_folder(path.parent)
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        (folder := Path(temporary, path.name)).mkdir()  # within it, since its own permissions are the owner's alone
+        yield folder
+        folder.rename(path)
 
 
 def temporary_beside(path: Path) -> Path:
