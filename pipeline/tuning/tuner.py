@@ -226,7 +226,8 @@ class Tuner:
         ranks, seeds = self._runtime.ranks, self._file.seeds
         last_step = self._config.training.steps
         for index, seed in enumerate(seeds):
-            run = {"run.root": str(folder.parent), "run.name": f"{folder.name}-seed-{seed}", "training.seed": str(seed)}
+            path = _of_seed(folder, seed)
+            run = {"run.root": str(path.parent), "run.name": path.name, "training.seed": str(seed)}
             config = self._configure({**settings, **run, "run.trackers": "[]", "run.patience": "null"})
             trainer = Trainer(config, self._runtime, partial(self._is_worse, folder, index))
             trainer.run()
@@ -245,8 +246,7 @@ class Tuner:
 
     def _median(self, folder: Path, count: int, step: int) -> float | None:
         """Returns the median of the scores of the first `count` seeds at a step; None if one has none."""
-        folders = [folder.with_name(f"{folder.name}-seed-{seed}") for seed in self._file.seeds[:count]]
-        runs = [read_evaluations(RunFolder(path), []) for path in folders]
+        runs = [read_evaluations(RunFolder(_of_seed(folder, seed)), []) for seed in self._file.seeds[:count]]
         scores = [item.score(self._space, self._key) for run in runs for item in run if item.step == step]
         known = [score for score in scores if score is not None]
         return statistics.median(known) if len(known) == count else None
@@ -280,3 +280,8 @@ class Tuner:
         title = f"# {self._file.name}: {len(complete)} of {len(trials)} complete"
         write_text(self.folder / "study.md", f"{title}\n\n{table}\n")
         return f"{title[2:]}; {outcome_of_best}; all: {self.folder}/study.md"
+
+
+def _of_seed(trial: Path, seed: int) -> Path:
+    """Returns the folder of a trial's run with a seed."""
+    return trial.with_name(f"{trial.name}-seed-{seed}")
