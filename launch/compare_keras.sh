@@ -13,11 +13,10 @@ if [ ! -e "$keras/installed" ]; then
   "$keras/bin/pip" install --quiet tensorflow-cpu==2.21.0 tf-keras==2.21.0
   touch "$keras/installed"
 fi
-# Reads numbers of steps and answers each with the seconds that they took. Images are float32 (n, 28, 28, 1) in [0, 1].
+# Reads numbers of steps, and answers each when they are taken. Images are float32 (n, 28, 28, 1) in [0, 1].
 read -r -d '' notebook <<'END' || true
 import os
 import sys
-import time
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import numpy as np
@@ -69,22 +68,20 @@ def step():
 
 
 for line in sys.stdin:
-    started = time.perf_counter()
     for _ in range(int(line)):
         step()
-    print(time.perf_counter() - started, flush=True)
+    print("done", flush=True)
 END
 exec "$bin/python" - "$rounds" "$keras/bin/python" "$notebook" "$@" <<'END'
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 
 import numpy as np
 
+from pipeline.benchmarking.measure import ratio, time_in_turn
 from pipeline.config import make_parser, parse
 from pipeline.data import open_dataset
 from pipeline.data.resident import load_split
@@ -105,23 +102,25 @@ def main() -> None:
         trainer = Trainer(replace(config, run=replace(config.run, root=folder, trackers=[])), runtime)
         command = [interpreter, "-c", notebook, f"{folder}/images.npy"]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as keras:
-            seconds: list[tuple[float, float]] = []
-            for _ in range(1 + int(rounds)):
+
+            def take_theirs() -> None:
                 print(STEPS, file=keras.stdin, flush=True)
-                theirs = float(keras.stdout.readline() or sys.exit(f"{Path(interpreter)} has stopped"))
-                started = time.perf_counter()
+                keras.stdout.readline() or sys.exit(f"{interpreter} has stopped")
+
+            def take_ours() -> None:
                 for _ in range(STEPS):
                     trainer.log.begin()
                     trainer.take_step()
                     trainer.log.losses()
-                seconds.append((theirs / STEPS, (time.perf_counter() - started) / STEPS))
+
+            seconds = time_in_turn({"keras": take_theirs, "here": take_ours}, int(rounds), runtime)
             keras.stdin.close()
         trainer.inputs.close()
-    counted = seconds[1:]
-    ratios = sorted(theirs / ours for theirs, ours in counted)
+    theirs, ours = seconds.values()
+    ratios = [one / other for one, other in zip(theirs, ours, strict=True)]
     print("| Keras, seconds a step | here | Keras over here (least to most) |", "| ---: | ---: | ---: |", sep="\n")
-    print(f"| {median(theirs for theirs, _ in counted):.3f} | {median(ours for _, ours in counted):.3f} "
-          f"| {median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) |")
+    print(f"| {median(theirs) / STEPS:.3f} | {median(ours) / STEPS:.3f} "
+          f"| {ratio(theirs, ours):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |")
 
 
 run_program(main)
