@@ -125,10 +125,8 @@ def load_mnist(dataset: Dataset, device: torch.device) -> FeatureExtractor:
         text = f"the 'mnist' features know MNIST's digits alone, and dataset {dataset.name} is of kind {dataset.kind}"
         for kind, channels in CHANNELS.items():
             if dataset.image_shape == (channels, *MNIST_SHAPE[1:]):
-                instead += (
-                    f"; or, if it does hold these digits, prepare it, or compare with it, with --kind {kind}, or "
-                )
-                instead += f'write "kind": "{kind}" into its dataset.json'
+                instead += "; or, if it does hold these digits, prepare it, or compare with it, with "
+                instead += f'--kind {kind}, or write "kind": "{kind}" into its dataset.json'
         raise UserError(f"{text}: {instead}")
     shape = (CHANNELS[dataset.kind], *MNIST_SHAPE[1:])
     if dataset.image_shape != shape:
