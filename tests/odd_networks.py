@@ -14,6 +14,8 @@ from pipeline.models.objectives import Objective, PairedObjective
 Shape = tuple[int, int, int]
 number = 3
 sound = Objective(torch.mean, torch.mean, torch.mean, classifies=True)
+both_ways = Objective(torch.mean, torch.mean, torch.mean, classifies=True, projects=True)
+between_classes = Objective(torch.mean, torch.mean, torch.mean, penalises=True, projects=True)
 unreduced = Objective(torch.mean, lambda scores: 1 + scores, torch.mean)
 of_numbers = Objective(torch.mean, torch.mean, lambda scores: scores.mean().item())  # type: ignore[arg-type, return-value]
 of_one = PairedObjective(lambda scores: scores.mean(), lambda scores: scores.mean())  # type: ignore[arg-type, misc]

@@ -21,7 +21,7 @@ from pipeline.data import Dataset, check_source, source_kind
 from pipeline.distributed.process import check_trackers, choose_device
 from pipeline.errors import UserError
 from pipeline.models.networks import build_for_sizes, dtype_of
-from pipeline.models.objectives import choose
+from pipeline.models.objectives import choose, is_conditional
 from pipeline.storage.checkpoint import committed
 from pipeline.storage.run_folder import RunFolder
 
@@ -37,7 +37,7 @@ class Plan:
 
     def num_classes(self, dataset: Dataset) -> int:
         """Returns the number of classes that the networks are conditioned on; 0 for an unconditional GAN."""
-        return dataset.num_classes if choose(self.config.training).classifies else 0
+        return dataset.num_classes if is_conditional(choose(self.config.training)) else 0
 
     def networks(self, dataset: Dataset) -> tuple[nn.Module, nn.Module]:
         """Returns generator and critic to look at their sizes, not at their weights. Raises UserError if they do not
@@ -65,15 +65,15 @@ def check_objective(plan: Plan) -> str:
         from pipeline.models.user_networks import check_user_objective
 
         check_user_objective(training.objective, objective, dtype_of(plan.config))
-    if objective.classifies and dataset is not None and dataset.num_classes < 2:
-        plain = training.objective.removeprefix("ac")  # the same losses without those of classes
-        fix = "leave out classifies=True" if ":" in plain else f"take --training.objective {plain}"
+    if is_conditional(objective) and dataset is not None and dataset.num_classes < 2:
+        plain = training.objective.removeprefix("ac").removeprefix("c")  # the same losses without classes
+        fix = "leave out classifies=True or projects=True" if ":" in plain else f"take --training.objective {plain}"
         reason = "one class alone" if dataset.num_classes else "no labels"
         raise UserError(f"training.objective is {training.objective}, but {dataset.name} has {reason}: {fix}")
-    if plan.config.evaluation.gan_train and not objective.classifies:
+    if plan.config.evaluation.gan_train and not is_conditional(objective):
         raise UserError(
             f"evaluation.gan_train is true, but training.objective {training.objective} makes images of no class: "
-            "set it to false, or use acgan or acwgan"
+            "set it to false, or use acgan, acwgan or crpgan"
         )
     return training.objective
 

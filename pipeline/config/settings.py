@@ -152,7 +152,8 @@ class TrainingConfig:
     """The algorithm. A step is one generator update after n_critic critic iterations, or a burn-in's."""
 
     objective: str = setting("wgan")
-    """wgan, wgan_gp, lsgan, gan, rpgan (images in pairs), acgan and acwgan (with classes), module:NAME of your own."""
+    """wgan, wgan_gp, lsgan, gan, rpgan (images in pairs); with classes crpgan (pairs of one class), acgan and acwgan;
+    module:NAME of your own."""
     steps: int = setting(40_000, low=1, free=True)
     """Number of generator updates."""
     seed: int = setting(0, low=0)

@@ -107,7 +107,7 @@ def class_asked_for(name: str, class_names: Sequence[str], num_classes: int, sou
     if not num_classes:
         raise UserError(
             f"--class is {name}: {source} has no classes, leave it away (classes are learnt with --config "
-            "quickstart, or --training.objective acgan or acwgan)"
+            "quickstart, or --training.objective crpgan, acgan or acwgan)"
         )
     label = find_class(name, class_names)
     named_by_numbers = any(NUMBER.fullmatch(look(other)) for other in class_names)

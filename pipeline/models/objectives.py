@@ -44,6 +44,9 @@ class Objective:
     """Whether -(real_loss + fake_loss) estimates the Wasserstein-1 distance, up to the critic's Lipschitz constant."""
     classifies: bool = False
     """Whether the critic also predicts the class; generator and critic then both minimise its cross-entropy."""
+    projects: bool = False
+    """Whether an image is scored as one of its class (`projected`); generated images then have the classes of the real
+    ones, row for row."""
     paired: ClassVar[bool] = False
 
     def critic_losses(self, real_scores: Tensor, fake_scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +69,8 @@ class PairedObjective:
     generator_loss: PairLoss
     """The generator's loss of (fake scores, real scores)."""
     classifies: bool = False
-    """See `Objective`."""
+    projects: bool = False
+    """See `Objective`. With `projects` both images of a pair are of one class."""
     paired: ClassVar[bool] = True
     joint_weight: ClassVar[float] = 0.5
     clips: ClassVar[bool] = False
@@ -118,6 +122,8 @@ OBJECTIVES: dict[str, AnyObjective] = {
     "acwgan": Objective(_negative_mean, torch.mean, _negative_mean, clips=True, classifies=True),
     # Jolicoeur-Martineau 2018 (1807.00734), RSGAN; Huang et al. 2024 (2501.05441), eq. 2.
     "rpgan": PairedObjective(_is_more_real, _is_more_real),
+    # The same of pairs of one class, as R3GAN trains with classes; Miyato & Koyama 2018 (1802.05637), eq. 3.
+    "crpgan": PairedObjective(_is_more_real, _is_more_real, projects=True),
 }
 
 
@@ -146,10 +152,25 @@ def squared_slopes(scores: Sequence[Tensor], images: Sequence[Tensor]) -> list[T
     return [gradient.square().flatten(1).sum(1).mean() for gradient in gradients]
 
 
+def projected(scores: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns the scores (n,) of images as images of their classes: the critic of Miyato & Koyama 2018, eq. 3, whose
+    inner product of features and the class's embedding is the class's logit.
+
+    Args:
+        scores: (n,), of the images whatever their class; logits: (n, num_classes); labels: int64 (n,).
+    """
+    return scores + logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+
+
 def with_class_loss(loss: Tensor, logits: Tensor | None, labels: Tensor) -> Tensor:
     """Adds the cross-entropy of the class head to a loss, if there is one: logits (n, num_classes), labels int64
     (n,)."""
     return loss if logits is None else loss + F.cross_entropy(logits, labels)
+
+
+def is_conditional(objective: AnyObjective) -> bool:
+    """Returns whether the networks are conditioned on the images' classes."""
+    return objective.classifies or objective.projects
 
 
 def penalises(training: TrainingConfig) -> bool:
@@ -172,6 +193,11 @@ def choose(training: TrainingConfig) -> AnyObjective:
     if not isinstance(objective, AnyObjective):
         raise UserError(
             f"training.objective is {name!r}: that is a {type(objective).__name__}, not an Objective or PairedObjective"
+        )
+    if objective.projects and (objective.classifies or objective.penalises):
+        raise UserError(
+            f"training.objective is {name!r}: projects=True goes with neither classifies=True, which uses the class "
+            "logits otherwise, nor penalises=True, since images between two classes have none"
         )
     for wanted, key in ((objective.clips, "clip_value"), (objective.penalises, "gradient_penalty")):
         value = getattr(training, key)

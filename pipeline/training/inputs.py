@@ -78,7 +78,9 @@ class InputStream:
 
     def __init__(self, config: Config, state: TrainingState, source: Source, ranks: Ranks, captured: bool) -> None:
         self._config, self._state, self._source, self._captured = config, state, source, captured
-        self._for_generator = int(choose(config.training).paired)  # batches of real images
+        objective = choose(config.training)
+        self._for_generator = int(objective.paired)  # batches of real images
+        self._draws_labels = not objective.projects
         self._rows, self._weight = ranks.rows(config.training.batch_size), next(state.generator.parameters())
         self._buffers: dict[int, _Buffers] = {}  # by the number of critic iterations
         self._batches: Iterator[Batch] = iter(())
@@ -136,7 +138,7 @@ class InputStream:
             drawn["mix"] = of_critic(rng.penalty_mix, size, rows)
         if training.diff_augment:
             drawn |= of_both("augmentation", rng.augmentation, size, rows, more=self._for_generator)
-        if num_classes:
+        if num_classes and self._draws_labels:
             drawn |= of_both("labels", rng.labels, size, num_classes, rows)
         return drawn
 
@@ -158,8 +160,8 @@ class InputStream:
 class _Buffers:
     """The memory of the inputs of steps with one number of critic iterations; `tensors` holds them by name.
 
-    Numbers that are drawn as one type lie side by side, so that one copy brings all of them to the device. Without
-    classes all labels are the same zeros.
+    Numbers that are drawn as one type lie side by side, so that one copy brings all of them to the device. Labels that
+    are not drawn are those of the real images; without classes all are the same zeros.
 
     Args:
         drawn: numbers of such a step.
@@ -170,7 +172,7 @@ class _Buffers:
     def __init__(self, drawn: dict[str, Tensor], real: tuple[int, ...], weight: Tensor) -> None:
         device, labels = weight.device, torch.zeros(real[:2], dtype=torch.int64, device=weight.device)
         self.tensors = {"real": torch.empty(real, dtype=torch.uint8, device=device), "real_labels": labels}
-        self.tensors |= {"critic_labels": labels[: len(drawn["critic_latents"])], "generator_labels": labels[0]}
+        self.tensors |= {"critic_labels": labels[: len(drawn["critic_latents"])], "generator_labels": labels[-1]}
         self._packed: dict[torch.dtype, Tensor] = {}
         for dtype in dict.fromkeys(values.dtype for values in drawn.values()):
             group = {name: values for name, values in drawn.items() if values.dtype == dtype}

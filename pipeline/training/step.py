@@ -21,7 +21,14 @@ from pipeline.config import Config, TrainingConfig
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.process import Runtime
 from pipeline.models.networks import Generator, StepGenerator
-from pipeline.models.objectives import AnyObjective, Objective, gradient_penalty, squared_slopes, with_class_loss
+from pipeline.models.objectives import (
+    AnyObjective,
+    Objective,
+    gradient_penalty,
+    projected,
+    squared_slopes,
+    with_class_loss,
+)
 from pipeline.models.spectral_norm import follow_update
 from pipeline.training.augment import augment
 from pipeline.training.inputs import Images, StepFunction, StepInputs, Values
@@ -70,7 +77,8 @@ class Step:
             real_images, fake_images = Images(real[t], inputs.real_labels[t]), Images(fake[t], inputs.critic_labels[t])
             losses.append(self.update_critic(real_images, fake_images, mix, inputs.penalty_factors[0]))  # lines 5 to 7
         set_rates(state.generator_optimizer, 0, inputs.generator_rates, inputs.generator_beta2)
-        others = real[-1] if self.objective.paired else None  # a batch that the critic has not seen
+        # Of pairs the generator's are with a batch that the critic has not seen.
+        others = Images(real[-1], inputs.real_labels[-1]) if self.objective.paired else None
         draws = inputs.generator_augmentation
         generator_loss = self.update_generator(images, inputs.generator_labels, draws, others)
         state.update_ema(inputs.ema_weights[0])
@@ -107,7 +115,7 @@ class Step:
         return losses
 
     def update_generator(
-        self, images: Iterable[Tensor], labels: Tensor, draws: Tensor | None = None, others: Tensor | None = None
+        self, images: Iterable[Tensor], labels: Tensor, draws: Tensor | None = None, others: Images | None = None
     ) -> Tensor:
         """Takes lines 10 and 11: one update of the generator through the critic.
 
@@ -117,7 +125,7 @@ class Step:
         Args:
             images: the micro-batches of the generator's images (b, C, H, W), with their graph.
             draws: (b, AUGMENTATION_DRAWS) of their augmentation; None: they are scored as they are.
-            others: (b, C, H, W), real images as the critic sees them, for a paired objective.
+            others: real images (b, C, H, W) as the critic sees them, for a paired objective.
 
         Returns:
             (), the detached loss before the update.
@@ -169,7 +177,8 @@ class Step:
             batch.append(torch.lerp(fake.pixels, real.pixels, mix.view(-1, 1, 1, 1)).requires_grad_())
         # One forward pass of two or three times the batch fills the matrix units better than one for each part, and
         # takes half the launches and all-reduces. A score depends on its image alone, so it is the same.
-        scores, logits = self.critic(torch.cat(batch))
+        seen = Images(torch.cat(batch), torch.cat([real.labels, fake.labels]))
+        scores, logits = self.scores(self.critic, seen)
         real_scores, fake_scores, *between_scores = by_side = scores.chunk(len(batch))
         real_logits, fake_logits = (None, None) if logits is None else logits.chunk(len(batch))[:2]
         real_loss, fake_loss = objective.critic_losses(real_scores, fake_scores)
@@ -188,26 +197,31 @@ class Step:
 
     def side_loss(self, images: Images, loss_of: Callable[[Tensor], Tensor]) -> LossAndReport:
         """Returns the critic's loss on real or on fake images alone, for a separate update."""
-        scores, logits = self.critic(images.pixels)
+        scores, logits = self.scores(self.critic, images)
         loss = with_class_loss(loss_of(scores), logits, images.labels)
         return loss, loss.detach()
 
     def generator_loss(
-        self, images: Tensor, labels: Tensor, draws: Tensor | None, others: Tensor | None
+        self, images: Tensor, labels: Tensor, draws: Tensor | None, others: Images | None
     ) -> LossAndReport:
         """Returns the generator's loss on a micro-batch of its images, paired with `others` if there are any."""
         seen = images if draws is None else augment(images, draws, self.training.diff_augment)
-        scores, logits = self.state.critic(seen)
+        scores, logits = self.scores(self.state.critic, Images(seen, labels))
         pairs = [scores]
         if others is not None:
             with torch.no_grad():  # nothing that the generator could change is in them
-                pairs.append(self.state.critic(others)[0])
+                pairs.append(self.scores(self.state.critic, others)[0])
         loss = with_class_loss(self.objective.generator_loss(*pairs), logits, labels)
         return loss, loss.detach()
 
-    def chunk(self, values: Tensor | None) -> tuple[Any, ...]:
+    def scores(self, critic: nn.Module, images: Images) -> tuple[Tensor, Tensor | None]:
+        """Returns the critic's scores (n,) of images and, where classes have a loss of their own, logits (n, k)."""
+        scores, logits = critic(images.pixels)
+        return (projected(scores, logits, images.labels), None) if self.objective.projects else (scores, logits)
+
+    def chunk(self, values: Tensor | Images | None) -> tuple[Any, ...]:
         """Cuts a batch of values, or None, into its micro-batches."""
-        return (None,) * self.micro_batches if values is None else values.chunk(self.micro_batches)
+        return (None,) * self.micro_batches if values is None else tuple(values.chunk(self.micro_batches))
 
 
 def set_rates(optimizer: torch.optim.Optimizer, index: int, rates: Values, beta2: Values | None) -> None:

@@ -18,7 +18,7 @@ from pipeline.distributed.progress import TrainingBar, messages_above_bars
 from pipeline.distributed.slurm import job_id
 from pipeline.errors import Preempted, TrainingFailed, UserError
 from pipeline.models.networks import AnyGenerator, Critic
-from pipeline.models.objectives import choose
+from pipeline.models.objectives import choose, is_conditional
 from pipeline.storage.checkpoint import Checkpoint, CheckpointWriter, IntegrityError, newest_intact, sweep
 from pipeline.storage.files import write_text
 from pipeline.storage.lock import Lock, lock_run
@@ -53,7 +53,7 @@ class Trainer:
         self.dataset = ranks.on_main(lambda: open_dataset(config.data))
         ranks.on_main(lambda: refuse(Plan(config, ranks.world_size, self.dataset)))
         self.objective = choose(training)
-        num_classes = self.dataset.num_classes if self.objective.classifies else 0
+        num_classes = self.dataset.num_classes if is_conditional(self.objective) else 0
         self.state = build_state(
             config, self.dataset.image_shape, num_classes, runtime.device, runtime.scaler, runtime.captures
         )

@@ -31,6 +31,7 @@ TRAINING = {
         clip_value=None,
         critic_optimizer=OptimizerConfig(algorithm="adam", final_beta2=0.99, annealing_updates=9),
     ),
+    "crpgan": TrainingConfig(objective="crpgan", r1_penalty=1.0, r2_penalty=2.0, clip_value=None),
     "acgan": TrainingConfig(objective="acgan", clip_value=None, critic_optimizer=OptimizerConfig(algorithm="adam")),
     "acwgan": TrainingConfig(objective="acwgan"),
     "spectral_norm": TrainingConfig(spectral_norm=True, clip_value=None),

@@ -179,6 +179,14 @@ TABLE = {
         }.items()
     },
     **{
+        f"projecting: {name}": Bad(
+            rf"training.objective is 'tests.odd_networks:{name}': projects=True goes with neither classifies=True, .*",
+            {"training": {"objective": f"tests.odd_networks:{name}", **FREE}},
+            subject="training.objective",
+        )
+        for name in ("both_ways", "between_classes")
+    },
+    **{
         f"{objective} of {count} classes": Bad(
             rf"training.objective is {objective}, but tiny has {reason}: {fix}",
             {"training": {"objective": objective, "clip_value": 0.01 if objective == "acwgan" else None}},
@@ -188,7 +196,8 @@ TABLE = {
         for objective, count, reason, fix in (
             ("acgan", 0, "no labels", "take --training.objective gan"),
             ("acwgan", 1, "one class alone", "take --training.objective wgan"),
-            ("tests.odd_networks:sound", 0, "no labels", "leave out classifies=True"),
+            ("tests.odd_networks:sound", 0, "no labels", "leave out classifies=True or projects=True"),
+            ("crpgan", 0, "no labels", "take --training.objective rpgan"),
         )
     },
     "learning from images of no class": Bad(

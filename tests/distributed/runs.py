@@ -38,6 +38,7 @@ VARIANTS: dict[str, Settings] = {
             "critic_optimizer": OptimizerConfig(algorithm="adam", final_beta2=0.99, annealing_updates=30),
         }
     },
+    "crpgan": {"training": {"objective": "crpgan", "n_critic": 2, "r1_penalty": 1.0, "clip_value": None}},
     "acgan": {"training": {"objective": "acgan", "clip_value": None}},
     "acwgan": {"training": {"objective": "acwgan"}},
     "separate": {"training": {"critic_updates": "separate", "critic_fakes": "moving"}},

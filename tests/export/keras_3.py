@@ -55,6 +55,7 @@ def main(folder: Path) -> None:
         model = keras.models.load_model(path, compile=False)
         np.save(path.with_suffix(".npy"), images_of(model, list(np.load(path.with_suffix(".npz")).values())))
     random = np.random.default_rng(0)
+    keras.utils.set_random_seed(0)  # of the layers' first weights
     sequential = keras.Sequential([keras.Input((6,)), *body()])
     models = {"wgan": functional(0), "acgan": functional(10), "sequential": sequential, "nested": nested()}
     for name, model in models.items():

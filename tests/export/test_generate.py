@@ -80,7 +80,9 @@ def test_a_class_is_drawn_by_its_name(tmp_path: Path) -> None:
 
 NAMELESS = "has the classes 0 to 11 and does not hold their names"
 """An export as it was written before it held names."""
-NO_CLASSES = "has no classes, leave it away (classes are learnt with --config quickstart, or --training.objective acgan"
+NO_CLASSES = (
+    "has no classes, leave it away (classes are learnt with --config quickstart, or --training.objective crpgan, acgan"
+)
 
 
 @pytest.mark.parametrize(("label", "reason"), [(12, NAMELESS), (-1, NAMELESS), ("cat", NAMELESS), (0, "")])

@@ -21,7 +21,7 @@ from tests.jobs import ROOT
 
 pytestmark = [pytest.mark.gpu(seconds=30), pytest.mark.filterwarnings("default")]
 CONFIGS = ("wgan", "wgan_notebook", "wgan_gp", "lsgan", "gan", "acgan", "rpgan", "quickstart")
-"""Files of configs/; the last one is of the objective acwgan."""
+"""Files of configs/; the last one is of the objective crpgan."""
 STEPS, STOPS = 4, 2
 EXACT = {name: 1e-6 if name in ("wgan_gp", "rpgan") else 1e-9 for name in CONFIGS}
 """Largest difference of losses and states in float64. Adam's captured step counter is float32: 1e-7 of its bias

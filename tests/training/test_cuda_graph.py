@@ -34,6 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "clip_value": None,
         "critic_optimizer": OptimizerConfig(algorithm="adam", final_beta2=0.99, annealing_updates=4),
     },
+    "crpgan": {"objective": "crpgan", "n_critic": 2, "clip_value": None},
     "spectral norm": {"spectral_norm": True, "clip_value": None},
 }
 

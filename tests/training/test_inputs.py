@@ -120,6 +120,18 @@ def test_a_paired_step_takes_one_real_batch_more(num_classes: int) -> None:
 
 
 @pytest.mark.parametrize("captured", [False, True])
+def test_pairs_of_a_class_have_the_classes_of_the_real_images(captured: bool) -> None:
+    config = changed(config_of(1), training={"objective": "crpgan", "gradient_penalty": None})
+    state, stream = stream_of(config, 10, Ranks(1, 2), captured)
+    for step in (0, 1, 7):
+        state.step = step
+        inputs = stream.take()
+        assert inputs.real_labels[:, 0].tolist() == [4 * step + index for index in range(4)]
+        assert torch.equal(inputs.critic_labels, inputs.real_labels[:3])
+        assert torch.equal(inputs.generator_labels, inputs.real_labels[3])
+
+
+@pytest.mark.parametrize("captured", [False, True])
 def test_inputs_stay_where_they_are_in_memory(captured: bool) -> None:
     """Which is where a graph reads them; it reads rates there too."""
     config = config_of(0)

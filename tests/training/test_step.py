@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from pipeline.config import NetworkConfig, OptimizerConfig, TrainingConfig
 from pipeline.errors import UserError
 from pipeline.models.networks import Critic, Generator, StepGenerator, initialise
-from pipeline.models.objectives import OBJECTIVES, Objective, PairedObjective, choose, gradient_penalty
+from pipeline.models.objectives import OBJECTIVES, Objective, PairedObjective, choose, gradient_penalty, is_conditional
 from pipeline.rng import seeded
 from pipeline.training.inputs import Images, StepInputs
 from pipeline.training.state import TrainingState, build_optimizer
@@ -78,6 +78,7 @@ RALSGAN = PairedObjective(
     lambda real, fake: (real - fake.mean() - 1).square().mean() + (fake - real.mean() + 1).square().mean(),
     lambda fake, real: (fake - real.mean() - 1).square().mean() + (real - fake.mean() + 1).square().mean(),
 )
+PROJECTED = Objective(lambda scores: -scores.mean(), torch.mean, lambda scores: -scores.mean(), projects=True)
 RPHINGE = PairedObjective(
     lambda real, fake: F.relu(1 - (real - fake)).mean(), lambda fake, real: F.relu(1 - (fake - real)).mean()
 )
@@ -111,7 +112,8 @@ def test_the_generator_of_pairs_has_no_gradient_through_real_images() -> None:
     """L = softplus(f(x) - f(G)): f(G) has the slope -sigmoid(f(x) - f(G)), the critic and x have none."""
     made, real = (torch.tensor(value).view(1, 1, 1, 1).requires_grad_() for value in (0.5, 2.0))
     critic = Line(3.0, 7.0)
-    loss = step_of(critic, "rpgan").update_generator([made], torch.zeros(1, dtype=torch.int64), None, real)
+    labels = torch.zeros(1, dtype=torch.int64)
+    loss = step_of(critic, "rpgan").update_generator([made], labels, None, Images(real, labels))
     assert loss.item() == pytest.approx(softplus(3 * 1.5))
     assert made.grad is not None
     assert made.grad.item() == pytest.approx(-3 / (1 + math.exp(-4.5)))
@@ -188,7 +190,7 @@ def step_of(
     )
     settings = TrainingConfig(**({"objective": objective, "clip_value": None} | training))
     images = StepGenerator(cast(Generator, generator), settings.critic_fakes == "batch")
-    return Step(settings, OBJECTIVES[objective], state, critic, images)
+    return Step(settings, OBJECTIVES.get(objective) or choose(settings), state, critic, images)
 
 
 def rmsprop(network: nn.Module) -> torch.optim.Optimizer:
@@ -287,16 +289,61 @@ def test_both_penalties_of_pairs_by_hand() -> None:
     assert critic.b.item() == 0.5
 
 
+class Classed(Line):
+    """score = w * pixel + b as any image, and c_y * pixel more as one of class y."""
+
+    def __init__(self, w: float, b: float, *c: float) -> None:
+        super().__init__(w, b)
+        self.c = nn.Parameter(torch.tensor(c))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(images)[0], images.flatten(1).sum(1, keepdim=True) * self.c
+
+
+def test_pairs_of_a_class_by_hand() -> None:
+    """An image x of class y has the score (w + c_y) x + b, and the slope w + c_y: of two pairs, one of each class."""
+    critic = Classed(0.5, 7.0, 1.0, -2.0)
+    labels = torch.tensor([1, 0])
+    real, fake = (Images(batch(*pixels).pixels, labels) for pixels in ((0.8, 0.2), (0.4, 0.6)))
+    optimizer = torch.optim.SGD(critic.parameters(), lr=1.0)
+    step = step_of(critic, "crpgan", optimizer=optimizer, r1_penalty=3.0)
+    # Before the critic's update. The generator's images are paired with real ones, here the same.
+    generator_loss = step.update_generator([fake.pixels.clone().requires_grad_()], labels, None, real)
+    assert generator_loss.item() == pytest.approx((softplus(-1.5 * 0.4) + softplus(1.5 * -0.4)) / 2)
+    losses = step.update_critic(real, fake, None)
+    assert losses.tolist() == pytest.approx([(softplus(1.5 * 0.4) + softplus(-1.5 * -0.4)) / 2] * 2)
+    # d/dc_y of softplus(-(w + c_y)(x - x')) is -(x - x') / (1 + e^((w + c_y)(x - x'))); gamma / 2 of R1 is taken of the
+    # mean over both images, so (w + c_y) gamma / 2.
+    slopes = [-(0.2 - 0.6) / (1 + math.exp(1.5 * -0.4)) / 2, -(0.8 - 0.4) / (1 + math.exp(-1.5 * 0.4)) / 2]
+    expected = [c - slope - 3.0 / 2 * (0.5 + c) for c, slope in zip((1.0, -2.0), slopes, strict=True)]
+    assert critic.c.tolist() == pytest.approx(expected)
+    assert critic.b.item() == 7.0
+
+
+def test_a_separate_update_scores_images_of_their_class() -> None:
+    critic = Classed(0.5, 7.0, 1.0, -2.0)
+    step = step_of(
+        critic,
+        "tests.training.test_step:PROJECTED",
+        optimizer=torch.optim.SGD(critic.parameters(), lr=0.0),
+        critic_updates="separate",
+    )
+    real, fake = (Images(batch(pixel).pixels, torch.tensor([y])) for pixel, y in ((0.8, 0), (0.4, 1)))
+    assert step.update_critic(real, fake, None).tolist() == pytest.approx([-(1.5 * 0.8 + 7), -1.5 * 0.4 + 7])
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_generator_step_moves_the_generator_alone(name: str) -> None:
-    num_classes = 3 if OBJECTIVES[name].classifies else 0
+    num_classes = 3 if is_conditional(OBJECTIVES[name]) else 0
     config = NetworkConfig(latent_dim=4, width=0.1)
     generator, critic = Generator(config, (1, 8, 8), num_classes), Critic(config, (1, 8, 8), num_classes)
     before = [[value.clone() for value in network.parameters()] for network in (generator, critic)]
     labels = torch.tensor([0, 1, 2, 0])
     step = step_of(critic, name, generator=generator)
     _, images = step.generator(torch.rand(1, 4, 4), labels[None], torch.rand(4, 4), labels)
-    step.update_generator(images, labels, None, torch.rand(4, 1, 8, 8) if OBJECTIVES[name].paired else None)
+    step.update_generator(
+        images, labels, None, Images(torch.rand(4, 1, 8, 8), labels) if OBJECTIVES[name].paired else None
+    )
     changed = [
         any(not torch.equal(old, new) for old, new in zip(old_values, network.parameters(), strict=True))
         for old_values, network in zip(before, (generator, critic), strict=True)
