@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # README's table and picture of results: every objective on the quickstart's networks for as long as 2,520 of its
-# steps take (90 to 150 s on two cores), three seeds. 40 to 75 minutes in all; given again it goes on.
+# steps take (90 to 150 s on two cores), three seeds. 40 to 75 minutes in all; given again it goes on with what
+# its folder lacks (remove the folder after a change of configs/).
 #   launch/results.sh [SCALE [SEED,SEED,... [NAME,NAME,...]]] [-- --KEY VALUE ...]
 # SCALE (1) multiplies the steps. The runs are in runs/results-SCALE, and beside them comparison.md, the table,
 # comparison.png, a grid of each objective's run with the median FID, and comparison.html with all of it.
@@ -14,7 +15,7 @@ declare -A steps=(
   [quickstart]=2520 [lsgan]=2760 [gan]=2760 [acgan]=2540 [rpgan]=2210 [wgan]=2790 [wgan_notebook]=2460 [wgan_gp]=2090
 )
 # Published rates are for more steps of larger networks: with them LSGAN ended at FID 206. So each objective has its own
-# optimiser at the quickstart's rate, and those that clip the quickstart's bound and n_critic. Of one seed after 900 steps,
+# optimiser at the quickstart's rate, and those that clip a bound of 0.1, and all n_critic 1. Of one seed after 900 steps,
 # 2e-3 was better than 5e-4 (LSGAN: FID 61 against 156), and rpgan's penalties of 0.5 better than 0.1 (51 against 57).
 declare -A found=([wgan]="--training.clip_value 0.1" [wgan_notebook]="--training.clip_value 0.1")
 scale=${given[0]:-1} seeds=${given[1]:-0,1,2} names=${given[2]:-$(IFS=,; echo "${!steps[*]}")}

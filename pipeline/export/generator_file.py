@@ -31,6 +31,8 @@ EXPORT_SUFFIXES = (".safetensors", *KERAS_SUFFIXES)
 CLASS_NAMES = "class_names"
 """The key of the classes' names, a JSON list, in an export's header, a checkpoint's progress and ONNX's metadata. Files
 of earlier versions have none."""
+PROJECTS = "projects"
+"""The key in a checkpoint's progress of whether its critic scores images as those of a class (`Objective.projects`)."""
 HUB_WEIGHTS = "model.safetensors"
 """The name of an export within a folder for the Hugging Face Hub."""
 
@@ -190,10 +192,11 @@ def generator_of(checkpoint: Checkpoint, weights: str, code: str | None = None) 
 
 @preserve_global_rng
 def critic_of(checkpoint: Checkpoint) -> Critic | None:
-    """Returns the critic of a checkpoint, on the CPU; None if it is a user's own network."""
+    """Returns the critic of a checkpoint, on the CPU; None if it is a user's own network, or if only its scores of
+    images as those of a class mean something."""
     state = under(checkpoint.tensors(), "critic")
     biases = state.get("score.bias")
-    if biases is None:
+    if biases is None or checkpoint.progress.get(PROJECTS):
         return None
     spec = checkpoint.progress["generator"]
     config = NetworkConfig(latent_dim=spec["network"]["latent_dim"], width=spec["network"]["width"])

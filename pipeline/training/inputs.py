@@ -46,7 +46,7 @@ class StepInputs(NamedTuple):
     real: Tensor  # uint8 (k, b, C, H, W), mirrored; k + 1 with a paired objective, whose generator has the last
     real_labels: Tensor  # as many
     critic_latents: Tensor  # (k, b, latent_dim)
-    critic_labels: Tensor  # (k, b), of the critic's generated images
+    critic_labels: Tensor  # (k, b), of the critic's generated images; with `projects` those of the real ones
     mix: Tensor | None  # (k, b) in [0, 1], where the gradient penalty is taken; None without one
     generator_latents: Tensor  # (b, latent_dim)
     generator_labels: Tensor  # (b,)

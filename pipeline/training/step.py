@@ -77,7 +77,7 @@ class Step:
             real_images, fake_images = Images(real[t], inputs.real_labels[t]), Images(fake[t], inputs.critic_labels[t])
             losses.append(self.update_critic(real_images, fake_images, mix, inputs.penalty_factors[0]))  # lines 5 to 7
         set_rates(state.generator_optimizer, 0, inputs.generator_rates, inputs.generator_beta2)
-        # Of pairs the generator's are with a batch that the critic has not seen.
+        # The generator's pairs take a real batch that the critic was not updated on.
         others = Images(real[-1], inputs.real_labels[-1]) if self.objective.paired else None
         draws = inputs.generator_augmentation
         generator_loss = self.update_generator(images, inputs.generator_labels, draws, others)
@@ -176,7 +176,7 @@ class Step:
         if mix is not None:
             batch.append(torch.lerp(fake.pixels, real.pixels, mix.view(-1, 1, 1, 1)).requires_grad_())
         # One forward pass of two or three times the batch fills the matrix units better than one for each part, and
-        # takes half the launches and all-reduces. A score depends on its image alone, so it is the same.
+        # takes half the launches and all-reduces. A score depends on its image and its class alone, so it is the same.
         seen = Images(torch.cat(batch), torch.cat([real.labels, fake.labels]))
         scores, logits = self.scores(self.critic, seen)
         real_scores, fake_scores, *between_scores = by_side = scores.chunk(len(batch))

@@ -215,11 +215,12 @@ class Trainer:
         self.log.begin()
 
     def _progress(self) -> dict[str, Any]:
-        from pipeline.export.generator_file import CLASS_NAMES
+        from pipeline.export.generator_file import CLASS_NAMES, PROJECTS
 
         seconds = {"elapsed_seconds": self.log.elapsed_seconds, "evaluation_seconds": self.log.evaluation_seconds}
         names = list(self.state.generator.class_names)
-        return {**seconds, "generator": self.state.generator.spec(), CLASS_NAMES: names}
+        known = {CLASS_NAMES: names, PROJECTS: self.objective.projects}
+        return {**seconds, "generator": self.state.generator.spec(), **known}
 
     def _damage(self) -> str | None:
         return self._source.damage() or (self._lock.lost() if self._lock else None)
@@ -255,7 +256,8 @@ class Trainer:
             try:
                 with runtime.tolerating(f"step {step}: evaluation"):
                     facts = {"step": step, "weights": self.config.evaluation.weights}
-                    critic = copied if isinstance(copied := self.state.copied_critic(), Critic) else None
+                    copied = self.state.copied_critic()
+                    critic = copied if isinstance(copied, Critic) and not self.objective.projects else None
                     scores = scorer.score_generator(self._copied_generator(), path, facts, critic)
                     fids = ", ".join(f"{space} FID {each['fid']:.2f}" for space, each in scores["features"].items())
                     self._bar.add_evaluation(seconds := time.monotonic() - started)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline import evaluate, train
 from pipeline.config import EvaluationConfig, NetworkConfig, RuntimeConfig
 from pipeline.data import Dataset
 from pipeline.data.resident import load_split
@@ -23,7 +24,7 @@ from pipeline.models.networks import Critic, initialise
 from pipeline.rng import sampling_order, seeded
 from pipeline.storage.run_folder import RunFolder
 from tests.export.generators import random_generator, saved_run
-from tests.jobs import restoring_process
+from tests.jobs import restoring_process, tiny_config
 
 ALONE = Ranks()
 
@@ -122,3 +123,21 @@ def test_scores_of_a_run_tell_of_its_critic(digits: Dataset, tmp_path: Path) -> 
         assert found["mean_scores"][split] == pytest.approx(means[split], rel=1e-6)
     assert "critic" not in json.loads(without.scores(10).read_text())
     assert "critic" not in json.loads((tmp_path / "other.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_critic_of_classes_is_left_out(scored_digits: Dataset, tmp_path: Path) -> None:
+    """Its score alone, without the class's logit, tells nothing; in training and from a checkpoint."""
+    for objective, has_scores in (("crpgan", False), ("acgan", True)):
+        config = tiny_config(
+            data={"dataset": str(scored_digits.folder)},
+            run={"root": str(tmp_path), "name": objective},
+            training={"objective": objective, "clip_value": None, "steps": 2, "n_critic": 1, "batch_size": 8},
+            evaluation={"every": 2, "num_images": 250},
+        )
+        run = train(config)
+        [path] = run.folder.path.glob("evaluation/step-*.json")
+        assert ("critic" in json.loads(path.read_text())) == has_scores
+        [scores] = evaluate(run.folder.path, out=tmp_path / f"{objective}.json")
+        assert ("critic" in scores) == has_scores
