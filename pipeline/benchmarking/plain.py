@@ -20,7 +20,7 @@ from pipeline.config import NetworkConfig, OptimizerConfig
 from pipeline.data import open_source
 from pipeline.errors import UserError
 from pipeline.models.networks import KERNEL, LEAK, Critic, Generator, mirror_state
-from pipeline.models.objectives import Objective, gradient_penalty, projected, squared_slopes, with_class_loss
+from pipeline.models.objectives import Objective, gradient_penalty, scores_and_logits, squared_slopes, with_class_loss
 from pipeline.models.spectral_norm import follow_update, raw_weights, use_spectral_norm
 from pipeline.rng import seeded
 from pipeline.training.inputs import InputStream, StepInputs
@@ -124,14 +124,14 @@ class PlainTrainer:
                 self.generator.train(training.critic_fakes == "batch")
                 fake = self.generator(latents, labels)
             set_rates(self._critic_optimizer, index, inputs.critic_rates, inputs.critic_beta2)
-            real_scores, real_logits = self._scores(self.critic, real, real_labels)
+            real_scores, real_logits = scores_and_logits(objective, self.critic, real, real_labels)
             if training.critic_updates == "separate":
                 assert isinstance(objective, Objective)
                 real_loss = with_class_loss(objective.real_loss(real_scores), real_logits, real_labels)
                 _update(self._critic_optimizer, real_loss)
                 if training.spectral_norm:
                     follow_update(self._bare_critic)
-            fake_scores, fake_logits = self._scores(self.critic, fake, labels)
+            fake_scores, fake_logits = scores_and_logits(objective, self.critic, fake, labels)
             of_real, of_fake = objective.critic_losses(real_scores, fake_scores)
             real_loss = with_class_loss(of_real, real_logits, real_labels)
             fake_loss = with_class_loss(of_fake, fake_logits, labels)
@@ -146,7 +146,9 @@ class PlainTrainer:
             for weight, images, classes in sides:
                 if weight is not None:
                     leaf = images.detach().requires_grad_()
-                    [penalty] = squared_slopes([self._scores(self.critic, leaf.view_as(leaf), classes)[0]], [leaf])
+                    [penalty] = squared_slopes(
+                        [scores_and_logits(objective, self.critic, leaf.view_as(leaf), classes)[0]], [leaf]
+                    )
                     loss = loss + factor * weight / 2 * penalty
             _update(self._critic_optimizer, fake_loss if training.critic_updates == "separate" else loss)
             if training.clip_value is not None:
@@ -158,18 +160,18 @@ class PlainTrainer:
         self.generator.train()
         set_rates(self._generator_optimizer, 0, inputs.generator_rates, inputs.generator_beta2)
         labels = inputs.generator_labels
-        scores, logits = self._scores(self._bare_critic, self.generator(inputs.generator_latents, labels), labels)
+        scores, logits = scores_and_logits(
+            objective, self._bare_critic, self.generator(inputs.generator_latents, labels), labels
+        )
         others = []
         if objective.paired:
-            others = [self._scores(self._bare_critic, self._real(inputs, -1), inputs.real_labels[-1])[0]]
+            others = [
+                scores_and_logits(objective, self._bare_critic, self._real(inputs, -1), inputs.real_labels[-1])[0]
+            ]
         generator_loss = with_class_loss(objective.generator_loss(scores, *others), logits, labels)
         _update(self._generator_optimizer, generator_loss)
         self._state.step += 1
         return sum(losses) / len(losses), generator_loss.item()
-
-    def _scores(self, critic: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        scores, logits = critic(images)
-        return (projected(scores, logits, labels), None) if self._objective.projects else (scores, logits)
 
     def _real(self, inputs: StepInputs, index: int) -> Tensor:
         # Flipping the bytes of a batch takes no time that could be measured.

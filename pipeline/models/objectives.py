@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config import TrainingConfig, import_object
@@ -160,6 +160,15 @@ def projected(scores: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         scores: (n,), of the images whatever their class; logits: (n, num_classes); labels: int64 (n,).
     """
     return scores + logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+
+
+def scores_and_logits(
+    objective: AnyObjective, critic: nn.Module, images: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the critic's scores (n,) of images (n, C, H, W) of classes `labels` (n,) and, where classes have a loss
+    of their own, logits (n, k)."""
+    scores, logits = critic(images)
+    return (projected(scores, logits, labels), None) if objective.projects else (scores, logits)
 
 
 def with_class_loss(loss: Tensor, logits: Tensor | None, labels: Tensor) -> Tensor:

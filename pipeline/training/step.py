@@ -25,7 +25,7 @@ from pipeline.models.objectives import (
     AnyObjective,
     Objective,
     gradient_penalty,
-    projected,
+    scores_and_logits,
     squared_slopes,
     with_class_loss,
 )
@@ -178,7 +178,7 @@ class Step:
         # One forward pass of two or three times the batch fills the matrix units better than one for each part, and
         # takes half the launches and all-reduces. A score depends on its image and its class alone, so it is the same.
         seen = Images(torch.cat(batch), torch.cat([real.labels, fake.labels]))
-        scores, logits = self.scores(self.critic, seen)
+        scores, logits = scores_and_logits(objective, self.critic, *seen)
         real_scores, fake_scores, *between_scores = by_side = scores.chunk(len(batch))
         real_logits, fake_logits = (None, None) if logits is None else logits.chunk(len(batch))[:2]
         real_loss, fake_loss = objective.critic_losses(real_scores, fake_scores)
@@ -197,7 +197,7 @@ class Step:
 
     def side_loss(self, images: Images, loss_of: Callable[[Tensor], Tensor]) -> LossAndReport:
         """Returns the critic's loss on real or on fake images alone, for a separate update."""
-        scores, logits = self.scores(self.critic, images)
+        scores, logits = scores_and_logits(self.objective, self.critic, *images)
         loss = with_class_loss(loss_of(scores), logits, images.labels)
         return loss, loss.detach()
 
@@ -206,18 +206,13 @@ class Step:
     ) -> LossAndReport:
         """Returns the generator's loss on a micro-batch of its images, paired with `others` if there are any."""
         seen = images if draws is None else augment(images, draws, self.training.diff_augment)
-        scores, logits = self.scores(self.state.critic, Images(seen, labels))
+        scores, logits = scores_and_logits(self.objective, self.state.critic, seen, labels)
         pairs = [scores]
         if others is not None:
             with torch.no_grad():  # nothing that the generator could change is in them
-                pairs.append(self.scores(self.state.critic, others)[0])
+                pairs.append(scores_and_logits(self.objective, self.state.critic, *others)[0])
         loss = with_class_loss(self.objective.generator_loss(*pairs), logits, labels)
         return loss, loss.detach()
-
-    def scores(self, critic: nn.Module, images: Images) -> tuple[Tensor, Tensor | None]:
-        """Returns the critic's scores (n,) of images and, where classes have a loss of their own, logits (n, k)."""
-        scores, logits = critic(images.pixels)
-        return (projected(scores, logits, images.labels), None) if self.objective.projects else (scores, logits)
 
     def chunk(self, values: Tensor | Images | None) -> tuple[Any, ...]:
         """Cuts a batch of values, or None, into its micro-batches."""

@@ -218,9 +218,8 @@ class Trainer:
         from pipeline.export.generator_file import CLASS_NAMES, PROJECTS
 
         seconds = {"elapsed_seconds": self.log.elapsed_seconds, "evaluation_seconds": self.log.evaluation_seconds}
-        names = list(self.state.generator.class_names)
-        known = {CLASS_NAMES: names, PROJECTS: self.objective.projects}
-        return {**seconds, "generator": self.state.generator.spec(), **known}
+        names, projects = list(self.state.generator.class_names), self.objective.projects
+        return {**seconds, "generator": self.state.generator.spec(), CLASS_NAMES: names, PROJECTS: projects}
 
     def _damage(self) -> str | None:
         return self._source.damage() or (self._lock.lost() if self._lock else None)
