@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config import EvaluationConfig
 from pipeline.data import Dataset
@@ -50,7 +50,7 @@ class Scorer:
         self._real_shares: dict[str, Tensor] = {}
 
     def score_generator(
-        self, generator: AnyGenerator, path: Path, facts: dict[str, Any], critic: Critic | None = None
+        self, generator: AnyGenerator, path: Path, facts: dict[str, Any], critic: nn.Module | None = None
     ) -> dict[str, Any]:
         """Scores the evaluation images 0, ..., num_images - 1 of a generator in eval mode: see `score`."""
         check_shape(generator.image_shape, self.dataset)
@@ -59,7 +59,7 @@ class Scorer:
         return self.score(ImageSet(count, partial(render_range, generator, self.seed), labels), path, facts, critic)
 
     def score(
-        self, images: ImageSet, path: Path, facts: dict[str, Any], critic: Critic | None = None
+        self, images: ImageSet, path: Path, facts: dict[str, Any], critic: nn.Module | None = None
     ) -> dict[str, Any]:
         """Scores images into the JSON file `path`, and draws pictures beside it: some real images, and
         `neighbours-....png`, the first images with the training images nearest to them in the first feature space.
@@ -69,7 +69,8 @@ class Scorer:
             facts: Which images they are: "images_fingerprint" of their content, and others. Only "target" may differ
                 from what the file has.
             critic: The critic of the same checkpoint, trained on this dataset and on the runtime's device; its
-                `critic_estimates` become "critic". With evaluation.gan_train the file gets "gan_train" as well.
+                `critic_estimates` become "critic"; a network of the user's own has none. With evaluation.gan_train the
+                file gets "gan_train" as well.
 
         Returns:
             What was written, on every rank.
@@ -94,7 +95,7 @@ class Scorer:
         scores = evaluate_images(
             images, dataset, self.extractors, config, seed=self.seed, ranks=ranks, interrupted=interrupted
         )
-        if critic is not None and {"train", "test"} <= dataset.splits.keys():
+        if isinstance(critic, Critic) and {"train", "test"} <= dataset.splits.keys():
             content["critic"] = self._critic_estimates(critic, images)
         if config.gan_train:
             from pipeline.evaluation.train_classifier import gan_train

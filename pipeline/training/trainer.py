@@ -17,8 +17,8 @@ from pipeline.distributed.process import Runtime
 from pipeline.distributed.progress import TrainingBar, messages_above_bars
 from pipeline.distributed.slurm import job_id
 from pipeline.errors import Preempted, TrainingFailed, UserError
-from pipeline.models.networks import AnyGenerator, Critic
-from pipeline.models.objectives import choose, is_conditional
+from pipeline.models.networks import AnyGenerator
+from pipeline.models.objectives import choose
 from pipeline.storage.checkpoint import Checkpoint, CheckpointWriter, IntegrityError, newest_intact, sweep
 from pipeline.storage.files import write_text
 from pipeline.storage.lock import Lock, lock_run
@@ -51,9 +51,9 @@ class Trainer:
         ranks, training = runtime.ranks, config.training
         ranks.on_main(lambda: refuse(Plan(config, ranks.world_size)))
         self.dataset = ranks.on_main(lambda: open_dataset(config.data))
-        ranks.on_main(lambda: refuse(Plan(config, ranks.world_size, self.dataset)))
-        self.objective = choose(training)
-        num_classes = self.dataset.num_classes if is_conditional(self.objective) else 0
+        plan = Plan(config, ranks.world_size, self.dataset)
+        ranks.on_main(lambda: refuse(plan))
+        self.objective, num_classes = choose(training), plan.num_classes(self.dataset)
         self.state = build_state(
             config, self.dataset.image_shape, num_classes, runtime.device, runtime.scaler, runtime.captures
         )
@@ -255,8 +255,7 @@ class Trainer:
             try:
                 with runtime.tolerating(f"step {step}: evaluation"):
                     facts = {"step": step, "weights": self.config.evaluation.weights}
-                    copied = self.state.copied_critic()
-                    critic = copied if isinstance(copied, Critic) and not self.objective.projects else None
+                    critic = None if self.objective.projects else self.state.copied_critic()
                     scores = scorer.score_generator(self._copied_generator(), path, facts, critic)
                     fids = ", ".join(f"{space} FID {each['fid']:.2f}" for space, each in scores["features"].items())
                     self._bar.add_evaluation(seconds := time.monotonic() - started)
