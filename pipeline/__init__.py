@@ -147,10 +147,13 @@ def evaluate(
     from pipeline.config import Config, configure
     from pipeline.distributed.failures import closing
     from pipeline.distributed.process import Runtime, restoring_process
+    from pipeline.errors import UserError
     from pipeline.evaluation.scorer import Scorer
     from pipeline.evaluation.targets import check_run, real_dataset, score_target
     from pipeline.storage.run_folder import RunFolder, scores_of
 
+    if (out or real) and steps != "newest" and (steps == "all" or len(steps) != 1):
+        raise UserError(f"steps is {steps}: with `out` or `real` it must be one step, as the scores are one file")
     run = RunFolder(Path(target))
     if not isinstance(config, Config):
         config = configure(config or (run.config if run.config.is_file() else None))

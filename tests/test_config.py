@@ -11,7 +11,6 @@ import yaml
 from pipeline.config import (
     Config,
     DataConfig,
-    RunConfig,
     RuntimeConfig,
     configure,
     flatten,
@@ -101,6 +100,8 @@ def test_a_study_is_told_from_a_file_of_settings() -> None:
         (b"\x00\xff\xfe", "is no YAML file of settings"),
         (b"[" * 10_000, "is no YAML file of settings|line 1"),
         (b"- 7\n", "it holds list; write SECTION"),
+        (b"training:\n  steps: {{ steps }}\n", "is no YAML file of settings"),
+        (b"run:\n  name: !!timestamp today\n", "is no YAML file of settings"),
         (b"", "it holds NoneType"),
         (b"#" * 2**20 + b"\n", "its 1,048,577 bytes are no settings"),
         (b"run: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
@@ -254,18 +255,10 @@ def test_a_run_is_named_after_what_it_trains(tmp_path: Path) -> None:
         "Hinge-my-photos"
     )
     assert name("--data.dataset", str(tmp_path / "mnist")) == "wgan"
+    assert name("--data.dataset", "data/mnist-m") == "wgan-mnist-m"
     assert name("--config", "lsgan", "--data.dataset", "cifar10") == "lsgan", "shipped files have names"
     assert Config(data=DataConfig(dataset="cifar10")).run.name == "wgan-cifar10"
     assert configure(None, {"data.dataset": "cifar10"}).folder == Path("runs/wgan-cifar10")
-
-
-def test_a_run_that_an_earlier_version_called_wgan_goes_on(tmp_path: Path) -> None:
-    config = Config(run=RunConfig(name="wgan", root=str(tmp_path)), data=DataConfig(dataset="cifar10"))
-    config.folder.mkdir()
-    (config.folder / "config.yaml").write_text(to_yaml(config))
-    root = ("--run.root", str(tmp_path))
-    assert from_arguments(*root, "--data.dataset", "cifar10").folder == config.folder
-    assert from_arguments(*root, "--data.dataset", "fashion_mnist").run.name == "wgan-fashion_mnist"
 
 
 def test_the_folder_of_a_run_is_printed_for_scripts(

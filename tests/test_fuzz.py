@@ -81,7 +81,7 @@ def read_run_settings(path: Path) -> object:
 
 def checkpoint(folder: Path) -> RunFolder:
     run = run_folder(folder)
-    writer = CheckpointWriter(run, Ranks(), keep_last=3, keep_every=None, clip_value=None)
+    writer = CheckpointWriter(run, Ranks(), keep_last=3, keep_every=None)
     writer.save({"critic.weight": torch.arange(12.0).view(3, 4)}, 7, {"elapsed_seconds": 1.0})
     writer.finish()
     return run

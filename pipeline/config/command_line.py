@@ -188,7 +188,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{place}: {error.problem}; write SECTION: and below it KEY: VALUE") from None
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path}: is no YAML file of settings ({str(error).splitlines()[0]})") from None
 
 

@@ -315,14 +315,9 @@ class Config:
             raise UserError(f"{lanes}: choose a divisor of the batch size")
 
     def _default_name(self) -> str:
-        """Returns the name of a run that was given none. All were called wgan up to version 0.2: such a run of the same
-        objective and dataset goes on."""
-        objective, dataset = self.training.objective, self.data.dataset
-        first = Path(self.run.root, "wgan", "config.yaml")
-        saved = first.read_text(errors="replace") if first.is_file() else ""
-        if f"  objective: {objective}\n" in saved and f"  dataset: {dataset}\n" in saved:
-            return "wgan"
-        names = objective.rpartition(":")[2], Path(dataset).absolute().name.removeprefix("mnist")
+        """Returns the name of a run that was given none: the objective's and, but for mnist, the dataset's."""
+        dataset = Path(self.data.dataset).absolute().name
+        names = self.training.objective.rpartition(":")[2], "" if dataset == "mnist" else dataset
         return re.sub(r"[^\w.-]+", "-", "-".join(filter(None, names))) or "gan"
 
     @property

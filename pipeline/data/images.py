@@ -96,6 +96,8 @@ def seen_shape(image: Pixels, name: str, remarks: Remarks, *, decode: bool = Fal
     """
     if isinstance(image, np.ndarray):
         channels, height, width = image.shape
+        if channels not in (1, 3):
+            raise DataError(f"{name} has {channels} channels: images have 1 (grey) or 3 (red, green, blue)")
         return channels, height, width
     with naming(f"{name} is damaged or not an image"):
         try:

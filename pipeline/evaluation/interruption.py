@@ -27,20 +27,15 @@ def check_interrupted() -> None:
     Scores call it between the parts of a long computation, some seconds apart.
     """
     if _interrupted.get()():
-        raise Preempted
+        raise Preempted("the evaluation was interrupted: start it again")
 
 
 @contextmanager
 def interruptible(ranks: Ranks, interrupted: Callable[[], bool]) -> Iterator[None]:
     """Runs a block that every rank enters, which `check_interrupted` leaves on the ranks where `interrupted()` is true.
 
-    A rank waits at the end of the block for the others.
-
-    Raises:
-        UserError: On every rank, if the block raised it on any, such as for a damaged shard in that rank's share.
-        Preempted: On every rank, if any was interrupted.
-        OSError: On the rank where the block raised it alone: a training goes on without a file that the main rank could
-            not write.
+    A rank waits at the end of the block for the others. What the block raises on any rank is raised on all: UserError,
+    as for a damaged shard in that rank's share, before Preempted and OSError, as for a file that cannot be written.
     """
     token = _interrupted.set(interrupted)
     failure: Exception | None = None
@@ -50,14 +45,12 @@ def interruptible(ranks: Ranks, interrupted: Callable[[], bool]) -> Iterator[Non
         failure = error
     finally:
         _interrupted.reset(token)
-    failures = ranks.gather(None if isinstance(failure, OSError) else failure)
+    failures = ranks.gather(failure)
     for rank, other in enumerate(failures):
         if isinstance(other, UserError):
             raise type(other)(f"rank {rank}: {other}" if ranks.world_size > 1 else str(other))
-    if any(failures):
-        raise Preempted("the evaluation was interrupted: start it again")
-    if failure:
-        raise failure
+    for other in filter(None, failures):
+        raise other
 
 
 def interruptible_on_main(ranks: Ranks, interrupted: Callable[[], bool], work: Callable[[], T]) -> T:

@@ -6,7 +6,8 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from pipeline.evaluation.metrics.frechet import Moments
 from pipeline.evaluation.metrics.scores import KEEP
 from pipeline.evaluation.metrics.states import Batch, ClassSums, Sample, States, Sums, Tensors, add, gather
 from pipeline.rng import sampling_order
+from pipeline.storage.checkpoint import under
 from pipeline.storage.files import read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -35,12 +37,8 @@ class RealStatistics:
     def __init__(self, tensors: Tensors) -> None:
         """Takes the content of its file."""
         self.tensors = tensors
-        states: dict[str, Tensors] = {"moments": {}, "sample": {}, "classes": {}}
-        for key, tensor in tensors.items():
-            state, _, name = key.partition(".")
-            states[state][name] = tensor
-        self.moments, self.classes = Moments.of_sums(states["moments"]), states["classes"]
-        self.sample, self.num_images = Sample.of_tensors(states["sample"], KEEP), self.moments.num_images
+        self.moments, self.classes = Moments.of_sums(under(tensors, "moments")), under(tensors, "classes")
+        self.sample, self.num_images = Sample.of_tensors(under(tensors, "sample"), KEEP), self.moments.num_images
 
     def moments_of(self, count: int) -> Moments:
         """Returns the moments of the first `count` images in `rng.sampling_order`, or of as many as the sample has."""
@@ -102,7 +100,9 @@ def real_scores(
 
 
 class _File:
-    """A file of tensors beside a dataset; behind a URL, where nothing can be written, there are none."""
+    """A file of tensors beside a dataset. What cannot be written, as behind a URL, stays in this process's memory."""
+
+    _unwritten: ClassVar[dict[Path, Tensors]] = {}
 
     def __init__(self, dataset: Dataset, extractor: FeatureExtractor, what: str) -> None:
         key = hashlib.sha256(f"{FORMAT}:{dataset.fingerprint}:{what}:{extractor.fingerprint}".encode()).hexdigest()
@@ -112,7 +112,7 @@ class _File:
     def read(self) -> Tensors | None:
         """Returns the tensors, or None if the file is missing or does not hold what was written, which is logged."""
         if not (self.has_place and self.path.is_file()):
-            return None
+            return self._unwritten.get(self.path)
         try:
             tensors, metadata = read_tensors(self.path)
             if metadata.get("key") != self.key or metadata.get("sha256") != digest_of(tensors):
@@ -124,9 +124,10 @@ class _File:
 
     def write(self, tensors: Tensors) -> None:
         """Writes the file whole or not at all, and logs a failure."""
-        if not self.has_place:
-            return
         try:
-            write_tensors(self.path, tensors, {"key": self.key, "sha256": digest_of(tensors)})
+            if self.has_place:
+                write_tensors(self.path, tensors, {"key": self.key, "sha256": digest_of(tensors)})
+                return
         except OSError as error:
             logger.warning("cannot keep the real statistics in %s (%s): going on without", self.path.parent, error)
+        self._unwritten[self.path] = tensors

@@ -79,7 +79,7 @@ class Scorer:
             UserError: Before anything is computed: `path` holds scores of other images or measured in another way, or
                 evaluation.gan_train is true for images without classes.
             Preempted: A signal came.
-            OSError: On the main rank, the scores could not be written.
+            OSError: The main rank could not write the scores.
         """
         from pipeline.evaluation.evaluate import evaluate_images  # here, and so below: it imports torchvision
 

@@ -8,16 +8,14 @@ what is reported of the checkpoint is measured on images of other latents.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable
-from contextlib import suppress
 
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.evaluation.scorer import Scorer
 from pipeline.export.generator_file import critic_of, generator_of, save_export
 from pipeline.reporting import SCORES
-from pipeline.reporting.read import Evaluation, read_evaluations
+from pipeline.reporting.read import Evaluation, read_evaluations, read_mapping
 from pipeline.rng import fresh_seed
 from pipeline.storage.checkpoint import Checkpoint, CheckpointError, find
 from pipeline.storage.run_folder import RunFolder
@@ -116,8 +114,7 @@ class Selection:
     def _is_scored(self, facts: dict[str, object]) -> bool:
         """Returns whether the best checkpoint's scores are of these facts. Deletes those of a former best."""
         path = self._folder.best_scores
-        with suppress(OSError, ValueError, AttributeError):
-            if facts.items() <= json.loads(path.read_text()).items():
-                return True
+        if facts.items() <= read_mapping(path, []).items():
+            return True
         path.unlink(missing_ok=True)
         return False

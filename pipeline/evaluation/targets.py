@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -26,9 +25,9 @@ from pipeline.evaluation import TARGET
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.scorer import Scorer, check_shape
 from pipeline.export.generator_file import critic_of, generator_of, is_export, load_generator
-from pipeline.reporting import counted, number, percent
+from pipeline.reporting import counted, finite, number, percent
 from pipeline.reporting.page import write_report
-from pipeline.reporting.read import Evaluation
+from pipeline.reporting.read import Evaluation, read_mapping
 from pipeline.storage.checkpoint import CheckpointError, find, read_checkpoint
 from pipeline.storage.files import make_folder, near
 from pipeline.storage.run_folder import RunFolder, scores_of
@@ -140,11 +139,11 @@ def _score_run(
             f"{run.path}: was not trained on this dataset ({dataset.folder}): name a file for the scores with --out"
         )
     saved: list[int | None] = [*runtime.ranks.on_main(run.saved_steps)]
-    for step in steps or saved or [None]:
+    for step in (saved or [None]) if steps is None else steps:
         try:
             checkpoint = runtime.ranks.on_main(partial(find, run, step))
         except CheckpointError as error:
-            if steps or not saved:
+            if steps is not None or not saved:
                 raise
             runtime.print(f"skipped: {error}")
             continue
@@ -161,18 +160,13 @@ def _score_run(
 
 def _beside_others(path: Path, scorer: Scorer) -> Path:
     """Returns `path`, or, if that holds scores of another number of images, a file in a folder for this number."""
-    count, before = scorer.config.num_images, scorer.runtime.ranks.on_main(lambda: _num_images_in(path))
+    count = scorer.config.num_images
+    before = scorer.runtime.ranks.on_main(lambda: finite(read_mapping(path, []).get("num_images")))
     if before in (None, count):
         return path
     other = path.parent / f"{count}-images" / path.name
-    scorer.runtime.print(f"{path} has the scores of {before:,} images: those of {count:,} go to {other}")
+    scorer.runtime.print(f"{path} has the scores of {before:,.0f} images: those of {count:,} go to {other}")
     return other
-
-
-def _num_images_in(path: Path) -> int | None:
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        return int(json.loads(path.read_text())["num_images"])
-    return None
 
 
 def _fingerprint(target: Path, files: Sequence[Path], crop: int | None, size: int | None) -> str:

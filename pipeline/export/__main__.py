@@ -52,34 +52,35 @@ def convert(
         data_licence: Licence of the training images for the model card, in words.
         picture: What a .png shows: a grid of images, or lines between latents.
     """
+    suffix = out.suffix
     if out.parts[:1] == ("hf:",):
-        push, out = "/".join(out.parts[1:]), Path(out.name)
-    if out.suffix not in SUFFIXES:
+        push, out, suffix = "/".join(out.parts[1:]), Path(out.name), ""
+    if suffix not in SUFFIXES:
         kinds = f"{', '.join(SUFFIXES[1:-1])} or {SUFFIXES[-1]}"
         raise UserError(f"{out}: unknown kind of file, name it {kinds}, or a folder without a suffix")
-    if out.suffix and (push or licence or data_licence):
+    if suffix and (push or licence or data_licence):
         raise UserError(
             f"{out} is a file: --push, --licence and --data_licence go with a folder, a name without suffix"
         )
     if out.exists():
-        raise UserError(f"{out}: exists already, name another {'file' if out.suffix else 'folder'}")
+        raise UserError(f"{out}: exists already, name another {'file' if suffix else 'folder'}")
 
     # Imported here, so that mistakes need no torch.
     from pipeline.export.generator_file import read_generator, save_export, save_onnx
     from pipeline.export.images import save_animation, save_picture
 
-    if out.suffix in (".webp", ".apng"):
+    if suffix in (".webp", ".apng"):
         save_animation(source, out)
         print(out)
         return 0
-    if not out.suffix:
+    if not suffix:
         from pipeline.export import hub
 
         if push is not None:
             hub.check_push(push)
     generator, facts = read_generator(source, weights, network.generator)
     facts |= {"source": source.name}
-    match out.suffix:
+    match suffix:
         case ".safetensors":
             save_export(generator, out, facts)
         case ".onnx":

@@ -21,7 +21,7 @@ from pipeline.models.networks import AnyGenerator, Critic, Generator, generator_
 from pipeline.models.spectral_norm import SINGULAR_VECTORS, use_spectral_norm
 from pipeline.storage.checkpoint import Checkpoint, find, read_checkpoint, sha256_of_tensor, under
 from pipeline.storage.files import near, read_tensors, replacing, write_tensors
-from pipeline.storage.run_folder import RunFolder
+from pipeline.storage.run_folder import MANIFEST, RunFolder
 
 FORMAT = "gan-pipeline generator 2"
 """The format that is written: weights as the networks hold them, mirrored."""
@@ -180,6 +180,8 @@ def warm_start(source: str, generator: AnyGenerator, ema: AnyGenerator, critic: 
 def _checkpoint_in(path: Path) -> Checkpoint:
     """Returns a run's newest intact checkpoint, or the one that the folder is."""
     run = RunFolder(path)
+    if not (run.has_begun or (path / MANIFEST).exists()):
+        raise UserError(f"{path}: holds no run, checkpoint or export: give a run's folder, such as runs/NAME")
     return find(run) if run.has_begun else read_checkpoint(path).verify()
 
 

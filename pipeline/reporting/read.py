@@ -299,7 +299,7 @@ def _mapping(value: object) -> dict[str, Any]:
 def is_run(path: Path) -> bool:
     """Tells whether anything in a folder belongs to a run."""
     folder = RunFolder(path)
-    return any(part.exists() for part in (folder.config, folder.metrics, folder.evaluation, folder.samples))
+    return folder.config.exists() or folder.metrics.exists() or bool(folder.grids() or folder.all_scores())
 
 
 def read_run(path: str | Path) -> Run:
@@ -317,14 +317,14 @@ def read_run(path: str | Path) -> Run:
     manifest = folder.checkpoint(max(folder.saved_steps(), default=0)) / MANIFEST
     return Run(
         folder,
-        config=_dotted(_read_mapping(folder.config, notes, read_yaml)),
-        environment=_read_mapping(folder.environment, notes),
+        config=_dotted(read_mapping(folder.config, notes, read_yaml)),
+        environment=read_mapping(folder.environment, notes),
         log=_read_log(folder.metrics, notes),
         evaluations=read_evaluations(folder, notes),
         grids=folder.grids(),
         checkpoints=folder.saved_steps(),
-        progress=_mapping(_read_mapping(manifest, notes).get("progress")),
-        chosen=_read_mapping(folder.best_scores, notes),
+        progress=_mapping(read_mapping(manifest, notes).get("progress")),
+        chosen=read_mapping(folder.best_scores, notes),
         notes=notes,
     )
 
@@ -337,7 +337,7 @@ def read_evaluations(folder: RunFolder, notes: list[str]) -> list[Evaluation]:
 
 def read_evaluation(path: Path, notes: list[str]) -> Evaluation | None:
     """Returns the evaluation in a file; None, and a note, if it can't be read."""
-    match _read_mapping(path, notes):
+    match read_mapping(path, notes):
         case {"step": int() as step, "features": dict() as features, **settings} if finite(step) is not None:
             scores = {str(name): item for name, item in features.items() if isinstance(item, dict)}
             return Evaluation(step, settings, scores)
@@ -359,7 +359,7 @@ def _read_log(path: Path, notes: list[str]) -> list[dict[str, object]]:
     return [log[step] for step in sorted(log)]
 
 
-def _read_mapping(path: Path, notes: list[str], read: Callable[[Path], object] | None = None) -> dict[str, Any]:
+def read_mapping(path: Path, notes: list[str], read: Callable[[Path], object] | None = None) -> dict[str, Any]:
     """Returns the mapping in a file, JSON unless `read` is given; it is empty without a file, or if that is damaged,
     which is noted."""
     try:

@@ -31,20 +31,17 @@ import shutil
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.distributed.collectives import Ranks, name_ranks
 from pipeline.errors import UserError
-from pipeline.models.spectral_norm import SINGULAR_VECTORS
-from pipeline.storage.files import fsync
+from pipeline.storage.files import fsync, read_tensors
 from pipeline.storage.run_folder import MANIFEST, RunFolder
 
 logger = logging.getLogger(__name__)
@@ -99,8 +96,8 @@ class Checkpoint:
         tensors: dict[str, Tensor] = {}
         for name in self.files:
             try:
-                tensors |= load_file(self.folder / name)
-            except (OSError, SafetensorError) as error:
+                tensors |= read_tensors(self.folder / name)[0]
+            except (OSError, ValueError) as error:
                 raise CheckpointError(f"{self.folder / name}: not a safetensors file ({error})") from None
         return tensors
 
@@ -183,7 +180,7 @@ class CheckpointWriter:
     Args:
         keep_last: The number of newest checkpoints to keep.
         keep_every: Keep those whose step is a multiple of this, too.
-        clip_value: The bound of the critic's weights, which is checked; None if nothing clips them.
+        bounds: By name, bounds that tensors are clipped to, which are checked.
         best_of: Is called on the main rank with the steps that exist, and returns another one to keep.
     """
 
@@ -194,12 +191,11 @@ class CheckpointWriter:
         *,
         keep_last: int,
         keep_every: int | None,
-        clip_value: float | None,
+        bounds: Mapping[str, float] = {},
         best_of: Callable[[list[int]], int | None] = lambda steps: None,
     ) -> None:
         self._run, self._ranks = run, ranks.with_own_group()
-        self._keep_last, self._keep_every, self._clip_value = keep_last, keep_every, clip_value
-        self._best_of = best_of
+        self._keep_last, self._keep_every, self._bounds, self._best_of = keep_last, keep_every, bounds, best_of
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self.committed_step: int | None = None
@@ -266,11 +262,11 @@ class CheckpointWriter:
         for name, tensor in staged.items():
             if not torch.isfinite(tensor).all():
                 raise IntegrityError(f"{name} holds a number that is not finite")
-            if self._clip_value is not None and name.startswith("critic.") and not name.endswith(SINGULAR_VECTORS):
+            if (bound := self._bounds.get(name)) is not None:
                 largest = tensor.abs().max().item()
                 # The bound itself is rounded to the tensor's dtype when it clips.
-                if largest > self._clip_value and not math.isclose(largest, self._clip_value, rel_tol=1e-6):
-                    raise IntegrityError(f"{name} reaches {largest}, beyond the clip value {self._clip_value}")
+                if largest > bound and not math.isclose(largest, bound, rel_tol=1e-6):
+                    raise IntegrityError(f"{name} reaches {largest}, beyond the clip value {bound}")
 
     def _compare_replicas(self, staged: dict[str, Tensor]) -> None:
         """Raises IntegrityError if a tensor differs between ranks, as after a flipped bit in one rank's memory. The

@@ -79,7 +79,7 @@ class RunFolder:
     @property
     def has_begun(self) -> bool:
         """Whether a run exists here, even if it has no checkpoint yet."""
-        return self.config.is_file() or self.metrics.is_file() or self.checkpoints.is_dir()
+        return self.config.is_file() or self.metrics.is_file() or bool(self.saved_steps())
 
     @property
     def has_results(self) -> bool:

@@ -3,7 +3,6 @@ holds. A run without run.trackers does not load this file."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from PIL import Image
 from pipeline.config import Config, flatten
 from pipeline.distributed.process import Runtime, open_tracker
 from pipeline.errors import UserError
-from pipeline.reporting.read import read_evaluation
+from pipeline.reporting.read import read_evaluation, read_mapping
 from pipeline.storage.files import write_text
 from pipeline.storage.run_folder import RunFolder
 
@@ -31,12 +30,8 @@ class Trackers:
     """
 
     def __init__(self, config: Config, runtime: Runtime, step: int) -> None:
-        self._config, self._runtime, self._folder, self._first_step = (
-            config,
-            runtime,
-            RunFolder(config.folder),
-            step + 1,
-        )
+        self._config, self._runtime, self._folder = config, runtime, RunFolder(config.folder)
+        self._first_step = step + 1
         runtime.ranks.on_main(self._open)
 
     def log_line(self, line: dict[str, float]) -> None:
@@ -70,9 +65,8 @@ class Trackers:
         return self._runtime.ranks.is_main and (is_new or step >= self._first_step) and path.exists()
 
     def _open(self) -> None:
-        run, folder, identities = self._config.run, self._folder, dict[str, str]()  # what trackers call this run
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            identities |= json.loads(folder.tracker_runs.read_text())
+        run, folder = self._config.run, self._folder
+        identities: dict[str, str] = read_mapping(folder.tracker_runs, [])  # what trackers call this run
         for name in run.trackers:
             arguments = self._identify(name, identities) | run.tracker_options.get(name, {})
             write_text(folder.tracker_runs, json.dumps(identities))

@@ -296,9 +296,16 @@ class Saver:
     """Returns which of some steps has the best checkpoint, to keep it; None: none of them."""
 
     def __post_init__(self) -> None:
-        run, clip_value = self.config.run, self.config.training.clip_value
-        rules: dict[str, Any] = {"keep_last": run.keep_last, "keep_every": run.keep_every, "clip_value": clip_value}
-        self.writer = CheckpointWriter(RunFolder(self.config.folder), self.runtime.ranks, best_of=self.best_of, **rules)
+        run, bound = self.config.run, self.config.training.clip_value
+        names = [f"critic.{name}" for name, _ in self.state.critic.named_parameters()]
+        self.writer = CheckpointWriter(
+            RunFolder(self.config.folder),
+            self.runtime.ranks,
+            keep_last=run.keep_last,
+            keep_every=run.keep_every,
+            bounds={} if bound is None else dict.fromkeys(names, bound),
+            best_of=self.best_of,
+        )
         self._reported_step: int | None = None
 
     def begin(self, step: int) -> None:
@@ -314,6 +321,7 @@ class Saver:
     def save(self) -> None:
         """Starts a checkpoint, after noting how the one before it ended."""
         state = self.state
+        self._note_outcome(self.writer.finish)
         self._note_outcome(lambda: self.writer.save(state.tensors(), state.step, self.progress(), self.damage()))
 
     def save_now(self) -> None:

@@ -7,6 +7,7 @@ settings, prunes trials and writes the journal. README.md beside this file says 
 from __future__ import annotations
 
 import json
+import operator
 import statistics
 from collections.abc import Callable, Mapping
 from functools import partial, reduce
@@ -115,9 +116,9 @@ def read_study(path: Path) -> StudyFile:
 def _read_range(where: str, content: Any) -> Range:
     try:
         [(kind, values)] = content.items()
-        if kind == "choice" and values:
+        if kind == "choice" and values and isinstance(values, list):
             return Range(kind, tuple(value if isinstance(value, str) else json.dumps(value) for value in values))
-        low, high = map(int if kind == "int" else float, values)
+        low, high = map(operator.index if kind == "int" else float, values)
         if kind in ("log", "uniform", "int") and low < high and (kind != "log" or low > 0):
             return Range(kind, (low, high))
     except (AttributeError, TypeError, ValueError):
@@ -166,6 +167,7 @@ class Tuner:
                 raise
             finally:
                 self._runtime.before_close.close()  # a captured CUDA graph goes with its trial
+                self._runtime.accelerator.free_memory()  # or it keeps every trial's networks
         self._runtime.print(ranks.on_main(self._write_results))
 
     def _open(self) -> None:

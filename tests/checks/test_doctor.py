@@ -190,7 +190,7 @@ def test_what_a_checkpoint_needs_is_what_it_takes(
     run = RunFolder(plan.config.folder)
     run.path.mkdir()
     run.config.touch()
-    writer = CheckpointWriter(run, Ranks(), keep_last=3, keep_every=None, clip_value=None)
+    writer = CheckpointWriter(run, Ranks(), keep_last=3, keep_every=None)
     for step in (1, 2):
         writer.save(state.tensors(), step, {})
     writer.finish()

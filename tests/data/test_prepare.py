@@ -33,7 +33,9 @@ from pipeline.data.dataset import Reading, Remarks
 from pipeline.data.images import open_images
 from pipeline.data.prepare import index_shards, known, prepare_folder, prepare_mnist, prepare_npz
 from pipeline.data.prepare.npz import load_npz
+from pipeline.data.prepare.shards import expand
 from pipeline.data.resident import load_split
+from pipeline.data.shards import write_shard
 from pipeline.distributed.launcher import run_program
 from pipeline.errors import UserError
 from tests.data.numbered import image_numbers, numbered_dataset, numbered_images
@@ -876,6 +878,17 @@ def test_names_as_labels_that_do_not_fit_together_are_refused(tmp_path: Path) ->
         load_split(load_dataset(dataset.folder), "train")
 
 
+def test_files_are_found_whatever_their_names_and_each_once(tmp_path: Path) -> None:
+    folder = tmp_path / "photos [2024]"
+    folder.mkdir()
+    png_shard(folder / "a [1].tar", 0, 30)
+    png_shard(folder / "b.tar.tgz", 30, 30)
+    both = [str(folder / name) for name in ("a [1].tar", "b.tar.tgz")]
+    assert [*expand([str(folder)])] == both
+    assert [*expand(both)] == both
+    assert [*expand([str(tmp_path / "photos*" / "a*.tar")])] == both[:1]
+
+
 @pytest.mark.slow
 def test_what_is_wrong_in_existing_shards_is_named(tmp_path: Path) -> None:
     def fails(words: str, *patterns: str) -> None:
@@ -896,6 +909,8 @@ def test_what_is_wrong_in_existing_shards_is_named(tmp_path: Path) -> None:
     ):
         (tmp_path / f"{name}.tar").write_bytes(damaged)
         fails(rf"{name}\.tar.* is damaged", "good.tar", f"{name}.tar")
+    write_shard(tmp_path / "deep.tar", [(np.zeros((10, 5, 8, 8), np.uint8), None)])
+    fails(r"deep\.tar has 5 channels: images have 1 \(grey\) or 3", "deep.tar")
     (tmp_path / "empty.tar").write_bytes(b"")
     fails(r"empty\.tar: it begins with b'', which is no tar's header", "good.tar", "empty.tar")
     png_shard(tmp_path / "unlabelled.tar", 0, 3, labelled=False)

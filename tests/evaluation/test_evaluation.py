@@ -23,7 +23,7 @@ from pipeline.errors import EXIT_USER_ERROR, Preempted, UserError
 from pipeline.evaluation.evaluate import evaluate_images
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.features import FeatureExtractor
-from pipeline.evaluation.interruption import check_interrupted, interruptible, never
+from pipeline.evaluation.interruption import check_interrupted, interruptible, interruptible_on_main, never
 from pipeline.rng import sampling_order
 from tests.jobs import ROOT, changed, flags, launch, tiny_config
 
@@ -263,6 +263,20 @@ def test_a_rank_stops_with_another_that_was_interrupted() -> None:
     assert done == ["its share"]
     with interruptible(Ranks(), never):
         check_interrupted()
+
+
+def test_a_file_that_the_main_rank_cannot_write_is_told_on_every_rank() -> None:
+    """Or the others would wait for its result: here of two ranks the second."""
+
+    class Second(Ranks):
+        def gather(self, value: Any) -> list[Any]:
+            return [OSError("no space"), value]
+
+        def broadcast(self, value: Any) -> Any:
+            raise AssertionError("the main rank is gone")
+
+    with pytest.raises(OSError, match="no space"):
+        interruptible_on_main(Second(1, 2), never, lambda: None)
 
 
 @pytest.mark.slow

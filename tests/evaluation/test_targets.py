@@ -98,6 +98,9 @@ def test_a_run_is_scored_on_its_own_dataset_or_into_another_file(
     assert theirs["dataset_fingerprint"] == other_digits.dataset.fingerprint
     assert ours["images_fingerprint"] == theirs["images_fingerprint"]
     assert files(run.path) == before
+    with pytest.raises(UserError, match=r"steps is \[10, 20\]: with `out` or `real` it must be one step"):
+        evaluate(run.path, steps=[10, 20], out=tmp_path / "two.json")
+    assert score_target(run.path, scorer, [], None, tmp_path) == []
 
 
 def test_the_test_split_of_another_dataset_is_another_file_or_refused(

@@ -34,7 +34,7 @@ def saved_run(
     run.config.touch()
     state = {f"{role}.{name}": value for role in ("ema", "generator") for name, value in generator.state_dict().items()}
     state |= {f"critic.{name}": value for name, value in critic.state_dict().items()} if critic else {}
-    writer = CheckpointWriter(run, Ranks(), keep_last=9, keep_every=None, clip_value=None)
+    writer = CheckpointWriter(run, Ranks(), keep_last=9, keep_every=None)
     for step in steps:
         writer.save(state, step, {"generator": generator.spec()})
     writer.finish()

@@ -119,6 +119,8 @@ def test_a_run_without_a_checkpoint_is_told(tmp_path: Path) -> None:
     begun = saved_run(RunFolder(tmp_path / "begun"), random_generator(), "ab" * 32)
     with pytest.raises(UserError, match=r"begun: holds no checkpoint, one would be in .*begun/checkpoints"):
         load_generator(begun.path, "ema")
+    with pytest.raises(UserError, match="holds no run, checkpoint or export: give a run's folder, such as runs/NAME"):
+        load_generator(tmp_path, "ema")
 
 
 @pytest.mark.parametrize("normalised", [False, True])

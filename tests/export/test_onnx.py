@@ -92,6 +92,12 @@ def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
         convert(tmp_path / "source.safetensors", tmp_path / "generator.pt")
 
 
+def test_a_name_on_the_hub_may_have_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"source\.safetensors: no such file"):
+        convert(tmp_path / "source.safetensors", Path("hf://me/wgan-0.3"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
 def test_a_missing_package_is_named_with_the_command(package: str, tmp_path: Path) -> None:

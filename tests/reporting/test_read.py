@@ -14,7 +14,8 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.reporting.page import write_report
-from pipeline.reporting.read import Curve, read_run
+from pipeline.reporting.read import Curve, is_run, read_run
+from pipeline.storage.run_folder import RunFolder
 from tests.reporting.made_runs import Page
 
 
@@ -28,6 +29,15 @@ def test_damaged_lines_are_left_out_and_later_lines_count(run: Path) -> None:
     assert found.notes == ["metrics.jsonl: 4 damaged lines; a killed run leaves one"]
     assert found.notes[0] in Page(write_report(run)).text
     assert found.notes[0] in (run / "report.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["samples", "evaluation", "checkpoints"])
+def test_a_folder_of_runs_is_none_whatever_they_are_called(name: str, run: Path) -> None:
+    root = run.parent
+    run.rename(root / name)
+    assert is_run(root / name)
+    assert not is_run(root)
+    assert not RunFolder(root).has_begun
 
 
 def test_configuration_marks_what_differs_from_the_defaults(run: Path) -> None:

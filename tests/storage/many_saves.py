@@ -35,7 +35,7 @@ def held_after(saves: int, every: int, folder: Path) -> Iterator[Held]:
     """Saves a small state so many times under `folder`, and tells what is held after each `every` saves."""
     folder.joinpath("config.yaml").touch()
     run = RunFolder(folder)
-    writer = CheckpointWriter(run, Ranks(), keep_last=KEPT, keep_every=None, clip_value=None)
+    writer = CheckpointWriter(run, Ranks(), keep_last=KEPT, keep_every=None)
     process, state = psutil.Process(), {"critic.weight": torch.zeros(1000), "critic.step": torch.tensor(0)}
     for step in range(1, saves + 1):
         writer.save(state, step, {"elapsed_seconds": float(step)})

@@ -68,7 +68,7 @@ def made(path: Path) -> RunFolder:
 
 
 def writer(run: RunFolder, keep_last: int = 3, keep_every: int | None = None) -> CheckpointWriter:
-    return CheckpointWriter(run, Ranks(), keep_last=keep_last, keep_every=keep_every, clip_value=0.01)
+    return CheckpointWriter(run, Ranks(), keep_last=keep_last, keep_every=keep_every, bounds={"critic.weight": 0.01})
 
 
 def save_steps(run: RunFolder, *steps: int, **options: int) -> None:
@@ -119,7 +119,6 @@ def test_the_best_is_kept_until_a_better_one_is_there(run: RunFolder) -> None:
         Ranks(),
         keep_last=1,
         keep_every=None,
-        clip_value=0.01,
         best_of=lambda steps: min(steps, key=lambda step: (scores[step], step)),
     )
     kept = {10: [10], 20: [20], 30: [20, 30], 40: [20, 40], 50: [50], 60: [50, 60], 70: [50, 70]}
@@ -254,7 +253,7 @@ def test_a_save_that_waits_for_a_lost_rank_does_not_keep_the_process(tmp_path: P
     waiting += "from pipeline.storage.checkpoint import CheckpointWriter\n"
     waiting += "from pipeline.storage.run_folder import RunFolder\n"
     waiting += "class Lost(CheckpointWriter):\n    def _check(self, *state): threading.Event().wait()\n"
-    waiting += "out = Lost(RunFolder(Path(sys.argv[1])), Ranks(), keep_last=1, keep_every=None, clip_value=None)\n"
+    waiting += "out = Lost(RunFolder(Path(sys.argv[1])), Ranks(), keep_last=1, keep_every=None)\n"
     waiting += "out.save({'x': torch.zeros(1)}, 1, {}); sys.exit(3)"
     assert subprocess.run([sys.executable, "-c", waiting, str(tmp_path)], cwd=ROOT, timeout=60).returncode == 3
 
@@ -281,6 +280,14 @@ def test_a_state_that_broke_its_invariants_is_never_committed(
     assert out.committed_step == 1
 
 
+def test_only_what_is_clipped_has_a_bound(run: RunFolder) -> None:
+    """A critic's buffers, such as running averages, are no weights."""
+    out = writer(run)
+    out.save(random_state(1) | {"critic.norm.running_var": torch.ones(3)}, 1, {})
+    out.finish()
+    assert out.committed_step == 1
+
+
 @pytest.mark.parametrize(("odd", "message"), [(0, "rank 1 and rank 0"), (2, "rank 0 and rank 2")])
 def test_of_three_ranks_the_one_that_differs_is_named(odd: int, message: str, run: RunFolder) -> None:
     @dataclass(frozen=True)
@@ -290,7 +297,7 @@ def test_of_three_ranks_the_one_that_differs_is_named(odd: int, message: str, ru
         def gather(self, value: T) -> list[T]:
             return [cast("T", dict(value) | {"x": "other"} if rank == odd else value) for rank in range(3)]  # type: ignore[call-overload]
 
-    out = CheckpointWriter(run, Three(), keep_last=1, keep_every=None, clip_value=None)
+    out = CheckpointWriter(run, Three(), keep_last=1, keep_every=None)
     with pytest.raises(IntegrityError, match=re.escape(f"x differs between {message}")):
         out._compare_replicas({"x": torch.zeros(3)})
 

@@ -4,6 +4,7 @@ export, the report and the doctor leave every number and its memory as they were
 from __future__ import annotations
 
 import pickle
+import time
 from base64 import b64encode
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,34 @@ def test_nothing_but_a_step_changes_what_is_trained(world_size: int, tmp_path: P
     runs = b64encode(pickle.dumps(configs)).decode()
     result = launch(ROOT / "tests/training/watched.py", [runs], world_size)
     assert result.returncode == 0, result.stderr[-4000:]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_checkpoint_after_one_that_failed_is_saved(
+    tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    objective = {"objective": "lsgan", "clip_value": None}
+    config = tiny_config(run={"root": str(tmp_path)}, data={"dataset": str(tiny_dataset)}, training=objective)
+    with restoring_process():
+        trainer = Trainer(config, Runtime(config.runtime))
+        saver, folder, state = trainer.saver, trainer.folder, trainer.state
+        folder.path.mkdir()
+        folder.config.touch()
+        folder.checkpoints.touch()  # a file where the folder should be
+        state.step = 1
+        saver.save()
+        while saver.writer.failures_in_a_row == 0:
+            time.sleep(0.01)
+        folder.checkpoints.unlink()
+        state.step = 2
+        saver.save()
+        saver.writer.finish()
+        saver.report()
+        trainer.runtime.close()
+    assert folder.saved_steps() == [2]
+    lines = capsys.readouterr().err
+    assert "checkpoint failed (1 in a row" in lines
+    assert lines.endswith("step 2: saved\n")
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -85,6 +85,7 @@ def test_a_run_is_finished_once_its_last_steps_generator_is_exported(
     assert unfinished(20) == "0,1,2,3,4"
     export(1, 20)
     patient = export(2, 6)
+    patient.config.touch()
     patient.evaluation.mkdir()
     patient.best_scores.write_text(json.dumps({"last_step": 6}))  # no better score came
     export(3, 10).export.write_bytes(b"cut short")

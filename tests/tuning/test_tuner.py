@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 import time
@@ -18,6 +19,7 @@ from pipeline.config import Config, flatten, make_parser, parse
 from pipeline.data import Dataset
 from pipeline.distributed.process import Runtime
 from pipeline.errors import EXIT_PREEMPTED, UserError
+from pipeline.models.networks import Critic, Generator
 from pipeline.storage.run_folder import RunFolder
 from pipeline.tuning.tuner import STARTUP_TRIALS, Tuner, read_study
 from tests.distributed.interrupting import LIMIT_SECONDS
@@ -160,6 +162,18 @@ def test_a_trial_that_was_put_back_keeps_its_folder_and_its_settings(tuner: Call
     assert other.take() == taken
     other.put_back(taken[0])
     assert one.take() == taken, "however often"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_no_network_outlives_its_trial(tuner: Callable[..., Tuner]) -> None:
+    def networks() -> int:
+        gc.collect()
+        return sum(type(item) in (Generator, Critic) for item in gc.get_objects())
+
+    before = networks()
+    tuner(trials=1, seeds=[0]).run()
+    assert networks() == before
 
 
 @pytest.mark.slow

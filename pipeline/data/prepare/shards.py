@@ -140,8 +140,10 @@ def expand(patterns: Iterable[str], inside: Sequence[str] = ("*.tar*", "*.tgz"))
                 yield item
                 continue
             path = Path(item).absolute()
-            globs = [path / pattern for pattern in inside] if path.is_dir() else [path]
-            paths = sorted(file for glob in globs for file in Path(glob.anchor).glob(str(glob)[len(glob.anchor) :]))
+            if path.is_dir():
+                paths = {file for pattern in inside for file in path.glob(pattern)}
+            else:  # its name may itself look like a pattern
+                paths = {path} if path.exists() else {*Path(path.anchor).glob(str(path)[len(path.anchor) :])}
             if not paths:
                 raise DataError(f"{item} names no file")
-            yield from map(str, paths)
+            yield from map(str, sorted(paths))

@@ -30,7 +30,6 @@ from pipeline.data.samples import checked_label
 from pipeline.errors import UserError
 
 COLUMNS = "image", "label"
-MISSING = "{} is not installed: pip install 'gan-pipeline[datasets]'"
 
 
 def prepare_dataset(
