@@ -88,10 +88,10 @@ def test_a_module_by_name_is_a_feature_space(digits: Dataset, module: str, tmp_p
         ("number", "that is a int, not a torch module"),
         (
             "wrong",
-            r"was given uint8 \[2, 1, 28, 28\] and failed \(ValueError: it returned \[1568\], not a row for",
+            r"was given uint8 \[2, 1, 28, 28\] and failed: it returned \[1568\], not a row for",
         ),
-        ("of_images", r"is called without arguments, to return a torch module, and failed \(TypeError: of_images\(\) "),
-        ("Failing", r"and failed \(RuntimeError: no such device\)"),
+        ("of_images", r"is called without arguments, to return a module, and failed: TypeError: of_images\(\) "),
+        ("Failing", r"and failed: RuntimeError: no such device"),
     ],
 )
 def test_what_is_wrong_with_a_module_is_told(attribute: str, words: str, digits: Dataset, module: str) -> None:

@@ -4,12 +4,15 @@ import sys
 from collections.abc import Callable
 
 from pipeline.data.dataset import Dataset
-from pipeline.data.prepare.commit import ShardSizes, print_line
-from pipeline.data.prepare.folder import prepare_folder
-from pipeline.data.prepare.known import prepare_known, prepare_mnist
-from pipeline.data.prepare.npz import prepare_npz
-from pipeline.data.prepare.shards import index_shards
-from pipeline.data.prepare.tables import prepare_dataset, prepare_hf, prepare_parquet
+from pipeline.data.prepare.commit import ShardSizes as ShardSizes
+from pipeline.data.prepare.commit import print_line
+from pipeline.data.prepare.folder import prepare_folder as prepare_folder
+from pipeline.data.prepare.known import prepare_known as prepare_known
+from pipeline.data.prepare.known import prepare_mnist as prepare_mnist
+from pipeline.data.prepare.npz import prepare_npz as prepare_npz
+from pipeline.data.prepare.shards import index_shards as index_shards
+from pipeline.data.prepare.tables import prepare_dataset as prepare_dataset
+from pipeline.data.prepare.tables import prepare_hf, prepare_parquet
 from pipeline.errors import UserError
 
 SOURCES: dict[str, tuple[Callable[..., Dataset], str, str]] = {
@@ -37,16 +40,3 @@ def finish(dataset: Dataset) -> None:
         print_line(f"only networks of your own can train on it; images can be scored against it: {error}")
     if not sys.stdout.isatty():
         print(dataset.folder)
-
-
-__all__ = [
-    "SOURCES",
-    "ShardSizes",
-    "finish",
-    "index_shards",
-    "prepare_dataset",
-    "prepare_folder",
-    "prepare_known",
-    "prepare_mnist",
-    "prepare_npz",
-]

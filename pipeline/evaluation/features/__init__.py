@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from pipeline.config import EvaluationConfig, import_object
 from pipeline.data import Dataset
-from pipeline.errors import UserError, describe_error
+from pipeline.data.dataset import naming
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.evaluation.features.published import PublishedWeights
@@ -106,11 +107,8 @@ class CustomFeatures(FeatureExtractor):
     def __init__(self, name: str, image_shape: tuple[int, int, int], device: torch.device) -> None:
         network = import_object("evaluation.features", name)
         if not isinstance(network, nn.Module) and callable(network):
-            try:
+            with naming(f"evaluation.features: {name} is called without arguments, to return a module, and failed"):
                 network = network()
-            except Exception as error:  # the user's code may raise anything
-                text = f"{name} is called without arguments, to return a torch module, and failed"
-                raise UserError(f"evaluation.features: {text} ({describe_error(error)})") from error
         if not isinstance(network, nn.Module):
             raise UserError(
                 f"evaluation.features holds {name!r}: that is a {type(network).__name__}, not a torch module"
@@ -119,11 +117,8 @@ class CustomFeatures(FeatureExtractor):
         identity = hashlib.sha256(source).hexdigest() + digest_of(network.state_dict())
         self.name, self.network = name, network.eval().to(device)
         super().__init__("1", identity.encode(), device)
-        try:
+        with naming(f"evaluation.features: {name} was given uint8 {[2, *image_shape]} and failed"):
             features, logits = self(torch.zeros(2, *image_shape, dtype=torch.uint8))
-        except Exception as error:  # the user's code may raise anything
-            text = f"{name} was given uint8 {[2, *image_shape]} and failed ({describe_error(error)})"
-            raise UserError(f"evaluation.features: {text}") from error
         self.num_features, self.num_classes = features.shape[1], logits.shape[1]
 
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

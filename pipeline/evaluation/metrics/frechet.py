@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.data.dataset import naming
 from pipeline.evaluation.interruption import check_interrupted
 from pipeline.evaluation.metrics.states import Tensors
 from pipeline.rng import seeded
@@ -54,16 +53,14 @@ class Moments:
     def of_file(cls, path: Path, width: int) -> Self:
         """Reads published moments of `width` features: `mu` and `sigma` of an .npz file, as pytorch-fid and StudioGAN
         write them. It does not tell of how many images they are: `num_images` is 0. Raises UserError."""
-        try:
+        problem = f"evaluation.reference_statistics {path} cannot be used"
+        with naming(problem, "; give an .npz file with mu [d] and sigma [d, d]"):
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 mean, covariance = (torch.from_numpy(file[name].astype(np.float64)) for name in ("mu", "sigma"))
             if mean.shape != (width,) or covariance.shape != (width, width):
                 raise ValueError(f"mu is {tuple(mean.shape)} and sigma {tuple(covariance.shape)}, of {width} features")
             if not (mean.isfinite().all() and covariance.isfinite().all() and covariance.allclose(covariance.T)):
                 raise ValueError("sigma is not symmetric, or a number is not finite")
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            message = f"evaluation.reference_statistics {path} cannot be used: {error}"
-            raise UserError(f"{message}; give an .npz file with mu [d] and sigma [d, d]") from None
         return cls(mean, covariance, 0)
 
     @cached_property
