@@ -152,6 +152,8 @@ def evaluate(
     from pipeline.evaluation.targets import check_run, real_dataset, score_target
     from pipeline.storage.run_folder import RunFolder, scores_of
 
+    if isinstance(steps, int | str) and steps not in ("newest", "all"):
+        raise UserError(f"steps is {steps!r}: give a list of steps, 'newest' or 'all'")
     if (out or real) and steps != "newest" and (steps == "all" or len(steps) != 1):
         raise UserError(f"steps is {steps}: with `out` or `real` it must be one step, as the scores are one file")
     run = RunFolder(Path(target))

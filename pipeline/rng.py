@@ -9,6 +9,8 @@ count from 0; without a `critic_index` a draw is of the generator's update.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import blake2b
 
 import numpy as np
@@ -64,9 +66,18 @@ def labels(
     return torch.randint(num_classes, (batch_size,), generator=_of_update(seed, "labels", step, critic_index))[rows]
 
 
-def evaluation_labels(start: int, stop: int, num_classes: int) -> torch.Tensor:
-    """Returns the labels of evaluation images start, ..., stop - 1: int64, every class in turn."""
-    return torch.arange(start, stop) % num_classes
+def evaluation_labels(start: int, stop: int, sizes: Sequence[int]) -> torch.Tensor:
+    """Returns the labels of evaluation images start, ..., stop - 1: int64. Each class has the share of its size among
+    all, in the first images as in many: of equal sizes the classes take turns."""
+    order = _spread(tuple(sizes))
+    return order[torch.arange(start, stop) % len(order)]
+
+
+@lru_cache(maxsize=4)
+def _spread(sizes: tuple[int, ...]) -> torch.Tensor:
+    """Returns as many labels of each class as its size is, whose order spreads those of each class evenly."""
+    places = torch.cat([(torch.arange(size, dtype=torch.float64) + 0.5) / size for size in sizes])
+    return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))[places.argsort(stable=True)]
 
 
 def penalty_mix(seed: int, step: int, critic_index: int, batch_size: int, rows: slice) -> torch.Tensor:

@@ -99,6 +99,12 @@ class Judge(nn.Module):
         return self.layers(images).squeeze(1), None
 
 
+class ScoresAlone(Judge):
+    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
+        scores: Tensor = self.layers(images).squeeze(1)
+        return scores
+
+
 class Column(Judge):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.layers(images), None

@@ -122,7 +122,14 @@ def test_an_evaluation_latent_depends_on_its_number_alone() -> None:
 
 
 def test_labels_cover_the_classes() -> None:
-    assert rng.evaluation_labels(8, 13, 10).tolist() == [8, 9, 0, 1, 2]
+    assert rng.evaluation_labels(8, 13, [5] * 10).tolist() == [8, 9, 0, 1, 2]
+    sizes = torch.tensor([700, 10, 0, 290])
+    whole = rng.evaluation_labels(0, 2500, sizes.tolist())
+    assert torch.equal(torch.bincount(whole[:1000], minlength=4), sizes)
+    for start, stop in ((0, 100), (0, 733), (990, 1010), (123, 2500)):
+        assert torch.equal(rng.evaluation_labels(start, stop, sizes.tolist()), whole[start:stop])
+        shown = torch.bincount(whole[start:stop], minlength=4)
+        assert ((shown - sizes / 1000 * (stop - start)).abs() <= 1.5).all(), (start, stop)
     for labels in (
         rng.labels(0, 3, 1, 10_000, 10, WHOLE),
         rng.labels(0, 3, None, 10_000, 10, WHOLE),

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,6 +32,7 @@ from pipeline.benchmarking.plain import PlainTrainer
 from pipeline.config import Config, to_yaml
 from pipeline.data import Dataset
 from pipeline.data.resident import ResidentSource
+from pipeline.data.samples import BLOCK
 from pipeline.data.streaming import StreamingSource
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.cpu import bind_to_share
@@ -108,11 +110,14 @@ def measure_data(config: Config, runtime: Runtime, dataset: Dataset) -> dict[str
 
 
 def _plain_webdataset(dataset: Dataset) -> Iterator[Sized]:
-    """Yields uint8 blocks of images as a user of webdataset alone would read these shards: unshuffled, unchecked."""
+    """Yields blocks of images as a user of webdataset alone would read these shards: unshuffled, unchecked."""
     urls = [dataset.locate(shard) for shard in dataset.shards("train")]
     # nodesplitter: the default one refuses to run on one rank of several.
     samples = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False, nodesplitter=None).repeat()
-    return (np.load(io.BytesIO(sample["images.npy"]), allow_pickle=False) for sample in samples)
+    for sample in samples:
+        key = next(key for key in dataset.reading.image_key.split(";") if key in sample)
+        content = io.BytesIO(sample[key])
+        yield np.load(content, allow_pickle=False) if key == BLOCK else np.asarray(Image.open(content))[None]
 
 
 def measure_training(config: Config, runtime: Runtime, steps: int) -> dict[str, Any]:

@@ -74,13 +74,17 @@ def classes_of_labels(sources: Sequence[tuple[str, str, Set[int | str | None]]])
         if untrained := sorted(name for name in map(str, test) if find_class(name, classes) is None):
             raise DataError(f"the test images show {untrained[0]!r}, the training images do not")
         return classes
-    numbers = sorted(label for label in train | test if isinstance(label, int))
+    numbers, untrained_numbers = (
+        sorted(label for label in each if isinstance(label, int)) for each in (train, test - train)
+    )
     if numbers != list(range(len(numbers))):
         source = next(source for _, source, labels in sources if numbers[-1] in labels)
         raise DataError(
             f"{source}: the labels, from {numbers[0]} to {numbers[-1]}, do not begin at 0 or leave numbers out: number "
             f"the classes 0 to {len(numbers) - 1}"
         )
+    if untrained_numbers:
+        raise DataError(f"the test images show class {untrained_numbers[0]}, the training images do not")
     return tuple(map(str, numbers))
 
 

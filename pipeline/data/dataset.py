@@ -215,7 +215,7 @@ def load_dataset(folder_or_url: str | Path, *, allow_shell_urls: bool = False, r
     with naming(f"cannot read {location}"):
         try:
             content = read_bytes(location)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise DataError(f"{location} does not exist{_advice(base, root)}") from None
     with naming(f"{location} cannot be used", "; prepare the dataset again"):
         dataset = _parse(json.loads(content), Path(base), base if scheme(base) else "")
@@ -231,6 +231,9 @@ def _advice(folder: str, root: str) -> str:
     """Returns the end of the message that a folder has no manifest: what to do."""
     from pipeline.data.samples import IMAGE_FILE_SUFFIXES  # here: it imports this module
 
+    if (file := Path(folder)).is_file():
+        source = {".parquet": "parquet", ".tar": "shards"}.get(file.suffix, "npz")
+        return f": {file} is a file; run gan-pipeline prepare {source} {file} --name NAME, then data.dataset NAME"
     if any(file.suffix.lower() in IMAGE_FILE_SUFFIXES for file in Path(folder).rglob("*")):
         return f": {folder} holds images; run gan-pipeline prepare folder {folder} --name NAME, then data.dataset NAME"
     similar = near(Path(folder)) or near(Path(root, folder))

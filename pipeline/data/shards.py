@@ -135,7 +135,8 @@ def decode(images: Images | Sequence[memoryview], image_shape: ImageShape, locat
     from pipeline.data.images import decode_image
 
     with _refusing_damage(location):
-        return np.stack([decode_image(io.BytesIO(content), image_shape) for content in images])
+        stacked = np.stack([decode_image(io.BytesIO(content), image_shape) for content in images])
+        return np.ascontiguousarray(stacked)  # `stack` keeps the order of the axes in Pillow's images
 
 
 def copy_mirrored(images: Images, into: Images) -> None:

@@ -15,17 +15,19 @@ from torch import Tensor, nn
 from pipeline.config import EvaluationConfig
 from pipeline.data import Dataset
 from pipeline.data.resident import load_images
+from pipeline.data.shards import read_shard
 from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.features import FORWARD_SIZE, FeatureExtractor, load_all, published_weights
 from pipeline.evaluation.interruption import check_interrupted, interruptible, interruptible_on_main
+from pipeline.evaluation.real_statistics import real_scores
 from pipeline.export.generator_file import fingerprint
-from pipeline.export.images import render_range, save_grid
+from pipeline.export.images import render, save_grid
 from pipeline.models.networks import AnyGenerator, Critic
 from pipeline.reporting import few_images
 from pipeline.reporting.read import USUAL_NEIGHBOURS
-from pipeline.rng import evaluation_labels, seeded
+from pipeline.rng import evaluation_labels, evaluation_latents, seeded
 from pipeline.storage.files import write_text
 from pipeline.storage.run_folder import neighbours, real_images
 
@@ -52,11 +54,38 @@ class Scorer:
     def score_generator(
         self, generator: AnyGenerator, path: Path, facts: dict[str, Any], critic: nn.Module | None = None
     ) -> dict[str, Any]:
-        """Scores the evaluation images 0, ..., num_images - 1 of a generator in eval mode: see `score`."""
+        """Scores the evaluation images 0, ..., num_images - 1 of a generator in eval mode: see `score`. Of the
+        dataset's classes each has the share that it has in the reference split; other classes take turns."""
         check_shape(generator.image_shape, self.dataset)
         count, facts = self.config.num_images, facts | {"images_fingerprint": fingerprint(generator)}
-        labels = evaluation_labels(0, count, generator.num_classes) if generator.num_classes else None
-        return self.score(ImageSet(count, partial(render_range, generator, self.seed), labels), path, facts, critic)
+        labels: Tensor | None = None
+        if generator.num_classes:
+            sizes = self._class_sizes(generator.num_classes)
+            labels = evaluation_labels(0, count, sizes)
+            if len({*sizes}) > 1:  # or it is as in earlier versions
+                facts["classes_as_in"] = self.config.reference
+
+        def draw(start: int, stop: int) -> Tensor:
+            latents = evaluation_latents(self.seed, start, stop, generator.config.latent_dim)
+            return render(generator, latents, None if labels is None else labels[start:stop])
+
+        return self.score(ImageSet(count, draw, labels), path, facts, critic)
+
+    def _class_sizes(self, num_classes: int) -> list[int]:
+        """Returns how many images of the reference split each class has, or equal numbers for classes that are not the
+        dataset's."""
+        dataset, split = self.dataset, self.config.reference
+        if num_classes != dataset.num_classes:
+            return [1] * num_classes
+
+        def count() -> dict[str, list[int]]:
+            sizes = torch.zeros(num_classes, dtype=torch.int64)
+            for shard in dataset.shards(split):
+                sizes += torch.bincount(torch.as_tensor(read_shard(dataset, shard).labels), minlength=num_classes)
+            return {"sizes": sizes.tolist()}
+
+        known = partial(real_scores, dataset, self.extractors[0], {"class-sizes": split}, count)
+        return list(self.runtime.ranks.on_main(known)["sizes"])
 
     def score(
         self, images: ImageSet, path: Path, facts: dict[str, Any], critic: nn.Module | None = None

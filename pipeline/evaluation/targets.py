@@ -30,7 +30,7 @@ from pipeline.reporting.page import write_report
 from pipeline.reporting.read import Evaluation, read_mapping
 from pipeline.storage.checkpoint import CheckpointError, find, read_checkpoint
 from pipeline.storage.files import make_folder, near
-from pipeline.storage.run_folder import RunFolder, scores_of
+from pipeline.storage.run_folder import MANIFEST, RunFolder, scores_of, step_of
 
 
 @contextmanager
@@ -101,6 +101,8 @@ def score_target(
     resizing = {key: value for key, value in (("crop", crop), ("size", size)) if value is not None}
     if resizing and (run.has_begun or is_export(target) or not target.exists()):
         raise UserError(f"{target}: --crop and --size are for images in a folder or an .npz file: leave them out")
+    if (target / MANIFEST).is_file():
+        raise UserError(f"{target}: is a checkpoint: give its run, {target.parent.parent} --step {step_of(target)}")
     if run.has_begun:
         return _score_run(run, scorer, steps, out, code)
     facts: dict[str, Any] = {"target": str(target).replace("hf:/", "hf://", 1), **resizing}

@@ -169,10 +169,15 @@ def warm_start(source: str, generator: AnyGenerator, ema: AnyGenerator, critic: 
         except RuntimeError as error:
             different = [(key, there.get(key), value) for key, value in generator.spec().items()]
             reasons = [f"{key} is {old} there and {new} here" for key, old, new in different if old != new]
+            was, is_now = (
+                any(name.endswith(SINGULAR_VECTORS) for name in each) for each in (state, networks[role].state_dict())
+            )
+            if was != is_now:
+                reasons.append(f"training.spectral_norm is {was} there and {is_now} here".lower())
             reason = "; ".join(reasons) or str(error).splitlines()[-1].strip("\t .")
             raise UserError(
                 f"run.start_from is {source}: its {role} does not fit this run's ({reason}): give one with the same "
-                "network settings and images, or for another critic an export, which has none"
+                "networks, objective and images, or for another critic an export, which has none"
             ) from None
     return f"begins with the weights of {source}: {', '.join(states)}"
 

@@ -67,10 +67,11 @@ def interpolate(generator: AnyGenerator, seed: int, rows: int, columns: int, lab
 
 
 def _labels(generator: AnyGenerator, start: int, stop: int, label: int | None) -> Tensor:
-    if label is not None and generator.num_classes and not 0 <= label < generator.num_classes:
-        raise UserError(f"label is {label}: the classes are 0 to {generator.num_classes - 1}")
+    if label is not None and not 0 <= label < generator.num_classes:
+        last = generator.num_classes - 1
+        raise UserError(f"label is {label}: {f'the classes are 0 to {last}' if last > 0 else 'there are no classes'}")
     if label is None:
-        return evaluation_labels(start, stop, generator.num_classes or 1)  # without classes nothing reads them
+        return evaluation_labels(start, stop, [1] * (generator.num_classes or 1))  # without classes nothing reads them
     return torch.full((stop - start,), label)
 
 

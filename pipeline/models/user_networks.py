@@ -60,7 +60,10 @@ class UserCritic(nn.Module):
         self.network = _make("critic", config, image_shape, num_classes, rng)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        scores, logits = self.network(images.flip(2, 3))
+        outputs = self.network(images.flip(2, 3))
+        if not isinstance(outputs, tuple) or len(outputs) != 2:
+            raise TypeError("it must return two things: scores (n,), and logits (n, num_classes), None without classes")
+        scores, logits = outputs
         return scores, logits
 
 

@@ -75,8 +75,10 @@ class StudyFile(NamedTuple):
         for key, allowed in self.space.items():
             if key not in flatten(config):
                 raise UserError(f"space.{unknown(key, [*flatten(config)])}")
-            if key.startswith("run.") or key == "training.seed":
-                raise UserError(f"space.{key} cannot be searched: leave it out (each trial trains with all seeds)")
+            if key.startswith("run.") or key in ("training.seed", "training.steps"):
+                raise UserError(
+                    f"space.{key} cannot be searched: leave it out (all trials have the same seeds and steps)"
+                )
             for value in allowed.values:
                 configure({key: str(value)})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import tarfile
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -13,10 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.benchmarking import measure
 from pipeline.config import Config, NetworkConfig, TrainingConfig
 from pipeline.data import Dataset
+from pipeline.data.prepare import index_shards
 from pipeline.distributed.process import Runtime
 from pipeline.errors import TrainingFailed
 from pipeline.training.trainer import Trainer
@@ -85,6 +88,21 @@ def test_the_neighbour_is_there_in_every_second_round_and_gone_afterwards(
     assert measure.measure_neighbour(Trainer(config, runtime)) > 0
     changes = [after for before, after in pairwise(seen) if before != after]
     assert changes == ([0] if seen[0] else [1, 0]) + [1, 0] * (measure.NEIGHBOUR_ROUNDS - 1)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # webdataset leaves its file to be closed
+def test_shards_of_single_images_are_timed_too(tmp_path: Path, runtime: Runtime) -> None:
+    with tarfile.open(tmp_path / "colour.tar", "w") as archive:
+        for number in range(8):
+            Image.new("RGB", (8, 8), (number, 0, 9)).save(tmp_path / "one.png")
+            archive.add(tmp_path / "one.png", f"{number}.png")
+    dataset = index_shards(tmp_path, "colour", {"train": [str(tmp_path / "colour.tar")]})
+    config = Config(training=TrainingConfig(batch_size=8))
+    figures = measure.measure_data(config, runtime, dataset)
+    assert len(figures) == 5
+    assert min(figures.values()) > 0
 
 
 def test_a_benchmark_whose_saves_fail_fails(

@@ -106,6 +106,7 @@ ODD_NETWORKS = {
     "critic": {
         "number": r": .*:number could not be made \(TypeError: 'int' object is not callable\)",
         "nothing": r" is '.*:nothing': that makes a NoneType, not a torch.nn.Module",
+        "ScoresAlone": r" was given .* and failed \(TypeError: it must return two things: scores .*\)",
         "Column": r" gives scores of shape \[4, 1\], where \[4\] are expected",
         "Sorting": r" gives logits, but there are no classes to tell apart: give None",
     },

@@ -176,8 +176,10 @@ def test_a_missing_dataset_is_named(tmp_path: Path) -> None:
         ):
             open_dataset(DataConfig(dataset=str(name), root=str(root)))
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"file/dataset.json"):
-        open_dataset(DataConfig(dataset=str(tmp_path / "file")))
+    for name, source in (("file", "npz"), ("a.parquet", "parquet"), ("a.tar", "shards")):
+        (path := tmp_path / name).touch()
+        with pytest.raises(DataError, match=rf"{name} is a file; run gan-pipeline prepare {source} {path} --name NAME"):
+            open_dataset(DataConfig(dataset=str(path)))
     for name, kind in (("cats/1.JPG", "images"), ("tars/1.tar", "")):
         folder = tmp_path / name
         folder.parent.mkdir()

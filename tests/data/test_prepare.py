@@ -787,6 +787,21 @@ def test_existing_shards_are_indexed_where_they_are(tmp_path: Path, mirror: Mirr
     ]
 
 
+def test_colour_shards_are_read_as_they_are_seen(tmp_path: Path) -> None:
+    """Pillow's channels come last, so the decoded images lie in memory otherwise than blocks do."""
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 6, 3), np.uint8)
+    with tarfile.open(tmp_path / "colour.tar", "w") as archive:
+        for number, image in enumerate(pixels):
+            Image.fromarray(image).save(buffer := io.BytesIO(), "PNG")
+            info = tarfile.TarInfo(f"{number}.png")
+            info.size = len(buffer.getvalue())
+            archive.addfile(info, io.BytesIO(buffer.getvalue()))
+    dataset = index_shards(tmp_path, "colour", {"train": [str(tmp_path / "colour.tar")]})
+    seen = pixels.transpose(0, 3, 1, 2)
+    assert np.array_equal(load_split(dataset, "train")[0].numpy(), seen)
+    assert np.array_equal(load_split(dataset, "train", mirror=True)[0].numpy(), seen[:, :, ::-1, ::-1])
+
+
 def tar_of(path: Path, members: dict[str, object]) -> Path:
     """A tar of members: an integer is a grey image of this level in the format of its suffix, a text is itself."""
     with tarfile.open(path, "w") as archive:

@@ -203,7 +203,9 @@ def test_a_torch_dataset_ends_with_its_length(tmp_path: Path) -> None:
 WRONG = {
     "row 2 of the train split cannot be read: ZeroDivisionError": Breaking(),
     "the train split has no rows": [],
-    "row 0 of the train split cannot be read: KeyError: 'label'": [{"image": picture(0), "kind": 0}],
+    r"row 0 of the train split has 'image', 'kind', not 'label': name the two by columns=\(IMAGE, LABEL or 'none'\)": [
+        {"image": picture(0), "kind": 0}
+    ],
     "give those that are 'train' and maybe 'test'": {"test": [picture(0)]},
     r"row 1 of .* is float64 \(2, 2\) with values from -1.0 to 1.0: give .* not normalised": [
         (np.eye(2), 0),
@@ -228,6 +230,10 @@ WRONG = {
         "train": hub_dataset(0, 3),
         "test": hub_dataset(0, 3).cast_column("label", datasets.ClassLabel(names=["a", "b", "c"])),
     },
+    "the test images show class 1, the training images do not": {
+        "train": [(picture(0), 0)],
+        "test": [(picture(0), 0), (picture(0), 1)],
+    },
     "the test images show 'cow', the training images do not": {
         "train": [(picture(0), "cat")],
         "test": [(picture(0), "cow")],
@@ -243,6 +249,13 @@ def test_what_is_wrong_is_named_and_leaves_nothing(words: str, tmp_path: Path) -
     with pytest.raises(UserError, match=words):
         prepare_dataset(rows, "x", tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_classes_that_no_training_image_shows_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = hub_dataset(0, 9).filter(lambda row: row["label"] == 1)
+    dataset = prepare_dataset(rows, "x", tmp_path)
+    assert dataset.num_classes == len(NAMES) == 3
+    assert f"without a training image: 2 classes (first: {NAMES[0]!r})" in capsys.readouterr().err
 
 
 def test_the_hub_is_asked_for_what_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from pipeline import configure, evaluate
 from pipeline.benchmarking.fidelity import fidelity_scores
-from pipeline.config import EvaluationConfig, RuntimeConfig
+from pipeline.config import EvaluationConfig, NetworkConfig, RuntimeConfig
 from pipeline.data import Dataset
 from pipeline.data.dataset import Remarks
 from pipeline.data.images import open_images
@@ -27,9 +29,12 @@ from pipeline.data.resident import load_split
 from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
 from pipeline.evaluate import main
+from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.scorer import Scorer
 from pipeline.evaluation.targets import score_target
 from pipeline.export.generator_file import HUB_WEIGHTS, save_export
+from pipeline.export.images import render, render_range
+from pipeline.models.networks import Generator
 from pipeline.storage.run_folder import RunFolder
 from tests.export.generators import damage, random_generator, saved_run
 from tests.jobs import restoring_process
@@ -303,6 +308,14 @@ def test_a_damaged_newer_checkpoint_is_named_when_it_is_passed_over(
     assert [content(path)["step"] for path in run.all_scores()] == [10]
 
 
+def test_a_checkpoint_is_answered_with_its_run(run: RunFolder, scorer: Scorer, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"is a checkpoint: give its run, {run.path} --step 10"):
+        score(run.checkpoint(10), scorer, tmp_path)
+    for steps in (10, "last"):
+        with pytest.raises(UserError, match=rf"steps is {steps!r}: give a list of steps, 'newest' or 'all'"):
+            evaluate(run.path, steps=steps)  # type: ignore[arg-type]
+
+
 def test_a_run_without_the_checkpoint_is_told_which_there_are(
     run: RunFolder, digits: Dataset, scorer: Scorer, tmp_path: Path
 ) -> None:
@@ -334,6 +347,30 @@ def test_real_images_are_drawn_beside_the_scores(run: RunFolder, scorer: Scorer,
         first = np.asarray(grid)[4 : 4 + 56 : 2, 4 : 4 + 56 : 2, 0]
     training = load_split(scorer.dataset, "train")[0][:, 0].numpy()
     assert (training == first).all((1, 2)).any()
+
+
+class Shades(Generator):
+    """Images whose brightness says their class, 0 or 1, but for some noise."""
+
+    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        assert labels is not None
+        return (0.2 + 0.6 * labels.view(-1, 1, 1, 1) + 0.1 * latents[:, :1, None, None]).expand(-1, 1, 28, 28)
+
+
+def test_a_generator_is_asked_for_classes_as_often_as_they_occur(runtime: Runtime, tmp_path: Path) -> None:
+    """One that has learnt classes of unequal sizes to perfection has hardly any FID."""
+    labels = torch.arange(400) % 10 // 9  # nine to one
+    shades = Shades(NetworkConfig(), (1, 28, 28), 2)
+    images = render(shades, torch.rand(400, 100) * 2 - 1, labels)
+    np.savez(tmp_path / "shades.npz", images=images.numpy()[:, 0], labels=labels.numpy())
+    dataset = prepare_npz(tmp_path, "shades", {"train": tmp_path / "shades.npz"})
+    scorer = Scorer(EvaluationConfig(num_images=300, features=["torch.nn:Flatten"]), dataset, runtime, 0)
+    scores = scorer.score_generator(shades, tmp_path / "scores.json", {})
+    in_turn = ImageSet(300, partial(render_range, shades, 0), torch.arange(300) % 2)
+    even = scorer.score(in_turn, tmp_path / "even.json", {"images_fingerprint": ""})
+    fids = [each["features"]["torch.nn:Flatten"]["fid"] for each in (scores, even)]
+    assert fids[0] < fids[1] / 1000
+    assert content(tmp_path / "scores.json")["classes_as_in"] == "train"
 
 
 def test_a_generator_of_other_images_is_refused(scorer: Scorer, tmp_path: Path) -> None:

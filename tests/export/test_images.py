@@ -51,6 +51,8 @@ def test_an_image_of_a_class_depends_on_the_seed_and_its_number_alone(classed_ex
     for label in (12, -1):
         with pytest.raises(UserError, match=f"label is {label}: the classes are 0 to 11"):
             render_range(generator, 5, 0, 1, label=label)
+    with pytest.raises(UserError, match="label is 0: there are no classes"):
+        render_range(random_generator(), 5, 0, 1, label=0)
     strip = interpolate(generator, 5, 2, 3, label=7)
     torch.testing.assert_close(strip[[0, 3]].int(), sevens[:2].int(), rtol=0, atol=1)
 

@@ -35,7 +35,7 @@ def assert_onnx_is(path: Path, generator: Generator) -> None:
     for n in (1, 7):
         feed = {"latents": evaluation_latents(0, 0, n, 6)}
         if generator.num_classes:
-            feed["labels"] = evaluation_labels(3, 3 + n, generator.num_classes)
+            feed["labels"] = evaluation_labels(3, 3 + n, [1] * generator.num_classes)
         (images,) = session.run(None, {name: tensor.numpy() for name, tensor in feed.items()})
         mirrored = generator(**feed).numpy()
         wanted = np.flip(mirrored, (2, 3))

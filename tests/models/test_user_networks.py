@@ -119,7 +119,7 @@ def test_exports_and_onnx_give_the_same_images(num_classes: int, tmp_path: Path)
     assert convert(path, onnx, network=NetworkCode(GUIDE.generator)) == 0
     feed = {"latents": evaluation_latents(0, 0, 5, 6).numpy()}
     if num_classes:
-        feed["labels"] = evaluation_labels(0, 5, num_classes).numpy()
+        feed["labels"] = evaluation_labels(0, 5, [1] * num_classes).numpy()
     (images,) = onnxruntime.InferenceSession(onnx).run(None, feed)
     assert (torch.from_numpy(images * 255) - expected).abs().max() < 0.51
     with pytest.raises(UserError, match=r"out.h5: the Keras notebooks have no network like this; write .safetensors"):

@@ -17,8 +17,9 @@ from pipeline.data.prepare import prepare_npz
 from pipeline.errors import UserError
 from pipeline.export.generator_file import load_generator, warm_start
 from pipeline.models.networks import Critic
+from pipeline.models.spectral_norm import use_spectral_norm
 from pipeline.storage.run_folder import RunFolder
-from tests.export.generators import random_generator
+from tests.export.generators import random_generator, saved_run
 from tests.jobs import changed, final_state, tiny_config
 
 
@@ -85,6 +86,13 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(digits: Dataset, first
     ):
         with pytest.raises(UserError, match=f"run.start_from is {source}: {reason}"):
             warm_start(str(source), generator, generator, Critic(generator.config, (3, 32, 24), 3))
+    same = random_generator()
+    plain, critic = (Critic(same.config, (1, 28, 28)) for _ in range(2))
+    use_spectral_norm(critic, torch.Generator())
+    run = saved_run(RunFolder(tmp_path / "plain"), same, "", 5, critic=plain)
+    normed = r"its critic does not fit .*\(training.spectral_norm is false there and true here\)"
+    with pytest.raises(UserError, match=normed):
+        warm_start(str(run.path), random_generator(), random_generator(), critic)
     with pytest.raises(UserError, match=r"nothing\.safetensors: no such file"):
         train(short(digits, tmp_path, "third", start_from=str(tmp_path / "nothing.safetensors")))
     assert not (tmp_path / "third").exists()

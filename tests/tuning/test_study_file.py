@@ -68,6 +68,7 @@ def test_the_shipped_study_is_sound() -> None:
         ({"space": {"training.objective": {"choice": "gan"}}}, "space.training.objective is {'choice': 'gan'}"),
         ({"space": {"training.n_critic": {"int": [0.5, 3.9]}}}, "space.training.n_critic is"),
         ({"space": {"training.seed": {"int": [0, 1]}}}, "space.training.seed cannot be searched"),
+        ({"space": {"training.steps": {"int": [5, 9]}}}, "space.training.steps cannot be searched"),
         ({"space": {"training.clip_valu": {"int": [0, 1]}}}, "space.training.clip_valu .* mean training.clip_value"),
         ({"space": {"training.n_critic": {"int": [0, 3]}}}, "training.n_critic is 0: it must be at least 1"),
         ({"score": "mnist.fids"}, "score is mnist.fids, which is no score"),

@@ -87,6 +87,10 @@ def load_npz(path: Path, split: str = "") -> tuple[Images, Labels | None, set[st
     Raises:
         DataError: The file is damaged, or has no images of that split, or several; it names the file.
     """
+    if path.suffix == ".npy":
+        raise DataError(
+            f"{path} is a single array: np.savez('FILE.npz', images=..., labels=...) writes what is read here"
+        )
     advice = "; images are stored as uint8 [N, H, W, C], labels as integers [N], and no Python objects are loaded"
     with naming(f"{path} cannot be read", advice), path.open("rb") as file, np.lib.npyio.NpzFile(file) as arrays:
         candidates = [name for name in arrays.files if name.lower() in NAMES]

@@ -213,6 +213,11 @@ def _rows(dataset: Any, columns: tuple[str, str], names: Sequence[str] | None, w
             if (row := next(iterator, end)) is end:
                 break
             if isinstance(row, Mapping):
+                if missing := [column for column in columns if column != "none" and column not in row]:
+                    held = ", ".join(map(repr, row))
+                    raise DataError(
+                        f"{name} has {held}, not {missing[0]!r}: name the two by columns=(IMAGE, LABEL or 'none')"
+                    )
                 image, label = row[columns[0]], None if columns[1] == "none" else row[columns[1]]
             else:
                 image, label, *_ = (*row, None) if isinstance(row, tuple | list) else (row, None)
