@@ -75,9 +75,10 @@ def evaluation_labels(start: int, stop: int, sizes: Sequence[int]) -> torch.Tens
 
 @lru_cache(maxsize=4)
 def _spread(sizes: tuple[int, ...]) -> torch.Tensor:
-    """Returns as many labels of each class as its size is, whose order spreads those of each class evenly."""
-    places = torch.cat([(torch.arange(size, dtype=torch.float64) + 0.5) / size for size in sizes])
-    return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))[places.argsort(stable=True)]
+    """Returns as many labels of each class as its size is, spread evenly, and the rare classes among each other too."""
+    count = len(sizes)
+    places = [(torch.arange(size).double() + (label + 0.5) / count) / size for label, size in enumerate(sizes)]
+    return torch.arange(count).repeat_interleave(torch.tensor(sizes))[torch.cat(places).argsort(stable=True)]
 
 
 def penalty_mix(seed: int, step: int, critic_index: int, batch_size: int, rows: slice) -> torch.Tensor:
