@@ -39,4 +39,4 @@ class Preempted(_Explained):
 
 def describe_error(error: Exception) -> str:
     """Returns an error of other people's code in one line: its type and the last line of its text."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[-1].strip()}"
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1].strip()}"

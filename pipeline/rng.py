@@ -75,10 +75,18 @@ def evaluation_labels(start: int, stop: int, sizes: Sequence[int]) -> torch.Tens
 
 @lru_cache(maxsize=4)
 def _spread(sizes: tuple[int, ...]) -> torch.Tensor:
-    """Returns as many labels of each class as its size is, spread evenly, and the rare classes among each other too."""
-    count = len(sizes)
-    places = [(torch.arange(size).double() + (label + 0.5) / count) / size for label, size in enumerate(sizes)]
-    return torch.arange(count).repeat_interleave(torch.tensor(sizes))[torch.cat(places).argsort(stable=True)]
+    """Returns as many labels of each class as its size is, spread evenly; classes of one size take turns."""
+    groups: dict[int, list[int]] = {}
+    for label, size in enumerate(sizes):
+        groups.setdefault(size, []).append(label)
+    places, labels = [], []
+    for number, (size, members) in enumerate(groups.items()):
+        for turn, label in enumerate(members):
+            # Multiples of the golden ratio spread the groups, or all classes that are rare would come together.
+            offset = ((turn + 0.5) / len(members) + 0.618034 * number) % 1
+            places.append((torch.arange(size).double() + offset) / size)
+            labels.append(torch.full((size,), label))
+    return torch.cat(labels)[torch.cat(places).argsort(stable=True)]
 
 
 def penalty_mix(seed: int, step: int, critic_index: int, batch_size: int, rows: slice) -> torch.Tensor:

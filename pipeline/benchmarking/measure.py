@@ -115,9 +115,9 @@ def _plain_webdataset(dataset: Dataset) -> Iterator[Sized]:
     # nodesplitter: the default one refuses to run on one rank of several.
     samples = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False, nodesplitter=None).repeat()
     for sample in samples:
-        key = next(key for key in dataset.reading.image_key.split(";") if key in sample)
-        content = io.BytesIO(sample[key])
-        yield np.load(content, allow_pickle=False) if key == BLOCK else np.asarray(Image.open(content))[None]
+        for key in [key for key in dataset.reading.image_key.split(";") if key in sample][:1]:
+            content = io.BytesIO(sample[key])
+            yield np.load(content, allow_pickle=False) if key == BLOCK else np.asarray(Image.open(content))[None]
 
 
 def measure_training(config: Config, runtime: Runtime, steps: int) -> dict[str, Any]:

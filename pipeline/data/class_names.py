@@ -58,7 +58,7 @@ def classes_of_labels(sources: Sequence[tuple[str, str, Set[int | str | None]]])
         sources: The split, the name and the distinct labels of each source of images.
 
     Raises:
-        DataError: Sources are not labelled in one way; a name is only in the test split; or numbers are not all of 0,
+        DataError: Sources are not labelled in one way; a class is only in the test split; or numbers are not all of 0,
             1, ..., K - 1: a gap would be a class that no image shows. It names the source.
     """
     ways: dict[type, str] = {}

@@ -59,7 +59,7 @@ def naming(problem: str, advice: str = "") -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        text = str(error) if isinstance(error, OSError | ValueError) else ""
+        text = str(error) if isinstance(error, OSError | ValueError) and "\n" not in str(error) else ""
         raise DataError(f"{problem}: {text or describe_error(error)}{advice}") from error
 
 
@@ -231,8 +231,8 @@ def _advice(folder: str, root: str) -> str:
     """Returns the end of the message that a folder has no manifest: what to do."""
     from pipeline.data.samples import IMAGE_FILE_SUFFIXES  # here: it imports this module
 
-    if (file := Path(folder)).is_file():
-        source = {".parquet": "parquet", ".tar": "shards"}.get(file.suffix, "npz")
+    sources = {".npz": "npz", ".parquet": "parquet", ".tar": "shards", ".tgz": "shards"}
+    if (file := Path(folder)).is_file() and (source := sources.get(file.suffix)):
         return f": {file} is a file; run gan-pipeline prepare {source} {file} --name NAME, then data.dataset NAME"
     if any(file.suffix.lower() in IMAGE_FILE_SUFFIXES for file in Path(folder).rglob("*")):
         return f": {folder} holds images; run gan-pipeline prepare folder {folder} --name NAME, then data.dataset NAME"

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from pipeline.data import Dataset
+from pipeline.data.shards import read_shard
 from pipeline.distributed.collectives import Ranks
 from pipeline.evaluation.extract import ALONE, ImageSet, extract_features
 from pipeline.evaluation.features import FORWARD_SIZE, FeatureExtractor, digest_of
-from pipeline.evaluation.interruption import never
+from pipeline.evaluation.interruption import check_interrupted, interruptible, never
 from pipeline.evaluation.metrics.frechet import Moments
 from pipeline.evaluation.metrics.scores import KEEP
 from pipeline.evaluation.metrics.states import Batch, ClassSums, Sample, States, Sums, Tensors, add, gather
@@ -83,6 +84,29 @@ def real_statistics(
     return RealStatistics(tensors)
 
 
+def class_sizes(
+    dataset: Dataset,
+    split: str,
+    extractor: FeatureExtractor,
+    ranks: Ranks = ALONE,
+    interrupted: Callable[[], bool] = never,
+) -> list[int]:
+    """Returns how many images of a real split each class has, on every rank; see `real_statistics`. The file is kept
+    among those of `extractor`."""
+    file = _File(dataset, extractor, f"class-sizes-{split}")
+    stored = ranks.broadcast(file.read() if ranks.is_main else None)
+    if stored is None:
+        sizes = torch.zeros(dataset.num_classes, dtype=torch.int64)
+        with interruptible(ranks, interrupted):
+            for shard in dataset.shards(split)[ranks.rank :: ranks.world_size]:
+                check_interrupted()
+                sizes += torch.bincount(torch.as_tensor(read_shard(dataset, shard).labels), minlength=len(sizes))
+        stored = {"sizes": torch.stack(ranks.gather(sizes)).sum(0)}
+        if ranks.is_main:
+            file.write(stored)
+    return list(stored["sizes"].tolist())
+
+
 def real_scores(
     dataset: Dataset,
     extractor: FeatureExtractor,
@@ -119,7 +143,7 @@ class _File:
                 raise ValueError("its checksum does not match")
         except (OSError, ValueError) as error:
             logger.warning("%s is damaged (%s): computing it again", self.path, error)
-            return None
+            return self._unwritten.get(self.path)
         return tensors
 
     def write(self, tensors: Tensors) -> None:

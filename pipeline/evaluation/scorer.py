@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from pipeline.config import EvaluationConfig
 from pipeline.data import Dataset
 from pipeline.data.resident import load_images
-from pipeline.data.shards import read_shard
 from pipeline.distributed.process import Runtime
 from pipeline.errors import UserError
 from pipeline.evaluation.extract import ImageSet
 from pipeline.evaluation.features import FORWARD_SIZE, FeatureExtractor, load_all, published_weights
 from pipeline.evaluation.interruption import check_interrupted, interruptible, interruptible_on_main
-from pipeline.evaluation.real_statistics import real_scores
+from pipeline.evaluation.real_statistics import class_sizes
 from pipeline.export.generator_file import fingerprint
 from pipeline.export.images import render, save_grid
 from pipeline.models.networks import AnyGenerator, Critic
@@ -30,6 +29,9 @@ from pipeline.reporting.read import USUAL_NEIGHBOURS
 from pipeline.rng import evaluation_labels, evaluation_latents, seeded
 from pipeline.storage.files import write_text
 from pipeline.storage.run_folder import neighbours, real_images
+
+EARLIER = "all equally often"
+"""How earlier versions asked generators for classes, which their files of scores do not say."""
 
 
 class Scorer:
@@ -60,10 +62,10 @@ class Scorer:
         count, facts = self.config.num_images, facts | {"images_fingerprint": fingerprint(generator)}
         labels: Tensor | None = None
         if generator.num_classes:
-            sizes = self._class_sizes(generator.num_classes)
+            sizes = self._class_sizes(generator)
             labels = evaluation_labels(0, count, sizes)
             if len({*sizes}) > 1:  # or it is as in earlier versions
-                facts["classes_as_in"] = self.config.reference
+                facts["classes"] = f"as often as in {self.config.reference}"
 
         def draw(start: int, stop: int) -> Tensor:
             latents = evaluation_latents(self.seed, start, stop, generator.config.latent_dim)
@@ -71,21 +73,15 @@ class Scorer:
 
         return self.score(ImageSet(count, draw, labels), path, facts, critic)
 
-    def _class_sizes(self, num_classes: int) -> list[int]:
+    def _class_sizes(self, generator: AnyGenerator) -> list[int]:
         """Returns how many images of the reference split each class has, or equal numbers for classes that are not the
         dataset's."""
-        dataset, split = self.dataset, self.config.reference
-        if num_classes != dataset.num_classes:
-            return [1] * num_classes
-
-        def count() -> dict[str, list[int]]:
-            sizes = torch.zeros(num_classes, dtype=torch.int64)
-            for shard in dataset.shards(split):
-                sizes += torch.bincount(torch.as_tensor(read_shard(dataset, shard).labels), minlength=num_classes)
-            return {"sizes": sizes.tolist()}
-
-        known = partial(real_scores, dataset, self.extractors[0], {"class-sizes": split}, count)
-        return list(self.runtime.ranks.on_main(known)["sizes"])
+        dataset = self.dataset
+        is_other = generator.class_names not in ((), dataset.class_names)  # files of earlier versions have no names
+        if generator.num_classes != dataset.num_classes or is_other:
+            return [1] * generator.num_classes
+        ranks, interrupted = self.runtime.ranks, self.runtime.stop.known
+        return class_sizes(dataset, self.config.reference, self.extractors[0], ranks, interrupted)
 
     def score(
         self, images: ImageSet, path: Path, facts: dict[str, Any], critic: nn.Module | None = None
@@ -187,6 +183,7 @@ def _scores_in(
     try:
         before = json.loads(path.read_text())
         content = {key: dict(before[key]) for key in ("features", "critic", "gan_train", "timing") if key in before}
+        before.setdefault("classes", EARLIER)
         pairs = [(key, before.get(key), value) for key, value in facts.items() if key != "target"]
         for extractor in extractors:
             if scores := content["features"].get(extractor.name):

@@ -101,8 +101,9 @@ def score_target(
     resizing = {key: value for key, value in (("crop", crop), ("size", size)) if value is not None}
     if resizing and (run.has_begun or is_export(target) or not target.exists()):
         raise UserError(f"{target}: --crop and --size are for images in a folder or an .npz file: leave them out")
-    if (target / MANIFEST).is_file():
-        raise UserError(f"{target}: is a checkpoint: give its run, {target.parent.parent} --step {step_of(target)}")
+    place = target.resolve()
+    if (step := step_of(place)) is not None and (place / MANIFEST).is_file():
+        raise UserError(f"{target}: is a checkpoint: give its run, {place.parent.parent} --step {step}")
     if run.has_begun:
         return _score_run(run, scorer, steps, out, code)
     facts: dict[str, Any] = {"target": str(target).replace("hf:/", "hf://", 1), **resizing}

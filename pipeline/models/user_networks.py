@@ -61,7 +61,7 @@ class UserCritic(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         outputs = self.network(images.flip(2, 3))
-        if not isinstance(outputs, tuple) or len(outputs) != 2:
+        if not isinstance(outputs, tuple | list) or len(outputs) != 2:
             raise TypeError("it must return two things: scores (n,), and logits (n, num_classes), None without classes")
         scores, logits = outputs
         return scores, logits

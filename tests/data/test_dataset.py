@@ -176,7 +176,7 @@ def test_a_missing_dataset_is_named(tmp_path: Path) -> None:
         ):
             open_dataset(DataConfig(dataset=str(name), root=str(root)))
     (tmp_path / "file").touch()
-    for name, source in (("file", "npz"), ("a.parquet", "parquet"), ("a.tar", "shards")):
+    for name, source in (("a.npz", "npz"), ("a.parquet", "parquet"), ("a.tar", "shards")):
         (path := tmp_path / name).touch()
         with pytest.raises(DataError, match=rf"{name} is a file; run gan-pipeline prepare {source} {path} --name NAME"):
             open_dataset(DataConfig(dataset=str(path)))

@@ -256,6 +256,9 @@ def test_classes_that_no_training_image_shows_are_said(tmp_path: Path, capsys: p
     dataset = prepare_dataset(rows, "x", tmp_path)
     assert dataset.num_classes == len(NAMES) == 3
     assert f"without a training image: 2 classes (first: {NAMES[0]!r})" in capsys.readouterr().err
+    spelled = "cafe\N{COMBINING ACUTE ACCENT}", "two  words", "dog"
+    assert prepare_dataset([(picture(0), name) for name in spelled], "y", tmp_path).num_classes == 3
+    assert "without" not in capsys.readouterr().err
 
 
 def test_the_hub_is_asked_for_what_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

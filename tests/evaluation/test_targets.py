@@ -35,6 +35,7 @@ from pipeline.evaluation.targets import score_target
 from pipeline.export.generator_file import HUB_WEIGHTS, save_export
 from pipeline.export.images import render, render_range
 from pipeline.models.networks import Generator
+from pipeline.rng import evaluation_latents
 from pipeline.storage.run_folder import RunFolder
 from tests.export.generators import damage, random_generator, saved_run
 from tests.jobs import restoring_process
@@ -361,16 +362,25 @@ def test_a_generator_is_asked_for_classes_as_often_as_they_occur(runtime: Runtim
     """One that has learnt classes of unequal sizes to perfection has hardly any FID."""
     labels = torch.arange(400) % 10 // 9  # nine to one
     shades = Shades(NetworkConfig(), (1, 28, 28), 2)
-    images = render(shades, torch.rand(400, 100) * 2 - 1, labels)
+    images = render(shades, evaluation_latents(1, 0, 400, 100), labels)
     np.savez(tmp_path / "shades.npz", images=images.numpy()[:, 0], labels=labels.numpy())
     dataset = prepare_npz(tmp_path, "shades", {"train": tmp_path / "shades.npz"})
     scorer = Scorer(EvaluationConfig(num_images=300, features=["torch.nn:Flatten"]), dataset, runtime, 0)
     scores = scorer.score_generator(shades, tmp_path / "scores.json", {})
     in_turn = ImageSet(300, partial(render_range, shades, 0), torch.arange(300) % 2)
     even = scorer.score(in_turn, tmp_path / "even.json", {"images_fingerprint": ""})
-    fids = [each["features"]["torch.nn:Flatten"]["fid"] for each in (scores, even)]
-    assert fids[0] < fids[1] / 1000
-    assert content(tmp_path / "scores.json")["classes_as_in"] == "train"
+    shades.class_names = ("black", "white")  # and not 0 and 1: classes of something else
+    other = scorer.score_generator(shades, tmp_path / "other.json", {})
+    fids = [each["features"]["torch.nn:Flatten"]["fid"] for each in (scores, even, other)]
+    assert fids[0] < fids[1] / 100
+    assert fids[1] == fids[2]
+    assert content(tmp_path / "scores.json")["classes"] == "as often as in train"
+    before = content(tmp_path / "scores.json")
+    del before["classes"]
+    (tmp_path / "before.json").write_text(json.dumps(before))
+    shades.class_names = ()
+    with pytest.raises(UserError, match="classes is all equally often there and as often as in train here"):
+        scorer.score_generator(shades, tmp_path / "before.json", {})
 
 
 def test_a_generator_of_other_images_is_refused(scorer: Scorer, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from pipeline.data.prepare import prepare_npz
 from pipeline.distributed.process import Runtime
+from pipeline.errors import TrainingFailed
 from pipeline.training.trainer import Trainer
 from tests.jobs import ROOT, changed, launch, restoring_process, tiny_config
 from tests.training.watched import snapshot
@@ -64,7 +65,9 @@ def test_the_checkpoint_after_one_that_failed_is_saved(
         folder.checkpoints.touch()  # a file where the folder should be
         state.step = 1
         saver.save()
+        deadline = time.monotonic() + 60
         while saver.writer.failures_in_a_row == 0:
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         folder.checkpoints.unlink()
         state.step = 2
@@ -76,6 +79,19 @@ def test_the_checkpoint_after_one_that_failed_is_saved(
     lines = capsys.readouterr().err
     assert "checkpoint failed (1 in a row" in lines
     assert lines.endswith("step 2: saved\n")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_critic_beyond_its_clip_is_not_saved(tiny_dataset: Path, tmp_path: Path) -> None:
+    config = tiny_config(run={"root": str(tmp_path)}, data={"dataset": str(tiny_dataset)})
+    with restoring_process():
+        trainer = Trainer(config, Runtime(config.runtime))  # before the first step nothing is clipped
+        trainer.folder.path.mkdir()
+        trainer.folder.config.touch()
+        with pytest.raises(TrainingFailed, match=r"critic\.convolutions\.0\.weight reaches .* the clip value 0\.01"):
+            trainer.saver.save_now()
+        trainer.runtime.close()
+    assert trainer.folder.saved_steps() == []
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

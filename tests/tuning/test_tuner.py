@@ -173,7 +173,7 @@ def test_no_network_outlives_its_trial(tuner: Callable[..., Tuner]) -> None:
 
     before = networks()
     tuner(trials=1, seeds=[0]).run()
-    assert networks() == before
+    assert networks() <= before
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.config import EvaluationConfig
-from pipeline.data.dataset import naming
 from pipeline.errors import UserError
 from pipeline.evaluation.features import FeatureExtractor, digest_of
 
@@ -72,14 +71,18 @@ class InceptionFeatures(FeatureExtractor):
 
         content = path.read_bytes()
         super().__init__("1", content, device)
-        problem = f"evaluation.inception_weights {path} is not torch-fidelity's Inception v3"
-        with naming(problem, f"; get {self.weights.url}"):
+        try:
             # torch-fidelity unpickles without restrictions, so these bytes must first prove to hold nothing but
             # tensors.
             torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             self.network = FeatureExtractorInceptionV3(
                 self.name, ["2048", "logits_unbiased"], feature_extractor_weights_path=io.BytesIO(content)
             )
+        except Exception as error:  # on arbitrary bytes the unpickler raises nearly every type of exception
+            raise UserError(
+                f"evaluation.inception_weights {path} is not torch-fidelity's Inception v3 ({type(error).__name__}): "
+                f"get {self.weights.url}"
+            ) from error
         self.network.to(device)
 
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,13 +114,17 @@ class Dinov2Features(FeatureExtractor):
             raise UserError("the 'dinov2' features need timm: pip install 'gan-pipeline[dinov2]'") from None
 
         self.network: nn.Module = timm.create_model(self.architecture, img_size=SIDE, num_classes=0)
-        problem = f"evaluation.dinov2_weights {path} is not DINOv2's {self.architecture}"
-        with naming(problem, f"; get {self.weights.url}"):
+        try:
             is_safe = path.suffix == ".safetensors"
             tensors = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
             tensors.pop("mask_token", None)  # only training uses it
             tensors["pos_embed"] = positions(tensors["pos_embed"])
             self.network.load_state_dict(tensors)
+        except Exception as error:  # on arbitrary bytes the unpickler raises nearly every type of exception
+            raise UserError(
+                f"evaluation.dinov2_weights {path} is not DINOv2's {self.architecture} ({type(error).__name__}): "
+                f"get {self.weights.url}"
+            ) from error
         self.num_features = len(tensors["norm.bias"])
         super().__init__("1", digest_of(self.network.state_dict()).encode(), device)
         self.network.eval().to(device)
