@@ -307,6 +307,7 @@ class Saver:
             best_of=self.best_of,
         )
         self._reported_step: int | None = None
+        self._begun_step = 0
 
     def begin(self, step: int) -> None:
         """Goes on from the checkpoint of this step."""
@@ -322,6 +323,7 @@ class Saver:
         """Starts a checkpoint, after noting how the one before it ended."""
         state = self.state
         self._note_outcome(self.writer.finish)
+        self._begun_step = state.step
         self._note_outcome(lambda: self.writer.save(state.tensors(), state.step, self.progress(), self.damage()))
 
     def save_now(self) -> None:
@@ -346,7 +348,7 @@ class Saver:
         try:
             save()
         except IntegrityError as error:
-            self.fail(f"step {self.state.step}: must not be saved, {error}")
+            self.fail(f"step {self._begun_step}: must not be saved, {error}")
         except OSError as error:
             failures, allowed = self.writer.failures_in_a_row, self.config.run.max_save_failures
             self.runtime.print(f"checkpoint failed ({failures} in a row, {allowed} tolerated): {error}")
