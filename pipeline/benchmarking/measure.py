@@ -115,7 +115,7 @@ def _plain_webdataset(dataset: Dataset) -> Iterator[Sized]:
     # nodesplitter: the default one refuses to run on one rank of several.
     samples = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False, nodesplitter=None).repeat()
     for sample in samples:
-        for key in [key for key in dataset.reading.image_key.split(";") if key in sample][:1]:
+        if key := next((key for key in dataset.reading.image_key.split(";") if key in sample), None):
             content = io.BytesIO(sample[key])
             yield np.load(content, allow_pickle=False) if key == BLOCK else np.asarray(Image.open(content))[None]
 

@@ -59,7 +59,7 @@ def real_statistics(
     """Reads a real split's statistics, or computes them on all ranks, a shard at a time, and writes them. Every rank
     must call it; ranks other than the main one get None.
 
-    A file that is missing or damaged is computed again. If it cannot be written, the evaluation goes on without it.
+    A file that is missing or damaged is computed again. If it cannot be written, its content stays in memory.
     Concurrent runs may each compute and write it: it appears whole, and its content is the same up to the rounding of
     sums. Raises Preempted or UserError on every rank, see `interruptible`.
     """
@@ -134,20 +134,19 @@ class _File:
         self.path = dataset.folder / "features" / f"{extractor.name}-{what}-{key[:16]}.safetensors"
 
     def read(self) -> Tensors | None:
-        """Returns the tensors, or None if the file is missing or does not hold what was written, which is logged."""
-        if not (self.has_place and self.path.is_file()):
-            return self._unwritten.get(self.path)
-        try:
-            tensors, metadata = read_tensors(self.path)
-            if metadata.get("key") != self.key or metadata.get("sha256") != digest_of(tensors):
+        """Returns the tensors; None if there are none, or the file does not hold what was written, which is logged."""
+        if self.has_place and self.path.is_file():
+            try:
+                tensors, metadata = read_tensors(self.path)
+                if metadata.get("key") == self.key and metadata.get("sha256") == digest_of(tensors):
+                    return tensors
                 raise ValueError("its checksum does not match")
-        except (OSError, ValueError) as error:
-            logger.warning("%s is damaged (%s): computing it again", self.path, error)
-            return self._unwritten.get(self.path)
-        return tensors
+            except (OSError, ValueError) as error:
+                logger.warning("%s is damaged (%s): computing it again", self.path, error)
+        return self._unwritten.get(self.path)
 
     def write(self, tensors: Tensors) -> None:
-        """Writes the file whole or not at all, and logs a failure."""
+        """Writes the file whole; keeps the tensors in memory where there can be none, and logs a failure."""
         try:
             if self.has_place:
                 write_tensors(self.path, tensors, {"key": self.key, "sha256": digest_of(tensors)})

@@ -22,11 +22,11 @@ from pipeline.evaluation.features import FORWARD_SIZE, FeatureExtractor, load_al
 from pipeline.evaluation.interruption import check_interrupted, interruptible, interruptible_on_main
 from pipeline.evaluation.real_statistics import class_sizes
 from pipeline.export.generator_file import fingerprint
-from pipeline.export.images import render, save_grid
+from pipeline.export.images import render_range, save_grid
 from pipeline.models.networks import AnyGenerator, Critic
 from pipeline.reporting import few_images
 from pipeline.reporting.read import USUAL_NEIGHBOURS
-from pipeline.rng import evaluation_labels, evaluation_latents, seeded
+from pipeline.rng import evaluation_labels, seeded
 from pipeline.storage.files import write_text
 from pipeline.storage.run_folder import neighbours, real_images
 
@@ -60,18 +60,12 @@ class Scorer:
         dataset's classes each has the share that it has in the reference split; other classes take turns."""
         check_shape(generator.image_shape, self.dataset)
         count, facts = self.config.num_images, facts | {"images_fingerprint": fingerprint(generator)}
-        labels: Tensor | None = None
-        if generator.num_classes:
-            sizes = self._class_sizes(generator)
-            labels = evaluation_labels(0, count, sizes)
-            if len({*sizes}) > 1:  # or it is as in earlier versions
-                facts["classes"] = f"as often as in {self.config.reference}"
-
-        def draw(start: int, stop: int) -> Tensor:
-            latents = evaluation_latents(self.seed, start, stop, generator.config.latent_dim)
-            return render(generator, latents, None if labels is None else labels[start:stop])
-
-        return self.score(ImageSet(count, draw, labels), path, facts, critic)
+        sizes = self._class_sizes(generator) if generator.num_classes else []
+        labels = evaluation_labels(0, count, sizes) if sizes else None
+        if len({*sizes}) > 1:  # or it is as in earlier versions
+            facts["classes"] = f"as often as in {self.config.reference}"
+        images = ImageSet(count, partial(render_range, generator, self.seed, sizes=sizes), labels)
+        return self.score(images, path, facts, critic)
 
     def _class_sizes(self, generator: AnyGenerator) -> list[int]:
         """Returns how many images of the reference split each class has, or equal numbers for classes that are not the

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pipeline.config import NetworkConfig
 from pipeline.errors import UserError, describe_error
 from pipeline.models.networks import AnyGenerator, Critic, Generator, generator_of_spec, preserve_global_rng
-from pipeline.models.spectral_norm import SINGULAR_VECTORS, use_spectral_norm
+from pipeline.models.spectral_norm import has_spectral_norm, use_spectral_norm
 from pipeline.storage.checkpoint import Checkpoint, find, read_checkpoint, sha256_of_tensor, under
 from pipeline.storage.files import near, read_tensors, replacing, write_tensors
 from pipeline.storage.run_folder import MANIFEST, RunFolder
@@ -169,9 +169,7 @@ def warm_start(source: str, generator: AnyGenerator, ema: AnyGenerator, critic: 
         except RuntimeError as error:
             different = [(key, there.get(key), value) for key, value in generator.spec().items()]
             reasons = [f"{key} is {old} there and {new} here" for key, old, new in different if old != new]
-            was, is_now = (
-                any(name.endswith(SINGULAR_VECTORS) for name in each) for each in (state, networks[role].state_dict())
-            )
+            was, is_now = has_spectral_norm(state), has_spectral_norm(networks[role].state_dict())
             if was != is_now:
                 reasons.append(f"training.spectral_norm is {was} there and {is_now} here".lower())
             reason = "; ".join(reasons) or str(error).splitlines()[-1].strip("\t .")
@@ -185,9 +183,11 @@ def warm_start(source: str, generator: AnyGenerator, ema: AnyGenerator, critic: 
 def _checkpoint_in(path: Path) -> Checkpoint:
     """Returns a run's newest intact checkpoint, or the one that the folder is."""
     run = RunFolder(path)
-    if not (run.has_begun or (path / MANIFEST).exists()):
+    if run.has_begun:
+        return find(run)
+    if not (path / MANIFEST).exists():
         raise UserError(f"{path}: holds no run, checkpoint or export: give a run's folder, such as runs/NAME")
-    return find(run) if run.has_begun else read_checkpoint(path).verify()
+    return read_checkpoint(path).verify()
 
 
 def generator_of(checkpoint: Checkpoint, weights: str, code: str | None = None) -> AnyGenerator:
@@ -208,7 +208,7 @@ def critic_of(checkpoint: Checkpoint) -> Critic | None:
     spec = checkpoint.progress["generator"]
     config = NetworkConfig(latent_dim=spec["network"]["latent_dim"], width=spec["network"]["width"])
     critic = Critic(config, tuple(spec["image_shape"]), spec["num_classes"]).to(biases.dtype)
-    if any(name.endswith(SINGULAR_VECTORS) for name in state):
+    if has_spectral_norm(state):
         use_spectral_norm(critic, torch.Generator())
     critic.load_state_dict(state)
     return critic.requires_grad_(False).to(memory_format=torch.channels_last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -34,11 +35,19 @@ def render(generator: AnyGenerator, latents: Tensor, labels: Tensor | None = Non
     return (mirrored * 255).round().clamp(0, 255).to(torch.uint8).flip(2, 3).cpu()
 
 
-def render_range(generator: AnyGenerator, seed: int, start: int, stop: int, label: int | None = None) -> Tensor:
+def render_range(
+    generator: AnyGenerator,
+    seed: int,
+    start: int,
+    stop: int,
+    label: int | None = None,
+    sizes: Sequence[int] | None = None,
+) -> Tensor:
     """Returns images number start, ..., stop - 1 of a seed, uint8 (n, C, H, W). Image i is a function of (seed, i, its
-    class). The classes take turns, or all are `label`. Raises UserError if there is no such class."""
+    class). The classes take turns, or have the shares of `sizes` (see `evaluation_labels`), or all are `label`. Raises
+    UserError if there is no such class."""
     latents = evaluation_latents(seed, start, stop, generator.config.latent_dim)
-    return render(generator, latents, _labels(generator, start, stop, label))
+    return render(generator, latents, _labels(generator, start, stop, label, sizes))
 
 
 def sample_grid(generator: AnyGenerator, seed: int, label: int | None = None) -> tuple[Tensor, int]:
@@ -66,12 +75,15 @@ def interpolate(generator: AnyGenerator, seed: int, rows: int, columns: int, lab
     return render(generator, latents, _labels(generator, 0, rows, label).repeat_interleave(columns))
 
 
-def _labels(generator: AnyGenerator, start: int, stop: int, label: int | None) -> Tensor:
+def _labels(
+    generator: AnyGenerator, start: int, stop: int, label: int | None, sizes: Sequence[int] | None = None
+) -> Tensor:
     if label is not None and not 0 <= label < generator.num_classes:
         last = generator.num_classes - 1
         raise UserError(f"label is {label}: {f'the classes are 0 to {last}' if last > 0 else 'there are no classes'}")
     if label is None:
-        return evaluation_labels(start, stop, [1] * (generator.num_classes or 1))  # without classes nothing reads them
+        in_turn = [1] * (generator.num_classes or 1)  # without classes nothing reads them
+        return evaluation_labels(start, stop, sizes or in_turn)
     return torch.full((stop - start,), label)
 
 

@@ -7,6 +7,7 @@ for each update of the critic, and its start is a function of the seed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -18,6 +19,11 @@ FIRST_ITERATIONS = 15
 """Power iterations before the first update, as torch's takes them, because u is random at first."""
 SINGULAR_VECTORS = (".u", ".v")
 """The ends of the buffers' names."""
+
+
+def has_spectral_norm(names: Iterable[str]) -> bool:
+    """Returns whether these are the names of the tensors of a critic that is normalised."""
+    return any(name.endswith(SINGULAR_VECTORS) for name in names)
 
 
 class SpectralNorm(nn.Module):

@@ -123,9 +123,9 @@ def write_rows(
             labels = [(split, splits[split].source, set(images.labels)) for split, images in unpacked.items()]
             class_names = classes_of_labels(labels)
         written = {split: images.split(shape, class_names) for split, images in unpacked.items()}
-        numbers = written["train"].labels
-        for label in sorted({*range(len(class_names))} - {*([] if numbers is None else numbers.tolist())}):
-            remarks.add("without a training image", "class", repr(class_names[label]))
+        if (numbers := written["train"].labels) is not None:
+            for label in sorted({*range(len(class_names))} - {*numbers.tolist()}):
+                remarks.add("without a training image", "class", repr(class_names[label]))
         shards = write_shards(temporary, written, sizes, shuffle=shuffle)
         dataset = Dataset(folder, folder.name, shape, tuple(class_names), shards, kind=kind)
         return commit(dataset, temporary, remarks)
